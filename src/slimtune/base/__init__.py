@@ -1,0 +1,1 @@
+"""The base model: the 4-bit policy, loading, and the embedded model."""

@@ -1,0 +1,263 @@
+"""What a person can ask for: one flat, strict, documented set of keys.
+
+The same keys are the YAML file's keys, the command line's flags (in kebab case) and :class:`Config`'s fields. A value
+of ``"auto"`` is decided by :mod:`slimtune.plan` on the machine that runs, and the decision is written into the run's
+``config.yaml``: what ran is what was recorded. This module imports no torch, so ``slimtune --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from slimtune.errors import UserError
+
+__all__ = ["Config", "load_config"]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Config(BaseModel):
+    """Everything a fine-tuning run can be told. Immutable; checks itself when it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+    model: str = "Qwen/Qwen1.5-1.8B-Chat"
+    """The base: a hub id, a local folder, or smollm2-135m (the embedded default of the demo)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    data: tuple[str, ...] = ()
+    """Training data: local files (json, jsonl, csv, tsv, parquet, also .gz and .zst) or hub ids (owner/name:split).
+    `file#500` takes a seeded sample of 500 rows, `file*2` counts a source twice."""
+    output: Path | None = None
+    """The run's folder; runs/<time>-<model> when not given."""
+    overwrite: bool = False
+    """Replace the run folder if it exists and is not empty."""
+
+    # -- the base in 4 bits -------------------------------------------------------------------------------------------
+    quantization: Literal["nf4", "none"] = "nf4"
+    """nf4: 4 bits by bitsandbytes; none: plain LoRA on the 16- or 32-bit base."""
+    double_quant: bool = True
+    """Quantise the quantisation's own scales too: 0.4 bits less for each parameter."""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The dtype that the 4-bit weights are computed in; auto: bf16 where it is native, fp16 on a T4-class GPU, on a
+    CPU what is fastest there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless asked for; nothing ever prompts for it."""
+
+    # -- LoRA ---------------------------------------------------------------------------------------------------------
+    lora_r: PositiveInt = 8
+    """Rank of the adapter."""
+    lora_alpha: PositiveInt | None = None
+    """Scale numerator of the adapter; 2 x lora_r unless set."""
+    lora_dropout: Fraction = 0.05
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Modules that get an adapter, by the end of their names; all-linear: every linear layer but the head."""
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train."""
+    lora_init: (
+        Literal["default", "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+    ) = "default"
+    """How the adapter starts (PEFT's init_lora_weights)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    dora: bool = False
+    """Weight-decomposed LoRA."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained and saved whole beside the adapter (embed_tokens, lm_head)."""
+    layers: tuple[int, ...] | None = None
+    """Only these layers get an adapter (PEFT's layers_to_transform)."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for some modules, by name or regular expression."""
+    alpha_pattern: dict[str, PositiveInt] = {}
+    """Other alphas for some modules, by name or regular expression."""
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = "auto"
+    """The rows' shape; auto detects it."""
+    map: dict[str, str] = {}
+    """field=column, for files whose columns have other names."""
+    template: Path | None = None
+    """A Jinja chat template to use instead of the tokenizer's."""
+    max_length: PositiveInt = 1024
+    """Most tokens that one conversation may have."""
+    overlong: Literal["drop", "error", "split", "keep-end"] = "drop"
+    """What happens to a conversation longer than max_length. No choice cuts a reply short without a word."""
+    train_on: Literal["assistant", "last", "all", "completion"] = "assistant"
+    """The tokens that are supervised: every assistant turn, the last one, all text, or the completion."""
+    packing: bool = True
+    """Fill micro-batches with whole conversations (documents), with attention inside each of them only."""
+    allow_control_tokens: bool = False
+    """Let control-token text inside a person's content become control tokens."""
+    max_dropped: Fraction = 0.01
+    """The share of rows that may be dropped before the run is refused."""
+    eval: tuple[str, ...] = ()
+    """Held-out data to evaluate on while training; the same notation as data."""
+    eval_share: Fraction = 0.0
+    """Split off this share of the data for evaluation."""
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    epochs: PositiveFloat = 3.0
+    """Passes over the data."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; wins over epochs."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup: Fraction = 0.03
+    """Share of the steps that the learning rate rises over."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch: PositiveInt = 1
+    """Sequences of max_length tokens in one forward and backward pass; packed, micro_batch x max_length tokens."""
+    gradient_accumulation: PositiveInt = 4
+    """Micro-batches to an optimizer step."""
+    optim: str = "auto"
+    """auto: paged_adamw_8bit on CUDA, adamw_8bit on a CPU; else any name that Transformers knows."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything random: initial adapter, dropout, order of the data."""
+    deterministic: bool = False
+    """On CUDA, take deterministic kernels where there are any."""
+    engine: Literal["auto", "fused", "plain"] = "auto"
+    """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model."""
+    memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"
+    """Most GPU memory that training may take, as 4GiB; it decides how much is recomputed. auto: what the card has,
+    less a margin."""
+
+    # -- saving, watching, stopping -----------------------------------------------------------------------------------
+    save_steps: PositiveInt | Literal["auto"] = "auto"
+    """Optimizer steps from one checkpoint to the next; auto: ten in a run."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; never under two."""
+    eval_steps: PositiveInt | Literal["auto"] = "auto"
+    """Optimizer steps from one evaluation to the next; auto: with each checkpoint."""
+    early_stopping: PositiveInt | None = None
+    """Stop after this many evaluations without a better loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or an infinity in a step does: stop the run, or skip the batch and count it."""
+    max_skipped: PositiveInt = 10
+    """Most batches that on_nonfinite: skip may skip."""
+    divergence_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """The loss counts as diverging when it is over this many times its running median."""
+    divergence_steps: PositiveInt = 20
+    """for this many steps in a row."""
+    on_divergence: Literal["warn", "stop"] = "warn"
+    """What divergence does."""
+    watchdog: Annotated[float, Field(ge=0.0)] = 1800.0
+    """Seconds without progress after which all stacks are written and the run stops, resumable; 0 turns it off."""
+    logging_steps: PositiveInt = 1
+    """Optimizer steps from one line of metrics to the next."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers; none unless named."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, values: Any) -> Any:
+        """A single string stands for a tuple of one; `q_proj,k_proj` for a tuple of two."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for key in ("data", "eval"):
+            if isinstance(values.get(key), str | Path):
+                values[key] = (str(values[key]),)
+        for key in ("targets", "modules_to_save", "report_to", "layers"):
+            if isinstance(values.get(key), str) and values[key] != "all-linear":
+                values[key] = tuple(part.strip() for part in values[key].split(",") if part.strip())
+        return values
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.eval and self.eval_share:
+            raise ValueError("eval and eval_share exclude each other: name held-out data, or split a share off")
+        if self.early_stopping and not (self.eval or self.eval_share):
+            raise ValueError("early_stopping needs an evaluation: give eval or eval_share")
+        if self.lora_init == "loftq" and self.quantization != "none":
+            raise ValueError("lora_init: loftq quantises by itself: set quantization: none")
+        return self
+
+    @property
+    def alpha(self) -> int:
+        """The adapter's alpha: what was asked for, or 2 x lora_r."""
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one micro-batch."""
+        return self.micro_batch * self.max_length
+
+    @classmethod
+    def make(cls, **values: Any) -> Config:
+        """Build a config; a person's mistake becomes one :class:`UserError` that names the key, the rule and a fix."""
+        unknown = [key for key in values if key not in cls.model_fields]
+        if unknown:
+            raise UserError(
+                f"unknown config key {unknown[0]!r}",
+                rule=did_you_mean(unknown[0], cls.model_fields),
+                way_out="`slimtune config` prints every key with its default.",
+            )
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"][:1])
+            message = str(first["msg"]).removeprefix("Value error, ")
+            what = f"config key {key!r} can't be {first['input']!r}" if key else "the config contradicts itself"
+            raise UserError(
+                what, rule=message, way_out="`slimtune config` prints every key with its meaning."
+            ) from None
+
+    def to_yaml(self) -> str:
+        """This config as YAML that :func:`load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The sentence that proposes the nearest known word, or none."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error instead of a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path | None, **flags: Any) -> Config:
+    """Read a YAML file and lay flags over it; flags win.
+
+    Raises:
+        UserError: The file is missing or isn't a mapping, or a key or value is refused.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config file {path} can't be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"config file {path} is no valid YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(
+                f"config file {path} holds a {type(loaded).__name__}", rule="It must hold key: value lines."
+            )
+        values = {str(key): value for key, value in (loaded or {}).items()}
+    return Config.make(**{**values, **flags})

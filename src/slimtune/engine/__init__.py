@@ -1,0 +1,1 @@
+"""The fast engine: one model instance made fast, reversibly."""

@@ -1,0 +1,1 @@
+"""Training: TRL's SFTTrainer, extended; checkpoints; guards; progress."""

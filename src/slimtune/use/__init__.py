@@ -1,0 +1,1 @@
+"""After training: chat, evaluate, compare, merge, export, serve."""
