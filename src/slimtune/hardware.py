@@ -1,0 +1,74 @@
+"""What this machine offers: device, native dtypes, memory. Looks, changes nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["Hardware", "detect"]
+
+DType = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that a run uses."""
+
+    device: Literal["cuda", "cpu"]
+    name: str
+    memory_bytes: int
+    """Bytes of the GPU's memory, or of the machine's RAM."""
+    compute_dtype: DType
+    """The fastest dtype that is native here."""
+    compute_dtype_reason: str
+    cpu_threads: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``environment.json``."""
+        return asdict(self)
+
+
+@lru_cache(maxsize=1)
+def detect() -> Hardware:
+    """Look at the first CUDA device, or at the CPU where there is none."""
+    threads = torch.get_num_threads()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        # is_bf16_supported(including_emulation=False) is false on Turing and Volta, whose bf16 is emulated and slow.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype: DType = "bf16"
+            reason = f"bf16 is native on {properties.name} ({capability})"
+        else:
+            dtype, reason = "fp16", f"{properties.name} ({capability}) has no native bf16"
+        return Hardware("cuda", properties.name, properties.total_memory, dtype, reason, threads)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _cpu_has_bf16_gemm():
+        dtype, reason = "bf16", "this CPU multiplies bf16 natively (AVX512-BF16 or AMX)"
+    else:
+        dtype, reason = "fp32", "this CPU has no bf16 instructions, so fp32 is fastest"
+    return Hardware("cpu", _cpu_name(), memory, dtype, reason, threads)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+def _cpu_has_bf16_gemm() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    except OSError:
+        return "CPU"
