@@ -1,0 +1,718 @@
+"""The engine's operations in plain torch: the specification, the tests' oracle and the CPU path.
+
+Every module beside this one offers functions of the same names and signatures, which run a Triton kernel on CUDA
+tensors and these functions elsewhere. What holds for all of them:
+
+- Shapes: T tokens of a micro-batch (documents flattened one after the other), H hidden size, F intermediate size,
+  D head dimension, R rows of stacked LoRA A matrices, V vocabulary.
+- Matrices over tokens may have any row stride, but neighbouring columns are neighbours in memory. An ``out`` may be
+  such a view too, so that an operation can write straight into the columns of a wider buffer.
+- 16-bit inputs are widened to float32, computed in float32 and rounded once, on writing. float32 and float64 inputs
+  keep their dtype: in float64 these functions are the oracle.
+- A name that ends in ``_`` overwrites an argument. Gradients of LoRA matrices are *added* to float32 buffers.
+- Nothing here waits for the device, except the dropout mask and the optimizer's scalars, which this CPU path reads
+  on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "NF4_CODE",
+    "AdamWState",
+    "NestedScales",
+    "adamw_step_",
+    "aligned_offsets",
+    "clip_factor",
+    "dequantize",
+    "dropout_keep",
+    "dynamic_map",
+    "global_norm",
+    "lora_down",
+    "lora_down_backward_",
+    "lora_up_backward_",
+    "loss_and_grad_",
+    "merge_qkv_grad",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope_",
+    "swiglu_backward_",
+    "swiglu_forward",
+]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype that is computed in: float32 for 16 bits, itself for 32 and 64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _store(value: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    """``value`` rounded to the dtype of ``like``, in ``out`` if there is one."""
+    return value.to(like.dtype) if out is None else out.copy_(value)
+
+
+# -- NF4 ---------------------------------------------------------------------------------------------------------------
+
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The sixteen values of NF4 (Dettmers et al. 2023, appendix E; bitsandbytes' ``get_4bit_type("nf4")``)."""
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """What undoes double quantisation: block scale = code[absmax] x nested absmax + offset (bitsandbytes' ``state2``).
+
+    Attributes:
+        absmax: float32, one for each ``blocksize`` block scales.
+        code: float32 [256], the values of the 8-bit codes.
+        offset: float32 scalar tensor, the mean that was taken off the block scales.
+        blocksize: Block scales that share one nested absmax.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    blocksize: int = 256
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    nested: NestedScales | None = None,
+    blocksize: int = 64,
+    out: Tensor | None = None,
+) -> Tensor:
+    """NF4 weight [out_features, in_features] in ``dtype``, equal to bitsandbytes' ``dequantize_4bit`` to the bit.
+
+    Args:
+        packed: uint8, two codes to a byte, the earlier one in the high bits; any shape of out x in / 2 elements.
+        absmax: Block scales: float32, or uint8 codes when ``nested`` is given.
+        shape: (out_features, in_features); in_features is even.
+        dtype: Dtype of the result when ``out`` isn't given.
+        nested: The scales' own quantisation.
+        blocksize: Weights that share a block scale.
+        out: [out_features, in_features] to write into.
+    """
+    if nested is not None:
+        scales = nested.code[absmax.int()].view(-1)
+        repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
+        absmax = scales * repeated + nested.offset
+    code = torch.tensor(NF4_CODE, device=packed.device)
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
+    values = torch.nn.functional.embedding(packed.view(-1).int(), pairs).view(-1)
+    full = values.numel() // blocksize * blocksize
+    scaled = values[:full].view(-1, blocksize).mul_(absmax[: full // blocksize, None])
+    if full < values.numel():
+        values[full:] *= absmax[full // blocksize]
+        scaled = values
+    weight = scaled.view(shape)
+    return weight.to(dtype) if out is None else out.copy_(weight)
+
+
+# -- RMS norm ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    out_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = s x rstd(s) x weight with s = x + residual, rounded to x's dtype before it is normalised.
+
+    Args:
+        x: [T, H].
+        weight: [H].
+        eps: Added to the mean square.
+        residual: [T, H], added to x first.
+        out: [T, H] that takes y.
+        out_sum: [T, H] that takes s; may be ``residual`` or ``x`` itself.
+
+    Returns:
+        y [T, H]; s [T, H] (x itself without residual); rstd [T], float32 (float64 for float64).
+    """
+    total = x if residual is None else _store(_wide(x) + _wide(residual), x, out_sum)
+    wide = _wide(total)
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    return _store(wide * rstd[:, None] * weight, x, out), total, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    dresidual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dx [T, H] of :func:`rms_norm_forward` for a frozen weight, plus ``dresidual``.
+
+    Args:
+        dy: [T, H].
+        x: [T, H], what was normalised (s).
+        weight: [H].
+        rstd: [T], as the forward gave it.
+        dresidual: [T, H], the gradient that reaches s on the residual path.
+        out: [T, H] that takes dx; may be ``dy`` or ``dresidual``.
+    """
+    g, xhat = _wide(dy) * weight, _wide(x) * rstd[:, None]
+    dx = (g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None]
+    if dresidual is not None:
+        dx = dx + _wide(dresidual)
+    return _store(dx, dy, out)
+
+
+# -- rotary position embedding ----------------------------------------------------------------------------------------
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+    """x [T, heads, D] rotated, wide. The halves of a head rotate against each other, as in Transformers."""
+    c, s = cos[position_ids][:, None], sin[position_ids][:, None]
+    first, second = _wide(x).chunk(2, dim=-1)
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, inverse: bool = False) -> None:
+    """Rotate q [T, heads, D] and k [T, kv_heads, D] in place, by the tables' rows at position_ids.
+
+    Args:
+        q: Queries; a view of a fused buffer will do (a token's heads are neighbours).
+        k: Keys, likewise.
+        cos: float32 [positions, D / 2].
+        sin: float32 [positions, D / 2].
+        position_ids: int64 [T].
+        inverse: Rotate back; it is the backward too, since a rotation's transpose is its inverse.
+    """
+    sin = -sin if inverse else sin
+    q.copy_(_rotate(q, cos, sin, position_ids))
+    k.copy_(_rotate(k, cos, sin, position_ids))
+
+
+def merge_qkv_grad(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Attention's three gradients as one [T, heads + 2 kv_heads, D], dq and dk rotated back on the way.
+
+    Args:
+        dq: [T, heads, D].
+        dk: [T, kv_heads, D].
+        dv: [T, kv_heads, D].
+        cos: float32 [positions, D / 2].
+        sin: float32 [positions, D / 2].
+        position_ids: int64 [T].
+        out: Takes the result.
+    """
+    merged = torch.cat((_rotate(dq, cos, -sin, position_ids), _rotate(dk, cos, -sin, position_ids), _wide(dv)), dim=1)
+    return _store(merged, dq, out)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Qwen3's attention inputs: RMS norm over each head of q and k, then the rotation.
+
+    Args:
+        q: [T, heads, D], kept for the backward.
+        k: [T, kv_heads, D], kept for the backward.
+        q_weight: [D].
+        k_weight: [D].
+        eps: Added to the mean square.
+        cos: float32 [positions, D / 2].
+        sin: float32 [positions, D / 2].
+        position_ids: int64 [T].
+
+    Returns:
+        q and k, normalised and rotated, contiguous; rstd [T, heads + kv_heads] in float32 (float64 for float64).
+    """
+    results, rstds = [], []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        wide = _wide(x)
+        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+        results.append(_rotate(wide * rstd[..., None] * weight, cos, sin, position_ids).to(x.dtype))
+        rstds.append(rstd)
+    return results[0], results[1], torch.cat(rstds, dim=1)
+
+
+def qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rstd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of :func:`qk_norm_rope`'s inputs and dv as one [T, heads + 2 kv_heads, D]; the weights are frozen.
+
+    Args:
+        dq: [T, heads, D], the gradient of the rotated queries.
+        dk: [T, kv_heads, D].
+        dv: [T, kv_heads, D].
+        q: [T, heads, D], as :func:`qk_norm_rope` took it.
+        k: [T, kv_heads, D].
+        q_weight: [D].
+        k_weight: [D].
+        rstd: [T, heads + kv_heads].
+        cos: float32 [positions, D / 2].
+        sin: float32 [positions, D / 2].
+        position_ids: int64 [T].
+        out: Takes the result.
+    """
+    heads = q.shape[1]
+    parts = []
+    for d, x, weight, r in ((dq, q, q_weight, rstd[:, :heads]), (dk, k, k_weight, rstd[:, heads:])):
+        g, xhat = _rotate(d, cos, -sin, position_ids) * weight, _wide(x) * r[..., None]
+        parts.append((g - xhat * (g * xhat).mean(-1, keepdim=True)) * r[..., None])
+    return _store(torch.cat((*parts, _wide(dv)), dim=1), dq, out)
+
+
+# -- gated MLP ---------------------------------------------------------------------------------------------------------
+
+
+def swiglu_forward(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """h = silu(gate) x up, all [T, F] (Shazeer 2020, arXiv:2002.05202)."""
+    wide = _wide(gate)
+    return _store(torch.nn.functional.silu(wide) * _wide(up), gate, out)
+
+
+def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, *, h: Tensor | None = None) -> None:
+    """Overwrite gate with dgate and up with dup; give h back as well if there is a place for it.
+
+    Args:
+        dh: [T, F].
+        gate: [T, F]; becomes dgate = dh x up x sigma(gate) x (1 + gate x (1 - sigma(gate))).
+        up: [T, F]; becomes dup = dh x silu(gate).
+        h: [T, F] that takes silu(gate) x up; may be ``dh``.
+    """
+    d, g, u = _wide(dh), _wide(gate), _wide(up)
+    sigma = torch.sigmoid(g)
+    silu = g * sigma
+    dgate, dup = d * u * (sigma + silu * (1 - sigma)), d * silu
+    if h is not None:
+        h.copy_(silu * u)
+    gate.copy_(dgate)
+    up.copy_(dup)
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mix(x: int) -> int:
+    """lowbias32 on a host integer: a bijection of 32 bits (Wellons, github.com/skeeto/hash-prospector)."""
+    x ^= x >> 16
+    x = x * 0x21F0AAAD & _MASK32
+    x ^= x >> 15
+    x = x * 0xD35A2D97 & _MASK32
+    return x ^ x >> 15
+
+
+def _mul32(x: Tensor, factor: int) -> Tensor:
+    """Low 32 bits of x x factor, in place in int32, whose product wraps."""
+    return x.mul_(factor - (1 << 32) if factor >= 1 << 31 else factor)
+
+
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
+    """x ^ (x >> bits) for int32 taken as unsigned, in place."""
+    return x.bitwise_xor_(x.bitwise_right_shift(bits).bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _int32(x: int) -> int:
+    """The signed integer with x's 32 bits."""
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def dropout_threshold(dropout: float) -> int:
+    """Of 65,536 equally likely draws, how many drop an element."""
+    return round(dropout * 65536)
+
+
+def dropout_keep(rows: int, columns: int, groups: int, dropout: float, seed: Tensor, stream: int) -> list[Tensor]:
+    """The masks of :func:`lora_down`: for each group a bool [rows, columns], True where an element is kept.
+
+    Counter-based, so that the backward or a recompute draws the same masks again with nothing saved: an element's
+    index is hashed under two keys made of ``seed`` and ``stream``; each group takes 16 bits of the hash, and every
+    second group a further round of it.
+    """
+    value = int(seed)
+    key0 = _mix((value & _MASK32) ^ _mix((value >> 32 & _MASK32) ^ stream * 0x9E3779B1 & _MASK32))
+    key1 = _mix(key0 ^ 0x9E3779B9)
+    x = torch.arange(rows * columns, device=seed.device, dtype=torch.int64).to(torch.int32)
+    x.bitwise_xor_(_int32(key0))
+    _mul32(_xor_shift(x, 16), 0x21F0AAAD)
+    _xor_shift(x, 15).bitwise_xor_(_int32(key1))
+    _xor_shift(_mul32(x, 0xD35A2D97), 15)
+    threshold = dropout_threshold(dropout)
+    masks: list[Tensor] = []
+    for group in range(groups):
+        if group % 2 == 0 and group > 0:
+            _xor_shift(_mul32(x, 0x9E3779B1), 15)
+        bits = x if group % 2 == 0 else x.bitwise_right_shift(16)
+        masks.append(bits.bitwise_and(0xFFFF).view(rows, columns) >= threshold)
+    return masks
+
+
+def _dropped(x: Tensor, groups: int, dropout: float, seed: Tensor | None, stream: int) -> list[Tensor]:
+    """x with each group's dropout, wide; x itself for all groups without dropout."""
+    if dropout == 0.0:
+        return [_wide(x)] * groups
+    if seed is None:
+        raise ValueError("dropout needs a seed")
+    scaled = _wide(x) / (1.0 - dropout_threshold(dropout) / 65536)
+    rows, columns = x.shape
+    return [scaled * keep for keep in dropout_keep(rows, columns, groups, dropout, seed, stream)]
+
+
+def lora_down(
+    x: Tensor,
+    a: Tensor,
+    *,
+    groups: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """u = dropout(x) Aᵀ for the adapters that share an input, each with a dropout mask of its own.
+
+    Args:
+        x: [T, H].
+        a: [R, H], the adapters' A stacked (q, k, v: R = 3 r); any float dtype, rounded to x's before the product.
+        groups: Adapters in the stack; each has R / groups rows.
+        dropout: Share of x's elements that an adapter drops, to the nearest 1/65536.
+        seed: int64 scalar tensor; another for each micro-batch.
+        stream: Another for each call in a micro-batch that needs masks of its own (below 2³²).
+        out: [T, R] that takes u.
+
+    Returns:
+        u [T, R] in x's dtype.
+    """
+    rounded = _wide(a.to(x.dtype))
+    masked = _dropped(x, groups, dropout, seed, stream)
+    if dropout == 0.0:
+        return _store(masked[0] @ rounded.T, x, out)
+    u = [m.to(x.dtype).to(m.dtype) @ part.T for m, part in zip(masked, rounded.chunk(groups), strict=True)]
+    return _store(torch.cat(u, dim=1), x, out)
+
+
+def lora_down_backward_(
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    *,
+    da: Tensor | None,
+    dx: Tensor | None,
+    groups: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> None:
+    """Backward of :func:`lora_down` with the same arguments: adds to da and to dx.
+
+    Args:
+        du: [T, R].
+        x: [T, H], as the forward took it.
+        a: [R, H], as the forward took it.
+        da: float32 [R, H]; duᵀ dropout(x) is added to it.
+        dx: [T, H] in x's dtype; dropout'(du A) is added to it (the frozen product's dX stands there already).
+        groups: As in the forward.
+        dropout: As in the forward.
+        seed: As in the forward.
+        stream: As in the forward.
+    """
+    wide_du, rounded = _wide(du), _wide(a.to(x.dtype))
+    if dropout == 0.0:
+        if da is not None:
+            da.add_(wide_du.T @ _wide(x))
+        if dx is not None:
+            dx.copy_(_wide(dx) + wide_du @ rounded)
+        return
+    if seed is None:
+        raise ValueError("dropout needs a seed")
+    scale = 1.0 / (1.0 - dropout_threshold(dropout) / 65536)
+    rows, columns = x.shape
+    keeps = dropout_keep(rows, columns, groups, dropout, seed, stream)
+    d_parts, a_parts = wide_du.chunk(groups, dim=1), rounded.chunk(groups)
+    if da is not None:
+        for part, d, keep in zip(da.chunk(groups), d_parts, keeps, strict=True):
+            part.add_(d.T @ (_wide(x) * keep), alpha=scale)
+    if dx is not None:
+        total = _wide(dx)
+        for d, part, keep in zip(d_parts, a_parts, keeps, strict=True):
+            total = total + (d @ part) * keep * scale
+        dx.copy_(total)
+
+
+def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> None:
+    """Add scaling x dyᵀ u to db.
+
+    Args:
+        dy: [T, out_features], the gradient of the adapted layer's output.
+        u: [T, r], as :func:`lora_down` gave it.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        db: float32 [out_features, r].
+    """
+    db.add_(_wide(dy).T @ _wide(u), alpha=scaling)
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+    """Cross-entropy: overwrite logits with their gradient, give the loss's sum.
+
+    Args:
+        logits: [N, V]; becomes (softmax - onehot(target)) x scale, zero in the rows without a target.
+        targets: int64 [N]; -100 where there is none.
+        scale: What the caller divides by and multiplies with (1 / supervised tokens, the loss scale), on the device
+            or the host.
+
+    Returns:
+        Sum over rows of -log softmax(logits)[target], not scaled; float32 scalar (float64 for float64).
+    """
+    wide = _wide(logits)
+    known = targets >= 0
+    index = targets.clamp(min=0)[:, None]
+    logsumexp = torch.logsumexp(wide, dim=-1, keepdim=True)
+    loss = ((logsumexp - wide.gather(1, index))[:, 0] * known).sum()
+    grad = torch.exp(wide - logsumexp)
+    grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -1.0))
+    logits.copy_(grad * (known[:, None] * scale))
+    return loss
+
+
+# -- gradient ----------------------------------------------------------------------------------------------------------
+
+
+def global_norm(grads: Tensor) -> Tensor:
+    """2-norm of the flat gradient, a scalar tensor."""
+    norm: Tensor = torch.linalg.vector_norm(grads)
+    return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """What gradients of this norm are multiplied with, and whether any of them is not finite; nothing waits.
+
+    The factor is ``clip_grad_norm_``'s: min(1, max_norm / (norm + 1e-6)).
+
+    Returns:
+        The factor, 1 where the norm isn't finite; the flag, a bool scalar tensor.
+    """
+    nonfinite = ~torch.isfinite(norm)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return torch.where(nonfinite, 1.0, factor), nonfinite
+
+
+# -- 8-bit AdamW -------------------------------------------------------------------------------------------------------
+
+BLOCK = 256
+"""Elements that share one absmax in the optimizer's 8-bit state."""
+MIN_8BIT = 4096
+"""Tensors of fewer elements keep their state in 32 bits."""
+ZERO_CODE = 127
+"""The signed code that stands for 0."""
+
+
+def aligned_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes start in a flat buffer, each at a multiple of ``BLOCK``; the buffer's length.
+
+    The gaps hold zeros: a parameter of zero with no gradient stays zero and changes no absmax.
+    """
+    padded = [-(-size // BLOCK) * BLOCK for size in sizes]
+    return [sum(padded[:i]) for i in range(len(sizes))], sum(padded)
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """bitsandbytes' AdamW state of many tensors in one flat buffer laid out by :func:`aligned_offsets`.
+
+    Attributes:
+        codes1: uint8 [N], the first moment's codes.
+        codes2: uint8 [N], the second moment's.
+        absmax1: float32 [N / 256].
+        absmax2: float32 [N / 256].
+        map1: float32 [256], values of the signed codes (bitsandbytes' ``create_dynamic_map``).
+        map2: float32 [256], values of the unsigned codes.
+        small: int32 [N / 256], for a block of a tensor under 4096 elements its row in exact1 and exact2, else -1.
+        exact1: float32 [rows, 256], the first moment of the small tensors.
+        exact2: float32 [rows, 256], the second.
+    """
+
+    codes1: Tensor
+    codes2: Tensor
+    absmax1: Tensor
+    absmax2: Tensor
+    map1: Tensor
+    map2: Tensor
+    small: Tensor
+    exact1: Tensor
+    exact2: Tensor
+
+    @classmethod
+    def zeros(cls, sizes: Sequence[int], device: torch.device | str) -> AdamWState:
+        """The state before the first step, for tensors of these sizes in this order."""
+        small: list[int] = []
+        rows = 0
+        for size in sizes:
+            blocks = -(-size // BLOCK)
+            exact = size < MIN_8BIT
+            small += range(rows, rows + blocks) if exact else [-1] * blocks
+            rows += blocks if exact else 0
+        total = len(small) * BLOCK
+        return cls(
+            codes1=torch.zeros(total, dtype=torch.uint8, device=device),
+            codes2=torch.zeros(total, dtype=torch.uint8, device=device),
+            absmax1=torch.zeros(len(small), device=device),
+            absmax2=torch.zeros(len(small), device=device),
+            map1=dynamic_map(signed=True).to(device),
+            map2=dynamic_map(signed=False).to(device),
+            small=torch.tensor(small, dtype=torch.int32, device=device),
+            exact1=torch.zeros(rows, BLOCK, device=device),
+            exact2=torch.zeros(rows, BLOCK, device=device),
+        )
+
+    def of_tensor(self, offset: int, size: int) -> dict[str, Tensor]:
+        """Views of one tensor's state under bitsandbytes' names, flat: what its optimizer would hold for it."""
+        blocks = slice(offset // BLOCK, -(-(offset + size) // BLOCK))
+        if size < MIN_8BIT:
+            row = int(self.small[offset // BLOCK]) * BLOCK
+            part = slice(row, row + size)
+            return {"state1": self.exact1.view(-1)[part], "state2": self.exact2.view(-1)[part]}
+        return {
+            "state1": self.codes1[offset : offset + size],
+            "state2": self.codes2[offset : offset + size],
+            "qmap1": self.map1,
+            "qmap2": self.map2,
+            "absmax1": self.absmax1[blocks],
+            "absmax2": self.absmax2[blocks],
+        }
+
+
+def dynamic_map(*, signed: bool) -> Tensor:
+    """float32 [256], ascending: the dynamic 8-bit data type (Dettmers 2015, arXiv:1511.04561), as bitsandbytes has it.
+
+    Decades 1e-6 … 1 share the codes: each decade has twice the values of the one below.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        count = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
+        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist()
+        if signed:
+            values += (-means).tolist()
+    values += [0.0] * (256 - len(values))
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def _quantize(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codes of [blocks, 256] and each block's absmax; a block of zeros has code 0, as it starts."""
+    absmax = values.abs().amax(-1)
+    scaled = values * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2)
+    return torch.where(absmax[:, None] > 0, codes, 0).to(torch.uint8), absmax
+
+
+def adamw_step_(
+    params: Tensor,
+    grads: Tensor,
+    state: AdamWState,
+    *,
+    lr: Tensor,
+    step: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One AdamW step over all tensors, with bitsandbytes' blockwise 8-bit state (Dettmers et al. 2021, 2110.02861).
+
+    m and v are decoded, updated in float32 and encoded again; the parameters use the float32 values:
+    p -= lr x (weight_decay x p + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
+
+    Args:
+        params: float32 [N], laid out by :func:`aligned_offsets`; updated.
+        grads: float32 [N].
+        state: Updated.
+        lr: float32 scalar tensor.
+        step: int64 scalar tensor, 1 for the first step.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        grad_scale: float32 scalar tensor that gradients are multiplied with first (clipping, loss scale).
+        skip: bool scalar tensor; True leaves everything as it is.
+    """
+    if skip is not None and bool(skip):
+        return
+    rate, t = float(lr), int(step)
+    beta1, beta2 = betas
+    correction1, correction2 = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
+    g = (grads if grad_scale is None else grads * grad_scale).view(-1, BLOCK)
+    p = params.view(-1, BLOCK)
+    if weight_decay > 0.0:
+        p.mul_(1.0 - rate * weight_decay)
+
+    coded = torch.nonzero(state.small < 0)[:, 0]
+    codes1, codes2 = state.codes1.view(-1, BLOCK), state.codes2.view(-1, BLOCK)
+    m = state.map1[codes1[coded].int()] * state.absmax1[coded, None]
+    v = state.map2[codes2[coded].int()] * state.absmax2[coded, None]
+    m.mul_(beta1).add_(g[coded], alpha=1.0 - beta1)
+    v.mul_(beta2).addcmul_(g[coded], g[coded], value=1.0 - beta2)
+    p[coded] = p[coded].addcdiv_(m, (v.sqrt() / correction2).add_(eps), value=-rate / correction1)
+    encoded, state.absmax1[coded] = _quantize(m, state.map1)
+    # A negative moment never becomes zero, so that its sign lives on (bitsandbytes' CUDA kernel does the same).
+    codes1[coded] = encoded - ((encoded == ZERO_CODE) & (m < 0)).to(torch.uint8)
+    codes2[coded], state.absmax2[coded] = _quantize(v, state.map2)
+
+    exact = torch.nonzero(state.small >= 0)[:, 0]
+    m, v = state.exact1, state.exact2
+    m.mul_(beta1).add_(g[exact], alpha=1.0 - beta1)
+    v.mul_(beta2).addcmul_(g[exact], g[exact], value=1.0 - beta2)
+    update = m / (v.sqrt() + eps * correction2)
+    p[exact] = p[exact].add_(update, alpha=-rate * correction2 / correction1)
