@@ -17,22 +17,17 @@ tensors and these functions elsewhere. What holds for all of them:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from slimtune.engine.kernels.formats import BLOCK, NF4_CODE, ZERO_CODE, AdamWState, NestedScales
+
 __all__ = [
-    "NF4_CODE",
-    "AdamWState",
-    "NestedScales",
     "adamw_step_",
-    "aligned_offsets",
     "clip_factor",
     "dequantize",
     "dropout_keep",
-    "dynamic_map",
     "global_norm",
     "lora_down",
     "lora_down_backward_",
@@ -60,43 +55,6 @@ def _store(value: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
 
 
 # -- NF4 ---------------------------------------------------------------------------------------------------------------
-
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""The sixteen values of NF4 (Dettmers et al. 2023, appendix E; bitsandbytes' ``get_4bit_type("nf4")``)."""
-
-
-@dataclass(frozen=True)
-class NestedScales:
-    """What undoes double quantisation: block scale = code[absmax] x nested absmax + offset (bitsandbytes' ``state2``).
-
-    Attributes:
-        absmax: float32, one for each ``blocksize`` block scales.
-        code: float32 [256], the values of the 8-bit codes.
-        offset: float32 scalar tensor, the mean that was taken off the block scales.
-        blocksize: Block scales that share one nested absmax.
-    """
-
-    absmax: Tensor
-    code: Tensor
-    offset: Tensor
-    blocksize: int = 256
 
 
 def dequantize(
@@ -549,105 +507,6 @@ def clip_factor(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
 
 # -- 8-bit AdamW -------------------------------------------------------------------------------------------------------
-
-BLOCK = 256
-"""Elements that share one absmax in the optimizer's 8-bit state."""
-MIN_8BIT = 4096
-"""Tensors of fewer elements keep their state in 32 bits."""
-ZERO_CODE = 127
-"""The signed code that stands for 0."""
-
-
-def aligned_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of these sizes start in a flat buffer, each at a multiple of ``BLOCK``; the buffer's length.
-
-    The gaps hold zeros: a parameter of zero with no gradient stays zero and changes no absmax.
-    """
-    padded = [-(-size // BLOCK) * BLOCK for size in sizes]
-    return [sum(padded[:i]) for i in range(len(sizes))], sum(padded)
-
-
-@dataclass(frozen=True)
-class AdamWState:
-    """bitsandbytes' AdamW state of many tensors in one flat buffer laid out by :func:`aligned_offsets`.
-
-    Attributes:
-        codes1: uint8 [N], the first moment's codes.
-        codes2: uint8 [N], the second moment's.
-        absmax1: float32 [N / 256].
-        absmax2: float32 [N / 256].
-        map1: float32 [256], values of the signed codes (bitsandbytes' ``create_dynamic_map``).
-        map2: float32 [256], values of the unsigned codes.
-        small: int32 [N / 256], for a block of a tensor under 4096 elements its row in exact1 and exact2, else -1.
-        exact1: float32 [rows, 256], the first moment of the small tensors.
-        exact2: float32 [rows, 256], the second.
-    """
-
-    codes1: Tensor
-    codes2: Tensor
-    absmax1: Tensor
-    absmax2: Tensor
-    map1: Tensor
-    map2: Tensor
-    small: Tensor
-    exact1: Tensor
-    exact2: Tensor
-
-    @classmethod
-    def zeros(cls, sizes: Sequence[int], device: torch.device | str) -> AdamWState:
-        """The state before the first step, for tensors of these sizes in this order."""
-        small: list[int] = []
-        rows = 0
-        for size in sizes:
-            blocks = -(-size // BLOCK)
-            exact = size < MIN_8BIT
-            small += range(rows, rows + blocks) if exact else [-1] * blocks
-            rows += blocks if exact else 0
-        total = len(small) * BLOCK
-        return cls(
-            codes1=torch.zeros(total, dtype=torch.uint8, device=device),
-            codes2=torch.zeros(total, dtype=torch.uint8, device=device),
-            absmax1=torch.zeros(len(small), device=device),
-            absmax2=torch.zeros(len(small), device=device),
-            map1=dynamic_map(signed=True).to(device),
-            map2=dynamic_map(signed=False).to(device),
-            small=torch.tensor(small, dtype=torch.int32, device=device),
-            exact1=torch.zeros(rows, BLOCK, device=device),
-            exact2=torch.zeros(rows, BLOCK, device=device),
-        )
-
-    def of_tensor(self, offset: int, size: int) -> dict[str, Tensor]:
-        """Views of one tensor's state under bitsandbytes' names, flat: what its optimizer would hold for it."""
-        blocks = slice(offset // BLOCK, -(-(offset + size) // BLOCK))
-        if size < MIN_8BIT:
-            row = int(self.small[offset // BLOCK]) * BLOCK
-            part = slice(row, row + size)
-            return {"state1": self.exact1.view(-1)[part], "state2": self.exact2.view(-1)[part]}
-        return {
-            "state1": self.codes1[offset : offset + size],
-            "state2": self.codes2[offset : offset + size],
-            "qmap1": self.map1,
-            "qmap2": self.map2,
-            "absmax1": self.absmax1[blocks],
-            "absmax2": self.absmax2[blocks],
-        }
-
-
-def dynamic_map(*, signed: bool) -> Tensor:
-    """float32 [256], ascending: the dynamic 8-bit data type (Dettmers 2015, arXiv:1511.04561), as bitsandbytes has it.
-
-    Decades 1e-6 … 1 share the codes: each decade has twice the values of the one below.
-    """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        count = 2**exponent if signed else 2 ** (exponent + 1)
-        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
-        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += means.tolist()
-        if signed:
-            values += (-means).tolist()
-    values += [0.0] * (256 - len(values))
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def _quantize(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
