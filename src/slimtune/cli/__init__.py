@@ -1,5 +1,126 @@
-"""The verbs: parse, call a recipe, turn errors into exit codes."""
+"""The command line: verbs that parse, call a recipe, and turn errors into exit codes.
+
+Verbs are loaded when they are called, so that ``slimtune --help`` answers at once; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+import slimtune
+from slimtune.errors import SlimtuneError
+
+__all__ = ["main", "slimtune_command"]
+
+# verb: what its line in --help says. Its command stands in slimtune.cli.<verb> as `command`.
+VERBS = {
+    "train": "Fine-tune MODEL on DATA and save the adapter.",
+    "demo": "The whole job on the embedded model: train, and see it learn.",
+    "data": "Prove DATA row by row and show what the model will see.",
+    "resume": "Go on with a run that was stopped.",
+    "chat": "Talk to a run, or to a bare model.",
+    "generate": "Answer a file of prompts.",
+    "eval": "Loss and perplexity of a run on DATA.",
+    "compare": "Base against tuned on held-out rows.",
+    "merge": "Merge the adapter into the 16-bit base.",
+    "export": "Ship a run: GGUF, Ollama, MLX, vLLM.",
+    "push": "Publish the adapter with its model card.",
+    "serve": "Serve a run over the OpenAI API.",
+    "explain": "What this run did, from what was measured.",
+    "config": "Print the documented defaults as YAML, or a JSON schema.",
+    "doctor": "Check this machine and the installed versions.",
+}
 
 
-def main() -> None:
-    """Entry point of the ``slimtune`` command."""
+class _Verbs(click.Group):
+    """A group that imports a verb's module only when the verb is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [verb for verb in VERBS if importlib.util.find_spec(f"slimtune.cli.{verb}") is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"slimtune.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        verbs = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in verbs:
+            near = difflib.get_close_matches(args[0], verbs, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such verb {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, VERBS[verb]) for verb in self.list_commands(ctx)])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(slimtune.__version__, prog_name="slimtune")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def slimtune_command(ctx: click.Context, debug: bool) -> None:
+    """Fine-tune a chat model in 4 bits on your own GPU.
+
+    \b
+    slimtune demo                          see it work, on this machine, without a network
+    slimtune train MODEL DATA -o RUN       train a LoRA adapter
+    slimtune chat RUN                      talk to the result
+    """
+    ctx.ensure_object(dict)["debug"] = debug
+
+
+def main() -> NoReturn:
+    """Entry point of the ``slimtune`` command. Ends with the exit codes of :mod:`slimtune.errors`."""
+    # Read by the Rust tokenizers when they load; it keeps their fork warning off the screen. Set in the command's own
+    # process only, never by importing slimtune.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    debug = "--debug" in sys.argv
+    # --debug is understood after the verb as well: people add it to the end of a line that failed.
+    arguments = (["--debug"] if debug else []) + [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        code: Any = slimtune_command.main(args=arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except SlimtuneError as error:
+        if debug:
+            traceback.print_exc()
+        say_error(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nslimtune: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) went away: no fault of anybody's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        # The last stop: a fault of slimtune's own. It is said in one line, and exits 1.
+        if debug:
+            traceback.print_exc()
+        text = str(error).strip().splitlines() or [""]
+        click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
+        click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
+        sys.exit(1)
+
+
+def say_error(error: SlimtuneError) -> None:
+    """Print an error: what, rule, way out, each on its own line."""
+    click.echo(click.style("error: ", fg="red", bold=True) + error.what, err=True)
+    for line in (error.rule, error.way_out):
+        if line:
+            click.echo(f"       {line}", err=True)

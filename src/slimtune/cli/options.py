@@ -1,0 +1,98 @@
+"""Command-line flags made from the config's own fields: one source for names, defaults and help."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slimtune.config import Config, load_config
+from slimtune.errors import UserError
+
+__all__ = ["config_from_flags", "config_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+# Given as arguments or by a verb itself, not as flags made here.
+_NOT_FLAGS = {"model", "data", "output"}
+
+
+def config_options(function: F) -> F:
+    """Give a click command `--config FILE` and one flag for each key of the config."""
+    for name, field in reversed(Config.model_fields.items()):
+        if name not in _NOT_FLAGS:
+            function = _option(name, field.annotation, field.default, field.description or "")(function)
+    return click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file; flags win.")(
+        function
+    )
+
+
+def config_from_flags(config_file: Path | None, flags: dict[str, Any]) -> Config:
+    """The config of a YAML file and the flags that were given; flags win."""
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    for name in ("map", "rank_pattern", "alpha_pattern"):
+        if name in given:
+            given[name] = dict(_pair(name, text) for text in given[name])
+    return load_config(config_file, **given)
+
+
+def _pair(name: str, text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not equals or not left or not right:
+        raise UserError(f"--{name.replace('_', '-')} {text!r}", rule="It is written name=value.")
+    return left, right
+
+
+def _option(name: str, annotation: Any, default: Any, description: str) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    text = " ".join(description.split())
+    if annotation is bool:
+        return click.option(
+            f"{flag}/--no-{name.replace('_', '-')}", name, default=None, help=_with_default(text, default)
+        )
+    if _is_mapping(annotation):
+        return click.option(flag, name, multiple=True, metavar="NAME=VALUE", help=text)
+    if name == "eval":
+        return click.option(flag, name, multiple=True, metavar="DATA", help=text)
+    choices = _choices(annotation)
+    if choices:
+        return click.option(flag, name, default=None, type=click.Choice(choices), help=_with_default(text, default))
+    return click.option(flag, name, default=None, metavar=_metavar(annotation), help=_with_default(text, default))
+
+
+def _with_default(text: str, default: Any) -> str:
+    if default is None:
+        return text
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f"{text}  [{default}]" if default != "" else text
+
+
+def _parts(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [part for part in typing.get_args(annotation) if part is not type(None)]
+    return [annotation]
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict
+
+
+def _choices(annotation: Any) -> list[str]:
+    parts = _parts(annotation)
+    if len(parts) == 1 and typing.get_origin(parts[0]) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(parts[0])]
+    return []
+
+
+def _metavar(annotation: Any) -> str:
+    text = repr(annotation)
+    for mark, metavar in (("Path", "FILE"), ("tuple[str", "NAMES"), ("float", "NUMBER"), ("int", "N")):
+        if mark in text:
+            return metavar
+    return "TEXT"

@@ -1,0 +1,40 @@
+"""``slimtune train MODEL DATA -o RUN``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimtune.cli.options import config_from_flags, config_options
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.argument("data", nargs=-1)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")
+@click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@config_options
+def command(
+    model: str | None, data: tuple[str, ...], output: Path | None, as_json: bool, config_file: Path | None, **flags: Any
+) -> None:
+    """Fine-tune MODEL on DATA and save the adapter in a run folder.
+
+    MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more local files
+    (json, jsonl, csv, tsv, parquet) or hub ids.
+    """
+    config = config_from_flags(config_file, {"model": model, "data": data, "output": output, **flags})
+
+    from slimtune.cli.screen import TrainingScreen
+    from slimtune.recipes import finetune
+
+    screen = TrainingScreen(quiet=as_json)
+    run = finetune(config, screen=screen)
+    if as_json:
+        click.echo(json.dumps(run.read_json(run.facts_file), ensure_ascii=False, indent=2))
+    else:
+        screen.done(run)

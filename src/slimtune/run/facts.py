@@ -1,0 +1,134 @@
+"""What a run measured of itself: the material of ``slimtune explain`` and of the report.
+
+Every number here was counted or timed on the run. ``None`` means that it was not measured, and is said so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["AdapterFacts", "BaseFacts", "ChoiceFact", "Facts", "OptimizerFacts", "TrainingFacts", "VerifiedFacts"]
+
+
+@dataclass
+class BaseFacts:
+    """Part one of the notes: the base in 4 bits."""
+
+    model: str
+    """As the person named it."""
+    source: str
+    """The folder or hub id that was loaded."""
+    class_name: str
+    quantization: str
+    """nf4 or none."""
+    double_quant: bool
+    compute_dtype: str
+    parameters: int
+    parts: list[dict[str, Any]]
+    """One entry a part (attention, MLP, embedding, head, norms): part, parameters, bytes_16bit, bytes_now."""
+    bytes_16bit: int
+    bytes_now: int
+    fingerprint_before: str
+    """SHA-256 over the frozen base before training (:func:`slimtune.base.quantize.fingerprint`)."""
+    fingerprint_after: str | None = None
+
+
+@dataclass
+class AdapterFacts:
+    """Parts two and three: the adapter, and who wrapped the model in it."""
+
+    r: int
+    alpha: int
+    dropout: float
+    targets: list[str]
+    class_before: str
+    """Class of the model that SFTTrainer was given."""
+    class_after: str
+    """Class of the model that SFTTrainer made of it."""
+    wrapped_by: str
+    modules: dict[str, int]
+    """Wrapped modules by name: {"q_proj": 30, …}."""
+    trainable_parameters: int
+    total_parameters: int
+    file_bytes: int | None = None
+    """Bytes of adapter_model.safetensors."""
+    folder_files: list[str] = field(default_factory=list)
+    """Everything that was saved in adapter/."""
+
+
+@dataclass
+class OptimizerFacts:
+    """Part four: the optimizer."""
+
+    name: str
+    """As the config has it."""
+    class_name: str
+    state_bytes: dict[str, int]
+    """Bytes of the optimizer's state by dtype, without step counters."""
+    parameters: int
+    """Parameters that it updates; fp32 Adam would need 8 bytes for each."""
+
+
+@dataclass
+class TrainingFacts:
+    """What the training did."""
+
+    engine: str
+    """fused or plain, with the reason if it fell back."""
+    steps: int
+    epochs: float
+    first_loss: float
+    last_loss: float
+    """Mean of the last tenth of the logged steps."""
+    seconds: float
+    tokens: int
+    """Tokens that went through the model, padding left out."""
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    memory_kind: str
+    """"gpu peak allocated" or "process resident"."""
+    eval_loss: float | None = None
+
+
+@dataclass
+class VerifiedFacts:
+    """The adapter read back into a fresh base."""
+
+    keys_match: bool
+    all_finite: bool
+    outputs_differ: bool
+    largest_difference: float
+    """Largest difference of a logit with the adapter on and off."""
+
+
+@dataclass
+class ChoiceFact:
+    """One value that slimtune chose."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass
+class Facts:
+    """All of it."""
+
+    run: str
+    created: str
+    base: BaseFacts
+    adapter: AdapterFacts
+    training: TrainingFacts | None = None
+    optimizer: OptimizerFacts | None = None
+    verified: VerifiedFacts | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    """The data proof's summary: rows in, trained, dropped; tokens, supervised; packs and how full they are."""
+    choices: list[ChoiceFact] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as ``facts.json`` holds it."""
+        return asdict(self)

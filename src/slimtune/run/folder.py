@@ -1,0 +1,155 @@
+"""A run's folder: where each file stands, and how it is written and read.
+
+======================  =============================================================================
+``config.yaml``         the resolved config: what ran
+``environment.json``    machine and library versions
+``metrics.jsonl``       one JSON object a logged step
+``ledger.jsonl``        each row of the data that was dropped or repaired, with its place and the reason
+``facts.json``          what ``slimtune explain`` says, measured
+``adapter/``            what was trained: adapter, tokenizer, chat template
+``checkpoints/``        what `slimtune resume` goes on from
+``log.txt``             what upstream libraries said
+``report.html, .md``    the report
+======================  =============================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimtune.config import Config, load_config
+from slimtune.errors import UserError
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.ledger_file = path / "ledger.jsonl"
+        self.facts_file = path / "facts.json"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.log_file = path / "log.txt"
+        self.report_html = path / "report.html"
+        self.report_markdown = path / "report.md"
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path, *, overwrite: bool = False) -> Iterator[RunFolder]:
+        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind.
+
+        Raises:
+            UserError: The folder holds something already and ``overwrite`` is off, or it can't be made.
+        """
+        fresh = not path.exists()
+        if not fresh and (not path.is_dir() or any(path.iterdir())):
+            if not overwrite:
+                raise UserError(
+                    f"output {path} exists and is not empty",
+                    rule="A run never writes over another.",
+                    way_out="Choose another folder (-o), or pass --overwrite.",
+                )
+            _refuse_foreign(path)
+            shutil.rmtree(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output folder {path} can't be made: {error.strerror}") from None
+        try:
+            yield cls(path)
+        except UserError:
+            shutil.rmtree(path, ignore_errors=True)
+            if not fresh:
+                path.mkdir()
+            raise
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UserError: ``path`` holds no run.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(
+                f"{path} is no run of slimtune: it has no config.yaml",
+                way_out="Give the folder that `slimtune train -o` wrote.",
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved config that ran."""
+        return load_config(self.config_file)
+
+    def write_config(self, config: Config) -> None:
+        """Record what runs."""
+        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+
+    def write_json(self, file: Path, value: Any) -> None:
+        """Write ``value`` whole: readers see the old file or the new one."""
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+    def read_json(self, file: Path) -> dict[str, Any]:
+        """Read one of the run's JSON files; empty if it wasn't written.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        if not file.is_file():
+            return {}
+        try:
+            value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} can't be read: {error}") from None
+        return value
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to the metrics. A NaN is written as null with its true value beside it, so the file stays JSON."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of the metrics; a last line cut off by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        records = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+
+def _json_safe(record: Mapping[str, Any]) -> dict[str, Any]:
+    safe: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+            safe[key], safe[f"{key}_text"] = None, str(value)
+        else:
+            safe[key] = value
+    return safe
+
+
+def _refuse_foreign(path: Path) -> None:
+    """--overwrite replaces a run, never somebody's other folder."""
+    if not path.is_dir() or not any((path / name).exists() for name in ("config.yaml", "log.txt", "environment.json")):
+        raise UserError(
+            f"output {path} is no run of slimtune",
+            rule="--overwrite replaces runs only.",
+            way_out="Choose another folder (-o).",
+        )

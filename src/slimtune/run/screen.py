@@ -1,0 +1,89 @@
+"""What a person sees while a recipe runs: short lines, one bar, and nothing of upstream's noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+__all__ = ["Screen", "megabytes", "time_left"]
+
+_LINES_WITHOUT_TERMINAL = 20
+
+
+class Screen:
+    """Lines and a progress bar on stderr; silent if ``quiet``, a line now and then where there is no terminal."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, label: str, text: str) -> None:
+        """One line: a label and what is to be said under it."""
+        self.console.print(f"  [bold]{label:<9}[/bold]{text}")
+
+    def warn(self, text: str) -> None:
+        """One line that should not be missed."""
+        self.console.print(f"  [bold yellow]{'warning':<9}[/bold yellow]{text}", markup=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """A spinner while something takes seconds."""
+        if self.console.is_terminal:
+            with self.console.status(f"  {text}"):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """The bar of the optimizer steps; :meth:`record` moves it."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        columns = (
+            TextColumn("  [bold]training [/bold]"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            self._progress, self._task = progress, progress.add_task("training", total=1, numbers="")
+            try:
+                yield
+            finally:
+                self._progress = self._task = None
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show one record of the trainer (see :class:`slimtune.training.progress.MetricsCallback`)."""
+        if "eval_loss" in record:
+            self.say("eval", f"step {record['step']}: loss {record['eval_loss']:.4f}")
+        if "loss" not in record:
+            return
+        numbers = (
+            f"loss {record['loss']:.4f} · {record['tokens_per_second']:,.0f} tokens/s · "
+            f"{megabytes(record['memory_bytes'])} · {time_left(record['seconds_left'])} left"
+        )
+        step, steps = int(record["step"]), int(record["steps"])
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
+        elif step == 1 or step == steps or step % max(1, steps // _LINES_WITHOUT_TERMINAL) == 0:
+            self.say("training", f"{step}/{steps} · {numbers}")
+
+
+def megabytes(count: float) -> str:
+    """Bytes as people read them: 1.8 MB, 1.31 GB (powers of ten)."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def time_left(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
