@@ -1,0 +1,52 @@
+"""Triton where there is one, and which tensors run on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # torch for a machine without an NVIDIA or AMD GPU comes without Triton
+    triton = tl = None
+
+__all__ = ["Ptr", "cdiv", "jit", "pow2", "row_alignment", "runs_on_triton", "tl"]
+
+Ptr = Any
+"""A kernel's argument that is a tensor's address."""
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``; without Triton the function itself, which is then never called."""
+    return function if triton is None else triton.jit(function)
+
+
+def runs_on_triton(x: Tensor) -> bool:
+    """Whether kernels take x: on CUDA, and on the CPU under Triton's interpreter; never in float64."""
+    if triton is None or x.dtype == torch.float64:
+        return False
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def pow2(n: int) -> int:
+    """The least power of two that is at least n; a block's sizes are powers of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_alignment(*matrices: Tensor | None) -> int:
+    """Elements, at most 8, that every row's start is a multiple of: how wide a kernel may read and write.
+
+    Triton finds out by itself only whether a stride is a multiple of 16. A row of [T, H + 24] isn't, but 16-byte
+    accesses fit it all the same.
+    """
+    strides = [stride for m in matrices if m is not None for stride in m.stride()[:-1]]
+    return math.gcd(8, *strides)

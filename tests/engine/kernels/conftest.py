@@ -1,0 +1,48 @@
+"""Kernel tests run three times: on the reference path (no GPU), under Triton's interpreter (test_interpreter.py), and
+on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.kernels.maker import Maker
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def make(device: str, dtype: torch.dtype) -> Maker:
+    return Maker(device, dtype)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def _bfloat16_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts float32 off to bfloat16, where every GPU rounds to nearest; here it rounds too."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        return cut(self, src, dst_type)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)

@@ -1,0 +1,40 @@
+"""How far a kernel may be from its float64 reference, by the dtype of its inputs and outputs, and why.
+
+An error is measured relative to the largest magnitude in the expected tensor, so that a bound means "units of the
+result's own scale" and elements near zero don't decide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOLERANCES", "assert_close", "relative_error"]
+
+TOLERANCES: dict[torch.dtype, float] = {
+    # 24 bits of mantissa: one rounding is 6e-8; sums of a few thousand terms in another order and approximate
+    # exp and division cost a few dozen of those.
+    torch.float32: 4e-6,
+    # 11 bits: rounding the result once costs 2^-11 = 4.9e-4 of an element at most; everything before is float32.
+    torch.float16: 5.5e-4,
+    # 8 bits: 2^-8 / 2 = 3.9e-3 at most, likewise.
+    torch.bfloat16: 4.2e-3,
+}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude expected; infinite if ``actual`` has a value that isn't finite."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """``actual`` is within ``factor`` tolerances of ``dtype`` of the float64 reference ``expected``.
+
+    A factor over 1 stands beside the test with its reason: a result that was rounded more than once.
+    """
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error, bound = relative_error(actual, expected), TOLERANCES[dtype] * factor
+    assert error <= bound, f"relative error {error:.3g} over {bound:.3g} for {dtype}"
