@@ -1,0 +1,226 @@
+"""Causal attention inside each document, forward and backward, without autograd.
+
+Three ways to compute it, chosen by :func:`choose`:
+
+- ``cudnn``: all documents are rows of one length (a padded batch, or a pack of full rows); PyTorch's cuDNN kernel.
+- ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
+  it reads on the device, so a CUDA graph follows new lengths.
+- ``torch``: anything else (a CPU, 32 and 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain
+  matrix products where a sliding window is shorter than a document.
+
+Shapes: T tokens, N heads, K kv heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Attention", "Documents", "Way", "choose"]
+
+Way = Literal["cudnn", "varlen", "torch"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a micro-batch of T tokens lie."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each, in order, known on the host; they sum to T."""
+    boundaries: Tensor
+    """int32 [n + 1 or more] on the device: 0, then each document's end; may go on repeating T."""
+    longest: int
+    """At least the longest document's tokens; what varlen's grid is made for."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    @property
+    def row_length(self) -> int | None:
+        """The length of each document, if all have the same."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, documents: Documents) -> Way:
+    """The fastest way that computes these documents on this device."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+        return "torch"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "torch"  # FlashAttention-2 and cuDNN's kernels begin at compute capability 8.0
+    row = documents.row_length
+    if row is not None and row >= 64 and head_dim <= 128:
+        return "cudnn"
+    return "varlen"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention over given documents.
+
+    Args:
+        documents: The documents.
+        way: How to compute it.
+        scale: What the scores are multiplied with.
+        window: Sliding window in tokens, or None.
+    """
+
+    documents: Documents
+    way: Way
+    scale: float
+    window: int | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """o [T, N, D] of q [T, N, D], k and v [T, K, D], and what the backward needs besides them."""
+        if self.way == "varlen":
+            return self._varlen_forward(q, k, v)
+        if self.way == "cudnn" and not self._windowed(self.documents.longest):
+            return self._cudnn_forward(q, k, v)
+        if self.way == "cudnn":
+            return self._varlen_forward(q, k, v)
+        return self._torch_forward(q, k, v)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq [T, N, D], dk and dv [T, K, D]."""
+        if self.way == "torch":
+            return self._torch_backward(do, q, k, v, o, saved)
+        if self.way == "cudnn" and not self._windowed(self.documents.longest):
+            return self._cudnn_backward(do, q, k, v, o, saved)
+        return self._varlen_backward(do, q, k, v, o, saved)
+
+    def _windowed(self, length: int) -> bool:
+        return self.window is not None and self.window < length
+
+    # -- FlashAttention-2 over cumulative lengths ---------------------------------------------------------------------
+
+    def _varlen_options(self) -> dict[str, Any]:
+        left = self.window - 1 if self.window is not None and self._windowed(self.documents.longest) else None
+        return {
+            "scale": self.scale,
+            "window_size_left": left,
+            "window_size_right": None if left is None else 0,
+        }
+
+    def _varlen_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        ends, longest = self.documents.boundaries, self.documents.longest
+        o, logsumexp, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, ends, ends, longest, longest, 0.0, True, False, **self._varlen_options()
+        )
+        return o, (logsumexp, rng, unused)
+
+    def _varlen_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ends, longest = self.documents.boundaries, self.documents.longest
+        logsumexp, rng, unused = saved
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            do, q, k, v, o, logsumexp, ends, ends, longest, longest, 0.0, True, rng, unused, **self._varlen_options()
+        )
+        return dq, dk, dv
+
+    # -- cuDNN over rows of one length --------------------------------------------------------------------------------
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """[T, heads, D] as [rows, heads, row length, D], the same memory."""
+        length = self.documents.longest
+        return x.view(-1, length, *x.shape[1:]).transpose(1, 2)
+
+    def _cudnn_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            self._rows(q), self._rows(k), self._rows(v), None, True, 0.0, True, False, scale=self.scale
+        )
+        o, logsumexp, _, _, _, _, seed, offset, _ = result
+        return o.transpose(1, 2).flatten(0, 1), (logsumexp, seed, offset)
+
+    def _cudnn_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logsumexp, seed, offset = saved
+        length = self.documents.longest
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            self._rows(do), self._rows(q), self._rows(k), self._rows(v), self._rows(o), logsumexp, seed, offset,
+            None, None, None, length, length, 0.0, True, scale=self.scale,
+        )  # fmt: skip
+        dq, dk, dv = (grad.transpose(1, 2).flatten(0, 1) for grad in grads)
+        return dq, dk, dv
+
+    # -- document by document -----------------------------------------------------------------------------------------
+
+    def _pieces(self) -> Iterator[tuple[slice, int]]:
+        """(tokens, rows): neighbouring documents of one length are computed together, as rows."""
+        start, index, lengths = 0, 0, self.documents.lengths
+        while index < len(lengths):
+            rows = 1
+            while index + rows < len(lengths) and lengths[index + rows] == lengths[index]:
+                rows += 1
+            if lengths[index]:
+                yield slice(start, start + rows * lengths[index]), rows
+            start += rows * lengths[index]
+            index += rows
+
+    def _torch_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        saved = []
+        for tokens, rows in self._pieces():
+            parts = [_as_rows(x[tokens], rows, q.shape[1]) for x in (q, k, v)]
+            if self._by_flash_kernel(parts[0]):
+                piece, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *parts, 0.0, True, scale=self.scale
+                )
+            else:
+                probabilities, logsumexp = self._probabilities(parts[0], parts[1], None)
+                piece = probabilities @ parts[2]
+            o[tokens] = piece.transpose(1, 2).flatten(0, 1)
+            saved.append(logsumexp)
+        return o, tuple(saved)
+
+    def _torch_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        for (tokens, rows), logsumexp in zip(self._pieces(), saved, strict=True):
+            do_, q_, k_, v_, o_ = (_as_rows(x[tokens], rows, q.shape[1]) for x in (do, q, k, v, o))
+            if self._by_flash_kernel(q_):
+                piece = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    do_, q_, k_, v_, o_, logsumexp, 0.0, True, scale=self.scale
+                )
+            else:
+                piece = self._plain_backward(do_, q_, k_, v_, o_, logsumexp)
+            for grad, part in zip(grads, piece, strict=True):
+                heads = part.transpose(1, 2).flatten(0, 1)
+                # Query heads that share a kv head: their gradients add up.
+                grad[tokens] = heads.view(heads.shape[0], grad.shape[1], -1, heads.shape[2]).sum(2)
+        return grads[0], grads[1], grads[2]
+
+    def _by_flash_kernel(self, q: Tensor) -> bool:
+        return q.device.type == "cpu" and not self._windowed(q.shape[2])
+
+    def _probabilities(self, q: Tensor, k: Tensor, logsumexp: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
+        position = torch.arange(q.shape[2], device=q.device)
+        distance = position[:, None] - position
+        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        logsumexp = torch.logsumexp(scores, dim=-1) if logsumexp is None else logsumexp
+        return torch.exp(scores - logsumexp[..., None]).to(q.dtype), logsumexp
+
+    def _plain_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p, _ = self._probabilities(q, k, logsumexp)
+        dp = do @ v.transpose(2, 3)
+        ds = p * (dp - (do * o).sum(-1, keepdim=True)) * self.scale
+        return ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ do
+
+
+def _as_rows(x: Tensor, rows: int, heads: int) -> Tensor:
+    """[rows x length, heads or fewer, D] as [rows, heads, length, D]; kv heads are repeated for their query heads."""
+    rows_first = x.reshape(rows, -1, *x.shape[1:]).transpose(1, 2)
+    return rows_first if x.shape[1] == heads else rows_first.repeat_interleave(heads // x.shape[1], dim=1)

@@ -1,0 +1,348 @@
+"""Makes one PEFT-wrapped model instance fast inside anybody's own training script, and can undo it.
+
+Two methods of the instance are shadowed by attributes of the same name: the backbone's ``forward``, and the causal
+language model's where TRL asks it for a fused head. No class and no other model is touched. A call that the engine
+doesn't compute (generation with a cache, hidden states, masks that pad on the left, merged or disabled adapters) goes
+to the model's own method, and so does a layer that can't be fused.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
+
+from slimtune.engine.attention import Documents, choose
+from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
+from slimtune.engine.loss import token_log_probs
+from slimtune.engine.microbatch import IGNORED
+from slimtune.engine.structure import CannotFuse, Decoder, read_decoder
+from slimtune.engine.weights import Gradients, unpack_for_training
+
+__all__ = ["Fusion", "fuse"]
+
+_HEAD_TOKENS = 1024
+_REFUSED = ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position")
+
+
+@dataclass
+class Fusion:
+    """What :func:`fuse` did to a model."""
+
+    model: nn.Module
+    fused_layers: int
+    unfused: dict[str, str] = field(default_factory=dict)
+    """Layers that stay as they are, with the reason."""
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give the model its own methods back. Weights and adapters were never changed."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        total = self.fused_layers + len(self.unfused)
+        reasons = "".join(f"; {name} stays unfused: {reason}" for name, reason in self.unfused.items())
+        return f"fused {self.fused_layers} of {total} decoder layers and the head{reasons}"
+
+
+def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | None = None) -> Fusion:
+    """Make ``model``, wrapped by PEFT, train with slimtune's fused layers; one line after a trainer is made.
+
+    Args:
+        model: Causal language model with a LoRA adapter; usually ``trainer.model``.
+        keep: What each layer keeps for its backward. It replaces gradient checkpointing, which fused layers ignore.
+        keep_weights: Hold the base dequantised in the compute dtype beside its 4-bit weights: faster, 2 bytes a
+            parameter. By default on a CPU only.
+
+    Returns:
+        What was swapped, and how to undo it.
+
+    Raises:
+        CannotFuse: Nothing can be fused; the message says why.
+    """
+    decoder = read_decoder(model)
+    backbone = decoder.backbone
+    if hasattr(backbone.forward, "slimtune_fusion"):
+        raise CannotFuse("the model is fused already", way_out="Undo that first: Fusion.undo().")
+    fusion = Fusion(model, len(decoder.fused), dict(decoder.unfused))
+    for linear in decoder.linears():
+        unpack_for_training(linear)
+        # bitsandbytes' inference kernel on a CPU would repack the weights that training reads.
+        if getattr(linear.base, "support_avx512bf16_for_cpu", False):
+            _shadow(fusion, linear.base, "support_avx512bf16_for_cpu", False)
+    runner = _Runner(decoder, keep, decoder.head.device.type == "cpu" if keep_weights is None else keep_weights)
+
+    own_backbone, own_model = backbone.forward, decoder.model.forward
+
+    def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = runner.accepts(self, args, kwargs)
+        return own_backbone(*args, **kwargs) if call is None else runner.backbone(call)
+
+    def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = runner.accepts(self, args, kwargs) if kwargs.get("fused_lm_head") else None
+        return own_model(*args, **kwargs) if call is None else runner.with_head(call, kwargs)
+
+    for owner, forward in ((backbone, backbone_forward), (decoder.model, model_forward)):
+        # generate() checks its arguments against the signature of forward.
+        forward.__wrapped__ = type(owner).forward  # type: ignore[attr-defined]
+        forward.slimtune_fusion = fusion  # type: ignore[attr-defined]
+        _shadow(fusion, owner, "forward", types.MethodType(forward, owner))
+    return fusion
+
+
+def _shadow(fusion: Fusion, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of one instance, and remember how it was."""
+    attributes = vars(owner)
+    if name in attributes:
+        before = attributes[name]
+        fusion._undo.append(lambda: setattr(owner, name, before))
+    else:
+        fusion._undo.append(lambda: delattr(owner, name))
+    setattr(owner, name, value)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A forward call that the engine computes."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    """[B, S]."""
+    attention_mask: Tensor | None
+    documents: Documents
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """What TRL's trainer reads from a model called with ``fused_lm_head=True`` (TRL 1.15 and 1.16, trainer/utils.py,
+    ``FusedCausalLMOutput``): fields over positions [B, S - 1], zero where the label is -100."""
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class _Runner:
+    """Computes the calls of one fused model."""
+
+    def __init__(self, decoder: Decoder, keep: Keep, keep_weights: bool) -> None:
+        self.decoder, self.keep, self.keep_weights = decoder, keep, keep_weights
+        self._layers: dict[torch.dtype, list[LayerComputation | None]] = {}
+        self._rotary: dict[torch.dtype, RotaryTable] = {}
+
+    # -- what is computed ---------------------------------------------------------------------------------------------
+
+    def accepts(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        """The call's inputs, or None where the model's own forward has to do it."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        use_cache = kwargs.get("use_cache")
+        caches = use_cache if use_cache is not None else (self.decoder.model.config.use_cache and not module.training)
+        odd = len(args) > 1 or caches or any(kwargs.get(name) is not None for name in _REFUSED)
+        if odd or not isinstance(ids, Tensor) or ids.ndim != 2 or not self._adapters_active():
+            return None
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            return None
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            return None
+        rows, length = ids.shape
+        if positions is None or mask is not None:
+            if positions is not None and not self._counts_up(positions, length):
+                return None
+            positions = torch.arange(length, device=ids.device).expand(rows, length)
+            documents = _documents((length,) * rows, ids.device)
+        else:
+            positions = positions.expand(rows, length)
+            starts = torch.ones(rows, length, dtype=torch.bool, device=ids.device)
+            starts[:, 1:] = positions.diff(dim=1) != 1
+            begins = torch.nonzero(starts.flatten())[:, 0].cpu()
+            lengths = torch.diff(begins, append=torch.tensor([rows * length]))
+            documents = _documents(tuple(lengths.tolist()), ids.device)
+        return _Call(ids, positions, mask, documents)
+
+    @staticmethod
+    def _counts_up(positions: Tensor, length: int) -> bool:
+        return bool((positions == torch.arange(length, device=positions.device)).all())
+
+    def _adapters_active(self) -> bool:
+        return not any(
+            linear.adapter is not None and (linear.wrapper.disable_adapters or linear.wrapper.merged_adapters)
+            for linear in self.decoder.linears()
+        )
+
+    def _dtype(self) -> torch.dtype:
+        device = self.decoder.head.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        first: Any = next(self.decoder.linears()).base
+        state = getattr(first.weight, "quant_state", None)
+        chosen: torch.dtype = first.weight.dtype if state is None else (first.compute_dtype or state.dtype)
+        return chosen
+
+    def _computations(self, dtype: torch.dtype) -> list[LayerComputation | None]:
+        if dtype not in self._layers:
+            layers = computations(self.decoder, dtype, self.decoder.head.device)
+            for layer in layers if self.keep_weights else ():
+                for site in layer.sites if layer is not None else ():
+                    site.keep()
+            self._layers[dtype] = layers
+        return self._layers[dtype]
+
+    def _table(self, positions: int, dtype: torch.dtype) -> RotaryTable:
+        table = self._rotary.get(dtype)
+        if table is None or table.cos.shape[0] < positions:
+            table = RotaryTable.of(self.decoder, positions, self.decoder.head.device, dtype)
+            self._rotary[dtype] = table
+        return table
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    def backbone(self, call: _Call) -> BaseModelOutputWithPast:
+        """The backbone's output: last_hidden_state [B, S, H], after the final norm."""
+        dtype, backbone = self._dtype(), self.decoder.backbone
+        embedded: Tensor = backbone.embed_tokens(call.input_ids)
+        training = backbone.training
+        on = Pass(
+            documents=call.documents,
+            way=choose(embedded.device, dtype, self.decoder.head_dim, call.documents),
+            position_ids=call.position_ids.flatten(),
+            rotary=self._table(call.documents.longest, dtype),
+            # Drawn from torch's own generator, so that a script's seed decides it.
+            seed=torch.randint(2**62, (), device=embedded.device) if training else None,
+            mlp_tokens=call.input_ids.numel(),
+        )
+        x: Tensor = embedded.to(dtype).flatten(0, 1)
+        residual: Tensor | None = None
+        masks: dict[str, Any] | None = None
+        for index, layer in enumerate(self._computations(dtype)):
+            if layer is not None:
+                x, residual = _fused_layer(layer, x, residual, on, self.keep)
+                continue
+            masks = self._masks(call, embedded) if masks is None else masks
+            summed = _summed(x, residual).view_as(embedded)
+            x = self._own_layer(index, summed, call, masks).flatten(0, 1)
+            residual = None
+        x = _summed(x, residual)
+        hidden = backbone.norm(x.to(embedded.dtype)).view_as(embedded)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=None)
+
+    def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
+        """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""
+        config = self.decoder.model.config
+        arguments: dict[str, Any] = {
+            "config": config,
+            "inputs_embeds": embedded,
+            "attention_mask": call.attention_mask,
+            "past_key_values": None,
+            "position_ids": call.position_ids,
+        }
+        sliding = getattr(config, "sliding_window", None) is not None
+        return {
+            "full_attention": create_causal_mask(**arguments),
+            "sliding_attention": create_sliding_window_causal_mask(**arguments) if sliding else None,
+        }
+
+    def _own_layer(self, index: int, hidden: Tensor, call: _Call, masks: dict[str, Any]) -> Tensor:
+        backbone = self.decoder.backbone
+        module = backbone.layers[index]
+        window = getattr(module.self_attn, "sliding_window", None)
+        if window is None and self.decoder.model.config.model_type == "mistral":
+            window = self.decoder.model.config.sliding_window
+        result: Tensor = module(
+            hidden,
+            attention_mask=masks["sliding_attention" if window else "full_attention"],
+            position_ids=call.position_ids,
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=backbone.rotary_emb(hidden, call.position_ids),
+        )
+        return result
+
+    def with_head(self, call: _Call, kwargs: dict[str, Any]) -> HeadOutput:
+        """What TRL's own fused head returns, computed for the supervised positions alone."""
+        hidden: Tensor = self.backbone(call).last_hidden_state
+        labels = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else kwargs["labels"][:, 1:]
+        positions = hidden[:, : labels.shape[1]]
+        mask = labels != IGNORED
+        head, dtype = self.decoder.head.detach(), self._dtype()
+        log_probs, entropy, is_top1 = token_log_probs(
+            positions[mask].to(dtype), head.to(dtype), labels[mask], _HEAD_TOKENS
+        )
+        spread = {
+            name: values.new_zeros(mask.shape).masked_scatter(mask, values)
+            for name, values in (("log_probs", log_probs), ("entropy", entropy), ("is_top1", is_top1))
+        }
+        count = kwargs.get("num_items_in_batch")
+        count = mask.sum().clamp(min=1) if count is None else count
+        return HeadOutput(loss=-spread["log_probs"].sum() / count, **spread, label_mask=mask, aux_loss=None)
+
+
+def _documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Documents(lengths, ends.to(device), max(lengths))
+
+
+class _FusedLayer(torch.autograd.Function):
+    """One layer for autograd: (x, residual, its LoRA matrices) to the next pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: LayerComputation, on: Pass, keep: Keep | None, x: Tensor, residual: Tensor | None, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _load_adapters(layer)
+        d, m, saved = layer.forward(x, residual, on, keep)
+        ctx.layer, ctx.on, ctx.saved = layer, on, saved
+        return d, m
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
+        # Both results are only ever used in their sum, so their gradients are the same.
+        layer: LayerComputation = ctx.layer
+        saved: Saved | None = ctx.saved
+        if saved is None:
+            raise RuntimeError("a fused layer's backward ran twice: retain_graph is not supported")
+        ctx.saved = None
+        _load_adapters(layer)
+        sinks = [Gradients.zeros(site) if site.groups else None for site in layer.sites]
+        dx = layer.backward(
+            g.contiguous(), saved, ctx.on, LayerGradients(*sinks), need_dx=any(ctx.needs_input_grad[3:5])
+        )
+        grads: list[Tensor] = []
+        for site, sink in zip(layer.sites, sinks, strict=True):
+            if sink is not None:
+                blocks = torch.split(sink.a, site.rank)
+                for adapter, da, db in zip(site.projection.adapters, blocks, sink.b, strict=True):
+                    grads += [da[: adapter.rank].to(adapter.a.dtype), db.to(adapter.b.dtype)]
+        return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *grads
+
+
+def _summed(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual
+
+
+def _load_adapters(layer: LayerComputation) -> None:
+    for site in layer.sites:
+        site.a = site.stack_adapters()
+        site.refresh()
+
+
+def _fused_layer(
+    layer: LayerComputation, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep
+) -> tuple[Tensor, Tensor]:
+    matrices = [
+        matrix for site in layer.sites for adapter in site.projection.adapters for matrix in (adapter.a, adapter.b)
+    ]
+    wanted = keep if torch.is_grad_enabled() else None
+    result: tuple[Tensor, Tensor] = _FusedLayer.apply(layer, on, wanted, x, residual, *matrices)
+    return result

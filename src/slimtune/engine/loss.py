@@ -1,0 +1,115 @@
+"""Head and loss on the supervised tokens alone, in chunks, with the gradient in the forward pass.
+
+The head is frozen, so a row's gradient is known as soon as its logits are: logits and gradient share one buffer of a
+chunk, and [T, vocabulary] never exists. Shapes: n supervised tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference as cross_entropy
+from slimtune.engine.kernels import reference as norm
+
+__all__ = ["head_loss", "head_loss_and_grad", "token_log_probs"]
+
+
+def head_loss_and_grad(
+    x: Tensor, residual: Tensor, final_norm: Any, head: Tensor, rows: Tensor, targets: Tensor, chunk: int, g: Tensor
+) -> Tensor:
+    """Sum of the supervised tokens' negative log-likelihoods, float32; its gradient is written into ``g``.
+
+    Args:
+        x: [T, H], the last layer's result as a pair to be added:
+        residual: [T, H].
+        final_norm: RMS norm before the head.
+        head: [V, H].
+        rows: int64 [n], the supervised tokens.
+        targets: int64 [n], what follows each of them.
+        chunk: Rows to project at once.
+        g: [T, H]; becomes the gradient of x + residual, zero in the rows without supervision.
+    """
+    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    g.zero_()
+    if rows.numel() == 0:
+        return total
+    y, s, rstd = _normed(x, residual, final_norm, rows)
+    buffer = torch.empty(min(chunk, rows.numel()), head.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, rows.numel(), chunk):
+        part = y[start : start + chunk]
+        logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
+        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0)
+        torch.mm(logits, head, out=part)
+    g.index_copy_(0, rows, norm.rms_norm_backward(y, s, final_norm.weight.detach(), rstd, out=y))
+    return total
+
+
+def head_loss(
+    x: Tensor, residual: Tensor, final_norm: Any, head: Tensor, rows: Tensor, targets: Tensor, chunk: int
+) -> Tensor:
+    """As :func:`head_loss_and_grad`, without a gradient."""
+    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if rows.numel() == 0:
+        return total
+    y, _, _ = _normed(x, residual, final_norm, rows)
+    for start in range(0, rows.numel(), chunk):
+        logits = torch.mm(y[start : start + chunk], head.t())
+        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0)
+    return total
+
+
+def _normed(x: Tensor, residual: Tensor, final_norm: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return norm.rms_norm_forward(
+        x.index_select(0, rows), final_norm.weight.detach(), final_norm.variance_epsilon,
+        residual=residual.index_select(0, rows),
+    )  # fmt: skip
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p(target) of each row, differentiable in the hidden states by a gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = hidden.shape[0]
+        log_probs, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
+        slopes = torch.empty_like(hidden) if hidden.requires_grad or ctx.needs_input_grad[0] else None
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            logits = torch.mm(hidden[rows], head.t())
+            wide, index = logits.float(), targets[rows, None]
+            logsumexp = torch.logsumexp(wide, dim=-1, keepdim=True)
+            log_probs[rows] = (wide.gather(1, index) - logsumexp)[:, 0]
+            is_top1[rows] = wide.argmax(-1) == targets[rows]
+            p = torch.exp(wide - logsumexp)
+            entropy[rows] = logsumexp[:, 0] - torch.linalg.vecdot(p, wide)
+            if slopes is not None:
+                p.neg_().scatter_add_(1, index, torch.ones_like(index, dtype=p.dtype))
+                torch.mm(p.to(hidden.dtype), head, out=slopes[rows])
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None
+
+
+def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row: log p(target), the distribution's entropy, and whether the target is its most likely token.
+
+    Args:
+        hidden: [n, H], after the final norm; log_probs is differentiable in it.
+        head: [V, H], frozen.
+        targets: int64 [n].
+        chunk: Rows to project at once.
+
+    Returns:
+        log_probs float32 [n], entropy float32 [n], is_top1 bool [n].
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _TokenLogProbs.apply(hidden, head, targets, chunk)
+    return result

@@ -1,0 +1,89 @@
+"""A micro-batch as the collator gives it, worked out on the host: nothing here asks the device for a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slimtune.errors import UserError
+
+__all__ = ["IGNORED", "MicroBatch"]
+
+IGNORED = -100
+"""The label of a token that is not supervised (Hugging Face's convention)."""
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents flattened one after the other: T tokens."""
+
+    input_ids: Ints
+    """[T]."""
+    position_ids: Ints
+    """[T], restarting at 0 in each document."""
+    lengths: tuple[int, ...]
+    """Tokens of each document; they sum to T."""
+    rows: Ints
+    """[n], the tokens that predict a supervised one."""
+    targets: Ints
+    """[n], the supervised tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def supervised(self) -> int:
+        """n."""
+        return int(self.rows.shape[0])
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> MicroBatch:
+        """From ``input_ids`` and ``labels`` [B, S] with ``position_ids`` [B, S] (packed) or ``attention_mask``.
+
+        Labels stand where their tokens stand (unshifted). Tensors on a GPU work, but are waited for.
+
+        Raises:
+            UserError: The attention mask pads on the left or has holes.
+        """
+        ids, labels = _host(batch["input_ids"]), _host(batch["labels"])
+        rows, length = ids.shape
+        mask = batch.get("attention_mask")
+        if mask is not None and bool(np.any(np.diff(_host(mask), axis=1) > 0)):
+            raise UserError(
+                "a micro-batch whose attention_mask pads on the left or has holes",
+                rule="The fused engine takes documents that begin at their row's first token.",
+                way_out="Pad on the right: tokenizer.padding_side = 'right'.",
+            )
+        positions = np.broadcast_to(np.arange(length), ids.shape)
+        starts = np.zeros(ids.shape, dtype=bool)
+        starts[:, 0] = True
+        if mask is None and "position_ids" in batch:
+            positions = _host(batch["position_ids"])
+            # Where positions don't go on by one, a document begins: Transformers' own rule for packed batches.
+            starts[:, 1:] = np.diff(positions, axis=1) != 1
+        begins = np.flatnonzero(starts)
+        ends = np.append(begins[1:], rows * length)
+        following = np.full_like(labels, IGNORED)
+        following[:, :-1] = labels[:, 1:]
+        following = following.reshape(-1)
+        supervised = np.flatnonzero(following != IGNORED)
+        return cls(
+            input_ids=ids.reshape(-1),
+            position_ids=np.ascontiguousarray(positions.reshape(-1)),
+            lengths=tuple((ends - begins).tolist()),
+            rows=supervised,
+            targets=following[supervised],
+        )
+
+
+def _host(x: Tensor) -> Ints:
+    array: Ints = x.detach().to("cpu", torch.int64).numpy()
+    return array

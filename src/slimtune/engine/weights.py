@@ -1,0 +1,255 @@
+"""The frozen weights of a projection, its adapters beside them in the same matrix.
+
+The frozen product and the adapter's up-projection are one matrix product. With u = dropout(x) Aᵀ in extra columns of
+the input, and scaling x B in extra columns of the weight,
+
+    y = [x | u | 1 | 0] · [W | sB | bias | 0]ᵀ          dy · [W | sB | …] = [dx | du | …]
+
+so that the adapter and the bias cost no pass of their own over y or dy, and are summed in float32 inside the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference as lora
+from slimtune.engine.kernels import reference as nf4
+from slimtune.engine.kernels.formats import NestedScales
+from slimtune.engine.structure import Adapter, Linear, Projection
+
+__all__ = ["Gradients", "Scratch", "Site", "unpack_for_training"]
+
+_ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
+
+
+class Scratch:
+    """Buffers that one layer after the other uses; one for each shape."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def get(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[rows, columns], with whatever was left in it; zeros at first."""
+        key = (rows, columns, dtype, device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(rows, columns, dtype=dtype, device=device)
+        return self._buffers[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Gradients:
+    """Where a projection's adapter gradients are added: float32 ``a`` like :attr:`Site.a`, ``b`` for each adapter."""
+
+    def __init__(self, a: Tensor, b: Sequence[Tensor]) -> None:
+        self.a, self.b = a, tuple(b)
+
+    @classmethod
+    def zeros(cls, site: Site) -> Gradients:
+        """Fresh buffers on the site's device."""
+        adapters = site.projection.adapters
+        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+        a = torch.zeros(site.groups * site.rank, site.inputs, dtype=dtype, device=site.device)
+        return cls(a, [torch.zeros(x.b.shape, dtype=dtype, device=site.device) for x in adapters])
+
+
+class Site:
+    """One projection at work: its weight in the compute dtype, and its adapters.
+
+    Args:
+        projection: The linear layers.
+        dtype: Compute dtype.
+        device: Where it computes.
+        stream: Number that no other site of the model has; it tells the sites' dropout masks apart.
+        scratch: Buffers for weights that aren't kept.
+    """
+
+    def __init__(
+        self, projection: Projection, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch
+    ) -> None:
+        self.projection, self.dtype, self.device, self.stream = projection, dtype, device, stream
+        self.groups = len(projection.adapters)
+        self.rank = max((adapter.rank for adapter in projection.adapters), default=0)
+        used = self.groups * self.rank + projection.has_bias
+        self.extra = -(-used // _ALIGNMENT) * _ALIGNMENT
+        self.inputs, self.outputs = projection.in_features, projection.out_features
+        self.dropout = projection.adapters[0].dropout if projection.adapters else 0.0
+        self._scratch = scratch
+        self._kept: Tensor | None = None
+        self.a: Tensor | None = None
+        tail = torch.zeros(1, self.extra - self.groups * self.rank, dtype=dtype, device=device)
+        tail[:, : int(projection.has_bias)] = 1
+        self._tail = tail
+
+    # -- the weight ---------------------------------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> Tensor | None:
+        """The model's own weight, where that serves as it is: one dense linear layer without adapter or bias."""
+        linear = self.projection.linears[0]
+        weight = linear.base.weight
+        plain = self.extra == 0 and len(self.projection.linears) == 1 and not hasattr(weight, "quant_state")
+        return weight.detach() if plain and isinstance(weight, Tensor) and weight.dtype == self.dtype else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that :meth:`keep` takes."""
+        return 0 if self.shared is not None else self.outputs * (self.inputs + self.extra) * self.dtype.itemsize
+
+    def keep(self) -> None:
+        """Hold the weight in the compute dtype from now on, instead of making it anew at each use."""
+        if self._kept is None and self.shared is None:
+            buffer = torch.zeros(self.outputs, self.inputs + self.extra, dtype=self.dtype, device=self.device)
+            self._fill_frozen(buffer)
+            self._kept = buffer
+
+    def refresh(self) -> None:
+        """Take over new values of the adapters; only a kept weight holds any."""
+        if self._kept is not None:
+            self._fill_adapters(self._kept)
+
+    def weight(self) -> Tensor:
+        """[W | sB | bias | 0] of shape [outputs, inputs + extra]; valid until another site's is asked for."""
+        if self.shared is not None:
+            return self.shared
+        if self._kept is not None:
+            return self._kept
+        buffer = self._scratch.get(self.outputs, self.inputs + self.extra, self.dtype, self.device)
+        self._fill_frozen(buffer)
+        self._fill_adapters(buffer)
+        return buffer
+
+    def _fill_frozen(self, buffer: Tensor) -> None:
+        row = 0
+        for linear in self.projection.linears:
+            rows = buffer[row : row + linear.out_features]
+            _write_weight(linear, rows[:, : self.inputs])
+            if self.projection.has_bias:
+                column = rows[:, self.inputs + self.groups * self.rank]
+                column.zero_() if linear.bias is None else column.copy_(linear.bias)
+            row += linear.out_features
+
+    def _fill_adapters(self, buffer: Tensor) -> None:
+        for index, (adapter, rows) in enumerate(self._adapter_outputs()):
+            start = self.inputs + index * self.rank
+            torch.mul(adapter.b.detach(), adapter.scaling, out=buffer[rows, start : start + adapter.rank])
+
+    # -- the input ----------------------------------------------------------------------------------------------------
+
+    def input_buffer(self, rows: int) -> Tensor:
+        """An uninitialised [rows, inputs + extra]; the caller writes its first ``inputs`` columns."""
+        return torch.empty(rows, self.inputs + self.extra, dtype=self.dtype, device=self.device)
+
+    def stack_adapters(self) -> Tensor | None:
+        """The adapters' A one below the other, [groups x rank, inputs]; lower ranks are filled up with zero rows."""
+        matrices = [adapter.a.detach() for adapter in self.projection.adapters]
+        if not matrices:
+            return None
+        padded = [torch.nn.functional.pad(a, (0, 0, 0, self.rank - a.shape[0])) for a in matrices]
+        return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+    def fill_extra(self, x: Tensor, seed: Tensor | None, chunk: int) -> None:
+        """Compute the extra columns of an input buffer whose first columns are written."""
+        if self.groups and self.a is not None:
+            lora.lora_down(
+                x[:, : self.inputs], self.a, out=x[:, self.inputs : self.inputs + self.groups * self.rank],
+                **self._dropout(seed, chunk),
+            )  # fmt: skip
+        if self._tail.numel():
+            x[:, self.inputs + self.groups * self.rank :] = self._tail
+
+    def _dropout(self, seed: Tensor | None, chunk: int) -> dict[str, Any]:
+        return {
+            "groups": self.groups,
+            "dropout": 0.0 if seed is None else self.dropout,
+            "seed": seed,
+            "stream": self.stream + (chunk << 16),
+        }
+
+    # -- the product --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """y [rows, outputs] of an input buffer [rows, inputs + extra]."""
+        return torch.mm(x, self.weight().t()) if out is None else torch.mm(x, self.weight().t(), out=out)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        seed: Tensor | None,
+        gradients: Gradients | None,
+        *,
+        chunk: int = 0,
+        need_dx: bool = True,
+    ) -> Tensor | None:
+        """dx [rows, inputs], and the adapters' gradients added to ``gradients``.
+
+        Args:
+            dy: [rows, outputs].
+            x: The forward's input buffer, extra columns and all; only needed where there are adapters.
+            seed: The forward's.
+            gradients: The sums to add to; None where there are no adapters.
+            chunk: The forward's.
+            need_dx: Without it only the adapters' gradients are computed, and None is returned.
+        """
+        if not self.groups:
+            return torch.mm(dy, self.weight())[:, : self.inputs] if need_dx else None
+        if x is None or gradients is None or self.a is None:
+            raise ValueError("a projection with adapters needs its input and a place for its gradients")
+        first = 0 if need_dx else self.inputs
+        columns = self.groups * self.rank
+        product = torch.mm(dy, self.weight()[:, first : self.inputs + columns])
+        for index, (adapter, rows) in enumerate(self._adapter_outputs()):
+            u = x[:, self.inputs + index * self.rank :][:, : adapter.rank]
+            lora.lora_up_backward_(dy[:, rows], u, adapter.scaling, db=gradients.b[index])
+        dx = product[:, : self.inputs] if need_dx else None
+        lora.lora_down_backward_(
+            product[:, self.inputs - first :], x[:, : self.inputs], self.a, da=gradients.a, dx=dx,
+            **self._dropout(seed, chunk),
+        )  # fmt: skip
+        return dx
+
+    def _adapter_outputs(self) -> Iterator[tuple[Adapter, slice]]:
+        """Each adapter and the columns of y that are its layer's."""
+        start = 0
+        for linear in self.projection.linears:
+            if linear.adapter is not None:
+                yield linear.adapter, slice(start, start + linear.out_features)
+            start += linear.out_features
+
+
+def _write_weight(linear: Linear, out: Tensor) -> None:
+    weight: Any = linear.base.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        out.copy_(weight.detach())
+        return
+    nested = None
+    if state.nested:
+        nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    nf4.dequantize(
+        weight.data.view(torch.uint8), state.absmax, shape=(linear.out_features, linear.in_features),
+        dtype=out.dtype, nested=nested, blocksize=state.blocksize, out=out,
+    )  # fmt: skip
+
+
+def unpack_for_training(linear: Linear) -> None:
+    """Undo bitsandbytes' repacking of a 4-bit weight for its inference kernel on a CPU, if it happened.
+
+    Its first forward without gradients on a CPU with AVX512-BF16 rewrites the weight into a layout that no training
+    kernel reads (bitsandbytes 0.50, ``nn/modules.py``). Double-quantised scales come back rounded once more: they
+    were widened to bf16 by the packing, so load the base anew where the last bit counts.
+    """
+    weight: Any = linear.base.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
