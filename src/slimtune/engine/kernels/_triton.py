@@ -14,10 +14,7 @@ try:
 except ModuleNotFoundError:  # torch for a machine without an NVIDIA or AMD GPU comes without Triton
     triton = tl = None
 
-__all__ = ["Ptr", "cdiv", "jit", "pow2", "row_alignment", "runs_on_triton", "tl"]
-
-Ptr = Any
-"""A kernel's argument that is a tensor's address."""
+__all__ = ["cdiv", "jit", "pow2", "row_alignment", "runs_on_triton", "tl"]
 
 
 def jit(function: Any) -> Any:

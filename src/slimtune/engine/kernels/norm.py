@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.kernels import reference
-from slimtune.engine.kernels._triton import Ptr, jit, pow2, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
 
 __all__ = ["rms_norm_backward", "rms_norm_forward"]
 
 
 @jit
 def _forward(
-    x: Ptr,
-    residual: Ptr,
-    weight: Ptr,
-    y: Ptr,
-    total: Ptr,
-    rstd: Ptr,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    total: tl.tensor,
+    rstd: tl.tensor,
     x_stride: int,
     residual_stride: int,
     y_stride: int,
@@ -56,12 +56,12 @@ def _forward(
 
 @jit
 def _backward(
-    dy: Ptr,
-    x: Ptr,
-    weight: Ptr,
-    rstd: Ptr,
-    dresidual: Ptr,
-    dx: Ptr,
+    dy: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    rstd: tl.tensor,
+    dresidual: tl.tensor,
+    dx: tl.tensor,
     dy_stride: int,
     x_stride: int,
     dresidual_stride: int,

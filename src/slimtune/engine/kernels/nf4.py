@@ -1,0 +1,99 @@
+"""NF4 weights to 16 or 32 bits in one launch, double quantisation undone on the way.
+
+Weight i = code[4-bit i] · scale[i // 64]; with double quantisation scale[b] = code8[8-bit b] · absmax[b // 256] +
+offset. The backward of a frozen weight needs the same values and nothing else.
+
+Layout (bitsandbytes 0.50, ``functional.py``: ``quantize_4bit``): a row-major weight [out_features, in_features], two
+codes to a byte, the earlier one in the high bits. A thread takes four bytes and writes eight weights, 16 bytes in
+16-bit dtypes, so reads and writes are both coalesced. ``out`` may have a row stride beyond in_features.
+
+Dtype traps: everything is multiplied in float32 and rounded once. Product and offset must not be fused into one FMA,
+or the result would differ from bitsandbytes', which rounds between them, in a last bit here and there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference
+from slimtune.engine.kernels._triton import cdiv, jit, runs_on_triton, tl
+from slimtune.engine.kernels.formats import NF4_CODE, NestedScales
+
+__all__ = ["NestedScales", "dequantize"]
+
+
+@jit
+def _dequantize(
+    words: tl.tensor,
+    absmax: tl.tensor,
+    code: tl.tensor,
+    nested_absmax: tl.tensor,
+    nested_code: tl.tensor,
+    nested_offset: tl.tensor,
+    out: tl.tensor,
+    n_words: int,
+    row_words: int,
+    out_stride_words: int,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = word < n_words
+    packed = tl.load(words + word, mask=mask, other=0)
+    block = word // BLOCK_WORDS
+    if NESTED:
+        level = tl.load(nested_code + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
+        scale = level * tl.load(nested_absmax + block // NESTED_BLOCK, mask=mask, other=0.0) + tl.load(nested_offset)
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    # A word's bytes come lowest first, but within a byte the high four bits do: shifts 4, 0, 12, 8, 20, 16, 28, 24.
+    lane = tl.arange(0, 8)
+    values = tl.load(code + ((packed[:, None] >> ((lane ^ 1) * 4)[None, :]) & 0xF))
+    row = word // row_words
+    start = row.to(tl.int64) * out_stride_words + (word - row * row_words)
+    tl.store(out + (start * 8)[:, None] + lane[None, :], values * scale[:, None], mask=mask[:, None])
+
+
+@cache
+def _code(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    nested: NestedScales | None = None,
+    blocksize: int = 64,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See :func:`slimtune.engine.kernels.reference.dequantize`.
+
+    in_features that isn't a multiple of 8, or rows of ``out`` that don't start at one, take the reference path.
+    """
+    columns = shape[1]
+    stride = columns if out is None else out.stride(0)
+    if not runs_on_triton(packed) or columns % 8 or stride % 8:
+        return reference.dequantize(
+            packed, absmax, shape=shape, dtype=dtype, nested=nested, blocksize=blocksize, out=out
+        )
+    weight = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
+    code = _code(packed.device)
+    words = packed.view(-1).view(torch.int32)
+    block = 512
+    _dequantize[(cdiv(words.numel(), block),)](
+        words, absmax, code,
+        code if nested is None else nested.absmax, code if nested is None else nested.code,
+        code if nested is None else nested.offset,
+        weight, words.numel(), columns // 8, stride // 8,
+        NESTED=nested is not None, NESTED_BLOCK=256 if nested is None else nested.blocksize,
+        BLOCK_WORDS=blocksize // 8, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return weight
