@@ -1,0 +1,118 @@
+"""What must be the same for a run to go on bit by bit: config, data, base, template, tokenizer, versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import UserError
+
+__all__ = ["FREE_KEYS", "Change", "Identity", "change_table", "require_same"]
+
+FREE_KEYS = frozenset(
+    {
+        # where it is written and what it is called
+        "output", "overwrite", "report_to",
+        # how often something is written or looked at
+        "save_steps", "keep_checkpoints", "logging_steps", "watchdog",
+        # what a guard does when something goes wrong
+        "on_nonfinite", "max_skipped", "divergence_factor", "divergence_steps", "on_divergence",
+    }
+)  # fmt: skip
+"""Config keys that may change between a checkpoint and a resume: none of them changes a step's numbers."""
+
+_HOW_TO_NAME = {"base": "base weights", "template": "chat template", "tokenizer": "tokenizer", "python": "Python"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not what it was at the checkpoint."""
+
+    what: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run's numbers follow from."""
+
+    config: dict[str, Any]
+    """The resolved config, as JSON."""
+    base: str
+    """Fingerprint of the loaded base (:func:`slimtune.base.quantize.fingerprint`)."""
+    data: dict[str, str]
+    """Each source, training and evaluation, with the SHA-256 of its bytes."""
+    tokenizer: str
+    template: str
+    python: str
+    versions: dict[str, str]
+    """slimtune and the libraries."""
+
+    def to_bytes(self) -> bytes:
+        """As ``identity.json`` holds it."""
+        return (json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Identity:
+        """What :meth:`to_bytes` wrote. Raises ValueError or TypeError if it is something else."""
+        return cls(**json.loads(data))
+
+    def changes(self, now: Identity) -> list[Change]:
+        """What differs from this identity in ``now``, except for :data:`FREE_KEYS`."""
+        found = [
+            change
+            for change in _differences("config", self.config, now.config)
+            if change.what.removeprefix("config ") not in FREE_KEYS
+        ]
+        found += _differences("data", self.data, now.data)
+        for name, called in _HOW_TO_NAME.items():
+            before, after = getattr(self, name), getattr(now, name)
+            if before != after:
+                found.append(Change(called, _short(before), _short(after)))
+        return found + _differences("version of", self.versions, now.versions)
+
+
+def require_same(before: Identity, now: Identity, run: Path, *, accept: bool) -> list[Change]:
+    """Refuse to go on with something else than what the checkpoint was made with.
+
+    Returns:
+        The changes; empty unless ``accept`` is on.
+
+    Raises:
+        UserError: Something changed and ``accept`` is off; the message is a table of what, from what, to what.
+    """
+    changes = before.changes(now)
+    if changes and not accept:
+        raise UserError(
+            f"run {run} can't go on as it was: {len(changes)} thing{'s' * (len(changes) > 1)} changed\n"
+            + change_table(changes),
+            rule="A resumed run gives an uninterrupted one's adapter only if nothing that makes its numbers changed.",
+            way_out="Put it back, or go on all the same and have it recorded: --accept-changes. "
+            f"To start anew from the adapter: slimtune train --from {run}",
+        )
+    return changes
+
+
+def change_table(changes: list[Change]) -> str:
+    """The changes in columns: what, before, after."""
+    rows = [("", "at the checkpoint", "now"), *((change.what, change.before, change.after) for change in changes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows)
+
+
+def _differences(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    return [
+        Change(f"{kind} {key}", _short(before.get(key, "—")), _short(after.get(key, "—")))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+    return f"{text[:16]}…" if is_hash or len(text) > 60 else text

@@ -1,0 +1,536 @@
+"""A Trainer whose run can't be lost: checkpoints, guards, stops and out-of-memory, through the Trainer's own hooks.
+
+:class:`ResumableTrainer` is mixed in before the Trainer that trains. It replaces how a checkpoint is written and read
+(Transformers pickles optimizer, schedule and random states), runs a step in pieces when memory runs out, and adds one
+callback that watches every step. :meth:`ResumableTrainer.fit` stands for ``train``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slimtune.adapter.files import ADAPTER_CONFIG
+from slimtune.adapter.state import adapter_config_bytes, adapter_tensors, restore_adapter
+from slimtune.config import Config
+from slimtune.errors import GuardStop
+from slimtune.run.identity import Identity
+from slimtune.training.checkpoint import (
+    IDENTITY,
+    TRAINER_STATE,
+    Checkpoints,
+    SaveFailure,
+    Snapshot,
+    from_plain,
+    json_bytes,
+    read_checkpoint,
+    to_cpu,
+    to_plain,
+)
+from slimtune.training.guard import DivergenceGuard, find_nonfinite, trained_state
+from slimtune.training.halving import split_micro_batch
+from slimtune.training.rng import RandomState, rng_preserved
+from slimtune.training.stop import StopSignals, Watchdog
+
+__all__ = ["Progress", "ResumableTrainer", "Safety"]
+
+STATE = "state.json"
+PATIENCE = 60.0
+"""Seconds that the end of a run waits for room to save in."""
+SMALLER = "Give a smaller --max-length, or a GPU with more memory."
+
+
+@dataclass
+class Safety:
+    """What keeps one run safe."""
+
+    config: Config
+    checkpoints: Checkpoints
+    identity: Identity
+    signals: StopSignals
+    watchdog: Watchdog
+    record: Callable[[dict[str, Any]], None] = lambda record: None
+    """Takes events for the metrics: ``{"event": …, "step": …}``."""
+    warn: Callable[[str], None] = lambda line: None
+    """Takes a line that the person should not miss."""
+    rows: Callable[[int, Sequence[int]], list[str]] = lambda epoch, micro_batches: []
+    """``file:line`` of the rows in some micro-batches of an epoch, by their place in its order."""
+    patience: float = PATIENCE
+
+
+@dataclass
+class Progress:
+    """What a run has to remember from one process to the next, beside the Trainer's own state."""
+
+    pieces: int = 1
+    """A micro-batch is run in this many pieces since memory ran out."""
+    skipped: int = 0
+    """Batches left out because a value was no number."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+    """Evaluations since the best one."""
+    evaluation_due: bool = False
+    """A stop came before the evaluation of this step was done."""
+    stopped_early: bool = False
+    divergence: dict[str, Any] = field(default_factory=dict)
+    logs: dict[str, Any] = field(default_factory=dict)
+    """What the Trainer has added up since the last line of the log."""
+
+
+class ResumableTrainer(Trainer):
+    """The mixin. ``safety`` must be set before :meth:`fit`."""
+
+    safety: Safety
+    # Set by the Trainer before any of this runs.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    train_dataset: Sized
+
+    def fit(self) -> None:
+        """Train from the newest whole checkpoint, or from the start, to the end, and save.
+
+        Raises:
+            GuardStop: A guard stopped the run, or no checkpoint could be written; the last good one is named.
+            StopRequested: A signal came; the run was saved and can go on.
+        """
+        safety = self.safety
+        self.progress = Progress()
+        self.divergence = DivergenceGuard(safety.config.divergence_factor, safety.config.divergence_steps)
+        self._step_inputs: list[dict[str, Any]] = []
+        self._step_losses: list[Tensor] = []
+        self._step_random: RandomState | None = None
+        self._step_logs: dict[str, Any] = {}
+        self._alarmed: SaveFailure | None = None
+        self._cancelled = False
+        self._restored: Snapshot | None = None
+        checkpoint = safety.checkpoints.newest_valid()
+        if checkpoint is not None:
+            self._restored = read_checkpoint(checkpoint)
+            self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
+            safety.checkpoints.best_step = self.progress.best_step
+        self.add_callback(_Hooks(self))
+        with safety.watchdog, safety.signals.deferred():
+            try:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                self._secure()
+            except GuardStop:
+                self._save_before_step()
+                raise
+            except torch.OutOfMemoryError as error:
+                raise self._stop_by_guard(f"out of memory: {str(error).splitlines()[0]}", [], SMALLER) from error
+            finally:
+                safety.checkpoints.wait()
+        if safety.config.early_stopping and self.progress.best_step is not None:
+            self._take_best()
+
+    # -- checkpoints, written and read in place of the Trainer's
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        del model, trial
+        self.store_flos()
+        bad = trained_state(self.model, self.optimizer)
+        if bad is not None:
+            raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
+        self.safety.checkpoints.best_step = self.progress.best_step
+        self.safety.checkpoints.save(self._snapshot(RandomState.capture(), self._logs_so_far()))
+
+    def _snapshot(self, random: RandomState, logs: dict[str, Any]) -> Snapshot:
+        scaler = getattr(self.accelerator, "scaler", None)
+        parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
+        plain, optimizer = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
+        self.progress.divergence = self.divergence.state()
+        self.progress.logs = {**logs, "loss": float(logs["loss"])}
+        epoch, micro_batches = self._position()
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "position": {"epoch": epoch, "micro_batches": micro_batches, "seed": self.args.data_seed},
+            "plain": plain,
+        }
+        # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
+        values = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
+        return Snapshot(
+            self.state.global_step,
+            {
+                "adapter_model": to_cpu(adapter_tensors(self.model)),
+                "optimizer": optimizer,
+                "random": random.to_tensors(),
+            },
+            {
+                ADAPTER_CONFIG: adapter_config_bytes(self.model),
+                STATE: json_bytes(state),
+                TRAINER_STATE: json_bytes(values),
+                IDENTITY: self.safety.identity.to_bytes(),
+            },
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        del resume_from_checkpoint, model
+        restore_adapter(self.model, self._saved().tensors["adapter_model"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        saved = self._saved()
+        parts = from_plain(json.loads(saved.texts[STATE])["plain"], saved.tensors["optimizer"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.lr_scheduler.load_state_dict(parts["schedule"])
+        if "scaler" in parts:
+            self.accelerator.scaler.load_state_dict(parts["scaler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            RandomState.from_tensors(self._saved().tensors["random"]).restore()
+            self._restored = None  # the last thing that the Trainer reads
+
+    def _saved(self) -> Snapshot:
+        if self._restored is None:
+            raise RuntimeError("a run is resumed by fit()")
+        return self._restored
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch, and the micro-batches of it that have been trained on."""
+        per_epoch = max(1, math.ceil(len(self.train_dataset) / self.args.gradient_accumulation_steps))
+        epoch, updates = divmod(self.state.global_step, per_epoch)
+        return epoch, updates * self.args.gradient_accumulation_steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A finished run that is resumed has no step left, even in the middle of an epoch."""
+        if self.progress.stopped_early or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _secure(self) -> None:
+        """See that the last step is on the disk, or say that it can't be.
+
+        Raises:
+            GuardStop: It couldn't be saved, even after waiting for room.
+        """
+        checkpoints, signals = self.safety.checkpoints, self.safety.signals
+        deadline = time.monotonic() + self.safety.patience
+        while checkpoints.wait() != self.state.global_step:
+            if checkpoints.failure is not None:
+                self._alarm()
+                if signals.requested is not None:
+                    return  # asked to stop: the run goes on from the last good checkpoint
+                if time.monotonic() >= deadline:
+                    what = f"the last step can't be saved: {_reason(checkpoints.failure.error)}"
+                    raise self._stop_by_guard(what, [], f"Make room, then: slimtune resume {signals.run}")
+                time.sleep(min(1.0, self.safety.patience))
+            self.safety.watchdog.beat("step")
+            self._save_checkpoint(self.model, None)
+
+    def _save_before_step(self) -> None:
+        """A guard stopped a step before it was applied: save the run as it was before, if it is sound and unsaved."""
+        checkpoints = self.safety.checkpoints
+        if self._step_random is None or checkpoints.wait() == self.state.global_step:
+            return
+        if trained_state(self.model, self.optimizer) is None:
+            checkpoints.save(self._snapshot(self._step_random, self._step_logs))
+
+    def _take_best(self) -> None:
+        step = self.progress.best_step
+        if step is not None and step != self.state.global_step:
+            restore_adapter(self.model, read_checkpoint(self.safety.checkpoints.path(step)).tensors["adapter_model"])
+
+    # -- evaluation leaves no trace in the training
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, but what it draws from the random generators doesn't show afterwards."""
+        training = self.model.training
+        try:
+            with rng_preserved():
+                metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        except _EvaluationStoppedError:
+            self.progress.evaluation_due = True
+            self.control.should_save = self.control.should_training_stop = True
+            metrics = {}
+        self.model.train(training)
+        return metrics
+
+    # -- memory
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the Trainer's; when memory runs out, the step so far is run again in smaller pieces."""
+        self._step_inputs.append(inputs)
+        try:
+            loss = self._run_pieces(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            self._step_losses.append(loss)
+            return loss
+        # Outside the except block, so that the failed pass's tensors aren't held by the exception.
+        return self._run_again(model, num_items_in_batch, reason)
+
+    def _run_pieces(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        pieces = split_micro_batch(inputs, self.progress.pieces)
+        losses: list[Tensor] = [super(ResumableTrainer, self).training_step(model, piece, items) for piece in pieces]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _run_again(self, model: nn.Module, items: Tensor | int | None, reason: str) -> Tensor:
+        """Roll the step back and run its micro-batches so far in twice as many pieces, until they fit."""
+        returned = list(self._step_losses)
+        while True:
+            before = max(len(split_micro_batch(inputs, self.progress.pieces)) for inputs in self._step_inputs)
+            self.progress.pieces *= 2
+            after = max(len(split_micro_batch(inputs, self.progress.pieces)) for inputs in self._step_inputs)
+            self._roll_back(model)
+            step = self.state.global_step + 1
+            if after <= before:
+                raise self._stop_by_guard(
+                    f"out of memory in step {step} even with one document at a time: {reason}",
+                    [],
+                    SMALLER,
+                )
+            self.safety.warn(f"out of memory in step {step}: micro-batches now run in {self.progress.pieces} pieces")
+            self.safety.record({"event": "out_of_memory", "step": step, "pieces": self.progress.pieces})
+            try:
+                losses = [self._run_pieces(model, inputs, items) for inputs in self._step_inputs]
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                continue
+            self._step_losses = losses
+            # The Trainer has added up the losses that were returned before; the step's sum is to be the new ones'.
+            return torch.stack(losses).sum() - sum(returned, torch.zeros_like(losses[0]))
+
+    def _roll_back(self, model: nn.Module) -> None:
+        """The step's start: no gradients, the random generators as they were."""
+        model.zero_grad()
+        if self._step_random is not None:
+            self._step_random.restore()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # -- what the hooks do
+
+    def _begin(self) -> None:
+        """The Trainer has set itself up: put back what it doesn't remember by itself."""
+        if self._restored is None:
+            return
+        self.divergence.load(self.progress.divergence)
+        logs = self.progress.logs
+        self._tr_loss.fill_(logs["loss"])
+        self._total_loss_scalar, self._globalstep_last_logged = logs["total"], logs["step"]
+        if "trl" in logs and hasattr(self, "_metrics"):
+            self._metrics["train"].update(logs["trl"]["metrics"])
+            self._total_train_tokens = logs["trl"]["tokens"]
+        if self.progress.evaluation_due:
+            self.progress.evaluation_due = False
+            self.evaluate()
+            self._save_checkpoint(self.model, None)
+
+    def _logs_so_far(self) -> dict[str, Any]:
+        """What hasn't been logged yet. The loss stays on the device: this is called at every step."""
+        logs: dict[str, Any] = {
+            "loss": self._tr_loss.clone(),
+            "total": self._total_loss_scalar,
+            "step": self._globalstep_last_logged,
+        }
+        if hasattr(self, "_metrics") and hasattr(self, "_total_train_tokens"):
+            metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+            logs["trl"] = {"metrics": metrics, "tokens": self._total_train_tokens}
+        return logs
+
+    def _before_optimizer(self) -> None:
+        """Nothing that is no number is ever applied."""
+        loss = torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
+        bad = find_nonfinite(loss, self.model, self.optimizer)
+        scaler = getattr(self.accelerator, "scaler", None)
+        if bad is None or (scaler is not None and bad.where == "gradient" and scaler.get_scale() > 1.0):
+            return  # with fp16, an overflow first means that the loss scale is too high; the scaler skips and lowers it
+        step, rows = self.state.global_step + 1, self._rows_of_step()
+        config = self.safety.config
+        if bad.applied or config.on_nonfinite == "stop":
+            raise self._stop_by_guard(f"{bad} in step {step}", [] if bad.applied else rows)
+        self.progress.skipped += 1
+        found = {"where": bad.where, "name": bad.name, "value": str(bad.value), "rows": rows}
+        self.safety.record({"event": "skipped", "step": step, **found})
+        if self.progress.skipped > config.max_skipped:
+            raise self._stop_by_guard(f"{bad} in step {step}, after {config.max_skipped} skipped batches", rows)
+        self.safety.warn(f"{bad} in step {step}: batch skipped ({self.progress.skipped} so far); rows {_some(rows)}")
+        # Accelerate's optimizer does nothing while gradients are being accumulated.
+        self._cancelled = True
+        self.accelerator.gradient_state._set_sync_gradients(False)
+
+    def _rows_of_step(self) -> list[str]:
+        """The rows of the micro-batch whose loss is no number, or of the whole step's."""
+        epoch, done = self._position()
+        bad = [place for place, loss in enumerate(self._step_losses) if not bool(torch.isfinite(loss).all())]
+        return self.safety.rows(epoch, [done + place for place in bad or range(len(self._step_losses))])
+
+    def _stop_by_guard(self, what: str, rows: list[str], way_out: str = "") -> GuardStop:
+        saved, run = self.safety.checkpoints.last_saved, self.safety.signals.run
+        good = f"The last good checkpoint is {self.safety.checkpoints.path(saved)}." if saved is not None else ""
+        self.safety.record({"event": "guard", "step": self.state.global_step + 1, "what": what, "rows": rows})
+        return GuardStop(
+            what + (f"\n       rows of the batch: {_some(rows)}" if rows else ""),
+            rule=f"Nothing of it was applied or saved. {good}".strip(),
+            way_out=way_out or f"Look at the rows; or go on without them: slimtune resume {run} --on-nonfinite skip",
+        )
+
+    def _alarm(self) -> None:
+        """A save failed: say so on the screen and in the metrics, once for each failure."""
+        failure = self.safety.checkpoints.failure
+        if failure is None or failure is self._alarmed:
+            return
+        self._alarmed = failure
+        saved = self.safety.checkpoints.last_saved
+        last = f"the last good checkpoint is at step {saved}" if saved is not None else "there is no checkpoint yet"
+        self.safety.warn(f"the checkpoint of step {failure.step} could not be saved: {_reason(failure.error)}; {last}")
+        self.safety.record(
+            {"event": "save_failed", "step": failure.step, "error": _reason(failure.error), "last_good": saved}
+        )
+
+
+class _EvaluationStoppedError(Exception):
+    """A stop signal came while evaluating."""
+
+
+class _Hooks(TrainerCallback):
+    """Calls the trainer's own methods at the right moments of a step."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+        self.retry_at = 0
+        self.retry_after = 1
+        self.total = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._begin()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.safety.watchdog.beat("step")
+        trainer._step_random, trainer._step_logs = RandomState.capture(), trainer._logs_so_far()
+        trainer._step_inputs, trainer._step_losses = [], []
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.safety.watchdog.beat("step")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._before_optimizer()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer._cancelled:
+            self.trainer._cancelled = False
+            self.trainer.accelerator.gradient_state._set_sync_gradients(True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.safety.watchdog.beat("step")
+        trainer._step_random = None
+        self._see_failed_save(state.global_step, control)
+        if trainer.safety.signals.requested is not None:
+            trainer.progress.evaluation_due = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def _see_failed_save(self, step: int, control: TrainerControl) -> None:
+        checkpoints = self.trainer.safety.checkpoints
+        if checkpoints.saving:
+            return
+        if checkpoints.failure is None:
+            if self.retry_at:
+                self.trainer.safety.record({"event": "save_recovered", "step": step, "saved": checkpoints.last_saved})
+            self.retry_at, self.retry_after = 0, 1
+            return
+        self.trainer._alarm()
+        if not self.retry_at:
+            self.retry_at = step + self.retry_after
+        elif step >= self.retry_at:
+            control.should_save = True
+            self.retry_after *= 2
+            self.retry_at = step + self.retry_after
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        trainer = self.trainer
+        if not logs or "loss" not in logs:
+            return
+        if math.isfinite(trainer._total_loss_scalar):
+            self.total = trainer._total_loss_scalar
+        else:
+            # The Trainer's sums would stay NaN for ever after; the log has told the true value.
+            trainer._total_loss_scalar = self.total
+            trainer._tr_loss.zero_()
+        divergence = trainer.divergence.see(state.global_step, float(logs["loss"]))
+        if divergence is None:
+            return
+        trainer.safety.record({"event": "divergence", **dataclasses.asdict(divergence)})
+        if trainer.safety.config.on_divergence == "stop":
+            trainer._save_checkpoint(trainer.model, None)
+            raise trainer._stop_by_guard(str(divergence), [], way_out="Try a lower --learning-rate.")
+        trainer.safety.warn(str(divergence))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.safety.watchdog.beat("step")
+        if self.trainer.safety.signals.requested is not None:
+            raise _EvaluationStoppedError
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        progress, loss = self.trainer.progress, (metrics or {}).get("eval_loss")
+        if loss is None:
+            return
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.since_best = loss, state.global_step, 0
+            control.should_save = True
+            return
+        progress.since_best += 1
+        patience = self.trainer.safety.config.early_stopping
+        if patience is not None and progress.since_best >= patience:
+            progress.stopped_early = True
+            control.should_save = control.should_training_stop = True
+
+
+def _reason(error: OSError) -> str:
+    detail = error.strerror or type(error).__name__
+    return f"{detail} ({error.filename})" if error.filename else detail
+
+
+def _some(rows: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more

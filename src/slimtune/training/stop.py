@@ -1,0 +1,176 @@
+"""Stopping on request and stopping a hang: signals, and a watchdog. Standard library only.
+
+The first SIGTERM, SIGINT or SIGUSR1 asks: training saves at the end of the step, every other phase ends where it is;
+the exit code is 75. The second one ends the process at once, which is safe because everything on disk is written whole
+or not at all (:mod:`slimtune.run.durable`).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from slimtune.errors import StopRequested
+
+__all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog"]
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Catch the stop signals while the ``with`` body runs; the handlers that were there come back after it.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self, run: Path | None = None) -> None:
+        self.run = run
+        """The run's folder once there is something to go on from; it makes the message."""
+        self.requested: signal.Signals | None = None
+        self._deferred = 0
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup: tuple[int, int] | None = None
+        self._wakeup_before = -1
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            # Python runs handlers between bytecodes of the main thread, which may sit in a long kernel. The wake-up
+            # pipe is written by the C handler at once, so a thread sees a second signal in any case.
+            read, write = os.pipe()
+            os.set_blocking(write, False)
+            self._wakeup, self._wakeup_before = (read, write), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(read,), name="stop-signals", daemon=True).start()
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakeup[1])
+            self._wakeup = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal only sets :attr:`requested`: the body looks at it where it can stop well.
+
+        Raises:
+            StopRequested: A signal came, before the body or in it.
+        """
+        self.check()
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+        self.check()
+
+    def check(self) -> None:
+        """Stop here if a signal came.
+
+        Raises:
+            StopRequested: A signal came.
+        """
+        if self.requested is not None:
+            raise self.stop()
+
+    def stop(self, where: str = "") -> StopRequested:
+        """The error that says what stopped the run and how to go on."""
+        name = self.requested.name if self.requested is not None else "a request"
+        goes_on = f"Go on: slimtune resume {self.run}" if self.run is not None else "Give the same command again."
+        return StopRequested(f"stopped by {name}{where}", way_out=goes_on)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(number)
+            if not self._deferred:
+                raise self.stop()
+
+    @staticmethod
+    def _watch(read: int) -> None:
+        seen = 0
+        while data := os.read(read, 64):
+            seen += sum(number in STOP_SIGNALS for number in data)
+            if seen > 1:
+                os._exit(StopRequested.exit_code)
+        os.close(read)
+
+
+class Watchdog:
+    """Ends a process that makes no progress: writes all threads' stacks, then exits 75.
+
+    Progress is told by :meth:`beat` under a name for each activity (``"step"``, ``"save"``); an activity that is over
+    is taken out by :meth:`rest`. When the last beat of any activity is older than ``seconds``, the stacks go to
+    ``stacks`` and to stderr, and the process ends without unwinding (its threads hang, after all).
+
+    The watching thread needs Python's interpreter lock. For code that hangs while it holds the lock, faulthandler's own
+    C thread stands behind it: after twice the time it writes the stacks and exits 1.
+    """
+
+    def __init__(self, seconds: float, stacks: Path, *, run: Path | None = None) -> None:
+        self.seconds, self.stacks, self.run = seconds, stacks, run
+        self._beats: dict[str, float] = {}
+        self._closed = threading.Event()
+        self._file: Any = None
+        self._last_armed = 0.0
+
+    def __enter__(self) -> Self:
+        if self.seconds > 0:
+            # Opened now: on a full disk, or one that hangs, it couldn't be opened later.
+            self._file = self.stacks.open("a", encoding="utf-8")
+            self._arm()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self._file = None
+            if self.stacks.stat().st_size == 0:
+                self.stacks.unlink()
+
+    def beat(self, activity: str) -> None:
+        """``activity`` made progress."""
+        now = time.monotonic()
+        self._beats[activity] = now
+        if self._file is not None and now - self._last_armed > self.seconds / 4:
+            self._arm()
+
+    def rest(self, activity: str) -> None:
+        """``activity`` is over; it is not waited for."""
+        self._beats.pop(activity, None)
+
+    def _arm(self) -> None:
+        self._last_armed = time.monotonic()
+        faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self._file)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self.seconds / 10)):
+            now = time.monotonic()
+            for activity, last in list(self._beats.items()):
+                if now - last > self.seconds:
+                    self._end(activity, now - last)
+
+    def _end(self, activity: str, idle: float) -> None:
+        goes_on = f" Go on: slimtune resume {self.run}" if self.run is not None else ""
+        line = f"slimtune: no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s).{goes_on}\n"
+        self._file.write(line)
+        self._file.flush()
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        os.fsync(self._file.fileno())
+        sys.stderr.write(f"{line}All threads' stacks are in {self.stacks}\n")
+        sys.stderr.flush()
+        os._exit(StopRequested.exit_code)
