@@ -1,1 +1,53 @@
-"""From files to proven, packed token ids."""
+"""From files to proven, packed token ids: sources → conversation → render → documents → packs.
+
+====================  =================================================================================================
+module                its one purpose
+====================  =================================================================================================
+``sources``, ``hub``  rows of a file or a hub data set, each with its place
+``conversation``      every shape of row to one normal form, or the rule that it breaks
+``template``          chat templates, bounded in time and size
+``tokens``            pieces of text and control tokens to ids; no text becomes a control token
+``render``            a conversation to ids and supervised mask; the prompts of every verb
+``overlong``          what becomes of a conversation that doesn't fit
+``documents``         ids and masks on disk, memory-mapped
+``ledger``            the account of every row
+``build``             rows through all of the above, by the batch
+``preflight``         the proof as a whole, cached by content; what refuses a run
+``packing``           documents to micro-batches, in an order that (seed, epoch) decides
+====================  =================================================================================================
+
+What the other layers call::
+
+    proof = prove(config, tokenizer, formatting_func=None, on_progress=None)   # UserError where training is refused
+    proof.train, proof.eval           # Documents, Documents | None
+    proof.facts                       # rows, tokens, supervised_tokens, dropped, repaired, noted, lengths, key, …
+    proof.save_ledger(run / "ledger.jsonl")
+
+    batches = micro_batches(proof.train, config, tokenizer.pad_token_id)       # PackedBatches | PaddedBatches
+    batches.per_epoch                 # micro-batches in an epoch
+    batches.batch(position)           # dict of tensors; position counts micro-batches over all epochs
+    batches.rows(position)            # list[Place]: file:line of what is in it
+    batches.dataset(positions)        # datasets.Dataset of one column, for trainers that insist on one …
+    batches.collate([{"position": 7}])  # … and the collator that goes with it
+
+    prompt_ids(tokenizer, messages, tools=None)   # what a model is asked with: a prefix of what it was trained on
+"""
+
+from slimtune.data.documents import Documents
+from slimtune.data.packing import MicroBatches, PackedBatches, PaddedBatches, micro_batches
+from slimtune.data.preflight import Proof, examine, prove
+from slimtune.data.render import prompt_ids
+from slimtune.data.sources import Place
+
+__all__ = [
+    "Documents",
+    "MicroBatches",
+    "PackedBatches",
+    "PaddedBatches",
+    "Place",
+    "Proof",
+    "examine",
+    "micro_batches",
+    "prompt_ids",
+    "prove",
+]

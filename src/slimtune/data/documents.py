@@ -1,0 +1,136 @@
+"""Documents on disk: token ids and supervised mask in flat files that are memory-mapped.
+
+A store is a folder that is written once, then only read, so training's memory doesn't grow with the data:
+
+========================  ==========  ==============================================
+file                      dtype       holds
+========================  ==========  ==============================================
+``ids.bin``               int32       the ids of all documents, one after another
+``supervised.bin``        bool        for each id, whether it is a target
+``starts.bin``            int64       where each document begins; one more at the end
+``places.bin``            int64 × 3   for each document: source, line or row, unit
+``hashes.bin``            uint64      a hash of each document's ids
+========================  ==========  ==============================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from slimtune.data.sources import Place
+from slimtune.data.tokens import Ids
+
+__all__ = ["DocumentStore", "DocumentWriter", "Documents"]
+
+Mask = npt.NDArray[np.bool_]
+
+_FILES = {"ids": np.int32, "supervised": np.bool_, "starts": np.int64, "places": np.int64, "hashes": np.uint64}
+_UNITS = ("line", "row")
+
+
+class DocumentWriter:
+    """Appends documents to a store's files; use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
+        self._end = 0
+        self._files["starts"].write(np.zeros(1, np.int64).tobytes())
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, ids: Ids, supervised: Mask, source: int, place: Place) -> None:
+        """Append one document: ids int32 [tokens], supervised bool [tokens]."""
+        raw = ids.tobytes()
+        self._end += ids.shape[0]
+        self._files["ids"].write(raw)
+        self._files["supervised"].write(supervised.tobytes())
+        self._files["starts"].write(np.int64(self._end).tobytes())
+        self._files["places"].write(np.array([source, place.number, _UNITS.index(place.unit)], np.int64).tobytes())
+        self._files["hashes"].write(hashlib.blake2b(raw, digest_size=8).digest())
+
+
+class DocumentStore:
+    """All documents of a folder, memory-mapped.
+
+    Args:
+        folder: What a :class:`DocumentWriter` wrote.
+        sources: The label of each source, by its number.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+        self.folder = folder
+        self._sources = list(sources)
+        self.ids = _mapped(folder / "ids.bin", np.int32)
+        self.supervised = _mapped(folder / "supervised.bin", np.bool_)
+        self.starts = _mapped(folder / "starts.bin", np.int64)
+        self.places = _mapped(folder / "places.bin", np.int64).reshape(-1, 3)
+        self.hashes = _mapped(folder / "hashes.bin", np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def place(self, document: int) -> Place:
+        """Where the row of a document stands."""
+        source, number, unit = (int(value) for value in self.places[document])
+        return Place(self._sources[source], number, _UNITS[unit])
+
+
+class Documents:
+    """The documents that one part of a run (training, evaluation) goes over: a store and the chosen numbers in it.
+
+    A number may come twice (a source of weight 2). Lengths are in tokens.
+    """
+
+    def __init__(self, store: DocumentStore, chosen: npt.NDArray[np.int64]) -> None:
+        self.store, self.chosen = store, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document, int32 [documents]."""
+        starts = self.store.starts
+        made: npt.NDArray[np.int32] = (starts[self.chosen + 1] - starts[self.chosen]).astype(np.int32)
+        return made
+
+    def __getitem__(self, at: int) -> tuple[Ids, Mask]:
+        """(ids int32 [tokens], supervised bool [tokens]) of a document; views into the mapped files."""
+        document = int(self.chosen[at])
+        start, end = int(self.store.starts[document]), int(self.store.starts[document + 1])
+        return self.store.ids[start:end], self.store.supervised[start:end]
+
+    def place(self, at: int) -> Place:
+        """Where the row of a document stands: file and line."""
+        return self.store.place(int(self.chosen[at]))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that are targets."""
+        if not len(self):
+            return 0
+        totals = np.add.reduceat(self.store.supervised, self.store.starts[:-1], dtype=np.int64)
+        return int(totals[self.chosen].sum())
+
+
+def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

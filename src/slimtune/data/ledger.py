@@ -1,0 +1,74 @@
+"""The account of every row: what was dropped or repaired, where it stood, and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from slimtune.data.sources import Place
+
+__all__ = ["Ledger"]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Writes ``ledger.jsonl`` and keeps the counts: rows in = rows trained + rows dropped.
+
+    One line of the file is ``{"file", "line" or "row", "action", "rule", "field", "reason"}``; the action is
+    ``dropped``, ``repaired`` or ``noted``.
+    """
+
+    file: TextIO
+    rows_in: int = 0
+    rows_trained: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    rows_repaired: int = 0
+
+    def drop(self, place: Place, rule: str, reason: str, where: str = "") -> None:
+        """Account for a row that is not trained on."""
+        self.dropped[rule] += 1
+        self._write(place, "dropped", rule, reason, where)
+
+    def repair(self, place: Place, rules: list[str], meanings: dict[str, str]) -> None:
+        """Account for a row that named rules changed."""
+        self.rows_repaired += bool(rules)
+        for rule in dict.fromkeys(rules):
+            self.repaired[rule] += 1
+            self._write(place, "repaired", rule, meanings[rule], "")
+
+    def note(self, place: Place, rules: list[str], meanings: dict[str, str]) -> None:
+        """Count what the template did to a row."""
+        for rule in dict.fromkeys(rules):
+            self.noted[rule] += 1
+            self._write(place, "noted", rule, meanings[rule], "")
+
+    def _write(self, place: Place, action: str, rule: str, reason: str, where: str) -> None:
+        entry: dict[str, Any] = {"file": place.file, place.unit: place.number, "action": action, "rule": rule}
+        if where:
+            entry["field"] = where
+        entry["reason"] = reason
+        self.examples.setdefault(rule, f"{place}{', field ' + repr(where) if where else ''}: {reason}")
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    @property
+    def rows_dropped(self) -> int:
+        """Rows that are not trained on."""
+        return self.dropped.total()
+
+    def facts(self) -> dict[str, Any]:
+        """The counts, as plain values."""
+        return {
+            "rows": self.rows_in,
+            "rows_trained": self.rows_trained,
+            "rows_dropped": self.rows_dropped,
+            "rows_repaired": self.rows_repaired,
+            "dropped": dict(self.dropped.most_common()),
+            "repaired": dict(self.repaired.most_common()),
+            "noted": dict(self.noted.most_common()),
+            "examples": self.examples,
+        }

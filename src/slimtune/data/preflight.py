@@ -1,0 +1,320 @@
+"""Prove the data before the first step: read every row, account for every row, refuse what would train wrongly.
+
+The result is cached by content: the files' bytes, the tokenizer, its template, the options that matter here, and the
+code of this package. A second run with the same of all of them opens the store and reads nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.config import Config
+from slimtune.data.build import FormattingFunc, build
+from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
+from slimtune.data.hub import hub_fingerprint
+from slimtune.data.ledger import Ledger
+from slimtune.data.render import ChatRenderer, renderer_for
+from slimtune.data.sources import Source, parse_source
+from slimtune.errors import UserError
+
+__all__ = ["Proof", "cache_folder", "examine", "prove"]
+
+_OPTIONS = ("format", "map", "max_length", "overlong", "train_on", "allow_control_tokens", "seed")
+
+
+@dataclass
+class Proof:
+    """Data that was read, rendered and accounted for.
+
+    ``facts`` holds plain values: rows, rows_trained, rows_dropped, dropped, repaired, noted (counts by rule), examples
+    (the first place of each rule), shapes, sources, documents, tokens, supervised_tokens, duplicates, lengths
+    (quantiles in tokens), key (the content's hash) and, for evaluation data, the same under ``eval``.
+    """
+
+    train: Documents
+    eval: Documents | None
+    facts: dict[str, Any]
+    folder: Path
+    refusal: UserError | None = None
+    """Why training would be refused, if it would."""
+    cached: bool = False
+    """Whether the proof was taken from the cache."""
+
+    @property
+    def ledger(self) -> Path:
+        """The file that names each row that was dropped, repaired or noted."""
+        return self.folder / "ledger.jsonl"
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over everything that the documents follow from."""
+        return str(self.facts["key"])
+
+    def save_ledger(self, path: Path) -> None:
+        """Copy the ledger to a run's folder."""
+        shutil.copyfile(self.ledger, path)
+
+
+def prove(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    formatting_func: FormattingFunc | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Proof:
+    """The proven training and evaluation documents of ``config.data`` and ``config.eval``.
+
+    Args:
+        config: Its data keys.
+        tokenizer: The tokenizer with the chat template that training uses.
+        formatting_func: Takes a row and returns its text, its messages, or a row in a known shape. Its results can't
+            be cached.
+        on_progress: Called with the number of rows read so far.
+
+    Raises:
+        UserError: The data can't be read, or training on it is refused: no rows, more dropped than ``max_dropped``, an
+            over-long row under ``overlong: error``, a template that can't be used.
+    """
+    proof = examine(config, tokenizer, formatting_func=formatting_func, on_progress=on_progress)
+    if proof.refusal is not None:
+        raise proof.refusal
+    return proof
+
+
+def examine(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    formatting_func: FormattingFunc | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Proof:
+    """As :func:`prove`, but data that was read whole and is refused comes back with its ``refusal``.
+
+    Raises:
+        UserError: The data can't be read, or the template can't be used.
+    """
+    if not config.data:
+        raise UserError("no data was given", rule="Training needs at least one file or hub id.")
+    sources = [parse_source(text) for text in config.data]
+    held_out = [parse_source(text) for text in config.eval]
+    renderer = renderer_for(tokenizer, allow_control_tokens=config.allow_control_tokens)
+    if formatting_func is not None:
+        folder = Path(tempfile.mkdtemp(prefix="slimtune-data-"))
+        _write(folder, config, sources, held_out, renderer, "", formatting_func, on_progress)
+        proof = _open(folder, config, sources, held_out)
+        weakref.finalize(proof, shutil.rmtree, folder, ignore_errors=True)
+        return proof
+    key = content_key(config, tokenizer, sources, held_out)
+    folder = cache_folder() / key
+    cached = (folder / "facts.json").is_file()
+    if not cached:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".making-", dir=cache_folder()))
+        try:
+            _write(made, config, sources, held_out, renderer, key, None, on_progress)
+            if content_key(config, tokenizer, sources, held_out) != key:
+                raise UserError("a data file changed while it was read", way_out="Run again when it is complete.")
+            _publish(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    proof = _open(folder, config, sources, held_out)
+    proof.cached = cached
+    return proof
+
+
+def cache_folder() -> Path:
+    """Where proven data is kept: ``$XDG_CACHE_HOME/slimtune/data``, else ``~/.cache/slimtune/data``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "slimtune" / "data"
+
+
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / "facts.json").is_file():  # else another process was faster with the same content
+            raise
+
+
+def _write(
+    folder: Path,
+    config: Config,
+    sources: list[Source],
+    held_out: list[Source],
+    renderer: ChatRenderer,
+    key: str,
+    formatting_func: FormattingFunc | None,
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    facts: dict[str, Any] = {"key": key}
+    with (folder / "ledger.jsonl").open("w", encoding="utf-8") as file:
+        for part, chosen in (("train", sources), ("eval", held_out)):
+            if not chosen:
+                continue
+            ledger = Ledger(file)
+            with DocumentWriter(folder / part) as writer:
+                found = build(config, chosen, renderer, writer, ledger,
+                              formatting_func=formatting_func, on_progress=on_progress)  # fmt: skip
+            store = DocumentStore(folder / part, [source.label for source in chosen])
+            made = {**ledger.facts(), **found, **_statistics(store)}
+            facts.update(made if part == "train" else {"eval": made})
+    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def _statistics(store: DocumentStore) -> dict[str, Any]:
+    documents = Documents(store, np.arange(len(store)))
+    lengths = np.sort(documents.lengths)
+    quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    at = {name: int(lengths[round(share * (len(lengths) - 1))]) for name, share in quantiles.items() if len(lengths)}
+    return {
+        "documents": len(store),
+        "tokens": documents.tokens,
+        "supervised_tokens": documents.supervised_tokens,
+        "duplicates": len(store) - len(np.unique(store.hashes)),
+        "lengths": at,
+    }
+
+
+def _open(folder: Path, config: Config, sources: list[Source], held_out: list[Source]) -> Proof:
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    store = DocumentStore(folder / "train", [source.label for source in sources])
+    chosen = _weighted(store, sources, config.seed)
+    evaluation = None
+    if held_out:
+        eval_store = DocumentStore(folder / "eval", [source.label for source in held_out])
+        evaluation = Documents(eval_store, _weighted(eval_store, held_out, config.seed))
+    elif config.eval_share:
+        chosen, apart = _set_apart(store, chosen, config.eval_share, config.seed)
+        evaluation = Documents(store, apart)
+    proof = Proof(Documents(store, chosen), evaluation, facts, folder)
+    proof.refusal = _refusal(proof, config)
+    return proof
+
+
+def _weighted(store: DocumentStore, sources: list[Source], seed: int) -> npt.NDArray[np.int64]:
+    """Document numbers, each source's as often as its weight says; of a fraction, a seeded choice."""
+    if all(source.weight == 1 for source in sources):
+        return np.arange(len(store))
+    parts = []
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(store.places[:, 0] == number)
+        whole, rest = divmod(source.weight, 1)
+        parts += [own] * int(whole)
+        if taken := round(rest * len(own)):
+            parts.append(np.sort(np.random.default_rng([seed, 2, number]).choice(own, taken, replace=False)))
+    return np.concatenate(parts)
+
+
+def _set_apart(
+    store: DocumentStore, chosen: npt.NDArray[np.int64], share: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(training, evaluation) document numbers: whole rows, chosen by seed and content, so that duplicates stay on one
+    side."""
+    if not len(chosen):
+        return chosen, chosen
+    mixed = np.asarray(store.hashes) ^ np.uint64(np.random.default_rng([seed, 3]).integers(2**63))
+    mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ (mixed >> np.uint64(29))
+    rows = np.ascontiguousarray(store.places[:, :2])
+    first = np.ones(len(rows), bool)
+    first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+    score = mixed[first][np.cumsum(first) - 1]
+    distinct = np.unique(score[chosen])
+    threshold = distinct[min(len(distinct) - 1, max(0, round(share * len(distinct)) - 1))]
+    apart = score[chosen] <= threshold
+    return chosen[~apart], np.unique(chosen[apart])
+
+
+def _refusal(proof: Proof, config: Config) -> UserError | None:
+    for part, facts in (("", proof.facts), ("evaluation ", proof.facts.get("eval"))):
+        if facts is None:
+            continue
+        names = ", ".join(config.data if not part else config.eval)
+        rows, dropped, examples = facts["rows"], facts["rows_dropped"], facts["examples"]
+        if rows == 0:
+            return UserError(f"{part}data {names} holds no rows", rule="A data file holds at least one row.")
+        first = next(iter(facts["dropped"]), None)
+        shown = examples[first] if first else ""
+        if facts["documents"] == 0 or dropped > config.max_dropped * rows:
+            by_rule = ", ".join(f"{rule} {count:,}" for rule, count in facts["dropped"].items())
+            return UserError(
+                f"{shown}\n{dropped:,} of {rows:,} {part}rows can't be trained on ({by_rule})",
+                rule=f"At most {config.max_dropped:.0%} of the rows may be dropped (max_dropped).",
+                way_out=_way_out(facts, config, dropped / rows),
+            )
+    if not len(proof.train):
+        return UserError("no document is left to train on", rule="eval_share and weights leave at least one.")
+    return None
+
+
+def _way_out(facts: dict[str, Any], config: Config, share: float) -> str:
+    ways = []
+    too_long = facts["overlong"]
+    if "too-long" in facts["dropped"] and too_long:
+        fits, left = 0, facts["rows_dropped"]
+        for length, count in too_long.items():
+            fits, left = int(length), left - count
+            if left <= config.max_dropped * facts["rows"]:
+                break
+        ways.append(f"raise --max-length to {fits}, or choose --overlong split or keep-end")
+    if set(facts["dropped"]) - {"too-long"}:
+        ways.append("mend the rows (ledger.jsonl names each)")
+    if share < 1:
+        ways.append(f"allow it by --max-dropped {min(0.99, np.ceil(share * 100) / 100):.2f}")
+    text = "; or ".join(ways)
+    return text[:1].upper() + text[1:] + "." if text else "Check the file and --format."
+
+
+def content_key(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source], held_out: list[Source]
+) -> str:
+    """SHA-256 over all that the documents follow from: bytes, tokenizer, template, options, code.
+
+    Raises:
+        UserError: A file can't be read.
+    """
+    content = hashlib.sha256()
+
+    def take(*values: Any) -> None:
+        content.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+
+    for source in (*sources, None, *held_out):
+        if source is None:
+            take("eval")
+        elif source.is_local:
+            take(source.label, source.sample, _file_hash(source.path))
+        else:
+            take(source.label, source.sample, hub_fingerprint(source.name))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    take(hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else "")
+    take(tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__)
+    take({name: getattr(config, name) for name in _OPTIONS})
+    if "strftime_now" in str(tokenizer.chat_template):
+        take(date.today().isoformat())
+    for library in ("tokenizers", "jinja2", "pyarrow"):
+        take(library, importlib.metadata.version(library))
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        take(code.name, hashlib.sha256(code.read_bytes()).hexdigest())
+    return content.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"data {path} can't be read: {error}") from None

@@ -1,0 +1,177 @@
+"""Text and control tokens to ids, so that no text can become a control token.
+
+A fast tokenizer first cuts a text at its added tokens (``<|im_end|>`` and the like) and then encodes what lies between.
+Here the cutting is the renderer's, which knows which of them the template wrote; what lies between is encoded by a copy
+of the tokenizer that recognises no added token at all. For a text without forged tokens the ids are those of the
+tokenizer itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.errors import UserError
+
+__all__ = ["Ids", "Piece", "TokenEncoder"]
+
+Ids = npt.NDArray[np.int32]
+
+_KEPT_TEXT = 48
+_KEPT_TEXTS = 20_000
+
+
+class Piece(NamedTuple):
+    """A stretch of a rendered conversation: one control token, or text that is encoded on its own."""
+
+    text: str
+    control: int
+    """Id of the control token, or -1 for text."""
+    supervised: bool
+    joined: bool
+    """Whether text goes on right behind other text: a reply that begins mid-text gets no prefix space of its own."""
+
+
+class TokenEncoder:
+    """Encodes pieces by the batch.
+
+    Args:
+        tokenizer: A tokenizer of Transformers with a ``tokenizers`` backend.
+
+    Raises:
+        UserError: The tokenizer has no such backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UserError(
+                f"the tokenizer {type(tokenizer).__name__} has no fast backend",
+                rule="slimtune needs a tokenizer.json of the tokenizers library.",
+                way_out="Convert the tokenizer, or take a model that has one.",
+            )
+        spec = json.loads(backend.to_str())
+        added = spec["added_tokens"]
+        self.controls: dict[str, int] = {token["content"]: token["id"] for token in added if token["content"]}
+        self.special: frozenset[str] = frozenset(t["content"] for t in added if t["special"] and t["content"])
+        self._eats_left = {token["id"] for token in added if token["lstrip"]}
+        self._eats_right = {token["id"] for token in added if token["rstrip"]}
+        alternatives = "|".join(re.escape(text) for text in sorted(self.controls, key=len, reverse=True))
+        self.pattern = re.compile(f"({alternatives or '(?!)'})")
+        """Finds control tokens in a text, the longest first."""
+        self.is_special = np.zeros(max([backend.get_vocab_size(), *self.controls.values()]) + 1, dtype=bool)
+        """For each id whether it is a special token, bool [vocabulary]."""
+        self.is_special[[token["id"] for token in added if token["special"]]] = True
+        self._first = _without_added(spec, prefix=True)
+        bare = _without_added(spec, prefix=False) if _writes_prefix(spec) else self._first
+        self._later = self._first if _prefixes_always(spec) else bare
+        self._joined = bare
+        self._kept: dict[tuple[str, int], Ids] = {}
+
+    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[tuple[Ids, npt.NDArray[np.bool_]]]:
+        """Ids (int32) and supervised mask (bool) of each document, both of shape [tokens].
+
+        Raises:
+            ValueError: The tokenizer makes a control token out of plain text, so the text can't be kept as text.
+        """
+        texts: dict[tuple[str, int], int] = {}
+        plans = [self._plan(pieces, texts) for pieces in documents]
+        encoded = self._encode_texts(list(texts))
+        made = []
+        for plan in plans:
+            parts = [part if isinstance(part, np.ndarray) else encoded[part] for part, _ in plan]
+            lengths = [part.shape[0] for part in parts]
+            ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+            mask = np.repeat(np.fromiter((flag for _, flag in plan), bool, len(plan)), lengths)
+            made.append((ids, mask))
+        return made
+
+    def _plan(self, pieces: Sequence[Piece], texts: dict[tuple[str, int], int]) -> list[tuple[Ids | int, bool]]:
+        plan: list[tuple[Ids | int, bool]] = []
+        start, eat = True, False
+        last = len(pieces) - 1
+        for at, (text, control, supervised, joined) in enumerate(pieces):
+            if control >= 0:
+                plan.append((np.array([control], np.int32), supervised))
+                start, eat = False, control in self._eats_right
+                continue
+            if eat and not joined:
+                text = text.lstrip()
+            if self._eats_left and at < last and pieces[at + 1].control in self._eats_left:
+                text = text.rstrip()
+            if not text:
+                continue
+            kind = 2 if joined else 0 if start else 1
+            start = eat = False
+            key = (text, kind)
+            known = self._kept.get(key)
+            plan.append((texts.setdefault(key, len(texts)) if known is None else known, supervised))
+        return plan
+
+    def _encode_texts(self, keys: list[tuple[str, int]]) -> list[Ids]:
+        encoded: list[Ids | None] = [None] * len(keys)
+        for kind, backend in enumerate((self._first, self._later, self._joined)):
+            chosen = [at for at, key in enumerate(keys) if key[1] == kind]
+            if not chosen:
+                continue
+            for at, encoding in zip(
+                chosen, backend.encode_batch_fast([keys[at][0] for at in chosen], add_special_tokens=False), strict=True
+            ):
+                ids = np.array(encoding.ids, dtype=np.int32)
+                encoded[at] = ids
+                if len(keys[at][0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS:
+                    self._kept[keys[at]] = ids
+        return encoded  # type: ignore[return-value]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens and their ids."""
+        made: dict[str, int] = self._first.get_vocab(with_added_tokens=False)
+        return made
+
+    def text_ids(self, text: str) -> Ids:
+        """Ids of a text alone, no added token recognised."""
+        return self.encode([[Piece(text, -1, False, False)]])[0][0]
+
+
+def _without_added(spec: dict[str, Any], *, prefix: bool) -> Tokenizer:
+    """The tokenizer with every added token switched off; without ``prefix`` no space is put before a text."""
+    plain = dict(spec, truncation=None, padding=None)
+    plain["added_tokens"] = [dict(token, special=True) for token in spec["added_tokens"]]
+    if not prefix:
+        plain["normalizer"] = _no_prefix(plain["normalizer"])
+        plain["pre_tokenizer"] = _no_prefix(plain["pre_tokenizer"])
+    made: Tokenizer = Tokenizer.from_str(json.dumps(plain))
+    made.encode_special_tokens = True
+    return made
+
+
+def _no_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normaliser or pre-tokeniser that puts no space before the text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    step = dict(step)
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        step[key] = [made for part in step[key] if (made := _no_prefix(part)) is not None]
+    if "prepend_scheme" in step:
+        step["prepend_scheme"] = "never"
+    if step.get("add_prefix_space"):
+        step["add_prefix_space"] = False
+    return step
+
+
+def _writes_prefix(spec: dict[str, Any]) -> bool:
+    """Whether the tokenizer puts a space before a text."""
+    return any(_no_prefix(spec[step]) != spec[step] for step in ("normalizer", "pre_tokenizer"))
+
+
+def _prefixes_always(spec: dict[str, Any]) -> bool:
+    """Whether text behind an added token gets the prefix space too, not only the text's beginning."""
+    return '"prepend_scheme": "first"' not in json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
