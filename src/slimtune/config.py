@@ -87,7 +87,7 @@ class Config(BaseModel):
     """field=column, for files whose columns have other names."""
     template: Path | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
-    max_length: PositiveInt = 1024
+    max_length: PositiveInt = 2048
     """Most tokens that one conversation may have."""
     overlong: Literal["drop", "error", "split", "keep-end"] = "drop"
     """What happens to a conversation longer than max_length. No choice cuts a reply short without a word."""
