@@ -473,14 +473,14 @@ def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Te
     Returns:
         Sum over rows of -log softmax(logits)[target], not scaled; float32 scalar (float64 for float64).
     """
-    wide = _wide(logits)
     known = targets >= 0
     index = targets.clamp(min=0)[:, None]
-    logsumexp = torch.logsumexp(wide, dim=-1, keepdim=True)
-    loss = ((logsumexp - wide.gather(1, index))[:, 0] * known).sum()
-    grad = torch.exp(wide - logsumexp)
+    # Not logsumexp: z - logsumexp(z) loses its digits where logits are large.
+    log_probs = torch.log_softmax(_wide(logits), dim=-1)
+    loss = -torch.where(known, log_probs.gather(1, index)[:, 0], 0.0).sum()
+    grad = log_probs.exp_()
     grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -1.0))
-    logits.copy_(grad * (known[:, None] * scale))
+    logits.copy_(torch.where(known[:, None], grad * scale, 0.0))
     return loss
 
 

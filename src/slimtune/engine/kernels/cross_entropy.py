@@ -1,0 +1,82 @@
+"""Cross-entropy of a chunk of logits: the loss, and the gradient in the logits' place.
+
+Forward, a row z with target t: loss = logsumexp(z) - z[t]. Backward: dz = (softmax(z) - onehot(t)) · scale. A row
+without a target (-100) adds nothing and becomes zero, so that a chunk of fixed size can hold fewer tokens.
+
+Layout: [N, V] with any row stride; the vocabulary may be any length (32,000 to 262,144 in practice). One program
+takes one row in two passes: running maximum and sum of exponentials (Milakov and Gimelshein 2018, arXiv:1805.02867),
+then the gradient. 32 warps to a program leave room for one row a multiprocessor, so that the second pass finds most
+of the row in the L2 cache.
+
+Dtype traps: 16-bit logits are widened first; the gradient is rounded once. A row's start needs 64-bit arithmetic:
+16,384 rows of 151,936 are past 2³¹.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference
+from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
+
+__all__ = ["loss_and_grad_"]
+
+
+@jit
+def _loss_and_grad(
+    logits: tl.tensor,
+    targets: tl.tensor,
+    losses: tl.tensor,
+    scale: tl.tensor,
+    scale_value: float,
+    stride: int,
+    size: int,
+    SCALE_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += tl.multiple_of(row * stride, ALIGN)
+    lane = tl.arange(0, BLOCK)
+    if target < 0:
+        for start in range(0, size, BLOCK):
+            tl.store(logits + start + lane, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=start + lane < size)
+        tl.store(losses + row, 0.0)
+        return
+    chosen = tl.load(logits + target).to(tl.float32)
+    peak = float("-inf")
+    total = 0.0
+    for start in range(0, size, BLOCK):
+        z = tl.load(logits + start + lane, mask=start + lane < size, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(z, axis=0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
+        peak = higher
+    tl.store(losses + row, tl.log(total) + (peak - chosen))
+    factor = scale_value
+    if SCALE_ON_DEVICE:
+        factor = tl.load(scale).to(tl.float32)
+    inverse = factor / total
+    for start in range(0, size, BLOCK):
+        columns = start + lane
+        z = tl.load(logits + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
+        grad = tl.exp(z - peak) * inverse - tl.where(columns == target, factor, 0.0)
+        tl.store(logits + columns, grad, mask=columns < size)
+
+
+def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+    """See :func:`slimtune.engine.kernels.reference.loss_and_grad_`."""
+    if not runs_on_triton(logits):
+        return reference.loss_and_grad_(logits, targets, scale)
+    rows, size = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    on_device = isinstance(scale, Tensor)
+    block = min(pow2(size), 16384)
+    _loss_and_grad[(rows,)](
+        logits, targets, losses, scale if on_device else losses, 0.0 if on_device else float(scale),
+        logits.stride(0), size,
+        SCALE_ON_DEVICE=on_device, BLOCK=block, ALIGN=row_alignment(logits),
+        num_warps=min(max(block // 512, 1), 32), enable_fp_fusion=True,
+    )  # fmt: skip
+    return losses.sum()
