@@ -63,8 +63,8 @@ class Safety:
     """Takes events for the metrics: ``{"event": …, "step": …}``."""
     warn: Callable[[str], None] = lambda line: None
     """Takes a line that the person should not miss."""
-    rows: Callable[[int, Sequence[int]], list[str]] = lambda epoch, micro_batches: []
-    """``file:line`` of the rows in some micro-batches of an epoch, by their place in its order."""
+    rows: Callable[[int], list[str]] = lambda position: []
+    """``file:line`` of the rows in a micro-batch, by its position in the run."""
     patience: float = PATIENCE
 
 
@@ -152,10 +152,9 @@ class ResumableTrainer(Trainer):
         plain, optimizer = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
         self.progress.divergence = self.divergence.state()
         self.progress.logs = {**logs, "loss": float(logs["loss"])}
-        epoch, micro_batches = self._position()
         state = {
             "progress": dataclasses.asdict(self.progress),
-            "position": {"epoch": epoch, "micro_batches": micro_batches, "seed": self.args.data_seed},
+            "position": self._position(),
             "plain": plain,
         }
         # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
@@ -202,11 +201,12 @@ class ResumableTrainer(Trainer):
             raise RuntimeError("a run is resumed by fit()")
         return self._restored
 
-    def _position(self) -> tuple[int, int]:
-        """The epoch, and the micro-batches of it that have been trained on."""
-        per_epoch = max(1, math.ceil(len(self.train_dataset) / self.args.gradient_accumulation_steps))
-        epoch, updates = divmod(self.state.global_step, per_epoch)
-        return epoch, updates * self.args.gradient_accumulation_steps
+    def _position(self) -> int:
+        """The data's position: micro-batches that the run has trained on, over all epochs."""
+        length = math.ceil(len(self.train_dataset) / self.args.train_batch_size)
+        accumulation = self.args.gradient_accumulation_steps
+        epoch, updates = divmod(self.state.global_step, max(1, math.ceil(length / accumulation)))
+        return epoch * length + updates * accumulation
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A finished run that is resumed has no step left, even in the middle of an epoch."""
@@ -373,9 +373,9 @@ class ResumableTrainer(Trainer):
 
     def _rows_of_step(self) -> list[str]:
         """The rows of the micro-batch whose loss is no number, or of the whole step's."""
-        epoch, done = self._position()
         bad = [place for place, loss in enumerate(self._step_losses) if not bool(torch.isfinite(loss).all())]
-        return self.safety.rows(epoch, [done + place for place in bad or range(len(self._step_losses))])
+        first = self._position()
+        return [row for place in bad or range(len(self._step_losses)) for row in self.safety.rows(first + place)]
 
     def _stop_by_guard(self, what: str, rows: list[str], way_out: str = "") -> GuardStop:
         saved, run = self.safety.checkpoints.last_saved, self.safety.signals.run
