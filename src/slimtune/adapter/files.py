@@ -1,0 +1,240 @@
+"""Weight files read and written one tensor at a time, and the adapter's folder as PEFT writes it.
+
+Nothing here holds more than one tensor of a model in memory, so a base of any size is fingerprinted, merged and
+exported in the room that its largest tensor takes. Safetensors has a reader for single tensors and none for writing
+them (github.com/huggingface/safetensors, "Format"), so the writer stands here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from slimtune.errors import UserError
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "TensorSpec",
+    "WeightFiles",
+    "adapter_config",
+    "attach_adapter",
+    "find_adapter",
+    "write_safetensors",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors' names of torch's dtypes."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class WeightFiles:
+    """The safetensors files of one folder, as a lazy mapping from tensor name to tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of the folder's weight files.
+
+        Raises:
+            UserError: The folder has no safetensors weights, or a file is damaged.
+        """
+        self.folder = folder
+        self.file_of: dict[str, Path] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        whole = folder / "model.safetensors"
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{index} can't be read: {error}") from None
+        elif whole.is_file():
+            files = [whole]
+        if not files:
+            raise UserError(
+                f"{folder} has no .safetensors weights",
+                rule="A base's identity is taken from them, and merging reads them.",
+                way_out="Save the model once with Transformers' save_pretrained, which writes safetensors.",
+            )
+        for file in files:
+            with _opened(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    part = handle.get_slice(name)
+                    self.file_of[name] = file
+                    self.specs[name] = TensorSpec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor, on the CPU; its memory is free again when it is dropped."""
+        with _opened(self.file_of[name]) as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def shards(self) -> dict[Path, list[str]]:
+        """The tensors' names, file by file, in the order they lie in."""
+        made: dict[Path, list[str]] = {}
+        for name, file in self.file_of.items():
+            made.setdefault(file, []).append(name)
+        return made
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and bytes; how they are spread over files doesn't count."""
+        digest = hashlib.sha256()
+        for name in sorted(self.specs):
+            spec = self.specs[name]
+            content = hashlib.sha256(_bytes(self[name])).hexdigest()
+            digest.update(f"{name}|{_NAMES[spec.dtype]}|{spec.shape}|{content}\n".encode())
+        return digest.hexdigest()
+
+
+def write_safetensors(
+    file: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file tensor by tensor.
+
+    Args:
+        file: What is written; it appears whole, by a rename, when the last tensor is in.
+        specs: Each tensor's dtype and shape, in the order of ``tensors``.
+        tensors: The tensors, made one at a time.
+        metadata: Text entries of the header.
+
+    Raises:
+        UserError: There is no room for the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = file.with_name(f".{file.name}.tmp")
+    order = iter(specs.items())
+    try:
+        with temporary.open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name, tensor in tensors:
+                expected, spec = next(order)
+                if name != expected or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                    raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} where {expected} {spec} belongs")
+                out.write(_bytes(tensor))
+        if missing := [name for name, _ in order]:
+            raise ValueError(f"tensors that were announced did not come: {missing}")
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{file} can't be written: {error.strerror}", way_out="Make room, or choose another disk."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The adapter's folder in a run folder, ``path`` itself if it is one, or None."""
+    for folder in (path / "adapter", path):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    return None
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's config of the adapter in ``folder``.
+
+    Raises:
+        UserError: It can't be read, or isn't a LoRA adapter.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} holds a {config.get('peft_type')} adapter", rule="slimtune uses LoRA adapters.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} has no {ADAPTER_WEIGHTS}",
+            rule="slimtune reads adapters from safetensors, never from a pickle.",
+            way_out="Save the adapter with safe_serialization=True.",
+        )
+    return config
+
+
+def attach_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does.
+
+    Raises:
+        UserError: The adapter doesn't fit the model, or its file is damaged.
+    """
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the adapter in {folder} does not fit its base: {first}",
+            rule="An adapter belongs to one base.",
+            way_out="Give the base it was trained on: --base PATH.",
+        ) from error
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} can't be read: {error}", way_out="Check that the copy or download is whole.") from None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values, without a copy where it is contiguous."""
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -1,0 +1,122 @@
+"""``slimtune chat RUN``: talk to a run, an adapter or a bare model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from slimtune.cli.using import model_options, sampling_options
+from slimtune.errors import UserError
+
+if TYPE_CHECKING:
+    from slimtune.use.chat import ChatSession
+
+__all__ = ["command"]
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system text and starts anew, /exit or Ctrl-D leaves."
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.option("--prompt", metavar="TEXT", help="Answer once and exit, for scripts.")
+@click.option("--system", metavar="TEXT", help="The system text.")
+@model_options
+@sampling_options
+def command(
+    target: str,
+    prompt: str | None,
+    system: str | None,
+    base: str | None,
+    quantization: str | None,
+    trust_remote_code: bool,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Talk to RUN: a run's folder, an adapter's, or a bare model (hub id, folder, smollm2-135m).
+
+    Ctrl-C stops a reply and keeps the conversation.
+    """
+    import torch
+
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.chat import ChatSession
+    from slimtune.use.load import open_model
+    from slimtune.use.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    with upstream_to_log(None):
+        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        torch.manual_seed(seed)
+        session = ChatSession(opened, sampling, system)
+        if prompt is not None:
+            session.reply(_utf8(prompt, "--prompt"), _show)
+            click.echo()
+            return
+        converse(session)
+
+
+def converse(session: ChatSession) -> None:
+    """Read lines until the person leaves."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives input() line editing and history
+
+    click.echo(f"{session.opened.found.name}: ready. {HELP}", err=True)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\n(Ctrl-D or /exit leaves)", err=True)
+            continue
+        if line == "/exit":
+            return
+        if line.startswith("/"):
+            _command(session, line)
+        elif line:
+            _answer(session, line)
+
+
+def _answer(session: ChatSession, line: str) -> None:
+    try:
+        session.reply(_utf8(line, "the line"), _show)
+        click.echo()
+    except KeyboardInterrupt:
+        click.echo("\n(stopped)", err=True)
+    except UserError as error:
+        click.echo(str(error), err=True)
+
+
+def _command(session: ChatSession, line: str) -> None:
+    word, _, rest = line.partition(" ")
+    if word == "/reset":
+        session.reset()
+        click.echo("(the conversation is forgotten)", err=True)
+    elif word == "/system" and rest.strip():
+        session.system = rest.strip()
+        session.reset()
+        click.echo("(system text set; the conversation starts anew)", err=True)
+    elif word == "/system":
+        click.echo(f"(system text: {session.system or 'none'})", err=True)
+    else:
+        click.echo(("" if word == "/help" else f"unknown command {word}. ") + HELP, err=True)
+
+
+def _show(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _utf8(text: str, where: str) -> str:
+    """Bytes that were no UTF-8 reach Python as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is no UTF-8 text", way_out="Check the terminal's or script's encoding.") from None
+    return text

@@ -1,0 +1,42 @@
+"""The flags that the verbs after training share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["model_options", "sampling_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(function: F) -> F:
+    """How the model is opened: base, quantisation, remote code."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        click.option(
+            "--quantization",
+            type=click.Choice(["nf4", "none"]),
+            help="The base's quantisation.  [as in training; nf4 for a bare model]",
+        ),
+        click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved."),
+    ):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: F) -> F:
+    """How tokens are chosen."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of the draws."),
+        click.option("--max-new-tokens", default=512, show_default=True, metavar="N", help="Most tokens of a reply."),
+        click.option("--top-k", default=0, show_default=True, metavar="N", help="Draw from N likeliest; 0: from all."),
+        click.option(
+            "--top-p", default=1.0, show_default=True, metavar="P", help="Draw from those that have probability P."
+        ),
+        click.option("--temperature", default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."),
+    ):
+        function = option(function)
+    return function

@@ -1,0 +1,62 @@
+"""How the next token is chosen: the same few options, with the same defaults, for every verb that answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import GenerationConfig
+
+from slimtune.errors import UserError
+
+if TYPE_CHECKING:
+    from slimtune.use.load import Opened
+
+__all__ = ["Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of generation. The default is greedy: the same question gets the same answer.
+
+    What a model's ``generation_config.json`` proposes (temperature, repetition penalty) is not taken over: scores
+    before and after training compare only if both were drawn alike, by rules that are written down.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it, tokens are drawn, the flatter the higher."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0: from all."""
+    max_new_tokens: int = 512
+    """Most tokens of one reply."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        for name, value, holds, rule in (
+            ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "It lies between 0 and 100."),
+            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "It lies over 0 and up to 1."),
+            ("top_k", self.top_k, self.top_k >= 0, "It is a number of tokens, or 0 for all."),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "It is at least 1."),
+        ):
+            if not holds:
+                raise UserError(f"{name} can't be {value}", rule=rule)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0.0
+
+    def generation_config(self, opened: Opened, max_new_tokens: int) -> GenerationConfig:
+        """The same as Transformers has it."""
+        drawn = {} if self.greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=not self.greedy,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(opened.stop_ids),
+            pad_token_id=opened.pad_id,
+            repetition_penalty=1.0,
+            **drawn,
+        )
