@@ -41,20 +41,14 @@ class Documents:
         """T."""
         return sum(self.lengths)
 
-    @property
-    def row_length(self) -> int | None:
-        """The length of each document, if all have the same."""
-        return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
-
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, documents: Documents) -> Way:
-    """The fastest way that computes these documents on this device."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...]) -> Way:
+    """The fastest way that computes documents of these lengths on this device."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return "torch"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "torch"  # FlashAttention-2 and cuDNN's kernels begin at compute capability 8.0
-    row = documents.row_length
-    if row is not None and row >= 64 and head_dim <= 128:
+    if len(set(lengths)) == 1 and lengths[0] >= 64 and head_dim <= 128:
         return "cudnn"
     return "varlen"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.attention import Documents, choose
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
+from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.microbatch import MicroBatch
@@ -25,6 +25,17 @@ from slimtune.engine.weights import Gradients, Site, unpack_for_training
 __all__ = ["Engine"]
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 micro-batches differ
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One key's graphs, and where they leave the last layer's result and find its gradient."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    x: Tensor
+    residual: Tensor
+    g: Tensor
 
 
 class Engine:
@@ -65,13 +76,22 @@ class Engine:
             unpack_for_training(linear)
         self.layers: list[LayerComputation] = [x for x in computations(self.decoder, dtype, self.device) if x]
         self.flat = FlatParameters(self._check_trainable(model))
-        self._gradients = [self._bind(layer) for layer in self.layers]
+        self._sums = torch.zeros_like(self.flat.grad)
+        self._stacked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._gradients = [LayerGradients(*(self._bind(site) for site in layer.sites)) for layer in self.layers]
         self._lowest = next(index for index, layer in enumerate(self.layers) if layer.adapted)
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
-        self._rotary = RotaryTable.of(self.decoder, self._positions(tokens), self.device, dtype)
+        self._rotary = RotaryTable.of(self.decoder, tokens, self.device, dtype)
         self.plan: MemoryPlan = plan_memory(self.layers, tokens, self._head.shape[0], self._budget(memory))
+        self.graphs = graphs and self.device.type == "cuda"
+        self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
+        self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
+        self._recorded: dict[ShapeKey, _Recorded] = {}
+        self._warm: set[str] = set()
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._top_gradient: Tensor | None = None
         for layer in self.layers[: self.plan.kept_weights]:
             for site in layer.sites:
                 site.keep()
@@ -88,11 +108,8 @@ class Engine:
                 )
         return mine
 
-    def _bind(self, layer: LayerComputation) -> LayerGradients:
-        """Let each site read its A from the flat tensor, and add its gradients to the flat gradient."""
-        return LayerGradients(*(self._bind_site(site) for site in layer.sites))
-
-    def _bind_site(self, site: Site) -> Gradients | None:
+    def _bind(self, site: Site) -> Gradients | None:
+        """Let a site read its A from the flat tensor; where its gradients are summed up."""
         if not site.groups:
             return None
         adapters = site.projection.adapters
@@ -103,16 +120,19 @@ class Engine:
             adapter.rank == site.rank and adapter.a.storage_offset() == start + index * sizes[0]
             for index, adapter in enumerate(adapters)
         )
-        if not lined_up:
-            raise CannotFuse("adapters of different ranks share an input", way_out="It trains unfused: engine: plain.")
+        sums = dict(zip(map(id, self.flat.parameters), self.flat.views(self._sums), strict=True))
+        b = [sums[id(adapter.b)] for adapter in adapters]
         shape, end = (site.groups * site.rank, site.inputs), start + sum(sizes)
-        site.a = self.flat.data[start:end].view(shape)
-        grads = [adapter.b.grad for adapter in adapters]
-        return Gradients(self.flat.grad[start:end].view(shape), [grad for grad in grads if grad is not None])
-
-    def _positions(self, tokens: int) -> int:
-        limit = getattr(self.decoder.model.config, "max_position_embeddings", tokens)
-        return max(tokens, min(int(limit), tokens)) if isinstance(limit, int) else tokens
+        if lined_up:
+            site.a = self.flat.data[start:end].view(shape)
+            return Gradients(self._sums[start:end].view(shape), b)
+        # Different ranks, or sizes that are no multiple of the optimizer's block: a stack of its own, copied both ways.
+        stack, gradients = torch.zeros(shape, dtype=self.flat.data.dtype, device=self.device), Gradients.zeros(site)
+        site.a = stack
+        for index, adapter in enumerate(adapters):
+            rows = slice(index * site.rank, index * site.rank + adapter.rank)
+            self._stacked.append((adapter.a, stack[rows], gradients.a[rows], sums[id(adapter.a)]))
+        return Gradients(gradients.a, b)
 
     def _budget(self, memory: int | None) -> float:
         if memory is None:
@@ -136,19 +156,26 @@ class Engine:
             Sum of the supervised tokens' negative log-likelihoods / num_supervised: float32 scalar on the device.
         """
         micro = MicroBatch.of(batch)
-        on = self._pass(micro, training=True)
-        for layer in self.layers:
-            for site in layer.sites:
-                site.refresh()
-        inverse = self._inverse(num_supervised)
-        x, residual, saved = self._forward(micro, on, self.plan.keep)
-        g = torch.empty_like(x)
-        loss = head_loss_and_grad(x, residual, *self._head_arguments(micro), self.plan.head_tokens, g)
-        before = self.flat.grad.clone()
-        self.flat.grad.zero_()
-        self._backward(g, saved, on)
-        self.flat.grad.mul_(inverse).add_(before)
-        return loss * inverse
+        self.draws += 1
+        key = self._inputs.load(micro, (self.seed + self.draws * _SEED_STRIDE) % 2**63)
+        self._set_inverse(num_supervised)
+        recorded = self._recorded.get(key)
+        if recorded is None and self.graphs and key.way in self._warm:
+            recorded = self._recorded[key] = self._record(micro, key)
+        if recorded is not None:
+            recorded.forward.replay()
+            loss = self._head_and_loss(micro, recorded.x, recorded.residual, recorded.g)
+            recorded.backward.replay()
+        else:
+            # The first micro-batch of a kind runs as it is: it compiles the kernels and makes the libraries' plans.
+            self._warm.add(key.way)
+            on = self._pass(micro, key, training=True)
+            x, residual, saved = self._forward(key, on, self.plan.keep)
+            g = torch.empty_like(x)
+            loss = self._head_and_loss(micro, x, residual, g)
+            del x, residual
+            self._backward(g, saved, on)
+        return loss * self._inverse
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -157,62 +184,89 @@ class Engine:
         No dropout, no gradient; takes the same batches as :meth:`forward_backward`.
         """
         micro = MicroBatch.of(batch)
-        for layer in self.layers:
-            for site in layer.sites:
-                site.refresh()
-        x, residual, _ = self._forward(micro, self._pass(micro, training=False), None)
-        return head_loss(x, residual, *self._head_arguments(micro), self.plan.head_tokens), micro.supervised
+        key = self._inputs.load(micro, 0)
+        x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
+        rows, targets = self._inputs.supervised(micro)
+        final_norm = self.decoder.backbone.norm
+        return head_loss(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens), micro.supervised
 
-    def _inverse(self, num_supervised: int | Tensor) -> Tensor:
-        wide = torch.promote_types(self.dtype, torch.float32)
+    def _set_inverse(self, num_supervised: int | Tensor) -> None:
         if isinstance(num_supervised, Tensor):
-            return num_supervised.to(self.device, wide).clamp(min=1).reciprocal()
-        return torch.full((), 1.0 / max(1, num_supervised), dtype=wide, device=self.device)
+            self._inverse.copy_(num_supervised.clamp(min=1).to(self._inverse.dtype).reciprocal(), non_blocking=True)
+        else:
+            self._inverse.fill_(1.0 / max(1, num_supervised))
 
-    def _pass(self, micro: MicroBatch, *, training: bool) -> Pass:
-        ends = torch.tensor([0, *_running_sums(micro.lengths)], dtype=torch.int32)
-        documents = Documents(micro.lengths, ends.to(self.device), max(micro.lengths))
-        seed = None
-        if training:
-            self.draws += 1
-            value = (self.seed + self.draws * _SEED_STRIDE) % 2**63
-            seed = torch.tensor(value, dtype=torch.int64, device=self.device)
+    def _pass(self, micro: MicroBatch, key: ShapeKey, *, training: bool) -> Pass:
         return Pass(
-            documents=documents,
-            way=choose(self.device, self.dtype, self.decoder.head_dim, documents),
-            position_ids=torch.from_numpy(micro.position_ids).to(self.device),
+            documents=self._inputs.documents(micro, key),
+            way=key.way,
+            position_ids=self._inputs.position_ids(key),
             rotary=self._rotary,
-            seed=seed,
+            seed=self._inputs.seed if training else None,
             mlp_tokens=self.plan.mlp_tokens,
         )
 
-    def _forward(
-        self, micro: MicroBatch, on: Pass, keep: tuple[Keep, ...] | None
-    ) -> tuple[Tensor, Tensor, list[Saved]]:
-        ids = torch.from_numpy(micro.input_ids).to(self.device)
-        x = torch.nn.functional.embedding(ids, self._embedding).to(self.dtype)
+    def _forward(self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None) -> tuple[Tensor, Tensor, list[Saved]]:
+        """The last layer's result as a pair to be added, and what each layer kept."""
+        for layer in self.layers:
+            for site in layer.sites:
+                site.refresh()
+        for matrix, stacked, _, _ in self._stacked:
+            stacked.copy_(matrix)
+        x = torch.nn.functional.embedding(self._inputs.input_ids(key), self._embedding).to(self.dtype)
         residual: Tensor | None = None
         saved = []
         for index, layer in enumerate(self.layers):
-            x, residual, kept = layer.forward(x, residual, on, None if keep is None else keep[index])
+            # Nothing below the lowest adapter has a backward.
+            wanted = None if keep is None or index < self._lowest else keep[index]
+            x, residual, kept = layer.forward(x, residual, on, wanted)
             saved.append(kept)
         assert residual is not None
         return x, residual, saved
 
+    def _head_and_loss(self, micro: MicroBatch, x: Tensor, residual: Tensor, g: Tensor) -> Tensor:
+        rows, targets = self._inputs.supervised(micro)
+        final_norm = self.decoder.backbone.norm
+        return head_loss_and_grad(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens, g)
+
     def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass) -> None:
+        """All layers' backward; what the adapters got is scaled and added to the flat gradient.
+
+        The gradient that runs through the layers is that of the sum, not divided by the number of supervised tokens:
+        in fp16 the division would push it under the smallest number that fp16 has.
+        """
+        self._sums.zero_()
+        for _, _, stacked_sum, _ in self._stacked:
+            stacked_sum.zero_()
         for index in range(len(self.layers) - 1, self._lowest - 1, -1):
             assert g is not None
             g = self.layers[index].backward(g, saved.pop(), on, self._gradients[index], need_dx=index > self._lowest)
+        for _, _, stacked_sum, total in self._stacked:
+            total.copy_(stacked_sum)
+        self.flat.grad.addcmul_(self._sums, self._inverse)
+
+    def _record(self, micro: MicroBatch, key: ShapeKey) -> _Recorded:
+        """Two graphs for micro-batches of this key. Recording computes nothing."""
+        torch.cuda.empty_cache()  # what the unrecorded pass left goes to the graphs' own pool
+        on = self._pass(micro, key, training=True)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool):
+            x, residual, saved = self._forward(key, on, self.plan.keep)
+        g = self._g(x)
+        with torch.cuda.graph(backward, pool=self._pool):
+            self._backward(g, saved, on)
+        return _Recorded(forward, backward, x, residual, g)
+
+    def _g(self, like: Tensor) -> Tensor:
+        """The buffer for the gradient of the last layer's result, at an address that stays."""
+        if self._top_gradient is None or self._top_gradient.shape != like.shape:
+            self._top_gradient = torch.empty_like(like)
+        return self._top_gradient
 
     @property
     def _embedding(self) -> Tensor:
         weight: Tensor = self.decoder.model.get_input_embeddings().weight
         return weight.detach()
-
-    def _head_arguments(self, micro: MicroBatch) -> tuple[Any, Tensor, Tensor, Tensor]:
-        rows = torch.from_numpy(micro.rows).to(self.device)
-        targets = torch.from_numpy(micro.targets).to(self.device)
-        return self.decoder.backbone.norm, self._head, rows, targets
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -229,11 +283,3 @@ def _parameters(site: Site) -> list[nn.Parameter]:
     """A site's parameters as they lie in the flat tensor: the A side by side, so that they stack without a copy."""
     adapters = site.projection.adapters
     return [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
-
-
-def _running_sums(lengths: tuple[int, ...]) -> list[int]:
-    total, ends = 0, []
-    for length in lengths:
-        total += length
-        ends.append(total)
-    return ends

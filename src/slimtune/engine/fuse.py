@@ -215,7 +215,7 @@ class _Runner:
         training = backbone.training
         on = Pass(
             documents=call.documents,
-            way=choose(embedded.device, dtype, self.decoder.head_dim, call.documents),
+            way=choose(embedded.device, dtype, self.decoder.head_dim, call.documents.lengths),
             position_ids=call.position_ids.flatten(),
             rotary=self._table(call.documents.longest, dtype),
             # Drawn from torch's own generator, so that a script's seed decides it.
@@ -271,7 +271,8 @@ class _Runner:
 
     def with_head(self, call: _Call, kwargs: dict[str, Any]) -> HeadOutput:
         """What TRL's own fused head returns, computed for the supervised positions alone."""
-        hidden: Tensor = self.backbone(call).last_hidden_state
+        hidden = self.backbone(call).last_hidden_state
+        assert hidden is not None
         labels = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else kwargs["labels"][:, 1:]
         positions = hidden[:, : labels.shape[1]]
         mask = labels != IGNORED

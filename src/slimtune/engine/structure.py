@@ -217,7 +217,12 @@ def read_decoder(model: nn.Module) -> Decoder:
 
 def _plain_head(inner: Any) -> bool:
     head: Any = inner.get_output_embeddings()
-    return _is_bare(head) and type(head) is nn.Linear and head.bias is None and head.weight.dtype in _FLOATS
+    return (
+        _is_bare(head)
+        and type(head) is nn.Linear
+        and getattr(head, "bias", None) is None
+        and head.weight.dtype in _FLOATS
+    )
 
 
 def _is_bare(module: Any) -> bool:

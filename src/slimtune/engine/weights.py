@@ -244,12 +244,16 @@ def unpack_for_training(linear: Linear) -> None:
     """Undo bitsandbytes' repacking of a 4-bit weight for its inference kernel on a CPU, if it happened.
 
     Its first forward without gradients on a CPU with AVX512-BF16 rewrites the weight into a layout that no training
-    kernel reads (bitsandbytes 0.50, ``nn/modules.py``). Double-quantised scales come back rounded once more: they
-    were widened to bf16 by the packing, so load the base anew where the last bit counts.
+    kernel reads (bitsandbytes 0.50, ``nn/modules.py``). The block scales come back rounded to bf16, as the packing left
+    them; load the base anew where the last bit counts.
     """
     weight: Any = linear.base.weight
     state = getattr(weight, "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        if state.absmax.ndim == 2:
+            # Plain scales come back as the kernel's [in / blocksize, out] in bf16.
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight.quant_state = state

@@ -1,0 +1,121 @@
+"""A micro-batch's place on the device, at addresses that stay, and the CUDA graphs that read it there."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.attention import Documents, Way, choose
+from slimtune.engine.microbatch import MicroBatch
+from slimtune.errors import UserError
+
+__all__ = ["Inputs", "ShapeKey"]
+
+_AHEAD = 4
+"""Micro-batches that the host may be ahead of the device."""
+_DOCUMENT_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of documents that graphs are made for: attention's grid grows with it, so no more than is needed."""
+
+
+@dataclass(frozen=True)
+class ShapeKey:
+    """What a recorded graph holds for: micro-batches of one key can be replayed by one graph."""
+
+    tokens: int
+    way: Way
+    documents: int
+    """Rows (``cudnn``), or the most documents (``varlen``)."""
+    longest: int
+    """The row length, or at least the longest document's."""
+
+
+class Inputs:
+    """Device buffers for micro-batches of up to ``tokens`` tokens, filled by one copy without waiting for it."""
+
+    def __init__(self, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._head_dim, self._dtype, self._device = head_dim, dtype, device
+        self._room = tokens
+        # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
+        self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
+        self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        self._pinned = device.type == "cuda"
+        self._free: deque[tuple[Tensor, Tensor]] = deque()
+        self._busy: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    @property
+    def seed(self) -> Tensor:
+        """int64 scalar."""
+        return self._fixed[0]
+
+    def _part(self, number: int, length: int) -> Tensor:
+        start = 1 + number * self._room
+        return self._fixed[start : start + length]
+
+    def input_ids(self, key: ShapeKey) -> Tensor:
+        """int64 [T]."""
+        return self._part(0, key.tokens)
+
+    def position_ids(self, key: ShapeKey) -> Tensor:
+        """int64 [T]."""
+        return self._part(1, key.tokens)
+
+    def supervised(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """rows and targets, int64 [n]."""
+        return self._part(2, micro.supervised), self._part(3, micro.supervised)
+
+    def documents(self, micro: MicroBatch, key: ShapeKey) -> Documents:
+        """The micro-batch's documents; what the device reads of them lies at a fixed address."""
+        return Documents(micro.lengths, self._boundaries[: key.documents + 1], key.longest)
+
+    def load(self, micro: MicroBatch, seed: int) -> ShapeKey:
+        """Bring a micro-batch to the device.
+
+        Raises:
+            UserError: It has more tokens than there is room for.
+        """
+        if micro.tokens > self._room:
+            raise UserError(
+                f"a micro-batch of {micro.tokens} tokens",
+                rule=f"The engine was made for at most {self._room}.",
+                way_out="Make it with tokens set to the largest micro-batch, evaluation's too.",
+            )
+        key = self._key(micro)
+        fixed, boundaries = self._staging()
+        fixed[0] = seed
+        for number, values in enumerate((micro.input_ids, micro.position_ids, micro.rows, micro.targets)):
+            start = 1 + number * self._room
+            fixed[start : start + len(values)] = torch.from_numpy(values)
+        ends = torch.tensor(micro.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        boundaries[1 : 1 + len(ends)] = ends
+        boundaries[1 + len(ends) : key.documents + 1] = key.tokens
+        self._fixed.copy_(fixed, non_blocking=True)
+        self._boundaries[: key.documents + 1].copy_(boundaries[: key.documents + 1], non_blocking=True)
+        if self._pinned:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            self._busy.append((fixed, boundaries, copied))
+        else:
+            self._free.append((fixed, boundaries))
+        return key
+
+    def _staging(self) -> tuple[Tensor, Tensor]:
+        """Host buffers that no copy reads any more."""
+        if len(self._busy) >= _AHEAD:
+            fixed, boundaries, copied = self._busy.popleft()
+            copied.synchronize()
+            return fixed, boundaries
+        if self._free:
+            return self._free.popleft()
+        fixed = torch.zeros(self._fixed.shape, dtype=torch.int64, pin_memory=self._pinned)
+        return fixed, torch.zeros(self._boundaries.shape, dtype=torch.int32, pin_memory=self._pinned)
+
+    def _key(self, micro: MicroBatch) -> ShapeKey:
+        longest, count = max(micro.lengths), len(micro.lengths)
+        way = choose(self._device, self._dtype, self._head_dim, micro.lengths)
+        if way == "varlen":
+            count = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
+            longest = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
+        return ShapeKey(micro.tokens, way, count, longest)

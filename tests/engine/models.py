@@ -1,0 +1,147 @@
+"""Small random models of every family that the engine knows, wrapped by PEFT; what a test compares them by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+FAMILIES = ("llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2")
+VOCABULARY = 211
+LENGTHS = (17, 5, 30, 8, 1, 3)
+"""A pack of 64 tokens: document boundaries at odd places, one document of a single token."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def family_config(family: str) -> PretrainedConfig:
+    match family:
+        case "llama":
+            return LlamaConfig(**_COMMON, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32})  # fmt: skip
+        case "llama-bias":
+            return LlamaConfig(**_COMMON, attention_bias=True, mlp_bias=True)
+        case "mistral":
+            return MistralConfig(**_COMMON, sliding_window=None)
+        case "mistral-window":
+            return MistralConfig(**_COMMON, sliding_window=7)
+        case "qwen2":
+            return Qwen2Config(**_COMMON)
+        case "qwen3":
+            return Qwen3Config(**_COMMON, head_dim=32)
+        case "smollm2":
+            return LlamaConfig(**{**_COMMON, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+                tie_word_embeddings=True)  # fmt: skip
+    raise AssertionError(family)
+
+
+def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(family_config(family), dtype=dtype, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        # Transformers starts biases at 0 and norms at 1, where a mistake with them would not show.
+        if "norm" in name:
+            parameter.data.normal_(1.0, 0.3)
+        elif "bias" in name:
+            parameter.data.normal_(0.0, 0.3)
+    return model
+
+
+def quantize(model: nn.Module, *, double: bool) -> nn.Module:
+    """Every linear layer but the head in NF4, as bitsandbytes has it."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            new = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4",
+                compute_dtype=torch.float32, compress_statistics=double,
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double
+            ).to("cpu")
+            new.bias = module.bias
+            setattr(model.get_submodule(parent), child, new)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def add_lora(model: nn.Module, *, seed: int = 1, **options: Any) -> nn.Module:
+    """PEFT's LoRA, with a B that isn't zero: else A would have no gradient."""
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **options}
+    wrapped = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
+    torch.manual_seed(seed)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.1)
+    return wrapped.train()
+
+
+def pack(seed: int = 2, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    """A packed micro-batch whose last document is padding, with two of three tokens supervised."""
+    torch.manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = ids.clone()
+    labels[:, ::3] = -100
+    labels[positions == 0] = -100
+    labels[:, -lengths[-1] :] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def padded(seed: int = 2) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[0, 13:] = 0
+    mask[2, 4:] = 0
+    ids[mask == 0] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def supervised(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def reference(model: nn.Module, batch: dict[str, Tensor], count: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and LoRA gradients of the model as it is, through Transformers, PEFT and autograd."""
+    model.zero_grad()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / count
+    loss.backward()
+    grads = gradients(model)
+    model.zero_grad()
+    return loss.item(), grads
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+
+
+def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest ‖a - e‖ / ‖e‖ over all tensors, which must be the same ones and not zero."""
+    assert actual.keys() == expected.keys()
+    assert all(value.norm() > 0 for value in expected.values())
+    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items())

@@ -1,0 +1,234 @@
+"""The engine's gradients against Transformers + PEFT + autograd, on every family, placement and memory policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from slimtune.engine import CannotFuse, Engine, FusedAdamW8bit
+from slimtune.engine.decoder import Keep
+from slimtune.errors import UserError
+from tests.engine import models
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def make_engine(model: nn.Module, tokens: int = 64, dtype: torch.dtype = torch.float32) -> Engine:
+    return Engine(model, dtype=dtype, tokens=tokens)
+
+
+def run(engine: Engine, model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> tuple[float, dict]:
+    engine.flat.grad.zero_()
+    loss = engine.forward_backward(batch, count).item()
+    return loss, models.gradients(model)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, "all-linear", ["v_proj", "down_proj"]], ids=["qkvo", "all", "v+down"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_gradients_equal_autograd(family: str, targets: list[str] | str) -> None:
+    model = models.add_lora(models.make_base(family), target_modules=targets)
+    for batch in (models.pack(), models.padded()):
+        loss, expected = models.reference(model, batch, 40)
+        engine = make_engine(model)
+        found, actual = run(engine, model, batch, 40)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert models.worst_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double-quant", "plain"])
+@pytest.mark.parametrize("family", ["qwen2", "smollm2"])
+def test_gradients_on_an_nf4_base(family: str, double: bool) -> None:
+    model = models.add_lora(models.quantize(models.make_base(family), double=double))
+    batch = models.pack()
+    loss, expected = models.reference(model, batch, 40)
+    found, actual = run(make_engine(model), model, batch, 40)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert models.worst_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True, "r": 8}, {"lora_alpha": 5}, {"r": 3, "lora_alpha": 32}], ids=str
+)
+def test_scaling(options: dict) -> None:
+    model = models.add_lora(models.make_base("qwen2"), **options)
+    batch = models.pack()
+    _, expected = models.reference(model, batch, 40)
+    _, actual = run(make_engine(model), model, batch, 40)
+    assert models.worst_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
+    model = models.add_lora(models.make_base(family), lora_dropout=0.2)
+    batch, engine = models.pack(), make_engine(model)
+    results = []
+    for level in Keep:
+        # One chunking for all: a chunk's dropout mask is its own.
+        engine.plan = replace(engine.plan, keep=(level,) * 3, mlp_tokens=24, head_tokens=7)
+        engine.load_state_dict({"seed": 5, "draws": 0})
+        results.append(run(engine, model, batch, 40))
+    for loss, actual in results[1:]:
+        assert loss == results[0][0]
+        assert models.worst_error(actual, results[0][1]) < 1e-6
+
+
+def test_weights_that_are_not_kept_give_the_same_gradients() -> None:
+    model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True))
+    batch, engine = models.pack(), make_engine(model)
+    assert engine.plan.kept_weights == 3
+    _, kept = run(engine, model, batch, 40)
+    for layer in engine.layers:
+        for site in layer.sites:
+            site._kept = None
+    _, again = run(engine, model, batch, 40)
+    assert models.worst_error(again, kept) < 1e-6
+
+
+def test_a_pack_equals_its_documents_one_by_one() -> None:
+    model = models.add_lora(models.make_base("mistral-window"))
+    batch, engine = models.pack(), make_engine(model)
+    loss, together = run(engine, model, batch, 40)
+    engine.flat.grad.zero_()
+    start = total = 0
+    for length in models.LENGTHS:
+        part = {key: value[:, start : start + length] for key, value in batch.items()}
+        total += engine.forward_backward(part, 40).item()
+        start += length
+    assert total == pytest.approx(loss, rel=1e-5)
+    assert models.worst_error(models.gradients(model), together) < 1e-5
+
+
+def test_gradients_accumulate_over_the_window() -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    engine, batches = make_engine(model), [models.pack(seed) for seed in (2, 3)]
+    singles = [run(engine, model, batch, 80)[1] for batch in batches]
+    engine.flat.grad.zero_()
+    for batch in batches:
+        engine.forward_backward(batch, torch.tensor(80))
+    expected = {name: singles[0][name] + singles[1][name] for name in singles[0]}
+    assert models.worst_error(models.gradients(model), expected) < 1e-6
+
+
+def test_dropout_is_the_same_forward_and_backward() -> None:
+    """The loss is linear in an adapter's B along one direction's small step: its slope is the gradient."""
+    model = models.add_lora(models.make_base("qwen2", dtype=torch.float64), lora_dropout=0.3)
+    engine = make_engine(model, dtype=torch.float64)
+    batch = models.pack()
+    state = {"seed": 9, "draws": 3}
+    engine.load_state_dict(state)
+    _, grads = run(engine, model, batch, 40)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        step = 1e-3 * grads[name] / grads[name].norm()
+        losses = []
+        for sign in (1, -1):
+            parameter.data.add_(step, alpha=sign)
+            engine.load_state_dict(state)
+            losses.append(engine.forward_backward(batch, 40).item())
+            parameter.data.add_(step, alpha=-sign)
+        slope = (losses[0] - losses[1]) / 2e-3
+        assert slope == pytest.approx(float(grads[name].norm()), rel=2e-2), name
+
+
+def test_dropout_differs_between_micro_batches_and_is_off_in_evaluation() -> None:
+    model = models.add_lora(models.make_base("qwen2"), lora_dropout=0.3)
+    engine, batch = make_engine(model), models.pack()
+    assert engine.forward_backward(batch, 1).item() != engine.forward_backward(batch, 1).item()
+    loss, count = engine.evaluate(batch)
+    model.eval()
+    expected, _ = models.reference(model, batch, 1)
+    assert count == models.supervised(batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_dropout_goes_on_where_it_was() -> None:
+    batch = models.pack()
+    model = models.add_lora(models.make_base("qwen2"), lora_dropout=0.3)
+    engine = make_engine(model)
+    engine.forward_backward(batch, 1)
+    state, next_loss = engine.state_dict(), engine.forward_backward(batch, 1).item()
+    engine.load_state_dict(state)
+    assert engine.forward_backward(batch, 1).item() == next_loss
+
+
+def test_the_loss_falls_and_the_base_stays() -> None:
+    model = models.add_lora(models.quantize(models.make_base("smollm2"), double=True))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    engine, batch = make_engine(model), models.pack()
+    optimizer = FusedAdamW8bit(engine.flat, lr=1e-2)
+    losses = []
+    for _ in range(30):
+        losses.append(engine.forward_backward(batch, models.supervised(batch)).item())
+        optimizer.clip_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_what_peft_saves_is_what_was_trained(tmp_path: Path) -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    engine, batch = make_engine(model), models.pack()
+    optimizer = FusedAdamW8bit(engine.flat, lr=1e-2)
+    engine.forward_backward(batch, 40)
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(models.make_base("qwen2"), tmp_path)
+    with torch.no_grad():
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_only_some_layers_have_adapters() -> None:
+    model = models.add_lora(models.make_base("qwen2"), layers_to_transform=[1, 2], target_modules=ATTENTION)
+    batch = models.pack()
+    _, expected = models.reference(model, batch, 40)
+    _, actual = run(make_engine(model), model, batch, 40)
+    assert models.worst_error(actual, expected) < 1e-4
+
+
+def test_nothing_supervised_gives_no_gradient() -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    batch = models.pack()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    engine = make_engine(model)
+    assert engine.forward_backward(batch, 0).item() == 0.0
+    assert not engine.flat.grad.any()
+
+
+def test_refuses_what_it_does_not_compute() -> None:
+    with pytest.raises(CannotFuse, match="variant"):
+        make_engine(models.add_lora(models.make_base("qwen2"), use_dora=True))
+    with pytest.raises(CannotFuse, match="head"):
+        make_engine(models.add_lora(models.make_base("qwen2"), modules_to_save=["lm_head"]))
+    with pytest.raises(CannotFuse, match="no LoRA adapter"):
+        make_engine(models.make_base("qwen2").requires_grad_(False))
+    engine = make_engine(models.add_lora(models.make_base("qwen2")), tokens=32)
+    with pytest.raises(UserError, match="64 tokens"):
+        engine.forward_backward(models.pack(), 1)
+    left = models.padded()
+    left["attention_mask"] = left["attention_mask"].flip(1)
+    with pytest.raises(UserError, match="left"):
+        make_engine(models.add_lora(models.make_base("qwen2"))).forward_backward(left, 1)
+
+
+def test_the_real_model(model_folder: Path) -> None:
+    """SmolLM2-135M in fp32 and in NF4, 30 layers deep, on two packed documents."""
+    batch = models.pack(lengths=(24, 9, 7))
+    for nf4 in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        model = models.add_lora(models.quantize(base, double=True) if nf4 else base, target_modules=ATTENTION, r=8)
+        loss, expected = models.reference(model, batch, 20)
+        found, actual = run(make_engine(model), model, batch, 20)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert models.worst_error(actual, expected) < 1e-4
