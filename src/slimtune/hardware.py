@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,24 +52,17 @@ def detect() -> Hardware:
         dtype, reason = "bf16", "this CPU multiplies bf16 natively (AVX512-BF16 or AMX)"
     else:
         dtype, reason = "fp32", "this CPU has no bf16 instructions, so fp32 is fastest"
-    return Hardware("cpu", _cpu_name(), memory, dtype, reason, threads)
+    return Hardware("cpu", _cpuinfo("model name") or "CPU", memory, dtype, reason, threads)
 
 
-def _cpu_flags() -> set[str]:
+def _cpuinfo(key: str) -> str:
+    """One value of the kernel's description of the first processor; empty where there is none."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def _cpu_has_bf16_gemm() -> bool:
-    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    except OSError:
-        return "CPU"
+    return bool(set(_cpuinfo("flags").split()) & {"avx512_bf16", "amx_bf16"})

@@ -6,6 +6,7 @@ The decisions become part of the resolved config that the run records, and ``sli
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 from slimtune.config import Config
 from slimtune.hardware import Hardware
 
-__all__ = ["Choice", "default_output", "resolve_machine", "resolve_steps"]
+__all__ = ["Choice", "default_output", "memory_budget", "micro_batches_of_run", "resolve_machine", "resolve_steps"]
 
 SAVES_IN_A_RUN = 10
+MEMORY_SHARE = 0.9
+"""Of the card's memory that training may take: the rest is the CUDA context's and fragmentation's."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def default_output(model: str, now: datetime) -> Path:
 
 
 def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Choice]]:
-    """Decide what depends on the machine: dtype and optimizer."""
+    """Decide what depends on the machine: dtype, optimizer, memory."""
     choices: list[Choice] = []
     if config.compute_dtype == "auto":
         choices.append(Choice("compute_dtype", hardware.compute_dtype, hardware.compute_dtype_reason))
@@ -50,13 +53,30 @@ def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Ch
                     "the same 8-bit states; paging moves them between GPU and RAM, and here is no GPU",
                 )
             )
+    if config.memory == "auto" and hardware.device == "cuda":
+        share = f"{hardware.memory_bytes * MEMORY_SHARE / 2**30:.2f}GiB"
+        choices.append(Choice("memory", share, f"{MEMORY_SHARE:.0%} of what {hardware.name} has"))
     return _with(config, choices), choices
 
 
-def resolve_steps(config: Config, micro_batches_per_epoch: int) -> tuple[Config, list[Choice], int]:
-    """Decide what depends on the data's length; also gives the run's number of optimizer steps."""
-    steps_per_epoch = max(1, math.ceil(micro_batches_per_epoch / config.gradient_accumulation))
-    total = config.max_steps or max(1, math.ceil(config.epochs * steps_per_epoch))
+def memory_budget(config: Config) -> int | None:
+    """Most bytes that training may take on the GPU; None where there is no limit to keep (a CPU)."""
+    if config.memory == "auto":
+        return None
+    number, unit = re.fullmatch(r"([\d.]+)\s?(\w+)", config.memory).groups()  # type: ignore[union-attr]
+    return int(float(number) * {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}[unit])
+
+
+def micro_batches_of_run(config: Config, per_epoch: int) -> int:
+    """Micro-batches of the whole run, over all its epochs."""
+    if config.max_steps is not None:
+        return config.max_steps * config.gradient_accumulation
+    return max(1, math.ceil(config.epochs * per_epoch))
+
+
+def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]:
+    """Decide what depends on the data's length, ``per_epoch`` micro-batches."""
+    total = math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
     choices: list[Choice] = []
     every = max(1, math.ceil(total / SAVES_IN_A_RUN))
     if config.save_steps == "auto":
@@ -64,7 +84,7 @@ def resolve_steps(config: Config, micro_batches_per_epoch: int) -> tuple[Config,
     if config.eval_steps == "auto" and (config.eval or config.eval_share):
         steps = every if config.save_steps == "auto" else config.save_steps
         choices.append(Choice("eval_steps", steps, "an evaluation with each checkpoint"))
-    return _with(config, choices), choices, total
+    return _with(config, choices), choices
 
 
 def _with(config: Config, choices: list[Choice]) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.embedded import embedded_model_folder, is_embedded
@@ -101,7 +102,7 @@ def load_tokenizer(
         UserError: It can't be loaded, has no chat template, or the template file can't be read.
     """
     source = model_source(model)
-    tokenizer = _from_pretrained(
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
         AutoTokenizer, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
     )
     if template is not None:
@@ -175,7 +176,7 @@ def _from_pretrained(loader: Any, source: str, **options: Any) -> Any:
             f"{source} does not fit this GPU's memory",
             way_out="Take a smaller model, or free memory that other programs hold (nvidia-smi shows them).",
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(source, error) from error
 
 
@@ -196,6 +197,6 @@ def _load_error(source: str, error: BaseException) -> UserError:
         )
     return UserError(
         f"model folder {source} can't be loaded: {first}",
-        rule="It must hold a causal language model that Transformers knows: config.json, safetensors weights, tokenizer.",
+        rule="It must hold a causal language model that Transformers knows: config.json, weights, tokenizer.",
         way_out="Check that the download is whole.",
     )

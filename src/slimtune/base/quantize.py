@@ -18,7 +18,7 @@ NF4_BLOCK = 64
 
 def quantization_config(*, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 as QLoRA has it (arXiv:2305.14314): 4-bit NormalFloat, scales quantised again if ``double_quant``."""
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
@@ -36,7 +36,7 @@ def keep_trainable_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not an attribute that nn.Module declares
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _checksum(tensor: Tensor) -> int:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor], int]]:
     """(name, its tensors, number of parameters) of every base parameter; names without PEFT's wrapping."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name or parameter.requires_grad and "lora" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
         state = getattr(parameter, "quant_state", None)

@@ -108,8 +108,7 @@ def main() -> NoReturn:
         # The reader (head, less) went away: no fault of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:
-        # The last stop: a fault of slimtune's own. It is said in one line, and exits 1.
+    except Exception as error:  # noqa: BLE001 - the last stop: said in one line, exits 1, --debug shows where
         if debug:
             traceback.print_exc()
         text = str(error).strip().splitlines() or [""]

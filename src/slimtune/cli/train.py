@@ -29,12 +29,12 @@ def command(
     """
     config = config_from_flags(config_file, {"model": model, "data": data, "output": output, **flags})
 
-    from slimtune.cli.screen import TrainingScreen
+    # Here, as it loads torch, and --help is to answer at once.
     from slimtune.recipes import finetune
+    from slimtune.run.screen import Screen
 
-    screen = TrainingScreen(quiet=as_json)
-    run = finetune(config, screen=screen)
+    run = finetune(config, screen=Screen(quiet=as_json))
     if as_json:
         click.echo(json.dumps(run.read_json(run.facts_file), ensure_ascii=False, indent=2))
     else:
-        screen.done(run)
+        click.echo(f"\n  slimtune chat {run.path}\n  slimtune explain {run.path}", err=True)

@@ -119,7 +119,7 @@ class Facts:
     run: str
     created: str
     base: BaseFacts
-    adapter: AdapterFacts
+    adapter: AdapterFacts | None = None
     training: TrainingFacts | None = None
     optimizer: OptimizerFacts | None = None
     verified: VerifiedFacts | None = None

@@ -118,7 +118,7 @@ class RunFolder:
         return value
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to the metrics. A NaN is written as null with its true value beside it, so the file stays JSON."""
+        """Add one line to the metrics. A NaN becomes null with its true value beside it, so the file stays JSON."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
 

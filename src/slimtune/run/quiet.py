@@ -34,7 +34,7 @@ def upstream_to_log(file: Path | None) -> Iterator[None]:
             if logger.handlers:
                 logger.handlers, logger.propagate = [], True
         root.handlers = [handler]
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         datasets_logging.disable_progress_bar()
         try:
             yield
@@ -43,6 +43,6 @@ def upstream_to_log(file: Path | None) -> Iterator[None]:
                 logger.handlers, logger.propagate = handlers, propagate
             logging.captureWarnings(False)
             if bars:
-                transformers_logging.enable_progress_bar()
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
             datasets_logging.enable_progress_bar()
             handler.close()

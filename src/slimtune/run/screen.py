@@ -18,7 +18,7 @@ class Screen:
     """Lines and a progress bar on stderr; silent if ``quiet``, a line now and then where there is no terminal."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 

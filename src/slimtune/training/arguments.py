@@ -12,23 +12,23 @@ from slimtune.hardware import Hardware
 __all__ = ["sft_arguments"]
 
 
-def sft_arguments(config: Config, hardware: Hardware, output: Path, *, checkpointing: bool) -> SFTConfig:
+def sft_arguments(config: Config, hardware: Hardware, output: Path, *, fused: bool) -> SFTConfig:
     """The arguments of one run. ``config`` is resolved: it holds no ``auto`` any more.
 
     Args:
         config: What runs.
         hardware: Where it runs.
         output: The folder of the checkpoints.
-        checkpointing: Recompute activations in the backward pass (Transformers' gradient checkpointing).
+        fused: The steps run on slimtune's engine, which has its own mixed precision and recomputation.
     """
+    plain_on_gpu = hardware.device == "cuda" and not fused
     return SFTConfig(
         output_dir=str(output),
-        # One item of the dataset is one micro-batch: whole packs, or micro_batch conversations.
-        per_device_train_batch_size=1 if config.packing else config.micro_batch,
-        per_device_eval_batch_size=1 if config.packing else config.micro_batch,
+        # One item of the dataset is one whole micro-batch; all epochs together are one pass over the items.
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
+        num_train_epochs=1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup,
@@ -39,10 +39,10 @@ def sft_arguments(config: Config, hardware: Hardware, output: Path, *, checkpoin
         data_seed=config.seed,
         full_determinism=False,
         use_cpu=hardware.device == "cpu",
-        bf16=config.compute_dtype == "bf16" and hardware.device == "cuda",
-        fp16=config.compute_dtype == "fp16" and hardware.device == "cuda",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        bf16=plain_on_gpu and config.compute_dtype == "bf16",
+        fp16=plain_on_gpu and config.compute_dtype == "fp16",
+        gradient_checkpointing=plain_on_gpu,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plain_on_gpu else None,
         logging_steps=config.logging_steps,
         # The true value is logged; slimtune's guard decides what a NaN does.
         logging_nan_inf_filter=False,

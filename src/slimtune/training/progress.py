@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["MetricsCallback"]
+from slimtune.data.packing import MicroBatches
+from slimtune.run.facts import OptimizerFacts, TrainingFacts
+
+__all__ = ["MetricsCallback", "memory_bytes", "optimizer_facts", "training_facts"]
 
 
 class MetricsCallback(TrainerCallback):
     """Turns the Trainer's logs into records with speed, time left and memory.
 
-    A record has ``step``, ``steps``, ``epoch``, ``loss``, ``grad_norm``, ``learning_rate``, ``tokens_per_second``
-    (all tokens that went through the model, padding left out), ``seconds`` since the start, ``seconds_left`` and
-    ``memory_bytes`` (peak allocated on the GPU; resident on a CPU).
+    A record has ``step``, ``steps``, ``epoch``, ``loss``, ``grad_norm``, ``learning_rate``, ``tokens`` (padding left
+    out) and ``supervised_tokens`` since the last record, ``tokens_per_second``, ``seconds`` since the start,
+    ``seconds_left`` and ``memory_bytes`` (peak allocated on the GPU; resident on a CPU).
     """
 
-    def __init__(self, tokens_in_step: Callable[[int], int], *sinks: Callable[[dict[str, Any]], None]) -> None:
-        self.tokens_in_step = tokens_in_step
+    def __init__(
+        self, data: MicroBatches, gradient_accumulation: int, *sinks: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.data, self.accumulation = data, gradient_accumulation
         self.sinks = sinks
         self.started = self.last_time = time.monotonic()
         self.last_step = 0
         self.first_step = 0
-        self.paused = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,17 +49,20 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Pass one record on to every sink."""
-        if not logs or not state.is_world_process_zero:
+        if not logs or "train_runtime" in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
         record: dict[str, Any] = {"step": state.global_step, "steps": state.max_steps}
         record |= {key: _number(value) for key, value in logs.items()}
         if "loss" in logs:
             steps, elapsed = state.global_step - self.last_step, now - self.last_time
-            tokens = sum(self.tokens_in_step(step) for step in range(self.last_step, state.global_step))
+            tokens, supervised = self._count(self.last_step, state.global_step)
+            record["epoch"] = round(state.global_step * self.accumulation / self.data.per_epoch, 4)
+            record["tokens"], record["supervised_tokens"] = tokens, supervised
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
             done = state.global_step - self.first_step
             record["seconds"] = round(now - self.started, 3)
+            record["logged_steps"] = steps
             record["step_seconds"] = round(elapsed / max(1, steps), 4)
             record["seconds_left"] = round(
                 (now - self.started) / max(1, done) * (state.max_steps - state.global_step), 1
@@ -63,6 +71,62 @@ class MetricsCallback(TrainerCallback):
             self.last_time, self.last_step = now, state.global_step
         for sink in self.sinks:
             sink(record)
+
+    def _count(self, first: int, last: int) -> tuple[int, int]:
+        """(tokens, supervised tokens) of the optimizer steps from ``first`` to before ``last``."""
+        tokens = supervised = 0
+        for position in range(first * self.accumulation, last * self.accumulation):
+            for member in self.data.members(position):
+                ids, mask = self.data.documents[int(member)]
+                tokens += ids.shape[0]
+                supervised += int(mask[1:].sum())
+        return tokens, supervised
+
+
+def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
+    """Sum up a run from its metrics' records.
+
+    Args:
+        records: The lines of ``metrics.jsonl``. A step that was trained again after a resume counts once.
+        engine: ``fused``, or ``plain`` with the reason.
+    """
+    steps = list({record["step"]: record for record in records if "step_seconds" in record}.values())
+    tokens = sum(int(record["tokens"]) for record in steps)
+    supervised_tokens = sum(int(record["supervised_tokens"]) for record in steps)
+    tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
+    evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
+    seconds = sum(record["step_seconds"] * record.get("logged_steps", 1) for record in steps)
+    return TrainingFacts(
+        engine=engine,
+        steps=int(steps[-1]["step"]) if steps else 0,
+        epochs=round(float(steps[-1].get("epoch", 0.0)), 3) if steps else 0.0,
+        first_loss=float(steps[0]["loss"]) if steps and steps[0]["loss"] is not None else float("nan"),
+        last_loss=sum(tail) / len(tail) if tail else float("nan"),
+        seconds=round(seconds, 2),
+        tokens=tokens,
+        supervised_tokens=supervised_tokens,
+        tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        peak_memory_bytes=max((int(record["memory_bytes"]) for record in steps), default=0),
+        memory_kind="gpu peak allocated" if torch.cuda.is_available() else "process resident",
+        eval_loss=evaluations[-1] if evaluations else None,
+    )
+
+
+def optimizer_facts(name: str, optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+    """Count the optimizer's state: bytes by dtype, over all state tensors of more than one element."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    sizes: Counter[str] = Counter()
+    for state in inner.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                sizes[str(value.dtype).removeprefix("torch.")] += value.nbytes
+    parameters = sum(parameter.numel() for group in inner.param_groups for parameter in group["params"])
+    return OptimizerFacts(
+        name=name,
+        class_name=f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}",
+        state_bytes=dict(sizes),
+        parameters=parameters,
+    )
 
 
 def memory_bytes() -> int:

@@ -1,23 +1,25 @@
 """slimtune's trainer: TRL's SFTTrainer, extended through its public hooks.
 
 SFTTrainer gets the plain quantised model and the adapter's configuration, and wraps the one in the other by itself.
-What slimtune adds: packs in an order that is a pure function of (seed, epoch), adapters in fp32, and a record of what
-the wrapping did.
+What slimtune adds: micro-batches in an order that is a pure function of (seed, epoch), adapters in fp32, a record of
+what the wrapping did, and a save that holds the adapter alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from slimtune.data import TrainingData
+from slimtune.data.packing import MicroBatches
+from slimtune.run.durable import atomic_folder
+from slimtune.training.fused import FusedTrainer
 
 __all__ = ["SlimTrainer", "Wrapping"]
 
@@ -27,7 +29,11 @@ class Wrapping:
     """What SFTTrainer's wrapping did, counted on the model before and after."""
 
     class_before: str
+    """Class of the model that SFTTrainer was given."""
     class_after: str
+    """Class of the model that SFTTrainer made of it."""
+    wrapped_by: str
+    """The class whose constructor did it."""
     modules: dict[str, int]
     """How many modules of each name (q_proj, …) carry an adapter."""
     trainable_parameters: int
@@ -35,13 +41,14 @@ class Wrapping:
     """Base and adapter."""
 
 
-class SlimTrainer(SFTTrainer):  # type: ignore[misc]
+class SlimTrainer(FusedTrainer):
     """SFTTrainer on slimtune's proven data.
 
     Args:
         model: The plain base, quantised or not; it must not be wrapped yet.
         args: From :func:`slimtune.training.arguments.sft_arguments`.
         data: Proven documents as micro-batches.
+        micro_batches: Micro-batches of the whole run, over all its epochs.
         tokenizer: The base's.
         lora: PEFT's ``LoraConfig``; SFTTrainer wraps the model with it.
         evaluation: Held-out data as micro-batches, or none.
@@ -52,25 +59,29 @@ class SlimTrainer(SFTTrainer):  # type: ignore[misc]
         self,
         model: PreTrainedModel,
         args: SFTConfig,
-        data: TrainingData,
+        data: MicroBatches,
+        micro_batches: int,
         tokenizer: PreTrainedTokenizerBase,
         lora: Any,
-        evaluation: TrainingData | None = None,
+        evaluation: MicroBatches | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.data = data
+        self.data, self.evaluation = data, evaluation
+        self.data_collator: Any
         class_before = type(model).__name__
         base_parameters = _count(model)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=data.dataset,
-            eval_dataset=None if evaluation is None else evaluation.dataset,
+            train_dataset=data.dataset(micro_batches),
+            eval_dataset=None if evaluation is None else evaluation.dataset(),
             data_collator=data.collate,
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=callbacks,
         )
+        # The Trainer prints its logs as dicts where it has no bar; slimtune's callbacks take them instead.
+        self.remove_callback(PrinterCallback)
         # TRL casts the adapters of a quantised base to bf16, whose 8 bits of mantissa lose small updates, and which a
         # T4's fp16 can't train. They are about 0.2 % of the model: fp32 costs nothing that counts.
         for parameter in self.model.parameters():
@@ -80,30 +91,37 @@ class SlimTrainer(SFTTrainer):  # type: ignore[misc]
         self.wrapping = Wrapping(
             class_before=class_before,
             class_after=type(self.model).__name__,
+            wrapped_by=f"{SFTTrainer.__module__.split('.')[0]}.{SFTTrainer.__name__}",
             modules=_adapted_modules(self.model),
             trainable_parameters=trainable,
             total_parameters=base_parameters + trainable,
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained, and nothing else: adapter, tokenizer, chat template; never the base, no pickle.
+
+        The folder appears whole or not at all.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        with atomic_folder(folder) as partial:
+            self.model.save_pretrained(partial, save_embedding_layers=False)
+            # PEFT's card is an empty form; slimtune writes a filled one when the adapter is published.
+            (partial / "README.md").unlink(missing_ok=True)
+            self.processing_class.save_pretrained(partial)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _EpochOrder(self.data)
+        # A position is the micro-batch's place in the whole run; the data's own order is in there already.
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-
-class _EpochOrder(Sampler[int]):
-    """The data's own order: a pure function of (seed, epoch), so a resumed run finds its place."""
-
-    def __init__(self, data: TrainingData) -> None:
-        self.data = data
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.data.order(self.epoch))
-
-    def __len__(self) -> int:
-        return len(self.data)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's, with the held-out data's own collator."""
+        if self.evaluation is None:
+            return super().get_eval_dataloader(eval_dataset)
+        collator, self.data_collator = self.data_collator, self.evaluation.collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -1,0 +1,138 @@
+"""SFTTrainer whose steps run on slimtune's engine: no autograd, no host synchronisation inside a step.
+
+Everything else stays SFTTrainer's: its loop, schedule, logging and callbacks. Without an engine it is SFTTrainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trl import SFTTrainer
+
+from slimtune.base.load import torch_dtype
+from slimtune.config import Config
+from slimtune.engine import Engine, FusedAdamW8bit
+from slimtune.engine.structure import MODEL_TYPES
+from slimtune.errors import UserError
+from slimtune.plan import memory_budget
+
+__all__ = ["EIGHT_BIT_ADAMW", "FusedTrainer", "make_engine", "why_unfused"]
+
+EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
+"""The optimizers that the engine runs in one launch."""
+
+
+class FusedTrainer(SFTTrainer):  # type: ignore[misc]
+    """Call :meth:`use_engine` between construction and training."""
+
+    engine: Engine | None = None
+    optimizer: Any
+
+    def use_engine(self, engine: Engine) -> None:
+        """Train on ``engine``, which was made from this trainer's model."""
+        self.engine = engine
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """8-bit AdamW over the engine's flat parameters; any other optimizer as SFTTrainer makes it."""
+        if self.engine is None or self.optimizer is not None or self.args.optim not in EIGHT_BIT_ADAMW:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            return made
+        self.optimizer = FusedAdamW8bit(
+            self.engine.flat,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            weight_decay=self.args.weight_decay,
+        )
+        fused: torch.optim.Optimizer = self.optimizer
+        return fused
+
+    def get_train_dataloader(self) -> Any:
+        """Micro-batches stay on the host: the engine copies them into its own buffers."""
+        if self.engine is None:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset, batch_size=1, sampler=self._get_train_sampler(), collate_fn=self.data_collator
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch, forward and backward; the loss stays on the device."""
+        if self.engine is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        model.train()
+        flat = self.engine.flat
+        if flat.parameters[0].grad is None:
+            # The Trainer's zero_grad takes the gradients away; the engine adds to views of one flat tensor.
+            flat.grad.zero_()
+            for parameter, view in zip(flat.parameters, flat.views(flat.grad), strict=True):
+                parameter.grad = view
+        return self.engine.forward_backward(inputs, _supervised(inputs, num_items_in_batch))
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """The mean loss of an evaluation batch."""
+        if self.engine is None:
+            predicted: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return predicted
+        host = {key: value.cpu() for key, value in inputs.items()}
+        loss_sum, supervised = self.engine.evaluate(host)
+        return loss_sum / max(1, supervised), None, None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, FusedAdamW8bit):
+            return optimizer.clip_(self.args.max_grad_norm)
+        norm: Tensor = super()._clip_grad_norm(model)
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Counted by slimtune itself: the Trainer's estimate walks over all parameters at every micro-batch."""
+        return 0 if self.engine is not None else int(super().floating_point_ops(inputs))
+
+
+def _supervised(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | int:
+    if num_items_in_batch is not None:
+        return num_items_in_batch
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
+def why_unfused(config: Config, model: nn.Module) -> str | None:
+    """Why this run trains on the plain stack; None if the engine takes it.
+
+    Raises:
+        UserError: The engine was asked for and doesn't know this model or adapter.
+    """
+    if config.engine == "plain":
+        return "asked for"
+    unknown = {
+        "DoRA": config.dora,
+        "biases that train": config.lora_bias != "none",
+        "modules_to_save": bool(config.modules_to_save),
+        "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
+        f"the optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW,
+    }
+    reason = next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
+    model_type = getattr(model.config, "model_type", "")
+    if reason is None and model_type not in MODEL_TYPES:
+        reason = f"the engine doesn't know models of type {model_type}"
+    if reason is not None and config.engine == "fused":
+        raise UserError(f"engine: fused can't be had: {reason}", way_out="Leave engine at auto: it trains unfused.")
+    return reason
+
+
+def make_engine(config: Config, model: nn.Module) -> Engine:
+    """The engine of a wrapped model, for micro-batches of ``config``."""
+    return Engine(
+        model,
+        dtype=torch_dtype(config.compute_dtype),
+        tokens=config.batch_tokens,
+        memory=memory_budget(config),
+        seed=config.seed,
+    )

@@ -1,0 +1,139 @@
+"""The base in 4 bits; and what a person can get wrong about a model, said in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.base.load import Base, load_base, load_tokenizer, model_source
+from slimtune.errors import UserError
+from slimtune.hardware import Hardware
+
+
+def test_every_linear_but_the_head_is_nf4_with_double_quantisation(base: Base) -> None:
+    linears = {name: module for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    quantized = {name: module for name, module in linears.items() if isinstance(module, Linear4bit)}
+    assert set(linears) - set(quantized) == {"lm_head"}
+    for module in quantized.values():
+        state = module.weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
+        assert module.weight.dtype == torch.uint8
+        assert module.compute_dtype == torch.float32
+
+
+def test_double_quantisation_can_be_off(hardware: Hardware) -> None:
+    single = load_base("smollm2-135m", hardware, compute_dtype="fp32", double_quant=False)
+    states = [module.weight.quant_state for module in single.model.modules() if isinstance(module, Linear4bit)]
+    assert states
+    assert not any(state.nested for state in states)
+
+
+def test_quantization_none_keeps_the_weights(hardware: Hardware) -> None:
+    plain = load_base("smollm2-135m", hardware, compute_dtype="bf16", quantization="none")
+    assert not plain.quantized
+    assert not any(isinstance(module, Linear4bit) for module in plain.model.modules())
+    assert {parameter.dtype for parameter in plain.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_cpu_never_repacks_the_weights_into_a_layout_without_backward(base: Base) -> None:
+    modules = [module for module in base.model.modules() if isinstance(module, Linear4bit)]
+    assert modules
+    assert not any(module.support_avx512bf16_for_cpu for module in modules)
+    before = modules[0].weight.data.clone()
+    base.model.eval()
+    with torch.no_grad():
+        base.model(torch.tensor([[1, 2, 3]]))
+    assert torch.equal(modules[0].weight.data, before)
+
+
+def test_gradients_are_the_same_before_and_after_an_evaluation(base: Base) -> None:
+    ids = torch.tensor([[1, 4093, 198, 2427, 339, 253, 1743]])
+
+    def gradient() -> torch.Tensor:
+        base.model.train()
+        embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
+        base.model(inputs_embeds=embedded, labels=ids).loss.backward()
+        assert embedded.grad is not None
+        return embedded.grad
+
+    first = gradient()
+    base.model.eval()
+    with torch.no_grad():
+        base.model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert first.abs().max() > 0
+    assert torch.equal(gradient(), first)
+
+
+def test_padding_is_not_the_turns_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token != "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent", "does not exist"),
+        (lambda folder: _write(folder / "model.bin", "x"), "is a file"),
+        (lambda folder: folder, "has no config.json"),
+        (lambda folder: _write(folder / "adapter_config.json", '{"base_model_name_or_path": "a/b"}').parent, "(a/b)"),
+        (lambda folder: _write(folder / "adapter" / "adapter_config.json", "{}").parents[1], "is a run of slimtune"),
+    ],
+)
+def test_a_path_that_is_no_base_is_named(tmp_path: Path, make: object, message: str) -> None:
+    path = make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(UserError) as caught:
+        model_source(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert caught.value.way_out
+
+
+def test_an_unknown_name_is_refused_without_the_network() -> None:
+    with pytest.raises(UserError, match="unknown model 'smollm'"):
+        model_source("smollm")
+
+
+def test_a_damaged_model_folder_is_named(tmp_path: Path, model_folder: Path, hardware: Hardware) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not a header")
+    with pytest.raises(UserError, match="can't be loaded") as caught:
+        load_base(str(tmp_path), hardware, compute_dtype="fp32")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_not_run(
+    tmp_path: Path, model_folder: Path, hardware: Hardware
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"):
+        (tmp_path / name).symlink_to(model_folder / name)
+    with pytest.raises(UserError):
+        load_base(str(tmp_path), hardware, compute_dtype="fp32")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    with pytest.raises(UserError, match="has no chat template"):
+        load_tokenizer(str(tmp_path))
+    given = _write(tmp_path / "own.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert load_tokenizer(str(tmp_path), template=given).chat_template == given.read_text()
+    with pytest.raises(UserError, match="chat template .*absent.jinja can't be read"):
+        load_tokenizer(str(tmp_path), template=tmp_path / "absent.jinja")
+
+
+def _write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file

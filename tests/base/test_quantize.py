@@ -1,0 +1,53 @@
+"""What the base weighs, and the fingerprint that proves it stayed frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slimtune.base.load import Base
+from slimtune.base.quantize import bytes_by_part, fingerprint
+
+
+def test_bytes_are_counted_from_the_tensors(base: Base) -> None:
+    parts = {part.part: part for part in bytes_by_part(base.model)}
+    assert set(parts) == {"attention", "MLP", "embedding", "norms"}
+    config = base.model.config
+    assert parts["embedding"].parameters == config.vocab_size * config.hidden_size
+    assert parts["embedding"].bytes_now == 4 * parts["embedding"].parameters
+    mlp = parts["MLP"]
+    assert mlp.parameters == 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    # 4 bits for a weight, 8 bits for a block of 64, and little for the scales' own scales.
+    assert 4.12 < 8 * mlp.bytes_now / mlp.parameters < 4.14
+    assert sum(part.parameters for part in parts.values()) == 134_515_008
+
+
+def test_any_changed_bit_changes_the_fingerprint(base: Base) -> None:
+    before = fingerprint(base.model)
+    assert before == fingerprint(base.model)
+    weights = [
+        base.model.model.layers[0].self_attn.q_proj.weight.data,
+        base.model.model.layers[29].mlp.down_proj.weight.quant_state.absmax,
+        base.model.model.norm.weight.data.view(torch.uint8),
+    ]
+    for weight in weights:
+        flat = weight.view(-1)
+        kept = flat[-1].clone()
+        flat[-1] = kept ^ 1
+        assert fingerprint(base.model) != before
+        flat[-1] = kept
+    assert fingerprint(base.model) == before
+
+
+def test_swapped_words_change_the_fingerprint(base: Base) -> None:
+    before = fingerprint(base.model)
+    flat = base.model.model.layers[3].mlp.up_proj.weight.data.view(-1)
+    flat[:16] = torch.cat([flat[8:16].clone(), flat[:8].clone()])
+    assert fingerprint(base.model) != before
+
+
+def test_wrapping_does_not_change_the_fingerprint(base: Base) -> None:
+    peft = pytest.importorskip("peft")
+    before = fingerprint(base.model)
+    wrapped = peft.get_peft_model(base.model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert fingerprint(wrapped) == before

@@ -1,0 +1,112 @@
+"""What a person can ask for: strict, documented, and the same from YAML, flags and Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slimtune.cli.config import documented_defaults
+from slimtune.config import Config, load_config
+from slimtune.errors import UserError
+
+
+def test_defaults_are_the_notes_numbers() -> None:
+    config = Config()
+    assert config.model == "Qwen/Qwen1.5-1.8B-Chat"
+    assert (config.quantization, config.double_quant) == ("nf4", True)
+    assert (config.lora_r, config.alpha, config.lora_dropout) == (8, 16, 0.05)
+    assert config.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_alpha_follows_r_unless_set() -> None:
+    assert Config(lora_r=32).alpha == 64
+    assert Config(lora_r=32, lora_alpha=8).alpha == 8
+
+
+def test_every_key_is_documented() -> None:
+    undocumented = [name for name, field in Config.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+def test_printed_defaults_read_back_to_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(documented_defaults(), encoding="utf-8")
+    assert load_config(file) == Config()
+
+
+def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = Config.make(targets="all-linear", map={"instruction": "frage"}, data="a.jsonl", output=Path("x"), lora_r=4)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_r: 4\nseed: 7\n", encoding="utf-8")
+    config = load_config(file, lora_r="16")
+    assert (config.lora_r, config.seed) == (16, 7)
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-4 as a string.
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\n", encoding="utf-8")
+    assert load_config(file).learning_rate == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_rank": 4}, "unknown config key 'lora_rank'"),
+        ({"lerning_rate": 1e-4}, "Did you mean 'learning_rate'?"),
+        ({"lora_r": 0}, "config key 'lora_r' can't be 0"),
+        ({"lora_dropout": 1.0}, "config key 'lora_dropout' can't be 1.0"),
+        ({"overlong": "truncate"}, "Input should be 'drop', 'error', 'split' or 'keep-end'"),
+        ({"keep_checkpoints": 1}, "config key 'keep_checkpoints' can't be 1"),
+        ({"memory": "lots"}, "config key 'memory' can't be 'lots'"),
+        ({"early_stopping": 3}, "early_stopping needs an evaluation"),
+        ({"eval": "a.jsonl", "eval_share": 0.1}, "eval and eval_share exclude each other"),
+        ({"lora_init": "loftq"}, "loftq quantises by itself"),
+    ],
+)
+def test_a_refused_value_names_key_and_rule(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Config.make(**values)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert caught.value.way_out or caught.value.rule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("lora_r: [\n", "is no valid YAML"),
+        ("lora_r: 4\nlora_r: 8\n", "key 'lora_r' stands twice"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="run.yaml") as caught:
+        load_config(file)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent.yaml can't be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_config_cannot_be_changed_after_parsing() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1  # type: ignore[misc]
+
+
+def test_schema_is_json_and_closed() -> None:
+    schema = json.loads(json.dumps(Config.model_json_schema()))
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(Config.model_fields)
