@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.attention import Attention, Documents, Way
-from slimtune.engine.kernels import reference as mlp
-from slimtune.engine.kernels import reference as norm
-from slimtune.engine.kernels import reference as rope
+from slimtune.engine.kernels import mlp, norm, rope
 from slimtune.engine.structure import Decoder, Layer
 from slimtune.engine.weights import Gradients, Scratch, Site
 

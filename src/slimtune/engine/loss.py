@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels import reference as cross_entropy
-from slimtune.engine.kernels import reference as norm
+from slimtune.engine.kernels import cross_entropy, norm
 
 __all__ = ["head_loss", "head_loss_and_grad", "token_log_probs"]
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels import reference as lora
-from slimtune.engine.kernels import reference as nf4
+from slimtune.engine.kernels import lora, nf4
 from slimtune.engine.kernels.formats import NestedScales
 from slimtune.engine.structure import Adapter, Linear, Projection
 
