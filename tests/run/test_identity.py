@@ -1,0 +1,77 @@
+"""At resume, what changed is refused by name, with what it was and is; free keys may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimtune.config import Config
+from slimtune.errors import UserError
+from slimtune.run.identity import FREE_KEYS, Identity, require_same
+
+BEFORE = Identity(
+    config=Config(data=("a.jsonl",)).model_dump(mode="json"),
+    base="1" * 64,
+    data={"a.jsonl": "2" * 64},
+    tokenizer="3" * 64,
+    template="4" * 64,
+    python="3.12.1",
+    versions={"torch": "2.11.0", "transformers": "5.17.0"},
+)
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return (
+        [*value, "more"] if isinstance(value, list) else {"other": 1} if isinstance(value, dict) else f"other-{value}"
+    )
+
+
+@pytest.mark.parametrize("key", sorted(set(Config.model_fields) - FREE_KEYS))
+def test_every_key_that_makes_the_numbers_is_refused(key: str) -> None:
+    now = dataclasses.replace(BEFORE, config={**BEFORE.config, key: changed(BEFORE.config[key])})
+    with pytest.raises(UserError, match=f"config {key}") as refused:
+        require_same(BEFORE, now, Path("run"), accept=False)
+    assert "--accept-changes" in str(refused.value)
+    assert "train --from run" in str(refused.value)
+    (change,) = require_same(BEFORE, now, Path("run"), accept=True)
+    assert change.what == f"config {key}"
+
+
+@pytest.mark.parametrize("key", sorted(FREE_KEYS))
+def test_free_keys_may_change(key: str) -> None:
+    now = dataclasses.replace(BEFORE, config={**BEFORE.config, key: changed(BEFORE.config[key])})
+    assert require_same(BEFORE, now, Path("run"), accept=False) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("base", "9" * 64, "base weights"),
+        ("tokenizer", "9" * 64, "tokenizer"),
+        ("template", "9" * 64, "chat template"),
+        ("python", "3.13.0", "Python"),
+        ("data", {"a.jsonl": "9" * 64}, "data a.jsonl"),
+        ("data", {}, "data a.jsonl"),
+        ("versions", {"torch": "2.15.0", "transformers": "5.17.0"}, "version of torch"),
+        ("versions", {"torch": "2.11.0"}, "version of transformers"),
+    ],
+)
+def test_all_else_is_refused_with_from_and_to(field: str, value: Any, what: str) -> None:
+    now = dataclasses.replace(BEFORE, **{field: value})
+    with pytest.raises(UserError) as refused:
+        require_same(BEFORE, now, Path("run"), accept=False)
+    assert refused.value.exit_code == 2
+    (line,) = [line for line in str(refused.value).splitlines() if line.strip().startswith(what)]
+    (change,) = BEFORE.changes(now)
+    assert line.split() == [*what.split(), *change.before.split(), *change.after.split()]
+
+
+def test_an_identity_survives_its_file() -> None:
+    assert Identity.from_bytes(BEFORE.to_bytes()) == BEFORE
