@@ -32,17 +32,25 @@ def make(device: str, dtype: torch.dtype) -> Maker:
 
 
 @pytest.fixture(autouse=INTERPRETED)
-def _bfloat16_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts float32 off to bfloat16, where every GPU rounds to nearest; here it rounds too."""
+def _interpreter_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter as a GPU computes: it cuts float32 off to bfloat16 instead of rounding to nearest, and
+    multiplies the bits of bfloat16 matrices as if they were integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    cut = interpreter.InterpreterBuilder.cast_impl
+    builder = interpreter.InterpreterBuilder
+    cut, dot = builder.cast_impl, builder.create_dot
 
-    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+    def rounded_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
             return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
         return cut(self, src, dst_type)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    def widened_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", rounded_cast)
+    monkeypatch.setattr(builder, "create_dot", widened_dot)

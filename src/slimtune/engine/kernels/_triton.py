@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ try:
 except ModuleNotFoundError:  # torch for a machine without an NVIDIA or AMD GPU comes without Triton
     triton = tl = None
 
-__all__ = ["cdiv", "jit", "pow2", "row_alignment", "runs_on_triton", "tl"]
+__all__ = ["cdiv", "jit", "jit_one_for_all", "pow2", "row_alignment", "runs_on_triton", "tl"]
 
 
 def jit(function: Any) -> Any:
     """``triton.jit``; without Triton the function itself, which is then never called."""
     return function if triton is None else triton.jit(function)
+
+
+def jit_one_for_all(*names: str) -> Callable[[Any], Any]:
+    """:func:`jit` without special code for arguments of these names that happen to be multiples of 16."""
+    return lambda function: function if triton is None else triton.jit(function, do_not_specialize=names)
 
 
 def runs_on_triton(x: Tensor) -> bool:

@@ -330,17 +330,22 @@ def dropout_threshold(dropout: float) -> int:
     return round(dropout * 65536)
 
 
-def dropout_keep(rows: int, columns: int, groups: int, dropout: float, seed: Tensor, stream: int) -> list[Tensor]:
-    """The masks of :func:`lora_down`: for each group a bool [rows, columns], True where an element is kept.
+def dropout_scale(dropout: float) -> float:
+    """What the elements that are kept are multiplied with."""
+    return 65536 / (65536 - dropout_threshold(dropout))
+
+
+def dropout_keep(shape: tuple[int, int], groups: int, dropout: float, seed: Tensor, stream: int) -> list[Tensor]:
+    """The masks of :func:`lora_down`: for each group a bool [T, H], True where an element is kept.
 
     Counter-based, so that the backward or a recompute draws the same masks again with nothing saved: an element's
     index is hashed under two keys made of ``seed`` and ``stream``; each group takes 16 bits of the hash, and every
     second group a further round of it.
     """
     value = int(seed)
-    key0 = _mix((value & _MASK32) ^ _mix((value >> 32 & _MASK32) ^ stream * 0x9E3779B1 & _MASK32))
+    key0 = _mix((value & _MASK32) ^ _mix((value >> 32 & _MASK32) ^ stream_key(stream)))
     key1 = _mix(key0 ^ 0x9E3779B9)
-    x = torch.arange(rows * columns, device=seed.device, dtype=torch.int64).to(torch.int32)
+    x = torch.arange(shape[0] * shape[1], device=seed.device).to(torch.int32)
     x.bitwise_xor_(_int32(key0))
     _mul32(_xor_shift(x, 16), 0x21F0AAAD)
     _xor_shift(x, 15).bitwise_xor_(_int32(key1))
@@ -351,19 +356,20 @@ def dropout_keep(rows: int, columns: int, groups: int, dropout: float, seed: Ten
         if group % 2 == 0 and group > 0:
             _xor_shift(_mul32(x, 0x9E3779B1), 15)
         bits = x if group % 2 == 0 else x.bitwise_right_shift(16)
-        masks.append(bits.bitwise_and(0xFFFF).view(rows, columns) >= threshold)
+        masks.append(bits.bitwise_and(0xFFFF).view(shape) >= threshold)
     return masks
 
 
-def _dropped(x: Tensor, groups: int, dropout: float, seed: Tensor | None, stream: int) -> list[Tensor]:
-    """x with each group's dropout, wide; x itself for all groups without dropout."""
-    if dropout == 0.0:
-        return [_wide(x)] * groups
+def stream_key(stream: int) -> int:
+    """The stream's share of the keys, 32 bits."""
+    return stream * 0x9E3779B1 & _MASK32
+
+
+def _masks(x: Tensor, groups: int, dropout: float, seed: Tensor | None, stream: int) -> list[Tensor]:
     if seed is None:
         raise ValueError("dropout needs a seed")
-    scaled = _wide(x) / (1.0 - dropout_threshold(dropout) / 65536)
     rows, columns = x.shape
-    return [scaled * keep for keep in dropout_keep(rows, columns, groups, dropout, seed, stream)]
+    return dropout_keep((rows, columns), groups, dropout, seed, stream)
 
 
 def lora_down(
@@ -384,18 +390,18 @@ def lora_down(
         groups: Adapters in the stack; each has R / groups rows.
         dropout: Share of x's elements that an adapter drops, to the nearest 1/65536.
         seed: int64 scalar tensor; another for each micro-batch.
-        stream: Another for each call in a micro-batch that needs masks of its own (below 2³²).
+        stream: Another for each call in a micro-batch that needs masks of its own.
         out: [T, R] that takes u.
 
     Returns:
         u [T, R] in x's dtype.
     """
-    rounded = _wide(a.to(x.dtype))
-    masked = _dropped(x, groups, dropout, seed, stream)
+    wide, rounded = _wide(x), _wide(a.to(x.dtype))
     if dropout == 0.0:
-        return _store(masked[0] @ rounded.T, x, out)
-    u = [m.to(x.dtype).to(m.dtype) @ part.T for m, part in zip(masked, rounded.chunk(groups), strict=True)]
-    return _store(torch.cat(u, dim=1), x, out)
+        return _store(wide @ rounded.T, x, out)
+    keeps = _masks(x, groups, dropout, seed, stream)
+    u = torch.cat([(wide * keep) @ part.T for keep, part in zip(keeps, rounded.chunk(groups), strict=True)], dim=1)
+    return _store(u * dropout_scale(dropout), x, out)
 
 
 def lora_down_backward_(
@@ -423,27 +429,22 @@ def lora_down_backward_(
         seed: As in the forward.
         stream: As in the forward.
     """
-    wide_du, rounded = _wide(du), _wide(a.to(x.dtype))
+    wide, wide_du, rounded = _wide(x), _wide(du), _wide(a.to(x.dtype))
     if dropout == 0.0:
         if da is not None:
-            da.add_(wide_du.T @ _wide(x))
+            da.add_(wide_du.T @ wide)
         if dx is not None:
             dx.copy_(_wide(dx) + wide_du @ rounded)
         return
-    if seed is None:
-        raise ValueError("dropout needs a seed")
-    scale = 1.0 / (1.0 - dropout_threshold(dropout) / 65536)
-    rows, columns = x.shape
-    keeps = dropout_keep(rows, columns, groups, dropout, seed, stream)
-    d_parts, a_parts = wide_du.chunk(groups, dim=1), rounded.chunk(groups)
+    scale = dropout_scale(dropout)
+    keeps = _masks(x, groups, dropout, seed, stream)
+    du_parts, a_parts = wide_du.chunk(groups, dim=1), rounded.chunk(groups)
     if da is not None:
-        for part, d, keep in zip(da.chunk(groups), d_parts, keeps, strict=True):
-            part.add_(d.T @ (_wide(x) * keep), alpha=scale)
+        for target, du_part, keep in zip(da.chunk(groups), du_parts, keeps, strict=True):
+            target.add_(du_part.T @ (wide * keep), alpha=scale)
     if dx is not None:
-        total = _wide(dx)
-        for d, part, keep in zip(d_parts, a_parts, keeps, strict=True):
-            total = total + (d @ part) * keep * scale
-        dx.copy_(total)
+        parts = zip(du_parts, a_parts, keeps, strict=True)
+        dx.copy_(_wide(dx) + scale * sum((du_part @ a_part) * keep for du_part, a_part, keep in parts))
 
 
 def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> None:

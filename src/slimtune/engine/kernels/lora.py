@@ -1,0 +1,324 @@
+"""LoRA's skinny products, with dropout drawn inside.
+
+Forward, for adapters g that share an input x: u_g = (mask_g ∘ x) A_gᵀ / (1 - p), each with a mask of its own.
+Backward: dA_g += du_gᵀ (mask_g ∘ x) / (1 - p); dx += Σ_g mask_g ∘ (du_g A_g) / (1 - p); dB += scaling · dyᵀ u.
+
+Layout: x and dx [T, H], u and du [T, R] with any row stride; A stacked [R, H]. The forward takes a block of tokens
+and walks over H; the backward takes a block of columns and walks over a share of the tokens, so that x and dx are
+passed over once and the mask is hashed once for both gradients. The shares' dA are added up in a second small launch,
+in a fixed order: the same gradient every time.
+
+Source: Hu et al. 2021 (arXiv:2106.09685); dropout on the adapter's input as PEFT's ``LoraLayer`` has it. The masks are
+those of ``reference.dropout_keep``, to the bit.
+
+Dtype traps: A is float32 in training and rounded to x's dtype before the product, as autocast does; products
+accumulate in float32; a float32 x is multiplied in float32, not TF32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference
+from slimtune.engine.kernels._triton import cdiv, jit, jit_one_for_all, pow2, row_alignment, runs_on_triton, tl
+
+__all__ = ["lora_down", "lora_down_backward_", "lora_up_backward_"]
+
+
+@jit
+def _mix(x: tl.tensor) -> tl.tensor:
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x ^= x >> 15
+    x *= 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@jit
+def _keys(seed: tl.tensor, stream: int) -> tl.tensor:
+    value = tl.load(seed)
+    high = (value >> 32).to(tl.uint32) ^ stream
+    key = _mix(value.to(tl.uint32) ^ _mix(high.to(tl.uint32)))
+    return key, _mix(key ^ 0x9E3779B9)
+
+
+@jit
+def _hash(index: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
+    x = index.to(tl.uint32) ^ key0
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15) ^ key1) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@jit
+def _next_hash(x: tl.tensor) -> tl.tensor:
+    x *= 0x9E3779B1
+    return x ^ (x >> 15)
+
+
+@jit_one_for_all("stream")
+def _down(
+    x: tl.tensor,
+    a: tl.tensor,
+    u: tl.tensor,
+    seed: tl.tensor,
+    stream: int,
+    threshold: int,
+    scale: float,
+    tokens: int,
+    size: int,
+    ranks: int,
+    x_stride: int,
+    a_stride: int,
+    u_stride: int,
+    DROPOUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.arange(0, BLOCK_R)
+    inside_t = (token < tokens)[:, None]
+    x_rows = x + tl.multiple_of(token.to(tl.int64) * x_stride, ALIGN)[:, None]
+    a_rows = a + (rank * a_stride)[None, :]
+    if DROPOUT:
+        key0, key1 = _keys(seed, stream)
+    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, size, BLOCK_H):
+        column = start + tl.arange(0, BLOCK_H)
+        xt = tl.load(x_rows + column[None, :], mask=inside_t & (column < size)[None, :], other=0.0)
+        at = tl.load(a_rows + column[:, None], mask=(rank < ranks)[None, :] & (column < size)[:, None], other=0.0)
+        at = at.to(xt.dtype)
+        if DROPOUT:
+            word = _hash(token[:, None] * size + column[None, :], key0, key1)
+            for group in tl.static_range(GROUPS):
+                if group % 2 == 0:
+                    if group > 0:
+                        word = _next_hash(word)
+                    keep = (word & 0xFFFF) >= threshold
+                else:
+                    keep = (word >> 16) >= threshold
+                part = tl.where((rank // GROUP_RANK == group)[None, :], at, 0.0) if GROUPS > 1 else at
+                total = tl.dot(tl.where(keep, xt, 0.0), part, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(xt, at, total, input_precision=PRECISION)
+    u_rows = u + (token.to(tl.int64) * u_stride)[:, None]
+    tl.store(u_rows + rank[None, :], total * scale, mask=inside_t & (rank < ranks)[None, :])
+
+
+@jit_one_for_all("stream")
+def _down_backward(
+    du: tl.tensor,
+    x: tl.tensor,
+    a: tl.tensor,
+    partial: tl.tensor,
+    dx: tl.tensor,
+    seed: tl.tensor,
+    stream: int,
+    threshold: int,
+    scale: float,
+    tokens: int,
+    share: int,
+    size: int,
+    ranks: int,
+    du_stride: int,
+    x_stride: int,
+    a_stride: int,
+    dx_stride: int,
+    WITH_DA: tl.constexpr,
+    WITH_DX: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    column = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    rank = tl.arange(0, BLOCK_R)
+    inside_h = (column < size)[None, :]
+    first = tl.program_id(1) * share
+    if DROPOUT:
+        key0, key1 = _keys(seed, stream)
+    if WITH_DX:
+        a_place = a + (rank * a_stride)[:, None] + column[None, :]
+        at = tl.load(a_place, mask=(rank < ranks)[:, None] & inside_h, other=0.0).to(x.dtype.element_ty)
+    total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    for start in range(first, tl.minimum(first + share, tokens), BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T)
+        mask = (token < tokens)[:, None] & inside_h
+        du_place = du + (token.to(tl.int64) * du_stride)[:, None] + rank[None, :]
+        d = tl.load(du_place, mask=(token < tokens)[:, None] & (rank < ranks)[None, :], other=0.0)
+        d = d.to(x.dtype.element_ty)
+        if WITH_DA:
+            x_place = x + tl.multiple_of(token.to(tl.int64) * x_stride, ALIGN)[:, None] + column[None, :]
+            xt = tl.load(x_place, mask=mask, other=0.0)
+        if WITH_DX:
+            dx_place = dx + tl.multiple_of(token.to(tl.int64) * dx_stride, ALIGN)[:, None] + column[None, :]
+            add = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+            before = tl.load(dx_place, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            word = _hash(token[:, None] * size + column[None, :], key0, key1)
+            for group in tl.static_range(GROUPS):
+                if group % 2 == 0:
+                    if group > 0:
+                        word = _next_hash(word)
+                    keep = (word & 0xFFFF) >= threshold
+                else:
+                    keep = (word >> 16) >= threshold
+                part = tl.where((rank // GROUP_RANK == group)[None, :], d, 0.0) if GROUPS > 1 else d
+                if WITH_DA:
+                    total = tl.dot(tl.trans(part), tl.where(keep, xt, 0.0), total, input_precision=PRECISION)
+                if WITH_DX:
+                    add += tl.where(keep, tl.dot(part, at, input_precision=PRECISION), 0.0)
+        else:
+            if WITH_DA:
+                total = tl.dot(tl.trans(d), xt, total, input_precision=PRECISION)
+            if WITH_DX:
+                add = tl.dot(d, at, input_precision=PRECISION)
+        if WITH_DX:
+            tl.store(dx_place, before + add * scale, mask=mask)
+    if WITH_DA:
+        place = partial + (tl.program_id(1).to(tl.int64) * ranks + rank)[:, None] * size + column[None, :]
+        tl.store(place, total * scale, mask=(rank < ranks)[:, None] & inside_h)
+
+
+@jit
+def _add_partials(
+    partial: tl.tensor,
+    da: tl.tensor,
+    shares: int,
+    ranks: int,
+    size: int,
+    rank_stride: int,
+    column_stride: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < ranks * size
+    rank = element // size
+    place = da + rank * rank_stride + (element - rank * size) * column_stride
+    total = tl.load(place, mask=mask, other=0.0)
+    for share in range(shares):
+        total += tl.load(partial + tl.cast(share, tl.int64) * ranks * size + element, mask=mask, other=0.0)
+    tl.store(place, total, mask=mask)
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _signed32(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _dropout(dropout: float, groups: int, ranks: int, seed: Tensor | None, x: Tensor) -> tuple[Tensor, int, float]:
+    """The seed (any tensor where there's no dropout), the threshold and the scale.
+
+    Raises:
+        ValueError: Dropout without a seed, or groups of unequal rank.
+    """
+    if ranks % groups:
+        raise ValueError(f"{ranks} rows of A don't make {groups} groups of one rank")
+    if dropout == 0.0:
+        return x, 0, 1.0
+    if seed is None:
+        raise ValueError("dropout needs a seed")
+    return seed, reference.dropout_threshold(dropout), reference.dropout_scale(dropout)
+
+
+def lora_down(
+    x: Tensor,
+    a: Tensor,
+    *,
+    groups: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See :func:`slimtune.engine.kernels.reference.lora_down`."""
+    if not runs_on_triton(x):
+        return reference.lora_down(x, a, groups=groups, dropout=dropout, seed=seed, stream=stream, out=out)
+    (tokens, size), ranks = x.shape, a.shape[0]
+    source, threshold, scale = _dropout(dropout, groups, ranks, seed, x)
+    u = x.new_empty(tokens, ranks) if out is None else out
+    block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # enough programs for small batches too
+    _down[(cdiv(tokens, block_t),)](
+        x, a, u, source, _signed32(reference.stream_key(stream)), threshold, scale, tokens, size, ranks,
+        x.stride(0), a.stride(0), u.stride(0),
+        DROPOUT=dropout > 0.0, GROUPS=groups, GROUP_RANK=ranks // groups,
+        BLOCK_T=block_t, BLOCK_H=64 if ranks > 64 else 128, BLOCK_R=max(pow2(ranks), 16), ALIGN=row_alignment(x),
+        PRECISION=_precision(x), num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    return u
+
+
+def lora_down_backward_(
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    *,
+    da: Tensor | None,
+    dx: Tensor | None,
+    groups: int = 1,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> None:
+    """See :func:`slimtune.engine.kernels.reference.lora_down_backward_`."""
+    if not runs_on_triton(x):
+        reference.lora_down_backward_(du, x, a, da=da, dx=dx, groups=groups, dropout=dropout, seed=seed, stream=stream)
+        return
+    source, threshold, scale = _dropout(dropout, groups, a.shape[0], seed, x)
+    _launch_backward(du, x, a, da, dx, groups if dropout else 1, source, stream, threshold, scale)
+
+
+def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> None:
+    """See :func:`slimtune.engine.kernels.reference.lora_up_backward_`."""
+    if not runs_on_triton(dy):
+        reference.lora_up_backward_(dy, u, scaling, db=db)
+        return
+    # dBᵀ = scaling · uᵀ dy has the shape of dA = duᵀ x.
+    _launch_backward(u, dy, u, db.T, None, 1, u, 0, 0, scaling)
+
+
+def _launch_backward(
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    da: Tensor | None,
+    dx: Tensor | None,
+    groups: int,
+    seed: Tensor,
+    stream: int,
+    threshold: int,
+    scale: float,
+) -> None:
+    (tokens, size), ranks = x.shape, du.shape[1]
+    block_r = max(pow2(ranks), 16)
+    block_t, block_h = 64 if block_r <= 64 else 32, 128 if block_r <= 64 else 64
+    share = cdiv(cdiv(tokens, 32), block_t) * block_t
+    shares = cdiv(tokens, share)
+    partial = x if da is None else torch.empty(shares, ranks, size, dtype=torch.float32, device=x.device)
+    target = x if dx is None else dx
+    _down_backward[(cdiv(size, block_h), shares)](
+        du, x, a, partial, target, seed, _signed32(reference.stream_key(stream)), threshold, scale,
+        tokens, share, size, ranks, du.stride(0), x.stride(0), a.stride(0), target.stride(0),
+        WITH_DA=da is not None, WITH_DX=dx is not None, DROPOUT=threshold > 0, GROUPS=groups,
+        GROUP_RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
+        ALIGN=row_alignment(x, dx), PRECISION=_precision(x), num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    if da is not None:
+        block = 256
+        _add_partials[(cdiv(ranks * size, block),)](
+            partial, da, shares, ranks, size, da.stride(0), da.stride(1), BLOCK=block, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
