@@ -194,7 +194,7 @@ def test_skip_leaves_the_batch_out_and_the_log_tells_the_true_value(make_run: An
     run.add_callback(At(6, lambda **_: after.update({k: v.clone() for k, v in _tensors(run).items()})))
     run.fit()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    losses = dict((step, loss) for step, loss, _ in run.steps())
+    losses = {step: loss for step, loss, _ in run.steps()}
     assert [step for step, loss in losses.items() if loss != loss] == [5]
     assert all(0 < losses[step] < 100 for step in losses if step != 5)
     (event,) = [event for event in run.events if event["event"] == "skipped"]

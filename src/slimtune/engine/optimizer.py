@@ -134,6 +134,11 @@ class FusedAdamW8bit(torch.optim.Optimizer):
         del set_to_none
         self.flat.grad.zero_()
 
+    def float_state(self) -> list[Tensor]:
+        """The state's floating-point tensors, not copies: the codes' scales and the moments of small parameters."""
+        moments = self._moments
+        return [moments.absmax1, moments.absmax2, moments.exact1, moments.exact2]
+
     def state_dict(self) -> dict[str, Any]:
         """bitsandbytes' state of each parameter; waits for the device (the step count)."""
         packed = super().state_dict()

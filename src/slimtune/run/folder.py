@@ -24,6 +24,8 @@ from typing import Any
 
 from slimtune.config import Config, load_config
 from slimtune.errors import UserError
+from slimtune.run.durable import JsonLines
+from slimtune.run.lock import LOCK, lock_run
 
 __all__ = ["RunFolder"]
 
@@ -43,6 +45,7 @@ class RunFolder:
         self.log_file = path / "log.txt"
         self.report_html = path / "report.html"
         self.report_markdown = path / "report.md"
+        self._metrics: JsonLines | None = None
 
     @classmethod
     @contextmanager
@@ -53,7 +56,7 @@ class RunFolder:
             UserError: The folder holds something already and ``overwrite`` is off, or it can't be made.
         """
         fresh = not path.exists()
-        if not fresh and (not path.is_dir() or any(path.iterdir())):
+        if not fresh and _occupied(path):
             if not overwrite:
                 raise UserError(
                     f"output {path} exists and is not empty",
@@ -61,18 +64,19 @@ class RunFolder:
                     way_out="Choose another folder (-o), or pass --overwrite.",
                 )
             _refuse_foreign(path)
-            shutil.rmtree(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output folder {path} can't be made: {error.strerror}") from None
-        try:
-            yield cls(path)
-        except UserError:
-            shutil.rmtree(path, ignore_errors=True)
-            if not fresh:
-                path.mkdir()
-            raise
+        with lock_run(path):
+            _clear(path)
+            try:
+                yield cls(path)
+            except UserError:
+                shutil.rmtree(path, ignore_errors=True)
+                if not fresh:
+                    path.mkdir()
+                raise
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -119,8 +123,14 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to the metrics. A NaN becomes null with its true value beside it, so the file stays JSON."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
+        if self._metrics is None:
+            self._metrics = JsonLines(self.metrics_file)
+        self._metrics.append(_json_safe(record))
+
+    @property
+    def metrics_error(self) -> OSError | None:
+        """Why the metrics can't be written at the moment (they wait in memory); None if they can."""
+        return None if self._metrics is None else self._metrics.error
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of the metrics; a last line cut off by a kill is left out."""
@@ -143,6 +153,19 @@ def _json_safe(record: Mapping[str, Any]) -> dict[str, Any]:
         else:
             safe[key] = value
     return safe
+
+
+def _occupied(path: Path) -> bool:
+    return not path.is_dir() or any(child.name != LOCK for child in path.iterdir())
+
+
+def _clear(path: Path) -> None:
+    """Empty a run's folder, but for the lock that is held on it."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != LOCK:
+            child.unlink()
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -94,6 +94,10 @@ def _optimizer_tensors(
     named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """The floating-point state of each parameter. 8-bit states are codes; their scales (absmax) tell."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if hasattr(inner, "float_state"):  # the fused optimizer keeps all parameters' state in a few flat tensors
+        yield from (("all parameters", tensor) for tensor in inner.float_state())
+        return
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.is_floating_point() and not key.startswith("qmap"):

@@ -63,6 +63,8 @@ class Safety:
     """Takes events for the metrics: ``{"event": …, "step": …}``."""
     warn: Callable[[str], None] = lambda line: None
     """Takes a line that the person should not miss."""
+    journal_error: Callable[[], OSError | None] = lambda: None
+    """Why the metrics can't be written at the moment; None if they can."""
     rows: Callable[[int], list[str]] = lambda position: []
     """``file:line`` of the rows in a micro-batch, by its position in the run."""
     patience: float = PATIENCE
@@ -93,10 +95,12 @@ class ResumableTrainer(Trainer):
 
     safety: Safety
     # Set by the Trainer before any of this runs.
-    model: nn.Module
+    model: Any
+    processing_class: Any
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     train_dataset: Sized
+    engine: Any
 
     def fit(self) -> None:
         """Train from the newest whole checkpoint, or from the start, to the end, and save.
@@ -110,7 +114,7 @@ class ResumableTrainer(Trainer):
         self.divergence = DivergenceGuard(safety.config.divergence_factor, safety.config.divergence_steps)
         self._step_inputs: list[dict[str, Any]] = []
         self._step_losses: list[Tensor] = []
-        self._step_random: RandomState | None = None
+        self._step_random: tuple[RandomState, Any] | None = None
         self._step_logs: dict[str, Any] = {}
         self._alarmed: SaveFailure | None = None
         self._cancelled = False
@@ -144,17 +148,19 @@ class ResumableTrainer(Trainer):
         if bad is not None:
             raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
         self.safety.checkpoints.best_step = self.progress.best_step
-        self.safety.checkpoints.save(self._snapshot(RandomState.capture(), self._logs_so_far()))
+        self.safety.checkpoints.save(self._snapshot(self._draws(), self._logs_so_far()))
 
-    def _snapshot(self, random: RandomState, logs: dict[str, Any]) -> Snapshot:
+    def _snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> Snapshot:
         scaler = getattr(self.accelerator, "scaler", None)
         parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
         plain, optimizer = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
         self.progress.divergence = self.divergence.state()
         self.progress.logs = {**logs, "loss": float(logs["loss"])}
+        random, engine = draws
         state = {
             "progress": dataclasses.asdict(self.progress),
             "position": self._position(),
+            "engine": engine,
             "plain": plain,
         }
         # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
@@ -193,8 +199,19 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            RandomState.from_tensors(self._saved().tensors["random"]).restore()
+            saved = self._saved()
+            self._redraw(RandomState.from_tensors(saved.tensors["random"]), json.loads(saved.texts[STATE])["engine"])
             self._restored = None  # the last thing that the Trainer reads
+
+    def _draws(self) -> tuple[RandomState, Any]:
+        """Where all random streams are now; the fused engine counts its own."""
+        engine = getattr(self, "engine", None)
+        return RandomState.capture(), None if engine is None else engine.state_dict()
+
+    def _redraw(self, random: RandomState, engine: Any) -> None:
+        random.restore()
+        if engine is not None:
+            self.engine.load_state_dict(engine)
 
     def _saved(self) -> Snapshot:
         if self._restored is None:
@@ -315,7 +332,7 @@ class ResumableTrainer(Trainer):
         """The step's start: no gradients, the random generators as they were."""
         model.zero_grad()
         if self._step_random is not None:
-            self._step_random.restore()
+            self._redraw(*self._step_random)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -413,6 +430,7 @@ class _Hooks(TrainerCallback):
         self.retry_at = 0
         self.retry_after = 1
         self.total = 0.0
+        self.journal_failed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -424,7 +442,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.safety.watchdog.beat("step")
-        trainer._step_random, trainer._step_logs = RandomState.capture(), trainer._logs_so_far()
+        trainer._step_random, trainer._step_logs = trainer._draws(), trainer._logs_so_far()
         trainer._step_inputs, trainer._step_losses = [], []
 
     def on_substep_end(
@@ -449,6 +467,7 @@ class _Hooks(TrainerCallback):
         trainer.safety.watchdog.beat("step")
         trainer._step_random = None
         self._see_failed_save(state.global_step, control)
+        self._see_failed_journal()
         if trainer.safety.signals.requested is not None:
             trainer.progress.evaluation_due = control.should_evaluate
             control.should_evaluate = False
@@ -470,6 +489,12 @@ class _Hooks(TrainerCallback):
             control.should_save = True
             self.retry_after *= 2
             self.retry_at = step + self.retry_after
+
+    def _see_failed_journal(self) -> None:
+        error = self.trainer.safety.journal_error()
+        if error is not None and not self.journal_failed:
+            self.trainer.safety.warn(f"the metrics can't be written, and wait in memory: {_reason(error)}")
+        self.journal_failed = error is not None
 
     def on_log(
         self,

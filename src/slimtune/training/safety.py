@@ -1,0 +1,112 @@
+"""What keeps a run safe, put together: identity, checkpoints, signals, watchdog, alarms."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.adapter.passport import template_hash, tokenizer_hash
+from slimtune.config import Config
+from slimtune.data.hub import hub_fingerprint
+from slimtune.data.packing import MicroBatches
+from slimtune.data.sources import parse_source
+from slimtune.errors import GuardStop
+from slimtune.run.environment import library_versions
+from slimtune.run.folder import RunFolder
+from slimtune.run.identity import Identity, require_same
+from slimtune.run.screen import Screen
+from slimtune.training.checkpoint import IDENTITY, Checkpoints
+from slimtune.training.resumable import Safety
+from slimtune.training.stop import StopSignals, Watchdog
+
+__all__ = ["identity_of", "make_safety", "results_written"]
+
+
+def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -> Identity:
+    """What this run's numbers follow from.
+
+    Args:
+        config: Resolved.
+        base: The loaded base's fingerprint.
+        tokenizer: With the run's chat template.
+    """
+    return Identity(
+        config=config.model_dump(mode="json"),
+        base=base,
+        data={text: _data_hash(text) for text in (*config.data, *config.eval)},
+        tokenizer=tokenizer_hash(tokenizer),
+        template=template_hash(tokenizer),
+        python=platform.python_version(),
+        versions=library_versions(),
+    )
+
+
+def make_safety(
+    config: Config,
+    run: RunFolder,
+    identity: Identity,
+    data: MicroBatches,
+    signals: StopSignals,
+    screen: Screen,
+    *,
+    accept_changes: bool = False,
+) -> Safety:
+    """The safety of one run. If the run has a checkpoint, this is where it is checked that it can go on from it.
+
+    Raises:
+        UserError: Something changed since the checkpoint, and ``accept_changes`` is off.
+    """
+    signals.run = run.path
+    watchdog = Watchdog(config.watchdog, run.path / "stacks.txt", run=run.path)
+    checkpoints = Checkpoints(
+        run.checkpoints, config.keep_checkpoints, tell=screen.warn, beat=watchdog.beat, rest=watchdog.rest
+    )
+    newest = checkpoints.newest_valid()
+    if newest is not None:
+        before = Identity.from_bytes((newest / IDENTITY).read_bytes())
+        changes = require_same(before, identity, run.path, accept=accept_changes)
+        event = {"event": "resumed", "step": checkpoints.last_saved, "checkpoint": newest.name}
+        run.append_metrics({**event, "changes": [vars(change) for change in changes]})
+        accepted = f", {len(changes)} changes accepted" if changes else ""
+        screen.say("resume", f"from step {checkpoints.last_saved}{accepted}")
+    return Safety(
+        config=config,
+        checkpoints=checkpoints,
+        identity=identity,
+        signals=signals,
+        watchdog=watchdog,
+        record=run.append_metrics,
+        warn=screen.warn,
+        journal_error=lambda: run.metrics_error,
+        rows=lambda position: [str(place) for place in data.rows(position)],
+    )
+
+
+@contextmanager
+def results_written(run: RunFolder) -> Iterator[None]:
+    """Writing the results must not lose the run: a disk that fails here leaves the last checkpoint to go on from.
+
+    Raises:
+        GuardStop: The disk failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise GuardStop(
+            f"the results can't be written: {error.strerror or error} ({error.filename or run.path})",
+            rule="All steps are done and saved in the last checkpoint.",
+            way_out=f"Make room, then: slimtune resume {run.path}",
+        ) from error
+
+
+def _data_hash(text: str) -> str:
+    source = parse_source(text)
+    if not source.is_local:
+        return hub_fingerprint(source.name)
+    with Path(source.path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
