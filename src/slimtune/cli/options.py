@@ -13,7 +13,7 @@ import click
 from slimtune.config import Config, load_config
 from slimtune.errors import UserError
 
-__all__ = ["config_from_flags", "config_options"]
+__all__ = ["config_from_flags", "config_options", "some_config_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Given as arguments or by a verb itself, not as flags made here.
@@ -22,12 +22,21 @@ _NOT_FLAGS = {"model", "data", "output"}
 
 def config_options(function: F) -> F:
     """Give a click command `--config FILE` and one flag for each key of the config."""
-    for name, field in reversed(Config.model_fields.items()):
-        if name not in _NOT_FLAGS:
+    return some_config_options(*(name for name in Config.model_fields if name not in _NOT_FLAGS))(function)
+
+
+def some_config_options(*names: str) -> Callable[[F], F]:
+    """Give a click command `--config FILE` and one flag for each of these keys of the config."""
+
+    def decorate(function: F) -> F:
+        for name in reversed(names):
+            field = Config.model_fields[name]
             function = _option(name, field.annotation, field.default, field.description or "")(function)
-    return click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file; flags win.")(
-        function
-    )
+        return click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file; flags win.")(
+            function
+        )
+
+    return decorate
 
 
 def config_from_flags(config_file: Path | None, flags: dict[str, Any]) -> Config:

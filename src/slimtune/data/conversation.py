@@ -188,19 +188,21 @@ def _kind(value: Any) -> str:
 def _string(where: str, value: Any, repairs: list[str]) -> str:
     """Text that a tokenizer can take, or RowRefused."""
     if not isinstance(value, str):
-        raise RowRefused(where, f"{_kind(value)} where text belongs")
+        raise RowRefused(where, f"{_kind(value)} where text belongs", "not-text")
     if value.isascii():
         if "\0" in value:
-            raise RowRefused(where, "the text holds a NUL character")
+            raise RowRefused(where, "the text holds a NUL character", "encoding")
         return value
     try:
         value.encode()
     except UnicodeEncodeError as error:
         bad = ord(value[error.start])
         what = f"byte 0x{bad - 0xDC00:02x} is no UTF-8" if 0xDC80 <= bad <= 0xDCFF else f"lone surrogate U+{bad:04X}"
-        raise RowRefused(where, f"the text can't be encoded: {what} at character {error.start + 1}") from None
+        raise RowRefused(
+            where, f"the text can't be encoded: {what} at character {error.start + 1}", "encoding"
+        ) from None
     if "\0" in value:
-        raise RowRefused(where, "the text holds a NUL character")
+        raise RowRefused(where, "the text holds a NUL character", "encoding")
     clean = value.translate(NONCHARACTERS)
     if clean != value:
         repairs.append("noncharacter")
@@ -221,7 +223,7 @@ def _content(where: str, value: Any, repairs: list[str]) -> str:
 
 def _filled(where: str, value: str) -> str:
     if not value.strip():
-        raise RowRefused(where, "empty")
+        raise RowRefused(where, "empty", "empty")
     return value
 
 
@@ -334,7 +336,7 @@ def _as_list(where: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, list):
         raise RowRefused(where, f"{_kind(value)} where a list belongs")
     if not value and where != "history":
-        raise RowRefused(where, "empty")
+        raise RowRefused(where, "empty", "empty")
     return value
 
 
@@ -343,12 +345,12 @@ def _as_list(where: str, value: Any) -> Sequence[Any]:
 
 def _role(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise RowRefused(where, f"{_kind(value)} where a role belongs")
+        raise RowRefused(where, f"{_kind(value)} where a role belongs", "role")
     role = _ROLES.get(value) or _ROLES.get(value.strip().lower())
     if role is None:
         near = difflib.get_close_matches(value.lower(), list(_ROLES), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(_ROLES)}"
-        raise RowRefused(where, f"unknown role {value[:40]!r}{hint}")
+        raise RowRefused(where, f"unknown role {value[:40]!r}{hint}", "role")
     return role
 
 
@@ -405,17 +407,17 @@ def _calls(where: str, value: Any, repairs: list[str]) -> list[dict[str, Any]]:
     value = _from_json(where, value)
     calls = value if isinstance(value, list) else [value]
     if not calls:
-        raise RowRefused(where, "empty")
+        raise RowRefused(where, "empty", "empty")
     made = []
     for number, call in enumerate(calls):
         at = f"{where}[{number}]" if isinstance(value, list) else where
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowRefused(at, "a tool call must be an object with a name and arguments")
+            raise RowRefused(at, "a tool call must be an object with a name and arguments", "tools")
         arguments = function.get("arguments", function.get("parameters", {}))
         arguments = {} if arguments is None or arguments == "" else _from_json(f"{at}.arguments", arguments)
         if not isinstance(arguments, Mapping):
-            raise RowRefused(f"{at}.arguments", f"{_kind(arguments)} where an object belongs")
+            raise RowRefused(f"{at}.arguments", f"{_kind(arguments)} where an object belongs", "tools")
         name = _filled(f"{at}.name", _string(f"{at}.name", function["name"], repairs))
         identity = call.get("id")
         made.append(
@@ -444,7 +446,7 @@ def read_tools(value: Any, repairs: list[str] | None = None) -> list[dict[str, A
         where = f"tools[{number}]"
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowRefused(where, "a tool must be an object with a name")
+            raise RowRefused(where, "a tool must be an object with a name", "tools")
         made.append({"type": "function", "function": _clean(where, function, repairs)})
     return made
 
@@ -455,7 +457,7 @@ def _from_json(where: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise RowRefused(where, "text that is no JSON") from None
+        raise RowRefused(where, "text that is no JSON", "tools") from None
 
 
 def _clean(where: str, value: Any, repairs: list[str]) -> Any:
@@ -470,7 +472,7 @@ def _clean(where: str, value: Any, repairs: list[str]) -> Any:
         return value
     if isinstance(value, float) and value == value and abs(value) != float("inf"):
         return value
-    raise RowRefused(where, f"{_kind(value)} where a JSON value belongs")
+    raise RowRefused(where, f"{_kind(value)} where a JSON value belongs", "tools")
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
@@ -481,14 +483,14 @@ def _check_order(made: Conversation) -> None:
     messages = made.messages
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise RowRefused("", "no assistant turn: there is nothing to learn")
+        raise RowRefused("", "no assistant turn: there is nothing to learn", "order")
     if any(role == "system" for role in roles[1:]):
         at = roles.index("system", 1)
-        raise RowRefused("", f"turn {at + 1} is a system turn; only the first may be one")
+        raise RowRefused("", f"turn {at + 1} is a system turn; only the first may be one", "order")
     start = 1 if roles[0] == "system" else 0
     first_user = next((i for i, role in enumerate(roles) if role == "user"), None)
     if first_user is None or "assistant" not in roles[first_user:]:
-        raise RowRefused("", "the assistant speaks first and answers nobody")
+        raise RowRefused("", "the assistant speaks first and answers nobody", "order")
     last = max(i for i, role in enumerate(roles) if role == "assistant")
     if last + 1 < len(messages):
         made.repairs.append("trailing-turns")
@@ -498,4 +500,4 @@ def _check_order(made: Conversation) -> None:
     made.messages = messages[:start] + messages[first_user : last + 1]
     for at, message in enumerate(made.messages):
         if message["role"] == "tool" and (at == 0 or made.messages[at - 1]["role"] not in ("assistant", "tool")):
-            raise RowRefused("", f"turn {at + 1} is a tool result, but no tool was called before it")
+            raise RowRefused("", f"turn {at + 1} is a tool result, but no tool was called before it", "order")

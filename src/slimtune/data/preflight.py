@@ -252,7 +252,7 @@ def _refusal(proof: Proof, config: Config) -> UserError | None:
         if facts["documents"] == 0 or dropped > config.max_dropped * rows:
             by_rule = ", ".join(f"{rule} {count:,}" for rule, count in facts["dropped"].items())
             return UserError(
-                f"{shown}\n{dropped:,} of {rows:,} {part}rows can't be trained on ({by_rule})",
+                f"{dropped:,} of {rows:,} {part}rows can't be trained on ({by_rule}); the first: {shown}",
                 rule=f"At most {config.max_dropped:.0%} of the rows may be dropped (max_dropped).",
                 way_out=_way_out(facts, config, dropped / rows),
             )

@@ -285,10 +285,9 @@ class ChatRenderer:
         """The training text where the generation prompt opens a thought (``<think>``) that the reply is rendered
         without: prompt, thought, reply."""
         prompt = self._text(messages[:-1], tools, prompt=True)
-        pairs = enumerate(zip(prompt, full, strict=False))
-        common = next((at for at, (a, b) in pairs if a != b), min(len(prompt), len(full)))
-        opened, body = prompt[common:], full[common:]
-        if not opened.strip().endswith("<think>") or len(opened) > 64:
+        opened = max(prompt.rfind("<think>"), 0)
+        body = full[opened:]
+        if prompt[opened:].strip() != "<think>" or not full.startswith(prompt[:opened]):
             what = "the template's generation prompt is no prefix of its training text"
             raise RowRefused("", f"turn {len(messages)}: {what}", "template")
         reply = messages[-1]

@@ -193,8 +193,9 @@ def _all_rows(source: Source) -> Iterator[Row]:
             else:
                 yield from _json_rows(stream, label, lines=kind != "json")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = "it is no gzip file" if isinstance(error, gzip.BadGzipFile) else str(error)
         raise UserError(
-            f"data {source.name} can't be decompressed: {error}", way_out="Get the file again, or unpack it."
+            f"data {source.name} can't be decompressed: {what}", way_out="Get the file again, or unpack it."
         ) from None
     except OSError as error:
         raise UserError(f"data {source.name} can't be read: {error}") from None
@@ -413,7 +414,9 @@ def _csv_rows(stream: IO[bytes], label: str, delimiter: str) -> Iterator[Row]:
         if len(values) != len(header):
             yield Row(place, None, f"{len(values)} fields, but the header names {len(header)} columns")
         else:
-            yield Row(place, dict(zip(header, values, strict=True)))
+            # pandas writes nan for a value that is missing
+            kept = (float("nan") if value in ("nan", "NaN") else value for value in values)
+            yield Row(place, dict(zip(header, kept, strict=True)))
 
 
 def _csv_lines(stream: IO[bytes], label: str) -> Iterator[str]:

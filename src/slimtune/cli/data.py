@@ -1,0 +1,142 @@
+"""``slimtune data DATA… --model MODEL``: the proof that ``train`` runs first, and what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slimtune.cli.options import config_from_flags, some_config_options
+from slimtune.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimtune.data.view import Sample
+
+__all__ = ["command"]
+
+_SHOWN_CHARACTERS = 1500
+_WIDTH_OF_FILES = 120
+
+
+@click.command()
+@click.argument("data", nargs=-1)
+@click.option("--model", help="The model whose tokenizer and chat template are used  [Qwen/Qwen1.5-1.8B-Chat]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write what was found as a page.")
+@click.option(
+    "--ledger", "ledger_file", type=click.Path(path_type=Path), help="Write the account of every changed row."
+)
+@some_config_options(
+    "revision", "trust_remote_code", "format", "map", "template", "max_length", "overlong", "train_on", "packing",
+    "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
+)  # fmt: skip
+def command(
+    data: tuple[str, ...],
+    model: str | None,
+    as_json: bool,
+    html_file: Path | None,
+    ledger_file: Path | None,
+    config_file: Path | None,
+    **flags: Any,
+) -> None:
+    """Prove DATA row by row and show what the model will see.
+
+    DATA is one or more local files (json, jsonl, csv, tsv, parquet, each also .gz or .zst) or hub ids
+    (owner/name:split). FILE#500 takes a seeded sample, FILE*2 counts a file twice. Exits with 2 if training on it would
+    be refused.
+    """
+    config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    if not config.data:
+        raise UserError("no data given", way_out="slimtune data DATA --model MODEL")
+
+    # Here, as they load torch, and --help is to answer at once.
+    from rich.console import Console
+
+    from slimtune.base.load import load_tokenizer
+    from slimtune.data import examine, micro_batches
+    from slimtune.data.page import page
+    from slimtune.data.view import hints, sample, summary, table
+
+    errors = Console(stderr=True, highlight=False)
+    with errors.status("  reading the tokenizer") as status:
+        tokenizer = load_tokenizer(
+            config.model,
+            revision=config.revision,
+            template=config.template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
+        batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
+    shown = sample(proof.train, tokenizer)
+    lines, said = table(proof, config, batches), hints(proof, config)
+    refusal = proof.refusal
+    if ledger_file is not None:
+        _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))
+    if html_file is not None:
+        title = f"Data: {', '.join(config.data)}"
+        _write(html_file, page(title, None if refusal is None else str(refusal), lines, said, shown))
+    if as_json:
+        click.echo(json.dumps(summary(proof, config, batches, shown), ensure_ascii=False, indent=2))
+    else:
+        screen = Console(highlight=False)
+        if not screen.is_terminal:
+            screen.width = _WIDTH_OF_FILES
+        _show(screen, config.data, lines, said, shown, refused=refusal is not None)
+    if refusal is not None:
+        raise refusal
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from None
+
+
+def _show(
+    console: Console,
+    data: tuple[str, ...],
+    lines: list[tuple[str, str]],
+    said: list[str],
+    shown: Sample | None,
+    *,
+    refused: bool,
+) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(", ".join(data), style="bold"))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    styles = {"dropped": "yellow", "repaired": "cyan"}
+    for label, text in lines:
+        grid.add_row(label, Text(text, style=styles.get(label.removeprefix("eval "), "")))
+    console.print(Padding(grid, (0, 0, 0, 2)))
+    for hint in said:
+        console.print(Text(f"  look: {hint}", style="yellow"))
+    if shown is None:
+        return
+    console.print()
+    legend = Text("One conversation, as the model sees it (")
+    legend.append(shown.place).append("); ").append("what is learnt is green", style="bold green")
+    console.print(legend)
+    body = Text()
+    for segment in shown.segments:
+        body.append(_shortened(segment.text), style="bold green" if segment.supervised else "dim")
+    console.print(Padding(body, (0, 0, 0, 2)))
+    if not refused:
+        console.print(Text("Every row is accounted for; training may begin.", style="green"))
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"

@@ -1,0 +1,120 @@
+"""What a proof shows: the table's lines, and one conversation with its supervised tokens told apart."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.config import Config
+from slimtune.data.documents import Documents
+from slimtune.data.packing import MicroBatches, PackedBatches
+from slimtune.data.preflight import Proof
+
+__all__ = ["Sample", "Segment", "hints", "sample", "summary", "table"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of text whose tokens are all supervised, or none of them."""
+
+    text: str
+    supervised: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document as the model will see it, and where its row stands."""
+
+    place: str
+    segments: list[Segment]
+
+
+def sample(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
+    """The document of median length; None if there is none."""
+    if not len(documents):
+        return None
+    at = int(np.argsort(documents.lengths, kind="stable")[len(documents) // 2])
+    ids, supervised = documents[at]
+    targets = np.array(supervised)
+    targets[:1] = False  # nothing predicts the first token
+    edges = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
+    segments = [
+        Segment(str(tokenizer.decode(ids[start:end].tolist())), bool(targets[start]), end - start)
+        for start, end in itertools.pairwise(edges)
+    ]
+    return Sample(str(documents.place(at)), segments)
+
+
+def table(proof: Proof, config: Config, batches: MicroBatches | None) -> list[tuple[str, str]]:
+    """(label, text) for each line of the table."""
+    lines = [*_part(proof.facts), *_account(proof.facts)]
+    if isinstance(batches, PackedBatches) and batches.per_epoch:
+        full = f"{batches.per_epoch:,} of {batches.tokens:,} tokens in an epoch, {batches.fill:.1%} full"
+        lines.insert(5, ("packs", full))
+    if proof.eval is not None:
+        held = proof.eval
+        lines.append(("held out", f"{len(held):,} documents · {held.tokens:,} tokens"))
+        lines += [(f"eval {label}", text) for label, text in _account(proof.facts.get("eval", {}))]
+    return lines
+
+
+def _part(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    shapes = ", ".join(f"{shape} ({count:,})" for shape, count in facts["shapes"].items()) or "none"
+    share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
+    lengths = " · ".join(f"{name} {value:,}" for name, value in facts["lengths"].items()) or "none"
+    return [
+        ("shape", shapes),
+        (
+            "rows",
+            f"{facts['rows']:,} in = {facts['rows_trained']:,} trained + {facts['rows_dropped']:,} dropped"
+            f" · {facts['rows_repaired']:,} repaired",
+        ),
+        ("documents", f"{facts['documents']:,} · {facts['duplicates']:,} duplicates"),
+        ("tokens", f"{facts['tokens']:,} · {facts['supervised_tokens']:,} supervised ({share:.1%})"),
+        ("lengths", lengths),
+    ]
+
+
+def _account(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for action in ("dropped", "repaired", "noted"):
+        for rule, count in facts.get(action, {}).items():
+            lines.append((action, f"{rule} {count:,}, first {facts['examples'][rule]}"))
+    return lines
+
+
+def hints(proof: Proof, config: Config) -> list[str]:
+    """What a person should look at, though training isn't refused for it."""
+    facts, said = proof.facts, []
+    rows = max(1, facts["rows_trained"])
+    if facts["noted"].get("control-text", 0) > rows / 2 and not config.allow_control_tokens:
+        said.append(
+            "More than half of the rows hold control-token text: if they were rendered by a template already, "
+            "use --format text --allow-control-tokens."
+        )
+    if facts["duplicates"] > facts["documents"] / 10:
+        said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
+    if len(facts["shapes"]) > 1:
+        said.append("The rows have more than one shape: is one of the files the wrong one?")
+    return said
+
+
+def summary(proof: Proof, config: Config, batches: MicroBatches | None, shown: Sample | None) -> dict[str, Any]:
+    """Everything above as plain values, for ``--json``."""
+    made = dict(proof.facts)
+    made["cached"] = proof.cached
+    made["refused"] = None if proof.refusal is None else str(proof.refusal)
+    made["hints"] = hints(proof, config)
+    if isinstance(batches, PackedBatches):
+        made["packs"] = {"per_epoch": batches.per_epoch, "tokens": batches.tokens, "fill": round(batches.fill, 4)}
+    if proof.eval is not None:
+        made["held_out"] = {"documents": len(proof.eval), "tokens": proof.eval.tokens}
+    if shown is not None:
+        segments = [{"text": s.text, "supervised": s.supervised, "tokens": s.tokens} for s in shown.segments]
+        made["sample"] = {"place": shown.place, "segments": segments}
+    return made
