@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.base.embedded import EMBEDDED, embedded_model_folder
 from slimtune.base.load import Base, load_base, load_tokenizer
+from slimtune.demo import rows
 from slimtune.hardware import Hardware, detect
 
 
@@ -26,6 +30,39 @@ def model_folder() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A random two-layer Llama with the embedded model's real tokenizer: trains in a second."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model_folder / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def requests_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's training rows as a file of OpenAI messages."""
+    file = tmp_path_factory.mktemp("data") / "requests.jsonl"
+    trained, _ = rows()
+    file.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in trained), encoding="utf-8")
+    return file
 
 
 @pytest.fixture

@@ -69,7 +69,8 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"memory": "lots"}, "config key 'memory' can't be 'lots'"),
         ({"early_stopping": 3}, "early_stopping needs an evaluation"),
         ({"eval": "a.jsonl", "eval_share": 0.1}, "eval and eval_share exclude each other"),
-        ({"lora_init": "loftq"}, "loftq quantises by itself"),
+        ({"lora_init": "loftq"}, "loftq starts from unquantised weights"),
+        ({"lora_init": "pissa_niter_4"}, "pissa_niter_4 starts from unquantised weights"),
     ],
 )
 def test_a_refused_value_names_key_and_rule(values: dict[str, object], message: str) -> None:

@@ -63,7 +63,7 @@ class Config(BaseModel):
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
     lora_init: (
-        Literal["default", "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
+        Literal["default", "gaussian", "orthogonal", "olora", "pissa", "loftq"]
         | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
     ) = "default"
     """How the adapter starts (PEFT's init_lora_weights)."""
@@ -121,7 +121,7 @@ class Config(BaseModel):
     """Gradients are clipped to this norm."""
     micro_batch: PositiveInt = 1
     """Sequences of max_length tokens in one forward and backward pass; packed, micro_batch x max_length tokens."""
-    gradient_accumulation: PositiveInt = 4
+    gradient_accumulation: PositiveInt = 2
     """Micro-batches to an optimizer step."""
     optim: str = "auto"
     """auto: paged_adamw_8bit on CUDA, adamw_8bit on a CPU; else any name that Transformers knows."""
@@ -182,8 +182,8 @@ class Config(BaseModel):
             raise ValueError("eval and eval_share exclude each other: name held-out data, or split a share off")
         if self.early_stopping and not (self.eval or self.eval_share):
             raise ValueError("early_stopping needs an evaluation: give eval or eval_share")
-        if self.lora_init == "loftq" and self.quantization != "none":
-            raise ValueError("lora_init: loftq quantises by itself: set quantization: none")
+        if self.lora_init.startswith(("pissa", "loftq")) and self.quantization != "none":
+            raise ValueError(f"lora_init: {self.lora_init} starts from unquantised weights: set quantization: none")
         return self
 
     @property

@@ -8,39 +8,57 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS
 from slimtune.adapter.lora import lora_config
 from slimtune.adapter.passport import issue_passport, stamp
+from slimtune.adapter.readback import read_back
+from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, load_tokenizer
 from slimtune.base.quantize import bytes_by_part, fingerprint
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
 from slimtune.data.preflight import Proof, prove
-from slimtune.errors import UserError
+from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
+from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
 from slimtune.plan import Choice, default_output, micro_batches_of_run, resolve_machine, resolve_steps
+from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
-from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts
+from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts
 from slimtune.run.folder import RunFolder
+from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import sft_arguments
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
+from slimtune.training.safety import identity_of, make_safety, results_written
+from slimtune.training.stop import StopSignals
 from slimtune.training.trainer import SlimTrainer
+from slimtune.use.ask import ask
 
-__all__ = ["finetune"]
+__all__ = ["DemoResult", "demo", "finetune", "resume"]
+
+Observer = Callable[[Any, PreTrainedTokenizerBase], None]
 
 
 def finetune(
     config: Config,
     *,
     formatting_func: FormattingFunc | None = None,
+    observe: Observer | None = None,
     screen: Screen | None = None,
 ) -> RunFolder:
     """Fine-tune a chat model as ``config`` says, and give back the run's folder.
@@ -48,6 +66,7 @@ def finetune(
     Args:
         config: What to do; ``auto`` values are decided here and recorded.
         formatting_func: As SFTTrainer's: takes a row of the data, gives its text, or its messages.
+        observe: Called with the model and its tokenizer before the training, and again after it.
         screen: Where to show progress; silent by default.
 
     Raises:
@@ -57,10 +76,64 @@ def finetune(
     """
     screen = screen or Screen(quiet=True)
     _check_inputs(config)
-    hardware = detect()
-    config, choices = resolve_machine(config, hardware)
+    config, choices = resolve_machine(config, detect())
     output = config.output or default_output(config.model, datetime.now())
-    with RunFolder.create(output, overwrite=config.overwrite) as run, upstream_to_log(run.log_file):
+    config = config.model_copy(update={"output": output})
+    with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
+        return _train(config, run, choices, signals, screen, formatting_func, observe)
+
+
+def resume(
+    path: Path,
+    config: Config | None = None,
+    *,
+    accept_changes: bool = False,
+    trust_remote_code: bool = False,
+    formatting_func: FormattingFunc | None = None,
+    screen: Screen | None = None,
+) -> RunFolder:
+    """Go on with a run that was stopped, bit by bit, from its newest whole checkpoint; without one, from its start.
+
+    Args:
+        path: The run's folder.
+        config: The run's config with some keys changed; as it was recorded if None.
+        accept_changes: Go on all the same, and record what changed.
+        trust_remote_code: Must be said again for each process; what the run's config says doesn't count.
+        formatting_func: The one that the run began with.
+        screen: Where to show progress; silent by default.
+
+    Raises:
+        UserError: No run, or one that another process works on, or something changed since the checkpoint.
+        GuardStop: A guard stopped the training.
+        StopRequested: The run was asked to stop, and can be resumed.
+    """
+    screen = screen or Screen(quiet=True)
+    run = RunFolder.open(path)
+    with StopSignals() as signals, lock_run(path):
+        config = (config or run.config()).model_copy(update={"output": path})
+        if config.trust_remote_code and not trust_remote_code:
+            raise UserError(
+                f"run {path} ran code that comes with its model",
+                rule="slimtune runs no code that comes with a model unless told to.",
+                way_out="Read that code, then pass --trust-remote-code.",
+            )
+        choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
+        return _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
+
+
+def _train(
+    config: Config,
+    run: RunFolder,
+    choices: list[Choice],
+    signals: StopSignals,
+    screen: Screen,
+    formatting_func: FormattingFunc | None = None,
+    observe: Observer | None = None,
+    *,
+    accept_changes: bool = False,
+) -> RunFolder:
+    hardware = detect()
+    with upstream_to_log(run.log_file):
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
         with screen.working("reading the data"):
             tokenizer = load_tokenizer(
@@ -76,12 +149,18 @@ def finetune(
         screen.say("data", _data_line(proof, data))
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
-        run.write_config(config.model_copy(update={"output": output}))
-        run.write_json(run.environment_file, environment(hardware.as_dict()))
         with screen.working("loading the base"):
             base = _load(config, hardware)
         facts = _facts(config, base, run, proof.facts | _batch_facts(data), choices, hardware)
         screen.say("base", _base_line(facts.base))
+        identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
+        safety = make_safety(config, run, identity, data, signals, screen, accept_changes=accept_changes)
+        run.write_config(config)
+        run.write_json(run.environment_file, environment(hardware.as_dict()))
+        run.write_json(run.facts_file, facts.as_dict())
+
+        if observe is not None:
+            observe(base.model, tokenizer)
 
         # 2. The adapter.
         lora = lora_config(config)
@@ -98,30 +177,95 @@ def finetune(
             lora=lora,
             callbacks=[MetricsCallback(data, config.gradient_accumulation, run.append_metrics, screen.record)],
         )
+        trainer.safety = safety
         if reason_unfused is None:
             trainer.use_engine(make_engine(config, trainer.model))
         else:
             screen.say("engine", f"plain: {reason_unfused}")
+        # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
+        facts.base.fingerprint_before = fingerprint(trainer.model)
         facts.adapter = _adapter_facts(config, trainer)
         screen.say("adapter", _adapter_line(facts.adapter))
 
         # 4. Train, and save the adapter alone.
         with screen.training():
-            trainer.train()
-        trainer.save_model(str(run.adapter))
-        stamp(run.adapter, issue_passport(config, base.source, tokenizer))
-        screen.say("saved", f"{run.adapter} ({megabytes(_adapter_bytes(run))})")
+            trainer.fit()
+        if observe is not None:
+            observe(trainer.model, tokenizer)
+        with results_written(run):
+            with atomic_folder(run.adapter) as folder:
+                trainer.save_model(str(folder))
+                stamp(folder, issue_passport(config, base.source, tokenizer))
+            screen.say("saved", f"{run.adapter} ({megabytes(_adapter_bytes(run))})")
 
-        # What happened, measured.
-        facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
-        facts.training = training_facts(
-            run.metrics(), engine="fused" if reason_unfused is None else f"plain: {reason_unfused}"
-        )
-        facts.base.fingerprint_after = fingerprint(trainer.model)
-        facts.adapter.file_bytes = _adapter_bytes(run)
-        facts.adapter.folder_files = sorted(path.name for path in run.adapter.iterdir())
-        run.write_json(run.facts_file, facts.as_dict())
+            # What happened, measured.
+            facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
+            facts.training = training_facts(
+                run.metrics(), engine="fused" if reason_unfused is None else f"plain: {reason_unfused}"
+            )
+            facts.base.fingerprint_after = fingerprint(trainer.model)
+            facts.adapter.file_bytes = _adapter_bytes(run)
+            facts.adapter.folder_files = sorted(path.name for path in run.adapter.iterdir())
+            del trainer, base  # the fresh base takes their room
+            facts.verified = _verify(config, hardware, run, data)
+            run.write_json(run.facts_file, facts.as_dict())
         return run
+
+
+def _verify(config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches) -> VerifiedFacts:
+    """The adapter, read back from the disk into a fresh base.
+
+    Raises:
+        GuardStop: It isn't what was trained, or does nothing.
+    """
+    gc.collect()
+    tokens, _ = data.documents[0]
+    found = read_back(_load(config, hardware).model, run.adapter, [int(token) for token in tokens[:64]])
+    if found.problem:
+        raise GuardStop(
+            f"the adapter in {run.adapter} is bad: {found.problem}",
+            rule="It was read back into a fresh base after the last step.",
+            way_out="Look at the losses in the run's metrics; a run of one or two steps learns nothing yet.",
+        )
+    return VerifiedFacts(**asdict(found))
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo's model answered before and after, to requests that it wasn't trained on."""
+
+    run: RunFolder
+    held_out: list[Row]
+    before: list[str]
+    after: list[str]
+
+    def right(self, replies: list[str]) -> list[bool]:
+        """Which of the replies are right."""
+        return [is_right(reply, row.answer) for reply, row in zip(replies, self.held_out, strict=True)]
+
+
+def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Screen | None = None) -> DemoResult:
+    """The main job on the embedded model: ask, train, ask again.
+
+    Raises:
+        UserError: The embedded model isn't installed, or ``output`` can't be used.
+    """
+    trained, held_out = rows()
+    requests = [row.messages[:1] for row in held_out]
+    replies: list[list[str]] = []
+    with TemporaryDirectory(prefix="slimtune-demo-") as folder:
+        file = Path(folder) / "requests.jsonl"
+        file.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in trained), encoding="utf-8")
+        config = Config.make(
+            model=EMBEDDED, data=str(file), output=output, overwrite=overwrite, seed=seed, **DEMO_SETTINGS
+        )
+        run = finetune(
+            config,
+            observe=lambda model, tokenizer: replies.append(ask(model, tokenizer, requests, DEMO_REPLY_TOKENS)),
+            screen=screen,
+        )
+    before, after = replies
+    return DemoResult(run, held_out, before, after)
 
 
 def _check_inputs(config: Config) -> None:

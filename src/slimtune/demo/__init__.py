@@ -12,10 +12,20 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HELD_OUT", "TRAINING_ROWS", "Row", "is_right", "rows"]
+__all__ = ["DEMO_REPLY_TOKENS", "DEMO_SETTINGS", "HELD_OUT", "TRAINING_ROWS", "Row", "is_right", "rows"]
 
 TRAINING_ROWS = 240
 HELD_OUT = 20
+DEMO_REPLY_TOKENS = 40
+"""More than any right answer needs, so that a reply that doesn't stop is seen to go on."""
+DEMO_SETTINGS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "epochs": 1,
+    "max_length": 512,
+    "micro_batch": 1,
+    "gradient_accumulation": 1,
+}
+"""A high learning rate and small packs: few tokens have to teach it on two CPU cores."""
 
 ROOMS = ("kitchen", "bedroom", "bathroom", "living room", "hallway", "office", "garage", "attic", "cellar", "nursery")
 ACTIONS = {
