@@ -1,0 +1,29 @@
+"""Automatic choices' reasons in Chinese; :mod:`slimtune.plan` and :mod:`slimtune.hardware` give them in English."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["reason_in_chinese"]
+
+_REASONS = (
+    (r"bf16 is native on (.+) \(compute capability (.+)\)", r"\1（计算能力 \2）原生支持 bf16"),
+    (r"(.+) \(compute capability (.+)\) has no native bf16", r"\1（计算能力 \2）不原生支持 bf16"),
+    (r"this CPU multiplies bf16 natively \(AVX512-BF16 or AMX\)", "这块 CPU 原生支持 bf16 乘法（AVX512-BF16 或 AMX）"),
+    (r"this CPU has no bf16 instructions, so fp32 is fastest", "这块 CPU 没有 bf16 指令，fp32 最快"),
+    (r"8-bit states, paged to RAM when the GPU runs short", "状态为 8 位，显存紧张时换页到内存"),
+    (
+        r"the same 8-bit states; paging moves them between GPU and RAM, and here is no GPU",
+        "同样是 8 位状态；换页是在显存与内存之间搬运，而这里没有 GPU",
+    ),
+    (r"(\d+) optimizer steps, so about (\d+) checkpoints", r"共 \1 个优化器步，约存 \2 个检查点"),
+    (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
+)
+
+
+def reason_in_chinese(reason: str) -> str:
+    """The reason in Chinese, or as it is if it has no translation."""
+    for pattern, chinese in _REASONS:
+        if (found := re.fullmatch(pattern, reason)) is not None:
+            return found.expand(chinese)
+    return reason
