@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from slimtune.cli.options import config_from_flags, config_options
+from slimtune.training.stop import StopSignals
 
 __all__ = ["command"]
 
@@ -29,11 +30,12 @@ def command(
     """
     config = config_from_flags(config_file, {"model": model, "data": data, "output": output, **flags})
 
-    # Here, as it loads torch, and --help is to answer at once.
-    from slimtune.recipes import finetune
-    from slimtune.run.screen import Screen
+    with StopSignals():
+        # Here, as it loads torch, and --help is to answer at once.
+        from slimtune.recipes import finetune
+        from slimtune.run.screen import Screen
 
-    run = finetune(config, screen=Screen(quiet=as_json))
+        run = finetune(config, screen=Screen(quiet=as_json))
     if as_json:
         click.echo(json.dumps(run.read_json(run.facts_file), ensure_ascii=False, indent=2))
     else:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from slimtune.data.packing import MicroBatches
-from slimtune.run.durable import atomic_folder
 from slimtune.training.fused import FusedTrainer
+from slimtune.training.resumable import ResumableTrainer
 
 __all__ = ["SlimTrainer", "Wrapping"]
 
@@ -41,7 +41,7 @@ class Wrapping:
     """Base and adapter."""
 
 
-class SlimTrainer(FusedTrainer):
+class SlimTrainer(ResumableTrainer, FusedTrainer):
     """SFTTrainer on slimtune's proven data.
 
     Args:
@@ -70,7 +70,7 @@ class SlimTrainer(FusedTrainer):
         self.data_collator: Any
         class_before = type(model).__name__
         base_parameters = _count(model)
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg] # SFTTrainer's, which is untyped
             model=model,
             args=args,
             train_dataset=data.dataset(micro_batches),
@@ -98,16 +98,12 @@ class SlimTrainer(FusedTrainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what was trained, and nothing else: adapter, tokenizer, chat template; never the base, no pickle.
-
-        The folder appears whole or not at all.
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        with atomic_folder(folder) as partial:
-            self.model.save_pretrained(partial, save_embedding_layers=False)
-            # PEFT's card is an empty form; slimtune writes a filled one when the adapter is published.
-            (partial / "README.md").unlink(missing_ok=True)
-            self.processing_class.save_pretrained(partial)
+        """Save what was trained, and nothing else: adapter, tokenizer, chat template; never the base, no pickle."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        # PEFT's card is an empty form; slimtune writes a filled one when the adapter is published.
+        (folder / "README.md").unlink(missing_ok=True)
+        self.processing_class.save_pretrained(folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # A position is the micro-batch's place in the whole run; the data's own order is in there already.

@@ -1,0 +1,49 @@
+"""``slimtune resume RUN``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimtune.cli.options import config_from_flags, config_options
+from slimtune.run.folder import RunFolder
+from slimtune.training.stop import StopSignals
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--accept-changes", is_flag=True, help="Go on although something changed since the checkpoint; recorded.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@config_options
+def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | None, **flags: Any) -> None:
+    """Go on with RUN, a run that was stopped, from its newest whole checkpoint.
+
+    The result is the adapter of a run that was never stopped, bit by bit on a CPU. So config, data, base, template,
+    tokenizer and library versions must be what they were; flags that change no step's numbers may be given
+    (--save-steps, --logging-steps, --watchdog, --on-nonfinite and the like). Without a checkpoint it begins at the
+    first step.
+    """
+    folder = RunFolder.open(run)
+    config = config_from_flags(config_file or folder.config_file, flags)
+
+    with StopSignals(run):
+        # Here, as it loads torch, and --help is to answer at once.
+        from slimtune.recipes import resume
+        from slimtune.run.screen import Screen
+
+        folder = resume(
+            run,
+            config,
+            accept_changes=accept_changes,
+            trust_remote_code=bool(flags["trust_remote_code"]),
+            screen=Screen(quiet=as_json),
+        )
+    if as_json:
+        click.echo(json.dumps(folder.read_json(folder.facts_file), ensure_ascii=False, indent=2))
+    else:
+        click.echo(f"\n  slimtune chat {run}\n  slimtune explain {run}", err=True)
