@@ -96,8 +96,8 @@ def _quantised(base: Facts, thin: list[Facts], say: Say) -> Statement:
     return Statement(
         say(
             f"{sentence(listed((_part(part['part'], say) for part in thin), say))} went from {megabytes(before)} to "
-            f"{megabytes(now)}: {kind}, {bits:.2f} bits a parameter. Four are the weight; the other {bits - 4:.2f} are "
-            f"its block's scale{', itself quantised (double quantisation)' if twice else ''}.",
+            f"{megabytes(now)}: {kind}, {bits:.2f} bits a parameter, 4 for the weight and {bits - 4:.2f} for its block's "
+            f"scale{', itself quantised (double quantisation)' if twice else ''}.",
             f"{listed((_part(part['part'], say) for part in thin), say)}量化为 {kind}，从 {megabytes(before)} 瘦到 "
             f"{megabytes(now)}，平均每个参数 {bits:.2f} 位：4 位是权重本身，另外 {bits - 4:.2f} 位是分块的缩放系数"
             f"{'，系数自身也再量化了一次（双重量化）' if twice else ''}。",

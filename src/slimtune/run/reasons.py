@@ -16,6 +16,7 @@ _REASONS = (
         r"the same 8-bit states; paging moves them between GPU and RAM, and here is no GPU",
         "同样是 8 位状态；换页是在显存与内存之间搬运，而这里没有 GPU",
     ),
+    (r"(\d+%) of what (.+) has", r"\2 显存的 \1"),
     (r"(\d+) optimizer steps, so about (\d+) checkpoints", r"共 \1 个优化器步，约存 \2 个检查点"),
     (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
 )

@@ -1,0 +1,106 @@
+"""A run's metrics as curves: each step once, in order, whatever stops and resumes the file has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import add, sub
+from typing import Any
+
+__all__ = ["Curve", "History", "read_history", "smooth"]
+
+Curve = list[tuple[int, float | None]]
+"""(optimizer step, value); None where the value was no finite number."""
+
+_CLOCK_ROUNDING = 2e-3
+"""Seconds. The records' clock is rounded to a millisecond."""
+
+
+@dataclass
+class History:
+    """What ``metrics.jsonl`` tells, in order."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """One record a logged step (see :class:`slimtune.training.progress.MetricsCallback`)."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Records with ``eval_loss``."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Records with ``event``: a guard's finding, a skipped batch, a failed save."""
+    resumed: list[int] = field(default_factory=list)
+    """Steps that a resumed session went on from."""
+
+    def curve(self, key: str) -> Curve:
+        """One value over the steps; a record that lacks it leaves no point."""
+        return [(record["step"], _finite(record[key])) for record in self.steps if key in record]
+
+    def evaluation_curve(self) -> Curve:
+        """The evaluations' loss over the steps."""
+        return [(record["step"], _finite(record["eval_loss"])) for record in self.evaluations]
+
+
+def read_history(records: Iterable[Mapping[str, Any]]) -> History:
+    """Sort a run's records. What a session trained after the checkpoint that the next one went on from is left out.
+
+    Args:
+        records: The lines of ``metrics.jsonl``, in the file's order.
+    """
+    history = History()
+    for line in records:
+        if not isinstance(line, Mapping) or not isinstance(line.get("step"), int):
+            continue
+        record = dict(line)
+        if "event" in record:
+            history.events.append(record)
+        elif "eval_loss" in record:
+            history.evaluations.append(record)
+        elif "loss" in record:
+            if history.steps and _begins_session(record, history.steps[-1]):
+                before = record["step"] - int(record.get("logged_steps", 1))
+                history.resumed.append(before)
+                history.steps = [past for past in history.steps if past["step"] <= before]
+                history.evaluations = [past for past in history.evaluations if past["step"] <= before]
+            history.steps.append(record)
+    return history
+
+
+def _begins_session(record: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """The first record of a session: its step isn't new, or its clock began with it."""
+    if record["step"] <= last["step"]:
+        return True
+    seconds, each = record.get("seconds"), record.get("step_seconds")
+    if seconds is None or each is None:
+        return False
+    logged = int(record.get("logged_steps", 1))
+    return bool(seconds - each * logged < _CLOCK_ROUNDING + 1e-4 * logged)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def smooth(curve: Curve) -> Curve:
+    """The curve's course: two passes of a local linear fit over a twentieth of the points (LOESS without weights).
+
+    A fit, unlike an average, isn't pulled inwards at the ends. Gaps stay gaps; under ten points nothing is smoothed.
+    """
+    if len(curve) < 10:
+        return curve
+    reach = max(1, len(curve) // 40)
+    return _fitted(_fitted(curve, reach), reach)
+
+
+def _fitted(curve: Curve, reach: int) -> Curve:
+    """Each value replaced by that of the line fitted to its neighbours, up to ``reach`` points away."""
+    # Running sums over the points that have a value: how many, of x, y, x squared and x times y.
+    terms = [(1, x, y, x * x, x * y) if y is not None else (0, 0, 0.0, 0, 0.0) for x, (_, y) in enumerate(curve)]
+    sums = list(accumulate(terms, lambda total, term: tuple(map(add, total, term)), initial=(0, 0, 0.0, 0, 0.0)))
+    made: Curve = []
+    for at, (step, value) in enumerate(curve):
+        first, last = max(0, at - reach), min(len(curve), at + reach + 1)
+        n, x, y, xx, xy = map(sub, sums[last], sums[first])
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread else 0.0
+        made.append((step, None if value is None else (y + slope * (n * at - x)) / n))
+    return made

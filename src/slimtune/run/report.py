@@ -1,0 +1,263 @@
+"""The report of a run: ``report.html``, one file without scripts or network, and ``report.md``.
+
+The page holds English and Chinese; a switch made of two radio buttons and CSS shows the one or the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
+from slimtune.run.explain import explain
+from slimtune.run.folder import RunFolder
+from slimtune.run.history import Curve, History, read_history, smooth
+from slimtune.run.screen import megabytes, time_left
+from slimtune.run.show import (
+    MARKS,
+    inline_html,
+    markdown_table,
+    markdown_text,
+    piece_names,
+    verdict,
+    verdict_word,
+    write_markdown,
+)
+from slimtune.run.statement import Explanation, Lang, Say, Table, is_finite, share
+
+__all__ = ["write_report"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+WIDE, NARROW, HEIGHT = 920, 440, 240
+"""Pixels of a chart across the page, of one in a column (or on a phone), and of each one's height."""
+ROWS_OF_LOSSES = 12
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """One drawing in two widths; ``legend`` holds (CSS class, text) of what is in it."""
+
+    title: str
+    note: str
+    wide: Markup
+    narrow: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+def write_report(run: RunFolder, lang: Lang = "en") -> None:
+    """Write ``report.html`` and ``report.md`` from what the run's folder holds.
+
+    A run that didn't come to its end has no facts; its report then shows its curves, config and machine alone.
+
+    Args:
+        run: The run's folder.
+        lang: The language of ``report.md``, and the one that the page opens in.
+    """
+    facts = run.read_json(run.facts_file)
+    environment = run.read_json(run.environment_file)
+    config = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
+    history = read_history(run.metrics())
+    views = {each: _view(run, facts, environment, history, each) for each in ("en", "zh")}
+    page = _page("report.html.j2").render(views=views, lang=lang, config=config)
+    _write(run.report_html, page)
+    _write(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
+
+
+def _write(file: Path, text: str) -> None:
+    """Readers see the old file or the new one, whole."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def _page(template: str) -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["inline"] = lambda text: Markup(inline_html(text))
+    environment.filters["markdown"] = markdown_text
+    return environment.get_template(template)
+
+
+def _view(
+    run: RunFolder, facts: Mapping[str, Any], environment: Mapping[str, Any], history: History, lang: Lang
+) -> dict[str, Any]:
+    """Everything that one language's page shows."""
+
+    def say(english: str, chinese: str) -> str:
+        return chinese if lang == "zh" else english
+
+    finished = bool(facts.get("training"))
+    story = explain(facts, lang) if facts else Explanation(lang, run.path.name, ())
+    return {
+        "say": say,
+        "lang": lang,
+        "name": run.path.resolve().name,
+        "story": story,
+        "finished": finished,
+        "verdict": verdict(story) if finished else say("this run did not come to its end", "这次运行没有走到终点"),
+        "subtitle": _subtitle(facts, environment, say),
+        "tiles": _tiles(facts, say),
+        "charts": _charts(history, say),
+        "events": _events(history, say),
+        "losses": markdown_table(_losses(history, say)) if history.steps else "",
+        "machine": _machine(environment, say),
+        "markdown_story": write_markdown(story, level=2) if facts else "",
+        "markdown_machine": markdown_table(
+            Table((say("what", "项目"), say("value", "值")), _machine(environment, say))
+        ),
+        "marks": MARKS,
+        "word": lambda status: verdict_word(status, lang),
+        "piece_names": piece_names,
+    }
+
+
+def _subtitle(facts: Mapping[str, Any], environment: Mapping[str, Any], say: Say) -> str:
+    base = facts.get("base") or {}
+    hardware = environment.get("hardware") or facts.get("hardware") or {}
+    versions = environment.get("versions") or facts.get("versions") or {}
+    started = str(facts.get("created") or environment.get("started") or "")[:16].replace("T", " ")
+    slimtune = f"slimtune {versions['slimtune']}" if "slimtune" in versions else ""
+    return " · ".join(text for text in (base.get("model"), started, hardware.get("name"), slimtune) if text)
+
+
+def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
+    """(label, value, note) of the figures that a reader looks for first."""
+    base, adapter, training = (facts.get(key) or {} for key in ("base", "adapter", "training"))
+    tiles = []
+    if training:
+        first, last = (f"{v:.3f}" if is_finite(v) else "—" for v in (training["first_loss"], training["last_loss"]))
+        held = training.get("eval_loss")
+        note = say("first → last tenth", "首步 → 最后十分之一")
+        if is_finite(held):
+            note = say(f"held-out {held:.3f}", f"留出数据 {held:.3f}")
+        tiles.append((say("loss", "损失"), f"{first} → {last}", note))
+    if base:
+        before, now = base["bytes_16bit"], base["bytes_now"]
+        note = say(f"from {megabytes(before)} in 16 bits", f"16 位时为 {megabytes(before)}")
+        tiles.append((say("base in memory", "基座体积"), megabytes(now), note))
+    if adapter:
+        trained = share(adapter["trainable_parameters"], adapter["total_parameters"])
+        note = say(f"{adapter['trainable_parameters']:,} parameters", f"{adapter['trainable_parameters']:,} 个参数")
+        tiles.append((say("trained", "训练占比"), trained, note))
+        if adapter.get("file_bytes"):
+            note = say(f"rank {adapter['r']}, alpha {adapter['alpha']}", f"秩 {adapter['r']}，alpha {adapter['alpha']}")
+            tiles.append((say("adapter", "适配器"), megabytes(adapter["file_bytes"]), note))
+    if training:
+        tokens = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
+        tiles.append((say("tokens/s", "词元/秒"), short_number(round(training["tokens_per_second"])), tokens))
+        steps = say(f"{training['steps']:,} steps", f"{training['steps']:,} 步")
+        tiles.append((say("time", "用时"), time_left(training["seconds"]), steps))
+    return tiles
+
+
+def _charts(history: History, say: Say) -> list[_Chart]:
+    """Loss across the page; learning rate, gradient norm and speed in columns."""
+    charts = []
+    resumed = [
+        Mark(step, "resume", say(f"resumed after step {step:,}", f"从第 {step:,} 步恢复")) for step in history.resumed
+    ]
+    loss = history.curve("loss")
+    bad = [
+        Mark(step, "nonfinite", say(f"step {step:,}: not a finite number", f"第 {step:,} 步：非有限数"))
+        for step, value in loss
+        if value is None
+    ]
+    happened = [Mark(event["step"], "event", f"{event['step']:,}: {event['event']}") for event in history.events]
+    smoothed, evaluated = smooth(loss), history.evaluation_curve()
+    lines = [Line(loss, "raw")] if len(loss) >= 10 else []
+    lines += [Line(smoothed, "smooth", label_last=True), Line(evaluated, "eval", label_last=True)]
+    legend = (
+        ("raw", say("each step", "逐步"), len(loss) >= 10),
+        ("smooth", say("smoothed", "平滑") if len(loss) >= 10 else say("loss", "损失"), True),
+        ("eval", say("held-out", "留出数据"), bool(evaluated)),
+        ("resume", say("resumed", "恢复运行"), bool(resumed)),
+        ("event", say("event", "事件"), bool(happened)),
+        ("nonfinite", say(f"not finite: {len(bad)}", f"非有限数：{len(bad)}"), bool(bad)),
+    )
+    title = say("Loss", "损失")
+    wide, narrow = (
+        Markup(line_chart(lines, title=title, width=width, height=HEIGHT + 40, marks=[*resumed, *happened, *bad]))
+        for width in (WIDE, NARROW)
+    )
+    if wide:
+        shown = tuple((style, text) for style, text, there in legend if there)
+        charts.append(_Chart(title, say("by optimizer step", "按优化器步"), wide, narrow, shown))
+    for key, title, zero in (
+        ("learning_rate", say("Learning rate", "学习率"), True),
+        ("grad_norm", say("Gradient norm", "梯度范数"), False),
+        ("tokens_per_second", say("Tokens per second", "每秒词元数"), True),
+        ("memory_bytes", say("Memory, GB", "内存（GB）"), True),
+    ):
+        curve = history.curve(key)
+        if key == "memory_bytes":
+            curve = [(step, None if value is None else value / 1e9) for step, value in curve]
+        if drawn := line_chart(
+            _two_lines(curve, key), title=title, width=NARROW, height=HEIGHT, marks=resumed, zero=zero
+        ):
+            charts.append(_Chart(title, "", Markup(), Markup(drawn)))
+    return charts
+
+
+def _two_lines(curve: Curve, key: str) -> list[Line]:
+    """A schedule and a level are drawn as they are; what scatters is drawn faint under its smoothed course."""
+    if key in ("learning_rate", "memory_bytes") or len(curve) < 10:
+        return [Line(curve, "smooth", label_last=True)]
+    return [Line(curve, "raw"), Line(smooth(curve), "smooth", label_last=True)]
+
+
+def _losses(history: History, say: Say) -> Table:
+    """A dozen steps from the first to the last, for the reader of the Markdown."""
+    steps = history.steps
+    picked = [steps[round(at)] for at in nice_ticks(0, len(steps) - 1, ROWS_OF_LOSSES) if at == round(at)]
+    if picked[-1] is not steps[-1]:
+        picked.append(steps[-1])
+    rows = tuple(
+        (f"{record['step']:,}", *(_cell(record.get(key)) for key in ("loss", "learning_rate", "grad_norm")))
+        for record in picked
+    )
+    header = (say("step", "步"), say("loss", "损失"), say("learning rate", "学习率"), say("gradient norm", "梯度范数"))
+    return Table(header, rows, (0, 1, 2, 3))
+
+
+def _cell(value: Any) -> str:
+    return short_number(value) if is_finite(value) else "—"
+
+
+def _events(history: History, say: Say) -> list[tuple[str, str, str]]:
+    """(step, event, details) of what the guards and the saves had to say."""
+    return [
+        (
+            f"{event['step']:,}",
+            str(event["event"]),
+            ", ".join(f"{key}: {_short(value)}" for key, value in event.items() if key not in ("event", "step")),
+        )
+        for event in history.events
+    ]
+
+
+def _short(value: Any, longest: int = 160) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _machine(environment: Mapping[str, Any], say: Say) -> tuple[tuple[str, str], ...]:
+    hardware = environment.get("hardware") or {}
+    rows = [
+        (say("device", "设备"), f"{hardware['name']} ({hardware['device']})" if "name" in hardware else ""),
+        (say("memory", "内存"), megabytes(hardware["memory_bytes"]) if "memory_bytes" in hardware else ""),
+        (say("system", "系统"), str(environment.get("system", ""))),
+        ("Python", str(environment.get("python", ""))),
+        *((name, str(version)) for name, version in (environment.get("versions") or {}).items()),
+    ]
+    return tuple((name, value) for name, value in rows if value)
