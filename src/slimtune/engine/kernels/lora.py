@@ -68,13 +68,12 @@ def _down(
     scale: float,
     tokens: int,
     size: int,
-    ranks: int,
     x_stride: int,
     a_stride: int,
     u_stride: int,
     DROPOUT: tl.constexpr,
     GROUPS: tl.constexpr,
-    GROUP_RANK: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -84,31 +83,39 @@ def _down(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     rank = tl.arange(0, BLOCK_R)
     inside_t = (token < tokens)[:, None]
+    inside_r = (rank < RANK)[None, :]
     x_rows = x + tl.multiple_of(token.to(tl.int64) * x_stride, ALIGN)[:, None]
     a_rows = a + (rank * a_stride)[None, :]
     if DROPOUT:
         key0, key1 = _keys(seed, stream)
-    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    u0 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    u1 = u0
+    u2 = u0
     for start in range(0, size, BLOCK_H):
         column = start + tl.arange(0, BLOCK_H)
+        inside_a = inside_r & (column < size)[:, None]
         xt = tl.load(x_rows + column[None, :], mask=inside_t & (column < size)[None, :], other=0.0)
-        at = tl.load(a_rows + column[:, None], mask=(rank < ranks)[None, :] & (column < size)[:, None], other=0.0)
-        at = at.to(xt.dtype)
+        a0 = tl.load(a_rows + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
         if DROPOUT:
             word = _hash(token[:, None] * size + column[None, :], key0, key1)
-            for group in tl.static_range(GROUPS):
-                if group % 2 == 0:
-                    if group > 0:
-                        word = _next_hash(word)
-                    keep = (word & 0xFFFF) >= threshold
-                else:
-                    keep = (word >> 16) >= threshold
-                part = tl.where((rank // GROUP_RANK == group)[None, :], at, 0.0) if GROUPS > 1 else at
-                total = tl.dot(tl.where(keep, xt, 0.0), part, total, input_precision=PRECISION)
+            keep = (word & 0xFFFF) >= threshold
+            u0 = tl.dot(tl.where(keep, xt, 0.0), a0, u0, input_precision=PRECISION)
+            if GROUPS > 1:
+                a1 = tl.load(a_rows + RANK * a_stride + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
+                keep = (word >> 16) >= threshold
+                u1 = tl.dot(tl.where(keep, xt, 0.0), a1, u1, input_precision=PRECISION)
+            if GROUPS > 2:
+                a2 = tl.load(a_rows + 2 * RANK * a_stride + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
+                keep = (_next_hash(word) & 0xFFFF) >= threshold
+                u2 = tl.dot(tl.where(keep, xt, 0.0), a2, u2, input_precision=PRECISION)
         else:
-            total = tl.dot(xt, at, total, input_precision=PRECISION)
-    u_rows = u + (token.to(tl.int64) * u_stride)[:, None]
-    tl.store(u_rows + rank[None, :], total * scale, mask=inside_t & (rank < ranks)[None, :])
+            u0 = tl.dot(xt, a0, u0, input_precision=PRECISION)
+    place = u + (token.to(tl.int64) * u_stride)[:, None] + rank[None, :]
+    tl.store(place, u0 * scale, mask=inside_t & inside_r)
+    if GROUPS > 1:
+        tl.store(place + RANK, u1 * scale, mask=inside_t & inside_r)
+    if GROUPS > 2:
+        tl.store(place + 2 * RANK, u2 * scale, mask=inside_t & inside_r)
 
 
 @jit_one_for_all("stream")
@@ -125,7 +132,6 @@ def _down_backward(
     tokens: int,
     share: int,
     size: int,
-    ranks: int,
     du_stride: int,
     x_stride: int,
     a_stride: int,
@@ -134,7 +140,7 @@ def _down_backward(
     WITH_DX: tl.constexpr,
     DROPOUT: tl.constexpr,
     GROUPS: tl.constexpr,
-    GROUP_RANK: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -143,51 +149,71 @@ def _down_backward(
 ) -> None:
     column = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     rank = tl.arange(0, BLOCK_R)
-    inside_h = (column < size)[None, :]
+    inside_h = column < size
+    inside_r = rank < RANK
     first = tl.program_id(1) * share
     if DROPOUT:
         key0, key1 = _keys(seed, stream)
     if WITH_DX:
         a_place = a + (rank * a_stride)[:, None] + column[None, :]
-        at = tl.load(a_place, mask=(rank < ranks)[:, None] & inside_h, other=0.0).to(x.dtype.element_ty)
-    total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+        a_mask = inside_r[:, None] & inside_h[None, :]
+        a0 = tl.load(a_place, mask=a_mask, other=0.0).to(x.dtype.element_ty)
+        if GROUPS > 1:
+            a1 = tl.load(a_place + RANK * a_stride, mask=a_mask, other=0.0).to(x.dtype.element_ty)
+        if GROUPS > 2:
+            a2 = tl.load(a_place + 2 * RANK * a_stride, mask=a_mask, other=0.0).to(x.dtype.element_ty)
+    da0 = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
+    da1 = da0
+    da2 = da0
     for start in range(first, tl.minimum(first + share, tokens), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        mask = (token < tokens)[:, None] & inside_h
-        du_place = du + (token.to(tl.int64) * du_stride)[:, None] + rank[None, :]
-        d = tl.load(du_place, mask=(token < tokens)[:, None] & (rank < ranks)[None, :], other=0.0)
-        d = d.to(x.dtype.element_ty)
+        mask = (token < tokens)[:, None] & inside_h[None, :]
+        d_place = du + (token.to(tl.int64) * du_stride)[:, None] + rank[None, :]
+        d_mask = (token < tokens)[:, None] & inside_r[None, :]
+        d0 = tl.load(d_place, mask=d_mask, other=0.0).to(x.dtype.element_ty)
         if WITH_DA:
             x_place = x + tl.multiple_of(token.to(tl.int64) * x_stride, ALIGN)[:, None] + column[None, :]
             xt = tl.load(x_place, mask=mask, other=0.0)
         if WITH_DX:
             dx_place = dx + tl.multiple_of(token.to(tl.int64) * dx_stride, ALIGN)[:, None] + column[None, :]
-            add = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
             before = tl.load(dx_place, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             word = _hash(token[:, None] * size + column[None, :], key0, key1)
-            for group in tl.static_range(GROUPS):
-                if group % 2 == 0:
-                    if group > 0:
-                        word = _next_hash(word)
-                    keep = (word & 0xFFFF) >= threshold
-                else:
-                    keep = (word >> 16) >= threshold
-                part = tl.where((rank // GROUP_RANK == group)[None, :], d, 0.0) if GROUPS > 1 else d
+            keep = (word & 0xFFFF) >= threshold
+            if WITH_DA:
+                da0 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d0, da0, input_precision=PRECISION)
+            if WITH_DX:
+                add = tl.where(keep, tl.dot(d0, a0, input_precision=PRECISION), 0.0)
+            if GROUPS > 1:
+                d1 = tl.load(d_place + RANK, mask=d_mask, other=0.0).to(x.dtype.element_ty)
+                keep = (word >> 16) >= threshold
                 if WITH_DA:
-                    total = tl.dot(tl.trans(part), tl.where(keep, xt, 0.0), total, input_precision=PRECISION)
+                    da1 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d1, da1, input_precision=PRECISION)
                 if WITH_DX:
-                    add += tl.where(keep, tl.dot(part, at, input_precision=PRECISION), 0.0)
+                    add += tl.where(keep, tl.dot(d1, a1, input_precision=PRECISION), 0.0)
+            if GROUPS > 2:
+                d2 = tl.load(d_place + 2 * RANK, mask=d_mask, other=0.0).to(x.dtype.element_ty)
+                keep = (_next_hash(word) & 0xFFFF) >= threshold
+                if WITH_DA:
+                    da2 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d2, da2, input_precision=PRECISION)
+                if WITH_DX:
+                    add += tl.where(keep, tl.dot(d2, a2, input_precision=PRECISION), 0.0)
         else:
             if WITH_DA:
-                total = tl.dot(tl.trans(d), xt, total, input_precision=PRECISION)
+                da0 = tl.dot(tl.trans(xt), d0, da0, input_precision=PRECISION)
             if WITH_DX:
-                add = tl.dot(d, at, input_precision=PRECISION)
+                add = tl.dot(d0, a0, input_precision=PRECISION)
         if WITH_DX:
             tl.store(dx_place, before + add * scale, mask=mask)
     if WITH_DA:
-        place = partial + (tl.program_id(1).to(tl.int64) * ranks + rank)[:, None] * size + column[None, :]
-        tl.store(place, total * scale, mask=(rank < ranks)[:, None] & inside_h)
+        first_row = tl.program_id(1).to(tl.int64) * (GROUPS * RANK)
+        place = partial + (first_row + rank)[None, :] * size + column[:, None]
+        inside = inside_r[None, :] & inside_h[:, None]
+        tl.store(place, da0 * scale, mask=inside)
+        if GROUPS > 1:
+            tl.store(place + RANK * size, da1 * scale, mask=inside)
+        if GROUPS > 2:
+            tl.store(place + 2 * RANK * size, da2 * scale, mask=inside)
 
 
 @jit
@@ -223,8 +249,10 @@ def _dropout(dropout: float, groups: int, ranks: int, seed: Tensor | None, x: Te
     """The seed (any tensor where there's no dropout), the threshold and the scale.
 
     Raises:
-        ValueError: Dropout without a seed, or groups of unequal rank.
+        ValueError: Dropout without a seed, groups of unequal rank, or masks for more than three.
     """
+    if dropout and groups > 3:
+        raise ValueError(f"{groups} adapters on one input with dropout; the kernel draws masks for three")
     if ranks % groups:
         raise ValueError(f"{ranks} rows of A don't make {groups} groups of one rank")
     if dropout == 0.0:
@@ -250,12 +278,14 @@ def lora_down(
     (tokens, size), ranks = x.shape, a.shape[0]
     source, threshold, scale = _dropout(dropout, groups, ranks, seed, x)
     u = x.new_empty(tokens, ranks) if out is None else out
+    masks = groups if dropout else 1  # without masks the adapters are one of their ranks together
     block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # enough programs for small batches too
+    block_r = max(pow2(ranks // masks), 16)
     _down[(cdiv(tokens, block_t),)](
-        x, a, u, source, _signed32(reference.stream_key(stream)), threshold, scale, tokens, size, ranks,
+        x, a, u, source, _signed32(reference.stream_key(stream)), threshold, scale, tokens, size,
         x.stride(0), a.stride(0), u.stride(0),
-        DROPOUT=dropout > 0.0, GROUPS=groups, GROUP_RANK=ranks // groups,
-        BLOCK_T=block_t, BLOCK_H=64 if ranks > 64 else 128, BLOCK_R=max(pow2(ranks), 16), ALIGN=row_alignment(x),
+        DROPOUT=dropout > 0.0, GROUPS=masks, RANK=ranks // masks,
+        BLOCK_T=block_t, BLOCK_H=64 if masks > 1 or block_r > 64 else 128, BLOCK_R=block_r, ALIGN=row_alignment(x),
         PRECISION=_precision(x), num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return u
@@ -303,18 +333,22 @@ def _launch_backward(
     scale: float,
 ) -> None:
     (tokens, size), ranks = x.shape, du.shape[1]
-    block_r = max(pow2(ranks), 16)
-    block_t, block_h = 64 if block_r <= 64 else 32, 128 if block_r <= 64 else 64
-    share = cdiv(cdiv(tokens, 32), block_t) * block_t
+    block_r = max(pow2(ranks // groups), 16)
+    block_t = 64 if threshold == 0 and block_r <= 64 else 32
+    block_h = 32 if block_r > 64 else 64 if groups > 1 or tokens < 4096 or block_r > 16 else 128
+    # Shares of at least 128 tokens, 256 where no dx is written; enough of them to fill the device.
+    wanted = min(cdiv(tokens, 256), 16) if dx is None else min(cdiv(tokens, 128), 32)
+    share = cdiv(cdiv(tokens, wanted), block_t) * block_t
     shares = cdiv(tokens, share)
     partial = x if da is None else torch.empty(shares, ranks, size, dtype=torch.float32, device=x.device)
     target = x if dx is None else dx
     _down_backward[(cdiv(size, block_h), shares)](
         du, x, a, partial, target, seed, _signed32(reference.stream_key(stream)), threshold, scale,
-        tokens, share, size, ranks, du.stride(0), x.stride(0), a.stride(0), target.stride(0),
+        tokens, share, size, du.stride(0), x.stride(0), a.stride(0), target.stride(0),
         WITH_DA=da is not None, WITH_DX=dx is not None, DROPOUT=threshold > 0, GROUPS=groups,
-        GROUP_RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
-        ALIGN=row_alignment(x, dx), PRECISION=_precision(x), num_warps=4, num_stages=3, enable_fp_fusion=True,
+        RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
+        ALIGN=row_alignment(x, dx), PRECISION=_precision(x), num_warps=8 if threshold and block_h == 128 else 4,
+        num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     if da is not None:
         block = 256
