@@ -1,0 +1,177 @@
+"""Packs: full, in a seeded order, and the same training as their documents one by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from slimtune.config import Config
+from slimtune.data import PackedBatches, Proof, micro_batches, prove
+from slimtune.data.packing import IGNORE, best_fit
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Proof:
+    folder = tmp_path_factory.mktemp("packs")
+    random = np.random.default_rng(7)
+    rows = [
+        {"instruction": f"Count to {n}.", "output": " ".join(map(str, range(int(random.integers(2, 60)))))}
+        for n in range(200)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return prove(Config.make(data=str(folder / "rows.jsonl"), max_length=256), tokenizer)
+
+
+def packs(proof: Proof, **changed: Any) -> PackedBatches:
+    values = {"tokens": 512, "pad_id": 2, "seed": 3, "longest": 256, **changed}
+    return PackedBatches(proof.train, **values)
+
+
+@given(st.lists(st.integers(1, 64), max_size=200))
+def test_best_fit_puts_every_item_into_one_bin_that_holds_it(lengths: list[int]) -> None:
+    bins, count = best_fit(np.array(lengths, np.int32), 64)
+    room = np.bincount(bins, weights=lengths, minlength=count)
+    assert len(bins) == len(lengths)
+    assert (room <= 64).all()
+    assert (room > 0).all()
+    # Johnson 1973: best-fit-decreasing needs at most 11/9 of the optimum and 4 bins more
+    assert count <= 11 / 9 * -(-sum(lengths) // 64) + 4 or max(lengths) > 32
+
+
+def test_packs_of_chat_lengths_are_at_least_97_percent_full() -> None:
+    random = np.random.default_rng(0)
+    sigma = 0.9
+    lengths = np.clip(random.lognormal(np.log(370) - sigma**2 / 2, sigma, 20_000), 16, 2048).astype(np.int32)
+    _, count = best_fit(lengths, 2**14)
+    assert lengths.sum() / (count * 2**14) >= 0.97
+
+
+def test_every_document_comes_once_in_every_epoch_and_shapes_never_change(proof: Proof) -> None:
+    batches = packs(proof)
+    for epoch in range(2):
+        seen = [m for at in range(batches.per_epoch) for m in batches.members(epoch * batches.per_epoch + at)]
+        assert sorted(seen) == list(range(len(proof.train)))
+    shapes = {tuple(v.shape) for at in range(batches.per_epoch) for v in batches.batch(at).values()}
+    assert shapes == {(1, 512)}
+    assert batches.fill > 0.9
+
+
+def test_the_order_is_a_pure_function_of_seed_and_epoch(proof: Proof) -> None:
+    first, again = packs(proof), packs(proof)
+    n = first.per_epoch
+    positions = [2 * n + 3, 0, n + 1, 2 * n + 3]  # any order of asking, as after a resume
+    asked = [first.batch(p)["input_ids"].tolist() for p in positions]
+    assert asked == [again.batch(p)["input_ids"].tolist() for p in reversed(positions)][::-1]
+    assert asked[0] == asked[3]
+    assert [first.members(p).tolist() for p in range(n)] != [first.members(n + p).tolist() for p in range(n)]
+    other = packs(proof, seed=4)
+    assert [first.members(p).tolist() for p in range(n)] != [other.members(p).tolist() for p in range(n)]
+
+
+def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
+    batches = packs(proof)
+    for position in range(batches.per_epoch):
+        batch = {key: value[0] for key, value in batches.batch(position).items()}
+        at = 0
+        for member in batches.members(position):
+            ids, supervised = proof.train[int(member)]
+            end = at + len(ids)
+            assert batch["input_ids"][at:end].tolist() == ids.tolist()
+            assert batch["position_ids"][at:end].tolist() == list(range(len(ids)))
+            assert batch["labels"][at] == IGNORE
+            expected = np.where(supervised, ids, IGNORE)[1:].tolist()
+            assert batch["labels"][at + 1 : end].tolist() == expected
+            at = end
+        assert (batch["labels"][at:] == IGNORE).all()
+        assert (batch["input_ids"][at:] == 2).all()
+        assert at == 512 or batch["position_ids"][at] == 0
+        assert int(batch["position_ids"].max()) < 256
+        assert len(batches.rows(position)) == len(batches.members(position))
+        assert str(batches.rows(position)[0]).startswith("rows.jsonl:")
+
+
+def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    config = Config.make(data=str(file), micro_batch=2)
+    batches = micro_batches(prove(config, tokenizer).train, config, 2)
+    assert batches.per_epoch == 1
+    assert batches.batch(5)["input_ids"].shape == (1, 4096)
+    assert (batches.batch(5)["labels"] != IGNORE).sum() == 2  # "b" and the end mark
+
+
+def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None:
+    config = Config.make(data="rows.jsonl", packing=False, micro_batch=3)
+    batches = micro_batches(proof.train, config, 2)
+    assert batches.per_epoch == 67
+    seen = [m for at in range(batches.per_epoch) for m in batches.members(at)]
+    assert sorted(seen) == list(range(200))
+    batch = batches.batch(0)
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    for row, member in enumerate(batches.members(0)):
+        ids, supervised = proof.train[int(member)]
+        n = len(ids)
+        assert batch["input_ids"][row, :n].tolist() == ids.tolist()
+        assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
+        assert batch["labels"][row, 1:n].tolist() == np.where(supervised, ids, IGNORE)[1:].tolist()
+        assert (batch["labels"][row, n:] == IGNORE).all()
+        # pad is the end mark here (SmolLM2): the reply's own stays supervised
+        assert batch["labels"][row, n - 2] == 2
+
+
+def test_trainers_that_insist_on_a_dataset_get_one(proof: Proof) -> None:
+    batches = packs(proof)
+    dataset = batches.dataset(3 * batches.per_epoch)
+    assert len(dataset) == 3 * batches.per_epoch
+    batch = batches.collate([dataset[batches.per_epoch + 1]])
+    assert batch["input_ids"].tolist() == batches.batch(batches.per_epoch + 1)["input_ids"].tolist()
+
+
+def test_loss_and_lora_gradients_of_a_pack_are_those_of_its_documents(proof: Proof, model_folder: Path) -> None:
+    torch.manual_seed(0)
+    # The real weights' first layers: four are enough for documents to meet in attention again and again.
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, num_hidden_layers=4)
+    assert model.config._attn_implementation == "sdpa"
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(model, lora).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    batches = packs(proof, tokens=320)
+    position = max(range(batches.per_epoch), key=lambda p: len(batches.members(p)))
+    members = batches.members(position)
+    total = sum(int(proof.train[int(m)][1][1:].sum()) for m in members)
+
+    def gradients(inputs: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = torch.zeros(())
+        for one in inputs:
+            part = model(**one, num_items_in_batch=total, use_cache=False).loss
+            part.backward()
+            loss += part.detach()
+        return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    alone = []
+    for member in members:
+        ids, supervised = proof.train[int(member)]
+        tokens = torch.tensor(ids, dtype=torch.int64)[None]
+        mask = torch.tensor(supervised)[None]
+        alone.append({"input_ids": tokens, "labels": torch.where(mask, tokens, IGNORE)})
+    loss, packed = gradients([batches.batch(position)])
+    expected_loss, expected = gradients(alone)
+    assert len(members) > 3
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        distance = (packed[name] - gradient).norm() / gradient.norm()
+        assert distance < 1e-5, name
