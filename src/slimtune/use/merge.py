@@ -1,0 +1,137 @@
+"""Merge an adapter into its 16-bit base: a model folder in Transformers' layout that needs no PEFT any more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slimtune.adapter.files import TensorSpec, write_safetensors
+from slimtune.adapter.merged import MergedWeights
+from slimtune.errors import UserError
+from slimtune.use.load import Found, turn_end
+
+__all__ = ["SHARD_BYTES", "free_room", "merge", "new_folder"]
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of one weight file."""
+
+
+def merge(found: Found, output: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write the merged model: weights in the base's own 16-bit dtype, config, tokenizer, chat template.
+
+    Memory is bounded by the largest tensor (twice, while it is merged), not by the model.
+
+    Args:
+        found: The run or adapter, as :func:`slimtune.use.load.find` gives it.
+        output: The new folder; it appears whole or not at all.
+        shard_bytes: Most bytes of one weight file.
+
+    Raises:
+        UserError: There is nothing to merge, it can't be merged exactly, or there is no room.
+    """
+    if found.adapter is None:
+        raise UserError(f"{found.name} is a bare model: there is nothing to merge", way_out="Give a run or an adapter.")
+    weights = MergedWeights(found.base, found.adapter)
+    tokenizer = found.tokenizer()
+    with new_folder(output) as folder:
+        free_room(folder, weights.nbytes)
+        write_weights(weights, folder, shard_bytes)
+        _copy_code(found, folder)
+        config = {**weights.config, "_name_or_path": output.name}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        generation = _generation_config(found.base, turn_end(tokenizer))
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+    return output
+
+
+def write_weights(weights: MergedWeights, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write all tensors as safetensors, in files of at most ``shard_bytes`` (a larger tensor has one of its own)."""
+    shards = _shards(weights.specs, shard_bytes)
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{at:05}-of-{len(shards):05}.safetensors"
+        for at in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, {key: weights.specs[key] for key in shard}, _each(weights, shard))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": weights.nbytes},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, beside ``output``; at the end it becomes ``output``, after an error nothing is left of it.
+
+    Raises:
+        UserError: ``output`` exists and is not empty, or can't be made.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not empty", way_out="Choose another folder (-o).")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"output folder {output} can't be made: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def free_room(folder: Path, nbytes: int) -> None:
+    """Make sure that ``nbytes`` more fit on the disk of ``folder``, before hours are spent.
+
+    Raises:
+        UserError: They don't.
+    """
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise UserError(
+            f"the disk of {folder.parent} has {free / 1e9:.1f} GB free, and {nbytes / 1e9:.1f} GB are needed",
+            way_out="Make room, or choose another disk (-o).",
+        )
+
+
+def _each(weights: MergedWeights, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, weights[name]) for name in names)
+
+
+def _shards(specs: dict[str, TensorSpec], most: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    size = most + 1
+    for name, spec in specs.items():
+        if size + spec.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards
+
+
+def _generation_config(base: Path, end: int) -> dict[str, Any]:
+    """The base's own, with the turn's end of the training's template among the tokens that stop it."""
+    file = base / "generation_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stops = config.get("eos_token_id")
+    known = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    config["eos_token_id"] = [*known, *([end] if end not in known else [])]
+    return config
+
+
+def _copy_code(found: Found, folder: Path) -> None:
+    """A model with Python code of its own takes it along."""
+    for file in found.base.glob("*.py"):
+        shutil.copy2(file, folder / file.name)
