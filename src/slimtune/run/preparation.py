@@ -34,8 +34,8 @@ def tell_base(facts: Facts, say: Say) -> Section | None:
     told = [
         Statement(
             say(
-                f"{model} is a {kind} of {count:,} parameters. At 2 bytes each they would take {megabytes(before)}; as "
-                f"loaded they take {megabytes(now)}, {share(now, before)} of that.",
+                f"{model} is a {kind} of {count:,} parameters. In 16 bits, 2 bytes each, they would take "
+                f"{megabytes(before)}; as loaded they take {megabytes(now)}, {share(now, before)} of that.",
                 f"基座 {model}（{kind}）共有 {count:,} 个参数。若以 16 位存放（每个参数 2 字节），要占 "
                 f"{megabytes(before)}；实际载入后占 {megabytes(now)}，是前者的 {share(now, before)}。",
             )
@@ -96,8 +96,8 @@ def _quantised(base: Facts, thin: list[Facts], say: Say) -> Statement:
     return Statement(
         say(
             f"{sentence(listed((_part(part['part'], say) for part in thin), say))} went from {megabytes(before)} to "
-            f"{megabytes(now)}: {kind}, {bits:.2f} bits a parameter, 4 for the weight and {bits - 4:.2f} for its block's "
-            f"scale{', itself quantised (double quantisation)' if twice else ''}.",
+            f"{megabytes(now)}: {kind}, {bits:.2f} bits a parameter, 4 for the weight and {bits - 4:.2f} for its "
+            f"block's scale{', itself quantised (double quantisation)' if twice else ''}.",
             f"{listed((_part(part['part'], say) for part in thin), say)}量化为 {kind}，从 {megabytes(before)} 瘦到 "
             f"{megabytes(now)}，平均每个参数 {bits:.2f} 位：4 位是权重本身，另外 {bits - 4:.2f} 位是分块的缩放系数"
             f"{'，系数自身也再量化了一次（双重量化）' if twice else ''}。",

@@ -1,0 +1,197 @@
+"""What explain says is what the files hold; what doesn't hold is said so; both languages say the same."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+import slimtune
+from slimtune.run.explain import explain
+from slimtune.run.folder import RunFolder
+from slimtune.run.screen import megabytes
+from slimtune.run.statement import Explanation, Section
+
+Facts = dict[str, Any]
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+@pytest.fixture
+def facts(finished_run: RunFolder) -> Facts:
+    return copy.deepcopy(finished_run.read_json(finished_run.facts_file))
+
+
+def section(story: Explanation, key: str) -> Section:
+    return next(section for section in story.sections if section.key == key)
+
+
+def texts(story: Explanation, key: str) -> str:
+    return "\n".join(statement.text for statement in section(story, key).statements)
+
+
+def verdicts(story: Explanation) -> dict[tuple[str, int], str]:
+    return {
+        (section.key, number): statement.status
+        for section in story.sections
+        for number, statement in enumerate(section.statements)
+    }
+
+
+def test_a_sound_run_has_nothing_broken(facts: Facts) -> None:
+    story = explain(facts)
+    assert story.count("broken") == 0
+    proved = {key for (key, _), status in verdicts(story).items() if status == "proved"}
+    assert proved == {"base", "data", "wrapping", "optimizer", "saving", "verified"}
+    parts = list(dict.fromkeys(section.part for section in story.sections if section.part))
+    assert [part[:6] for part in parts] == ["Part 1", "Part 2", "Part 3", "Part 4"]
+
+
+def test_its_numbers_are_those_of_the_files(facts: Facts, finished_run: RunFolder) -> None:
+    story = explain(facts)
+    file = finished_run.adapter / "adapter_model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        values = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - not a dict
+    trained = sum(rows * columns for rows, columns in values)
+    assert f"{trained:,} of " in texts(story, "wrapping")
+    assert f"{len(values) // 2} modules carry an adapter" in texts(story, "wrapping")
+    assert f"file of {megabytes(file.stat().st_size)}, {file.stat().st_size / trained:.2f} bytes" in texts(
+        story, "saving"
+    )
+    for saved in finished_run.adapter.iterdir():
+        assert f"`{saved.name}`" in texts(story, "saving")
+    steps = [record for record in finished_run.metrics() if "loss" in record]
+    assert f"{len(steps)} optimizer steps" in texts(story, "training")
+    assert f"{sum(record['tokens'] for record in steps):,} tokens" in texts(story, "training")
+    evaluations = [record["eval_loss"] for record in finished_run.metrics() if "eval_loss" in record]
+    assert f"held-out data is {evaluations[-1]:.4g}" in texts(story, "training")
+    config = finished_run.config()
+    rows = {row[0]: row[1] for row in section(story, "choices").tables[0].rows}
+    assert rows["`compute_dtype`"] == f"`{config.compute_dtype}`"
+    assert rows["`optim`"] == f"`{config.optim}`"
+
+
+def test_nobody_wraps_the_model_by_hand() -> None:
+    """The claim that the wrapping is SFTTrainer's work: no module of slimtune calls get_peft_model."""
+    package = Path(slimtune.__file__).parent
+    callers = [
+        file.name
+        for file in package.rglob("*.py")
+        if re.search(r"(?<![.`\w])get_peft_model\(", file.read_text("utf-8"))
+    ]
+    assert callers == []
+
+
+def set_in(*path: str, value: Any) -> Callable[[Facts], None]:
+    def change(facts: Facts) -> None:
+        for key in path[:-1]:
+            facts = facts[key]
+        facts[path[-1]] = value
+
+    return change
+
+
+def add_file(name: str) -> Callable[[Facts], None]:
+    return lambda facts: facts["adapter"]["folder_files"].append(name)
+
+
+def unquantised(facts: Facts) -> None:
+    for part in facts["base"]["parts"]:
+        part["bytes_now"] = 4 * part["parameters"]
+
+
+BROKEN: list[tuple[Callable[[Facts], Any], str, str]] = [
+    (unquantised, "base", "no part of it lies in 4 bits"),
+    (set_in("data", "rows_trained", value=3), "data", "THE ACCOUNT DOES NOT BALANCE"),
+    (set_in("adapter", "class_after", value="LlamaForCausalLM"), "wrapping", "THE MODEL WAS NOT WRAPPED"),
+    (lambda facts: facts["adapter"]["modules"].pop("k_proj"), "wrapping", "not found: `k_proj`"),
+    (set_in("optimizer", "parameters", value=7), "optimizer", "THESE DIFFER"),
+    (set_in("base", "fingerprint_after", value="0" * 64), "saving", "THE FROZEN BASE CHANGED"),
+    (add_file("model.safetensors"), "saving", "OTHER WEIGHTS AMONG THEM: `model.safetensors`"),
+    (add_file("pytorch_model.bin"), "saving", "OTHER WEIGHTS AMONG THEM: `pytorch_model.bin`"),
+    (lambda facts: facts["adapter"]["folder_files"].remove("adapter_model.safetensors"), "saving", "MISSING"),
+    (set_in("training", "last_loss", value=float("nan")), "training", "is not a finite number"),
+    (set_in("verified", "keys_match", value=False), "verified", "DO NOT FIT"),
+    (set_in("verified", "all_finite", value=False), "verified", "NO FINITE NUMBERS"),
+    (set_in("verified", "outputs_differ", value=False), "verified", "NO LOGIT DIFFERS"),
+]
+
+
+@pytest.mark.parametrize(("change", "key", "said"), BROKEN)
+def test_what_does_not_hold_is_said_loudly(facts: Facts, change: Callable[[Facts], Any], key: str, said: str) -> None:
+    change(facts)
+    for lang in ("en", "zh"):
+        story = explain(facts, lang)
+        broken = [where for (where, _), status in verdicts(story).items() if status == "broken"]
+        assert broken == [key]
+    assert said in texts(explain(facts), key)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (set_in("base", "fingerprint_after", value=None), "the base's fingerprint after training"),
+        (set_in("adapter", "file_bytes", value=None), "the saved adapter's size"),
+        (set_in("verified", value=None), "whether the saved adapter loads into a fresh base"),
+        (set_in("training", "eval_loss", value=None), "the loss on held-out data"),
+        (set_in("training", value=None), "the training, as this run did not come to its end"),
+    ],
+)
+def test_what_was_not_measured_is_said_so(facts: Facts, change: Callable[[Facts], Any], said: str) -> None:
+    assert not [text for text in unmeasured(facts) if said in text]
+    change(facts)
+    assert [text for text in unmeasured(facts) if said in text]
+    assert explain(facts).count("broken") == 0
+
+
+def unmeasured(facts: Facts) -> list[str]:
+    statements = [statement for section in explain(facts).sections for statement in section.statements]
+    return [statement.text for statement in statements if statement.status == "unmeasured"]
+
+
+@pytest.mark.parametrize("missing", ["adapter", "training", "optimizer", "verified", "data", "choices"])
+def test_a_run_that_ended_early_is_told_as_far_as_it_came(facts: Facts, missing: str) -> None:
+    facts[missing] = None
+    assert explain(facts).sections
+    del facts[missing]
+    assert explain(facts, "zh").sections
+    assert explain({"run": "x"}).count("broken") == 0
+
+
+def test_plain_lora_is_not_called_quantised(facts: Facts) -> None:
+    facts["base"]["quantization"] = "none"
+    unquantised(facts)
+    story = explain(facts)
+    assert story.count("broken") == 0
+    assert "It was not quantised" in texts(story, "base")
+
+
+@pytest.mark.parametrize("change", [lambda facts: None, *(change for change, _, _ in BROKEN)])
+def test_both_languages_say_the_same_numbers(facts: Facts, change: Callable[[Facts], Any]) -> None:
+    change(facts)
+    english, chinese = explain(facts, "en"), explain(facts, "zh")
+    assert verdicts(english) == verdicts(chinese)
+    for one, other in zip(english.sections, chinese.sections, strict=True):
+        assert not CHINESE.search(one.title)
+        assert CHINESE.search(other.title)
+        for left, right in zip(one.statements, other.statements, strict=True):
+            assert not CHINESE.search(left.text)
+            assert CHINESE.search(right.text)
+            assert numbers(left.text) == numbers(right.text)
+        for bars in zip(one.bars, other.bars, strict=True):
+            assert len({(bar.text, *(size for _, size in bar.pieces)) for bar in bars}) == 1
+        for tables in zip(one.tables, other.tables, strict=True):
+            assert len({tuple(row[column] for row in table.rows for column in table.numbers) for table in tables}) == 1
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d[\d,.:]*\d|\d", re.sub(r"[a-z]\d|SHA-256", "", text)))
+
+
+def test_a_name_cannot_forge_code_or_lines(facts: Facts) -> None:
+    facts["base"]["model"] = "a`b\n# c"
+    assert "`a'b # c`" in texts(explain(facts), "base")

@@ -1,0 +1,89 @@
+"""Metrics as curves: each step once, whatever the file has seen; smoothing that invents nothing."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimtune.run.folder import RunFolder
+from slimtune.run.history import read_history, smooth
+
+
+def session(first: int, last: int, mark: float, each: float = 0.25) -> list[dict[str, Any]]:
+    """Records as MetricsCallback writes them: the clock begins with the session."""
+    return [
+        {
+            "step": step,
+            "loss": mark,
+            "seconds": round((step - first + 1) * each, 3),
+            "step_seconds": each,
+            "logged_steps": 1,
+        }
+        for step in range(first, last + 1)
+    ]
+
+
+def test_a_real_run_is_read_whole(finished_run: RunFolder) -> None:
+    history = read_history(finished_run.metrics())
+    assert [record["step"] for record in history.steps] == list(range(1, 13))
+    assert [record["step"] for record in history.evaluations] == [4, 8, 12]
+    assert history.resumed == []
+
+
+@given(
+    ends=st.lists(st.integers(1, 30), min_size=1, max_size=4), kept=st.lists(st.integers(0, 30), min_size=4, max_size=4)
+)
+def test_of_what_was_trained_twice_the_last_counts(ends: list[int], kept: list[int]) -> None:
+    records: list[dict[str, Any]] = []
+    expected: dict[int, float] = {}
+    resumed = []
+    first = 1
+    for number, (length, back) in enumerate(zip(ends, kept, strict=False)):
+        last = first + length
+        records += session(first, last, float(number))
+        if number:
+            resumed.append(first - 1)
+        expected = {step: mark for step, mark in expected.items() if step < first}
+        expected |= dict.fromkeys(range(first, last + 1), float(number))
+        first = max(1, last - back) + 1
+    history = read_history(records)
+    assert dict(history.curve("loss")) == expected
+    assert [step for step, _ in history.curve("loss")] == sorted(expected)
+    assert history.resumed == resumed
+
+
+def test_an_evaluation_of_discarded_steps_goes_too() -> None:
+    records = [*session(1, 4, 0.0), {"step": 4, "eval_loss": 9.0}, *session(3, 6, 1.0), {"step": 6, "eval_loss": 1.0}]
+    assert read_history(records).evaluation_curve() == [(6, 1.0)]
+
+
+def test_events_and_strangers() -> None:
+    records = [{"step": 2, "event": "skipped"}, {"loss": 1.0}, {"step": 3, "train_loss": 1.0}, "line"]  # type: ignore[list-item]
+    history = read_history(records)  # type: ignore[arg-type]
+    assert (len(history.events), history.steps, history.evaluations) == (1, [], [])
+
+
+def test_a_nonfinite_value_is_a_gap() -> None:
+    assert read_history([{"step": 1, "loss": None, "loss_text": "nan"}]).curve("loss") == [(1, None)]
+
+
+@given(count=st.integers(10, 400), slope=st.floats(-5, 5), start=st.floats(-100, 100), seed=st.integers(0, 99))
+def test_smoothing_keeps_a_line_and_its_gaps(count: int, slope: float, start: float, seed: int) -> None:
+    draw = random.Random(seed)
+    line = [(step, None if draw.random() < 0.2 else start + slope * step) for step in range(count)]
+    for (step, value), (same, made) in zip(line, smooth(line), strict=True):
+        assert step == same
+        assert (value is None) == (made is None)
+        assert value is None or made == pytest.approx(value, abs=1e-6)
+
+
+def test_smoothing_takes_the_noise_away() -> None:
+    draw = random.Random(0)
+    noisy = [(step, 1.0 + draw.gauss(0, 0.5)) for step in range(1000)]
+    assert max(abs(value - 1.0) for _, value in smooth(noisy) if value is not None) < 0.35
+    assert max(abs(value - 1.0) for _, value in noisy) > 1.0
+    assert smooth(noisy[:9]) == noisy[:9]
