@@ -36,7 +36,11 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     engine = Engine(
-        model, dtype=torch.bfloat16 if cuda else torch.float32, tokens=workload.rows * workload.length, memory=memory
+        model,
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        tokens=workload.rows * workload.length,
+        longest=workload.length,
+        memory=memory,
     )
     optimizer = FusedAdamW8bit(engine.flat, lr=2e-4)
     times, losses, first = [], [], 0.0
@@ -66,6 +70,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         "predicted_gb": round(engine.plan.nbytes / 1e9, 2),
         "keep": "".join(str(int(level)) for level in engine.plan.keep),
         "kept_weights": engine.plan.kept_weights,
+        "part_tokens": engine.plan.part_tokens,
         "mlp_tokens": engine.plan.mlp_tokens,
         "head_tokens": engine.plan.head_tokens,
         "loss": [round(float(loss), 3) for loss in (losses[0], losses[-1])],

@@ -272,9 +272,10 @@ class LayerComputation:
             else:
                 gates = saved.gates[rows]
             self._gates_backward(g[rows], gates, on, number, gradients)
-            d = self.gate_up.backward(gates, n2, on.seed, gradients.gate_up, chunk=number)
+            d = self.gate_up.backward(gates, n2, on.seed, gradients.gate_up, chunk=number, out=dn2[rows])
             assert d is not None
-            dn2[rows] = d
+            if d.data_ptr() != dn2[rows].data_ptr():
+                dn2[rows] = d
         weight = self.layer.mlp_norm.weight
         return norm.rms_norm_backward(dn2, saved.m, weight.detach(), saved.m_rstd, dresidual=g, out=dn2)
 

@@ -48,6 +48,8 @@ class Engine:
         model: PEFT-wrapped causal language model of the Llama family; NF4, 16- or 32-bit base.
         dtype: What is computed in: bfloat16, float16 or float32 (float64 to check against).
         tokens: Tokens in the largest micro-batch (T); the memory plan is made for it.
+        longest: Tokens in the longest document, if that is less; a tight memory is met by taking fewer documents at
+            once.
         memory: Most bytes that may be allocated on the device, the model included; None: no limit.
         seed: Seed of the dropout masks.
         graphs: Record CUDA graphs; only on CUDA.
@@ -62,6 +64,7 @@ class Engine:
         *,
         dtype: torch.dtype,
         tokens: int,
+        longest: int | None = None,
         memory: int | None = None,
         seed: int = 0,
         graphs: bool = True,
@@ -84,7 +87,9 @@ class Engine:
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
         self._rotary = RotaryTable.of(self.decoder, tokens, self.device, dtype)
-        self.plan: MemoryPlan = plan_memory(self.layers, tokens, self._head.shape[0], self._budget(memory))
+        self.plan: MemoryPlan = plan_memory(
+            self.layers, tokens, self._head.shape[0], self._budget(memory), longest=longest
+        )
         self.graphs = graphs and self.device.type == "cuda"
         self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
@@ -155,10 +160,14 @@ class Engine:
         Returns:
             Sum of the supervised tokens' negative log-likelihoods / num_supervised: float32 scalar on the device.
         """
-        micro = MicroBatch.of(batch)
+        self._set_inverse(num_supervised)
+        parts = MicroBatch.of(batch).split(self.plan.part_tokens)
+        losses = [self._step(part) for part in parts]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _step(self, micro: MicroBatch) -> Tensor:
         self.draws += 1
         key = self._inputs.load(micro, (self.seed + self.draws * _SEED_STRIDE) % 2**63)
-        self._set_inverse(num_supervised)
         recorded = self._recorded.get(key)
         if recorded is None and self.graphs and key.way in self._warm:
             recorded = self._recorded[key] = self._record(micro, key)
@@ -183,12 +192,14 @@ class Engine:
 
         No dropout, no gradient; takes the same batches as :meth:`forward_backward`.
         """
-        micro = MicroBatch.of(batch)
-        key = self._inputs.load(micro, 0)
-        x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
-        rows, targets = self._inputs.supervised(micro)
-        final_norm = self.decoder.backbone.norm
-        return head_loss(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens), micro.supervised
+        whole, losses = MicroBatch.of(batch), []
+        for micro in whole.split(self.plan.part_tokens):
+            key = self._inputs.load(micro, 0)
+            x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
+            rows, targets = self._inputs.supervised(micro)
+            final_norm = self.decoder.backbone.norm
+            losses.append(head_loss(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens))
+        return torch.stack(losses).sum(), whole.supervised
 
     def _set_inverse(self, num_supervised: int | Tensor) -> None:
         if isinstance(num_supervised, Tensor):

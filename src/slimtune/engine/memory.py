@@ -1,24 +1,27 @@
 """Turns a memory budget into what each layer keeps, which weights stay dequantised, and how much is done at once.
 
-All sizes are worked out from shapes before anything is allocated. Keeping costs bytes in proportion to the tokens and
-saves products in proportion to the tokens, so the order in which a budget is spent hardly depends on the batch:
-attention's intermediates (about 4 ms a gigabyte on an H100), then dequantised weights, then gate and up, then the
-adapters' inputs.
+All sizes are worked out from shapes before anything is allocated. A plan is chosen by a cost model of the work that
+it adds: products computed again, weights dequantised again, and products too small to fill the device. The model's
+rates are an H100's; only their ratios count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from slimtune.engine.decoder import Keep, LayerComputation
 
 __all__ = ["MemoryPlan", "layer_bytes", "plan_memory", "working_bytes"]
 
-# Tried in this order until the smallest plan fits.
-_MLP_TOKENS = (1 << 30, 8192, 4096, 2048, 1024, 512)
-_HEAD_TOKENS = (4096, 4096, 2048, 1024, 512, 256)
+_CHUNKS = (1 << 30, 8192, 4096, 2048, 1024, 512)
+"""Tokens that the MLP may take at once."""
+_HEAD_CHUNKS = (4096, 2048, 1024, 512, 256)
+"""Supervised tokens that the head may take at once."""
+_FLOPS = 700e12  # of a large 16-bit product
+_DEQUANTIZED = 1.5e12  # bytes of 16-bit weights written in a second, their 4 bits read
+_FILL = 160  # tokens at which a product runs at half its rate
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class MemoryPlan:
     """For each layer."""
     kept_weights: int
     """How many layers, from the first, hold their weights in the compute dtype."""
+    part_tokens: int
+    """A larger micro-batch is split into parts of whole documents, and their gradients are added up."""
     mlp_tokens: int
     """Tokens that the MLP takes at once."""
     head_tokens: int
@@ -41,18 +46,18 @@ def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep) -> int:
     """Bytes that a layer keeps from its forward to its backward."""
     size = layer.dtype.itemsize
     columns = layer.down.outputs
-    logsumexp = 0
+    floats = 0
     if keep >= Keep.ATTENTION:
         columns += layer.qkv.outputs + layer.o.inputs + layer.o.extra + layer.down.outputs
-        logsumexp = 4 * (layer.heads + 2)
+        floats = layer.heads + 2
         if layer.layer.q_norm is not None:
             columns += (layer.heads + layer.kv_heads) * layer.head_dim
-            logsumexp += 4 * (layer.heads + layer.kv_heads)
+            floats += layer.heads + layer.kv_heads
     if keep >= Keep.GATES:
         columns += layer.gate_up.outputs
     if keep >= Keep.ALL:
         columns += sum(site.inputs + site.extra for site in (layer.qkv, layer.gate_up) if site.groups)
-    return tokens * (columns * size + logsumexp)
+    return tokens * (columns * size + 4 * floats)
 
 
 def working_bytes(layer: LayerComputation, tokens: int, mlp_tokens: int) -> int:
@@ -62,7 +67,7 @@ def working_bytes(layer: LayerComputation, tokens: int, mlp_tokens: int) -> int:
     q = layer.heads * layer.head_dim
     again = layer_bytes(layer, tokens, Keep.ATTENTION) + tokens * (layer.qkv.inputs + layer.qkv.extra) * size
     n2 = tokens * (layer.gate_up.inputs + layer.gate_up.extra) * size
-    mlp = n2 + tokens * hidden * size + mlp_tokens * (2 * layer.gate_up.outputs + 2 * layer.gate_up.outputs // 2) * size
+    mlp = n2 + tokens * hidden * size + min(tokens, mlp_tokens) * 3 * layer.gate_up.outputs * size
     # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
     attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
     gradient_stream = 2 * tokens * hidden * size
@@ -74,8 +79,87 @@ def _head_bytes(layer: LayerComputation, tokens: int, head_tokens: int, vocabula
     return min(head_tokens, tokens) * vocabulary * size + 4 * tokens * layer.down.outputs * size
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What the cost model knows of a model and a micro-batch."""
+
+    layer: LayerComputation
+    layers: int
+    tokens: int
+    vocabulary: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one layer's weights in the compute dtype."""
+        return sum(site.kept_bytes for site in self.layer.sites)
+
+    def added_seconds(self, plan: MemoryPlan) -> float:
+        """Time that the plan adds to the products of a forward and a backward that keep everything."""
+        qkv, o, gate_up, down = (site.inputs * site.outputs for site in self.layer.sites)
+        again = {Keep.INPUT: qkv + o + gate_up, Keep.ATTENTION: gate_up, Keep.GATES: 0, Keep.ALL: 0}
+        # Attention's own products and the elementwise passes are about an eighth of the projections' time.
+        extra = {Keep.INPUT: 1.25, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
+        elementwise = {Keep.GATES: 0.01, Keep.ALL: 0.0}
+        products = 2.0 * self.tokens / _FLOPS
+        parts = -(-self.tokens // plan.part_tokens)
+        added = 0.0
+        for index, keep in enumerate(plan.keep):
+            added += products * again[keep] * extra[keep]
+            added += products * (qkv + o + gate_up + down) * elementwise.get(keep, 0.01)
+            if index >= plan.kept_weights:
+                uses = 2 + (keep < Keep.ATTENTION) + (keep < Keep.GATES)
+                added += parts * uses * self.weights / _DEQUANTIZED / 1.5
+        attention = 2 * products * self.layers * (qkv + o) * _FILL / min(plan.part_tokens, self.tokens)
+        mlp = 2 * products * self.layers * (gate_up + down) * _FILL / min(plan.mlp_tokens, plan.part_tokens)
+        hidden = self.layer.down.outputs
+        head = 2 * products * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
+        return added + attention + mlp + head
+
+    def filled(self, part_tokens: int, mlp_tokens: int, head_tokens: int, budget: float) -> MemoryPlan:
+        """The plan with these sizes that keeps as much as the budget has room for."""
+        first, count = self.layer, self.layers
+        scratch = sum(site.kept_bytes for site in first.sites)
+        work = working_bytes(first, part_tokens, mlp_tokens)
+        fixed = max(work, _head_bytes(first, part_tokens, head_tokens, self.vocabulary)) + scratch
+        room = budget - fixed - count * layer_bytes(first, part_tokens, Keep.INPUT)
+        keep = [Keep.INPUT] * count
+
+        def raise_layers(level: Keep) -> None:
+            nonlocal room
+            cost = layer_bytes(first, part_tokens, level) - layer_bytes(first, part_tokens, Keep(level - 1))
+            # The last layers' backward comes first, so what they keep is given back soonest.
+            for index in reversed(range(count)):
+                if keep[index] == level - 1 and cost <= room:
+                    keep[index] = level
+                    room -= cost
+
+        raise_layers(Keep.ATTENTION)
+        kept_weights = count if self.weights == 0 else int(min(count, max(0.0, room) // self.weights))
+        room -= kept_weights * self.weights
+        raise_layers(Keep.GATES)
+        raise_layers(Keep.ALL)
+        kept = sum(layer_bytes(first, part_tokens, level) for level in keep)
+        nbytes = fixed + kept + kept_weights * self.weights
+        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, nbytes)
+
+
+def _sizes(tokens: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Parts of 1, 1/2, 1/4, … of the documents, and chunks within them: (part, MLP, head) tokens."""
+    documents = max(1, tokens // longest)
+    parts = {tokens} | {max(1, documents >> shift) * longest for shift in range(1, 12)}
+    for part in parts:
+        for chunk in _CHUNKS:
+            for head in _HEAD_CHUNKS:
+                yield min(part, tokens), min(chunk, part), head
+
+
 def plan_memory(
-    layers: Sequence[LayerComputation], tokens: int, vocabulary: int, budget: float = math.inf
+    layers: Sequence[LayerComputation],
+    tokens: int,
+    vocabulary: int,
+    budget: float = math.inf,
+    *,
+    longest: int | None = None,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -84,38 +168,12 @@ def plan_memory(
         tokens: Tokens in a micro-batch.
         vocabulary: Rows of the head.
         budget: Bytes for everything but the model's own tensors.
+        longest: Tokens in the longest document; a part can't be smaller.
     """
-    first, count = layers[0], len(layers)
-    scratch = max(site.kept_bytes for site in first.sites)
-    head_tokens = mlp_tokens = 0
-
-    def fixed_bytes() -> int:
-        work = working_bytes(first, tokens, mlp_tokens)
-        return max(work, _head_bytes(first, tokens, head_tokens, vocabulary)) + 4 * scratch
-
-    smallest = count * layer_bytes(first, tokens, Keep.INPUT)
-    for mlp_choice, head_choice in zip(_MLP_TOKENS, _HEAD_TOKENS, strict=True):
-        mlp_tokens, head_tokens = min(tokens, mlp_choice), head_choice
-        fixed = fixed_bytes()
-        if fixed + smallest <= budget:
-            break
-    room = budget - fixed - smallest
-    keep = [Keep.INPUT] * count
-
-    def raise_layers(level: Keep) -> None:
-        nonlocal room
-        # The last layers' backward comes first, so what they keep is given back soonest.
-        for index in reversed(range(count)):
-            cost = layer_bytes(first, tokens, level) - layer_bytes(first, tokens, keep[index])
-            if keep[index] == level - 1 and cost <= room:
-                keep[index] = level
-                room -= cost
-
-    raise_layers(Keep.ATTENTION)
-    weights = sum(site.kept_bytes for site in first.sites)
-    kept_weights = count if weights == 0 else int(min(count, max(0.0, room) // weights))
-    room -= kept_weights * weights
-    raise_layers(Keep.GATES)
-    raise_layers(Keep.ALL)
-    nbytes = fixed + sum(layer_bytes(first, tokens, level) for level in keep) + kept_weights * weights
-    return MemoryPlan(tuple(keep), kept_weights, mlp_tokens, head_tokens, nbytes)
+    shape = _Shape(layers[0], len(layers), tokens, vocabulary)
+    sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens)))
+    plans = [shape.filled(*size, budget) for size in sizes]
+    fitting = [plan for plan in plans if plan.nbytes <= budget]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.nbytes)
+    return min(fitting, key=shape.added_seconds)

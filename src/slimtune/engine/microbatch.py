@@ -83,6 +83,36 @@ class MicroBatch:
             targets=following[supervised],
         )
 
+    def split(self, part_tokens: int) -> list[MicroBatch]:
+        """Whole documents in parts of ``part_tokens`` tokens, each filled up by a document that supervises nothing.
+
+        A document longer than that is a part by itself.
+        """
+        if self.tokens <= part_tokens:
+            return [self]
+        parts: list[MicroBatch] = []
+        start = end = 0
+        lengths: list[int] = []
+        for length in (*self.lengths, None):
+            if lengths and (length is None or end - start + length > part_tokens):
+                parts.append(self._part(start, end, tuple(lengths), part_tokens))
+                start, lengths = end, []
+            if length is not None:
+                lengths.append(length)
+                end += length
+        return parts
+
+    def _part(self, start: int, end: int, lengths: tuple[int, ...], tokens: int) -> MicroBatch:
+        missing = max(0, tokens - (end - start))
+        mine = (self.rows >= start) & (self.rows < end)
+        return MicroBatch(
+            input_ids=np.pad(self.input_ids[start:end], (0, missing)),
+            position_ids=np.concatenate([self.position_ids[start:end], np.arange(missing)]),
+            lengths=(*lengths, missing) if missing else lengths,
+            rows=self.rows[mine] - start,
+            targets=self.targets[mine],
+        )
+
 
 def _host(x: Tensor) -> Ints:
     array: Ints = x.detach().to("cpu", torch.int64).numpy()

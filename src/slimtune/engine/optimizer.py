@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.kernels import reference as adamw8bit
+from slimtune.engine.kernels import adamw8bit, gradient
 from slimtune.engine.kernels.formats import AdamWState, aligned_offsets
 
 __all__ = ["FlatParameters", "FusedAdamW8bit"]
@@ -108,8 +108,8 @@ class FusedAdamW8bit(torch.optim.Optimizer):
 
         The gradients themselves stay as they are: the step's kernel multiplies them on its way.
         """
-        norm = adamw8bit.global_norm(self.flat.grad)
-        factor, nonfinite = adamw8bit.clip_factor(norm, max_norm)
+        norm = gradient.global_norm(self.flat.grad)
+        factor, nonfinite = gradient.clip_factor(norm, max_norm)
         self.grad_scale.copy_(factor)
         self.nonfinite.copy_(nonfinite)
         return norm

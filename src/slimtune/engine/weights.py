@@ -187,6 +187,7 @@ class Site:
         *,
         chunk: int = 0,
         need_dx: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """dx [rows, inputs], and the adapters' gradients added to ``gradients``.
 
@@ -197,9 +198,14 @@ class Site:
             gradients: The sums to add to; None where there are no adapters.
             chunk: The forward's.
             need_dx: Without it only the adapters' gradients are computed, and None is returned.
+            out: [rows, inputs] that may take dx, where there are no extra columns.
         """
         if not self.groups:
-            return torch.mm(dy, self.weight())[:, : self.inputs] if need_dx else None
+            if not need_dx:
+                return None
+            if out is not None and not self.extra:
+                return torch.mm(dy, self.weight(), out=out)
+            return torch.mm(dy, self.weight()[:, : self.inputs])
         if x is None or gradients is None or self.a is None:
             raise ValueError("a projection with adapters needs its input and a place for its gradients")
         first = 0 if need_dx else self.inputs

@@ -1,0 +1,57 @@
+"""Memory plans: within their budget, faster with more of it, and down to the layers' inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from slimtune.engine.decoder import Keep, LayerComputation, computations
+from slimtune.engine.memory import layer_bytes, plan_memory
+from slimtune.engine.structure import read_decoder
+
+VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[LayerComputation]:
+    """Qwen1.5-1.8B's shape, without weights."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
+    made = computations(read_decoder(model), torch.bfloat16, torch.device("meta"))
+    return [layer for layer in made if layer is not None]
+
+
+def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
+    plan = plan_memory(layers, TOKENS, VOCABULARY, math.inf, longest=LONGEST)
+    assert set(plan.keep) == {Keep.ALL}
+    assert plan.kept_weights == 24
+    assert plan.part_tokens == TOKENS
+
+
+@pytest.mark.parametrize("gigabytes", [1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0])
+def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: float) -> None:
+    plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST)
+    assert plan.nbytes <= gigabytes * 1e9
+    assert plan.part_tokens >= LONGEST
+    kept = sum(layer_bytes(layers[0], plan.part_tokens, level) for level in plan.keep)
+    assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
+
+
+def test_keeps_the_inputs_alone_when_there_is_no_more_room(layers: list[LayerComputation]) -> None:
+    plan = plan_memory(layers, TOKENS, VOCABULARY, 0.0, longest=LONGEST)
+    assert set(plan.keep) == {Keep.INPUT}
+    assert plan.kept_weights == 0
+    assert plan.part_tokens == LONGEST
+
+
+def test_documents_are_never_cut(layers: list[LayerComputation]) -> None:
+    assert plan_memory(layers, TOKENS, VOCABULARY, 2e9).part_tokens == TOKENS
+    assert plan_memory(layers, 3000, VOCABULARY, 1e9, longest=2000).part_tokens >= 2000
