@@ -107,6 +107,7 @@ def unquantised(facts: Facts) -> None:
 BROKEN: list[tuple[Callable[[Facts], Any], str, str]] = [
     (unquantised, "base", "no part of it lies in 4 bits"),
     (set_in("data", "rows_trained", value=3), "data", "THE ACCOUNT DOES NOT BALANCE"),
+    (set_in("data", "eval", value={"rows": 5, "rows_trained": 3, "rows_dropped": 1}), "data", "DOES NOT BALANCE"),
     (set_in("adapter", "class_after", value="LlamaForCausalLM"), "wrapping", "THE MODEL WAS NOT WRAPPED"),
     (lambda facts: facts["adapter"]["modules"].pop("k_proj"), "wrapping", "not found: `k_proj`"),
     (set_in("optimizer", "parameters", value=7), "optimizer", "THESE DIFFER"),

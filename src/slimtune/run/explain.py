@@ -74,7 +74,7 @@ def _lora(facts: Facts, say: Say) -> Section | None:
             say(
                 f"Beside each such module stand two thin matrices, A and B, which meet in {r} dimensions. They train; "
                 f"the module itself does not.",
-                f"每个目标模块旁边挂上一对细长的矩阵 A 和 B，二者在 {r} 维处相接；训练的是它们，模块自身不动。",
+                f"每个目标模块旁边挂上一对细长的低秩矩阵 A 和 B，中间只有 {r} 维；训练的是它们，模块自身不动。",
             )
         ),
     )
@@ -104,7 +104,7 @@ def _wrapping(facts: Facts, say: Say) -> Section | None:
     missing = [name for name in adapter["targets"] if name != "all-linear" and name.rsplit(".", 1)[-1] not in modules]
     found = say(
         f"Counted on the model afterwards, {sum(modules.values()):,} modules carry an adapter: {counted}.",
-        f"事后在模型上逐个清点：{sum(modules.values()):,} 个模块带有适配器：{counted}。",
+        f"事后在模型上逐个清点，共有 {sum(modules.values()):,} 个模块带适配器：{counted}。",
     )
     if missing:
         names = listed((code(name) for name in missing), say)
@@ -137,7 +137,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
                 f"{counted(training['steps'], 'optimizer step')}, {training['epochs']:.4g} epochs, in "
                 f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
                 f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
-                f"共 {training['steps']:,} 个优化器步，合 {training['epochs']:.4g} 轮，用时 "
+                f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
                 f"{time_left(training['seconds'])}（引擎：{engine}）；处理 {tokens:,} 个词元，其中 {supervised:,} 个"
                 f"带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
             )
@@ -163,7 +163,7 @@ def _loss(training: Facts, say: Say) -> Statement:
         say(
             f"The loss began at {value_text(first, say)}; over the last tenth of the logged steps its mean is "
             f"{value_text(last, say)}.",
-            f"损失从 {value_text(first, say)} 开始，最后十分之一（按有记录的步计）平均为 {value_text(last, say)}。",
+            f"损失起初为 {value_text(first, say)}；有记录的最后十分之一步里，平均为 {value_text(last, say)}。",
         ),
         "told" if sound else "broken",
     )

@@ -143,7 +143,7 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         ),
         Statement(
             say(
-                f"They make {data['documents']:,} documents of {data['tokens']:,} tokens, of which "
+                f"They make {data['documents']:,} documents with {data['tokens']:,} tokens in all, of which "
                 f"{data['supervised_tokens']:,} ({share(data['supervised_tokens'], data['tokens'])}) are supervised: "
                 f"only these make the loss.",
                 f"它们构成 {data['documents']:,} 篇文档、{data['tokens']:,} 个词元，其中 "
@@ -155,9 +155,10 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
     told += _batches(data, say)
     if data.get("rows_repaired"):
         count = data["rows_repaired"]
-        told.append(
-            Statement(say(f"{count:,} rows were repaired by a named rule.", f"按具名规则修复了 {count:,} 行。"))
-        )
+        text_en = f"{count:,} rows were repaired, each by a rule of the table below."
+        told.append(Statement(say(text_en, f"修复了 {count:,} 行，所用规则见下表。")))
+    if data.get("eval"):
+        told.append(_held_out(data["eval"], say))
     if data.get("duplicates"):
         count = data["duplicates"]
         told.append(
@@ -174,6 +175,19 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         bars = (Bar(say("rows", "行"), f"{rows:,}", pieces),)
     return Section(
         "data", part_name(1, say), say("The data, row by row", "数据：逐行入账"), tuple(told), bars, _rules(data, say)
+    )
+
+
+def _held_out(data: Facts, say: Say) -> Statement:
+    rows, trained, dropped = data["rows"], data["rows_trained"], data["rows_dropped"]
+    balanced = rows == trained + dropped
+    shout_en, shout_zh = ("", "") if balanced else (" THE ACCOUNT DOES NOT BALANCE.", "账目对不上！")
+    return Statement(
+        say(
+            f"Of the held-out data, {rows:,} rows were read: {trained:,} evaluated on, {dropped:,} dropped.{shout_en}",
+            f"留出数据共读入 {rows:,} 行：{trained:,} 行用于评估，{dropped:,} 行弃用。{shout_zh}",
+        ),
+        "proved" if balanced else "broken",
     )
 
 
@@ -195,7 +209,7 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
         Statement(
             say(
                 f"Packed, one epoch is {per_epoch:,} micro-batches of {size:,} tokens, {fill:.1%} full.",
-                f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} 词元，装满率 {fill:.1%}。",
+                f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} 词元，利用率 {fill:.1%}。",
             )
         )
     ]
