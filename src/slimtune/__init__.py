@@ -1,6 +1,43 @@
 """slimtune: fine-tune a chat model in 4 bits on one's own GPU.
 
-Importing this package imports no torch and changes nothing outside it.
+From Python::
+
+    import slimtune
+
+    run = slimtune.finetune(slimtune.Config.make(model="smollm2-135m", data="chats.jsonl", output="run"))
+    slimtune.fuse(trainer.model)  # in a script of one's own, after its SFTTrainer is made
+
+Importing this package imports no torch and changes nothing outside it: the names below are loaded when they are used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+__all__ = ["Config", "__version__", "finetune", "fuse", "load_config", "resume"]
+
+if TYPE_CHECKING:
+    from slimtune.config import Config, load_config
+    from slimtune.engine import fuse
+    from slimtune.recipes import finetune, resume
+
+_HOMES = {
+    "Config": "slimtune.config",
+    "load_config": "slimtune.config",
+    "fuse": "slimtune.engine",
+    "finetune": "slimtune.recipes",
+    "resume": "slimtune.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slimtune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

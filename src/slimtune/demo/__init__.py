@@ -20,7 +20,7 @@ DEMO_REPLY_TOKENS = 40
 """More than any right answer needs, so that a reply that doesn't stop is seen to go on."""
 DEMO_SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "epochs": 1,
+    "epochs": 1.5,
     "max_length": 512,
     "micro_batch": 1,
     "gradient_accumulation": 1,
@@ -41,11 +41,13 @@ ACTIONS = {
 WORDINGS = {
     ("on", "off"): (
         "Turn {action} the {device} in the {room}.",
-        "Please switch the {room} {device} {action}.",
+        "Turn the {room} {device} {action}, please.",
+        "Please switch {action} the {room} {device}.",
+        "Could you switch the {device} in the {room} {action}?",
         "I want the {device} {action} in the {room}.",
         "{room} {device} {action}, please!",
-        "Could you turn the {device} in the {room} {action}?",
         "The {device} in the {room} should be {action} now.",
+        "Switch the {room} {device} {action}.",
     ),
     ("open", "close"): (
         "{action} the {device} in the {room}.",
@@ -54,11 +56,13 @@ WORDINGS = {
         "I would like you to {action} the {room} {device}.",
         "{room}: {action} the {device}, please!",
         "It is time to {action} the {device} in the {room}.",
+        "{action} the {room} {device} now.",
+        "I want you to {action} the {device} in the {room}.",
     ),
 }
 # Only held-out rows use these.
 NEW_WORDINGS = {
-    ("on", "off"): ("Hey, would you switch {action} the {device} in the {room} for me?",),
+    ("on", "off"): ("Hey, would you turn {action} the {device} in the {room} for me?",),
     ("open", "close"): ("Hey, would you {action} the {device} in the {room} for me?",),
 }
 
