@@ -1,4 +1,4 @@
-"""A folder is whole or absent after a kill at any operation, damage of any kind is found, journals survive a full disk."""
+"""A folder is whole or absent after a kill at any operation, damage is found, journals survive a full disk."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_every_file_is_synced_before_the_rename_and_the_parent_after_it(
                 return real
 
             def call(*args: Any) -> Any:
-                what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[1])
+                what = str(Path(f"/proc/self/fd/{args[0]}").readlink() if name == "fsync" else args[1])
                 log.append((name, what))
                 return real(*args)
 
