@@ -1,0 +1,108 @@
+"""The command line's frame: verbs, mistakes, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimtune.cli import VERBS, slimtune_command
+
+
+def slimtune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from slimtune.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_help_names_every_verb() -> None:
+    done = slimtune("--help")
+    assert done.returncode == 0
+    for verb in slimtune_command.list_commands(None):  # type: ignore[arg-type]
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_every_verb_explains_itself() -> None:
+    for verb in VERBS:
+        command = slimtune_command.get_command(None, verb)  # type: ignore[arg-type]
+        assert command is not None, verb
+        assert command.help, verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--lora-rr", "4"], "'--lora-r'"),
+        (["train", "--overlong", "cut"], "'cut' is not one of 'drop', 'error', 'split', 'keep-end'"),
+        (["train", "smollm2-135m", "x.jsonl", "--lora-r", "four"], "config key 'lora_r' can't be 'four'"),
+        (["train", "smollm2-135m"], "no data"),
+        (["train", "smollm2-135m", "absent.jsonl", "-o", "never"], "absent.jsonl"),
+        (["train", "smollm", "absent.jsonl", "-o", "never"], "unknown model 'smollm'"),
+        (["train", "--config", "absent.yaml"], "absent.yaml can't be read"),
+        (["explain", "absent"], "absent"),
+        (["chat", "absent-run", "--prompt", "hi"], "absent-run"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from slimtune.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback_wherever_it_stands() -> None:
+    for arguments in (["--debug", "train", "smollm2-135m"], ["train", "smollm2-135m", "--debug"]):
+        done = slimtune(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+
+
+def test_help_and_config_load_no_torch() -> None:
+    for arguments in (["--help"], ["train", "--help"], ["config"], ["config", "--schema"]):
+        code = (
+            f"import sys; sys.argv = ['slimtune', *{arguments!r}]\n"
+            "from slimtune.cli import main\n"
+            "try: main()\n"
+            "except SystemExit as end: assert end.code == 0, end.code\n"
+            "heavy = {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_importing_changes_nothing_outside() -> None:
+    code = (
+        "import os, sys, warnings, logging\n"
+        "before = dict(os.environ), list(warnings.filters), list(logging.root.handlers), sys.excepthook\n"
+        "import slimtune, slimtune.config, slimtune.cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch, transformers, trl, peft, bitsandbytes\n"
+        "hooked = dict(os.environ), list(warnings.filters), torch.get_default_dtype()\n"
+        "forward = transformers.LlamaForCausalLM.forward, peft.PeftModel.forward, trl.SFTTrainer.training_step\n"
+        "slimtune.finetune, slimtune.fuse, slimtune.Config\n"
+        "import slimtune.recipes\n"
+        "assert hooked == (dict(os.environ), list(warnings.filters), torch.get_default_dtype())\n"
+        "assert forward == (transformers.LlamaForCausalLM.forward, peft.PeftModel.forward,"
+        " trl.SFTTrainer.training_step)\n"
+        "assert before[2:] == (list(logging.root.handlers), sys.excepthook)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

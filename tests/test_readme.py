@@ -1,0 +1,65 @@
+"""What the READMEs and the docs tell people to type exists: verbs, flags, files, Python."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from slimtune.cli import slimtune_command
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """The slimtune lines of a page's console blocks, and those in its tables and text."""
+    text = page.read_text(encoding="utf-8")
+    typed = re.findall(r"^\$ (slimtune .*)$", text, flags=re.M)
+    return typed + list(re.findall(r"`(slimtune [^`\n]+)`", text))
+
+
+ALL = [(page.name, line) for page in PAGES for line in commands(page)]
+
+
+def test_the_pages_name_commands() -> None:
+    assert len(ALL) > 20
+
+
+@pytest.mark.parametrize(("page", "line"), ALL, ids=[f"{page}: {line}" for page, line in ALL])
+def test_a_command_parses(page: str, line: str) -> None:
+    words = shlex.split(line.split(" > ")[0].split(" #")[0])[1:]
+    if words and not words[0].startswith("-"):
+        verb = slimtune_command.get_command(click.Context(slimtune_command), words[0])
+        assert verb is not None, f"{page}: no verb {words[0]}"
+        if len(words) > 1:  # else the verb is only named
+            # Parsing only: raises for an unknown flag, a missing argument, or a value that is no choice.
+            verb.make_context(words[0], words[1:], resilient_parsing=False)
+    else:
+        assert words[0] in ("--help", "--version", "--debug")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_compile_and_use_names_that_exist(page: Path) -> None:
+    import slimtune
+
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "slimtune":
+                assert hasattr(slimtune, node.attr), node.attr
+
+
+def test_both_readmes_show_the_same_commands() -> None:
+    english = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.md")]
+    chinese = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.zh-CN.md")]
+    assert english == chinese
