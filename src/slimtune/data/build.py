@@ -68,7 +68,7 @@ class Builder:
         self.formatting_func, self.on_progress = formatting_func, on_progress
         self.shapes: Counter[str] = Counter()
         self.overlong: Counter[int] = Counter()
-        self._longest_text = config.max_length * max(map(len, renderer.encoder.vocabulary()), default=1)
+        self._longest_text = config.max_length * renderer.encoder.longest_token
 
     def run(self, sources: list[Source]) -> None:
         """Read, prove and write every row of the sources.

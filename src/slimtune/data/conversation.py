@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "NONCHARACTER",
     "REPAIRS",
     "SHAPES",
     "Conversation",
@@ -41,7 +42,7 @@ SHAPES: dict[str, str] = {
 REPAIRS: dict[str, str] = {
     "leading-reply": "replies before the first user turn were left out",
     "trailing-turns": "turns after the last reply were left out: nothing answers them",
-    "noncharacter": "the noncharacters U+FDD0 to U+FDD2, which no text should hold, were taken out",
+    "noncharacter": "the noncharacter U+FDD0, which no text should hold, was taken out",
     "system-into-user": "the template has no system turn: the system text was put before the first user turn",
     "merged-turns": "the template wants user and assistant to alternate: turns of one role in a row were joined",
     "tools-as-text": "the template has no place for tools: tools, calls and results were written as text",
@@ -58,8 +59,8 @@ _ROLES = {
     "tool_response": "tool", "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 
-NONCHARACTERS = dict.fromkeys(range(0xFDD0, 0xFDD3))
-"""What the renderer marks text with; they are taken out of what people write."""
+NONCHARACTER = "\ufdd0"
+"""What the renderer marks text with; it is taken out of what people write."""
 
 
 class RowRefused(Exception):
@@ -203,10 +204,10 @@ def _string(where: str, value: Any, repairs: list[str]) -> str:
         ) from None
     if "\0" in value:
         raise RowRefused(where, "the text holds a NUL character", "encoding")
-    clean = value.translate(NONCHARACTERS)
-    if clean != value:
+    if NONCHARACTER in value:
         repairs.append("noncharacter")
-    return clean
+        return value.replace(NONCHARACTER, "")
+    return value
 
 
 def _content(where: str, value: Any, repairs: list[str]) -> str:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +300,24 @@ def content_key(
             take(source.label, source.sample, _file_hash(source.path))
         else:
             take(source.label, source.sample, hub_fingerprint(source.name))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    take(hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else "")
+    take(renderer_for(tokenizer, allow_control_tokens=config.allow_control_tokens).encoder.fingerprint)
     take(tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__)
     take({name: getattr(config, name) for name in _OPTIONS})
     if "strftime_now" in str(tokenizer.chat_template):
         take(date.today().isoformat())
-    for library in ("tokenizers", "jinja2", "pyarrow"):
-        take(library, importlib.metadata.version(library))
-    for code in sorted(Path(__file__).parent.glob("*.py")):
-        take(code.name, hashlib.sha256(code.read_bytes()).hexdigest())
+    take(_code_fingerprint())
     return content.hexdigest()
+
+
+@cache
+def _code_fingerprint() -> str:
+    """SHA-256 of this package's code and the versions of the libraries that decide on ids."""
+    code = hashlib.sha256()
+    for library in ("tokenizers", "jinja2", "pyarrow"):
+        code.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def _file_hash(path: Path) -> str:

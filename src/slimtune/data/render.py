@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from slimtune.data.conversation import Conversation, Message, RowRefused, read_messages, read_tools
+from slimtune.data.conversation import NONCHARACTER, Conversation, Message, RowRefused, read_messages, read_tools
 from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.data.tokens import Piece, TokenEncoder
 from slimtune.errors import UserError
@@ -39,7 +39,6 @@ NOTES: dict[str, str] = {
 }
 """What the renderer may find in a row, by the name that is counted."""
 
-_MARK = "\ufdd0"
 _THINK = ("<think>", "</think>")
 
 
@@ -376,7 +375,7 @@ class ChatRenderer:
             firsts, pattern = self._forgeable[is_reply]
             if not any(first in value for first in firsts):
                 return value
-            marked = pattern.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
+            marked = pattern.sub(lambda found: found[0][0] + NONCHARACTER + found[0][1:], value)
             if marked == value:
                 return value
             notes.append("control-text")
@@ -424,7 +423,7 @@ class ChatRenderer:
             if number % 2:
                 pieces.append(Piece(part, controls[part], supervised, False))
             else:
-                pieces.append(Piece(part.replace(_MARK, ""), -1, supervised, joined and not pieces))
+                pieces.append(Piece(part.replace(NONCHARACTER, ""), -1, supervised, joined and not pieces))
         return pieces
 
     def _fix_bos(self, draft: Draft) -> None:
@@ -527,7 +526,7 @@ def _left_out(messages: list[Message], full: str, spans: dict[int, tuple[int, in
     return notes
 
 
-_RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, bool], ChatRenderer]] = (
+_RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int, bool], ChatRenderer]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -535,7 +534,7 @@ _RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, b
 def renderer_for(tokenizer: PreTrainedTokenizerBase, *, allow_control_tokens: bool = False) -> ChatRenderer:
     """The renderer of a tokenizer and its present template, made once."""
     made = _RENDERERS.setdefault(tokenizer, {})
-    key = (str(tokenizer.chat_template), allow_control_tokens)
+    key = (str(tokenizer.chat_template), len(tokenizer), allow_control_tokens)
     if key not in made:
         made[key] = ChatRenderer(tokenizer, allow_control_tokens=allow_control_tokens)
     return made[key]

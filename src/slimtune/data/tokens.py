@@ -8,6 +8,7 @@ tokenizer itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -57,7 +58,10 @@ class TokenEncoder:
                 rule="slimtune needs a tokenizer.json of the tokenizers library.",
                 way_out="Convert the tokenizer, or take a model that has one.",
             )
-        spec = json.loads(backend.to_str())
+        serialised = backend.to_str()
+        self.fingerprint = hashlib.sha256(serialised.encode()).hexdigest()
+        """SHA-256 of the whole tokenizer."""
+        spec = json.loads(serialised)
         added = spec["added_tokens"]
         self.controls: dict[str, int] = {token["content"]: token["id"] for token in added if token["content"]}
         self.special: frozenset[str] = frozenset(t["content"] for t in added if t["special"] and t["content"])
@@ -71,6 +75,8 @@ class TokenEncoder:
         self.is_special[[token["id"] for token in added if token["special"]]] = True
         self._first = _without_added(spec, prefix=True)
         bare = _without_added(spec, prefix=False) if _writes_prefix(spec) else self._first
+        self.longest_token = max(map(len, self._first.get_vocab()), default=1)
+        """Characters of the longest token: a text of n characters has at least n divided by it tokens."""
         self._later = self._first if _prefixes_always(spec) else bare
         self._joined = bare
         self._kept: dict[tuple[str, int], Ids] = {}
@@ -129,11 +135,6 @@ class TokenEncoder:
                 if len(keys[at][0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS:
                     self._kept[keys[at]] = ids
         return encoded  # type: ignore[return-value]
-
-    def vocabulary(self) -> dict[str, int]:
-        """Tokens and their ids."""
-        made: dict[str, int] = self._first.get_vocab(with_added_tokens=False)
-        return made
 
     def text_ids(self, text: str) -> Ids:
         """Ids of a text alone, no added token recognised."""
