@@ -51,6 +51,44 @@ def test_forward_and_every_gradient(make: Maker, shape: tuple[int, int, int, int
     assert_close(dx, before_dx + leaf_x.grad, dtype=make.dtype)
 
 
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_fills_the_columns_after_u_and_copies_x(make: Maker, ones: bool, groups: int) -> None:
+    x, a = make(37, 200), make(8 * groups, 200, dtype=torch.float32)
+    options = {"groups": groups, "dropout": 0.1, "seed": seed_of(make)}
+    out, copy = make.strided(37, 8 * groups + 5, extra=3), make.strided(37, 200)
+    lora.lora_down(x, a, **options, out=out, ones=ones, copy=copy)
+    assert torch.equal(out[:, : 8 * groups], lora.lora_down(x, a, **options))
+    assert (out[:, 8 * groups] == float(ones)).all()
+    assert (out[:, 8 * groups + 1 :] == 0).all()
+    assert torch.equal(copy, x)
+    assert torch.isnan(out._base[:, 8 * groups + 5 :]).all(), "wrote outside its columns"
+    assert torch.isnan(copy._base[:, 200:]).all(), "wrote outside its columns"
+
+
+@pytest.mark.parametrize("outputs", [(256, 128, 128), (128, 256), (40, 24, 24)], ids=str)
+def test_outputs_of_several_adapters_side_by_side(make: Maker, outputs: tuple[int, ...]) -> None:
+    rank = 5
+    dy, u = make.strided_copy(make(70, sum(outputs))), make.strided_copy(make(70, rank * len(outputs)))
+    db = make(sum(outputs), rank, dtype=torch.float32)
+    want = db.double()
+    start = 0
+    for index, width in enumerate(outputs):
+        part = u[:, index * rank : (index + 1) * rank].double()
+        want[start : start + width] += 0.5 * dy[:, start : start + width].double().T @ part
+        start += width
+    lora.lora_up_backward_(dy, u, 0.5, db=db, outputs=outputs)
+    assert_close(db, want, dtype=torch.float32)
+
+
+def test_the_input_is_copied_on_the_way(make: Maker) -> None:
+    x, a = make(37, 200), make(8, 200, dtype=torch.float32)
+    copy = make.strided(37, 200)
+    u = lora.lora_down(x, a, dropout=0.1, seed=seed_of(make), copy=copy)
+    assert torch.equal(copy, x)
+    assert torch.equal(u, lora.lora_down(x, a, dropout=0.1, seed=seed_of(make)))
+
+
 @pytest.mark.parametrize("which", ["da", "dx"])
 def test_either_gradient_alone(make: Maker, which: str) -> None:
     x, a, du = make(37, 200), make(8, 200, dtype=torch.float32), make(37, 8)
@@ -90,7 +128,7 @@ def test_the_kernel_draws_the_references_masks(make: Maker) -> None:
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 def test_masks_are_independent_draws_of_the_right_share(device: str, dropout: float) -> None:
     """Counts within 5 standard deviations: over all elements, rows, columns, and pairs of whatever should differ."""
-    shape, groups = (512, 512), 5
+    shape, groups = (512, 512), 3
     keep = 1.0 - dropout
     one = torch.stack(reference.dropout_keep(shape, groups, dropout, torch.tensor(1, device=device), 0))
     two = torch.stack(reference.dropout_keep(shape, groups, dropout, torch.tensor(2, device=device), 0))
@@ -114,6 +152,11 @@ def test_masks_are_independent_draws_of_the_right_share(device: str, dropout: fl
         check((one & one.roll(shift, dims=2)).flatten(1), both)
     for group in range(1, groups):
         check((one & one.roll(group, dims=0)).flatten(1), both)
+    # Rows and columns have keys of their own: no more fours of corners agree than chance has it.
+    sign = (one.double() - keep) / (keep * dropout) ** 0.5
+    for down, right in ((1, 1), (3, 5), (64, 16)):
+        corners = sign * sign.roll(down, 1) * sign.roll(right, 2) * sign.roll((down, right), (1, 2))
+        assert (corners.flatten(1).mean(1).abs() * (512 * 512) ** 0.5 < 5).all()
 
 
 def test_a_step_of_the_seed_changes_the_mask_and_the_same_seed_repeats_it(make: Maker) -> None:

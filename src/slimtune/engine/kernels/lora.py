@@ -17,6 +17,9 @@ accumulate in float32; a float32 x is multiplied in float32, not TF32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -44,39 +47,40 @@ def _keys(seed: tl.tensor, stream: int) -> tl.tensor:
 
 
 @jit
-def _hash(index: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
-    x = index.to(tl.uint32) ^ key0
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15) ^ key1) * 0xD35A2D97
+def _draws(row: tl.tensor, column: tl.tensor) -> tl.tensor:
+    """The first group's draws, 32 bits each, from the mixed keys of rows and columns."""
+    x = (row[:, None] ^ column[None, :]) * 0x21F0AAAD
     return x ^ (x >> 15)
 
 
-@jit
-def _next_hash(x: tl.tensor) -> tl.tensor:
-    x *= 0x9E3779B1
-    return x ^ (x >> 15)
-
-
-@jit_one_for_all("stream")
+@jit_one_for_all("stream", "threshold")
 def _down(
     x: tl.tensor,
     a: tl.tensor,
     u: tl.tensor,
+    copy: tl.tensor,
     seed: tl.tensor,
     stream: int,
-    threshold: int,
+    threshold: tl.tensor,
     scale: float,
     tokens: int,
     size: int,
     x_stride: int,
     a_stride: int,
     u_stride: int,
+    copy_stride: int,
     DROPOUT: tl.constexpr,
     GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
     RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    ONES: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
@@ -85,40 +89,55 @@ def _down(
     inside_t = (token < tokens)[:, None]
     inside_r = (rank < RANK)[None, :]
     x_rows = x + tl.multiple_of(token.to(tl.int64) * x_stride, ALIGN)[:, None]
-    a_rows = a + (rank * a_stride)[None, :]
+    copy_rows = copy + tl.multiple_of(token.to(tl.int64) * copy_stride, ALIGN)[:, None]
+    first = tl.program_id(1)  # the only group of this program where they are split, else 0
+    a_rows = a + ((first * RANK + rank) * a_stride)[None, :]
     if DROPOUT:
         key0, key1 = _keys(seed, stream)
+        row = _mix(token.to(tl.uint32) ^ key0)
+        limit = threshold.to(tl.uint32)
     u0 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     u1 = u0
     u2 = u0
     for start in range(0, size, BLOCK_H):
         column = start + tl.arange(0, BLOCK_H)
         inside_a = inside_r & (column < size)[:, None]
-        xt = tl.load(x_rows + column[None, :], mask=inside_t & (column < size)[None, :], other=0.0)
+        mask = inside_t & (column < size)[None, :]
+        xt = tl.load(x_rows + column[None, :], mask=mask, other=0.0)
         a0 = tl.load(a_rows + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
+        if COPY:  # noqa: SIM102 (the outer condition is a constant of the compilation, the inner a value)
+            if first == 0:
+                tl.store(copy_rows + column[None, :], xt, mask=mask)
         if DROPOUT:
-            word = _hash(token[:, None] * size + column[None, :], key0, key1)
-            keep = (word & 0xFFFF) >= threshold
-            u0 = tl.dot(tl.where(keep, xt, 0.0), a0, u0, input_precision=PRECISION)
+            draw = _draws(row, _mix(column.to(tl.uint32) ^ key1))
+            if SPLIT:
+                draw *= tl.where(first == 0, 1, tl.where(first == 1, 0x9E3779B1, 0x85EBCA77)).to(tl.uint32)
+            u0 = tl.dot(tl.where(draw >= limit, xt, 0.0), a0, u0, input_precision=PRECISION)
             if GROUPS > 1:
                 a1 = tl.load(a_rows + RANK * a_stride + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
-                keep = (word >> 16) >= threshold
-                u1 = tl.dot(tl.where(keep, xt, 0.0), a1, u1, input_precision=PRECISION)
+                u1 = tl.dot(tl.where(draw * 0x9E3779B1 >= limit, xt, 0.0), a1, u1, input_precision=PRECISION)
             if GROUPS > 2:
                 a2 = tl.load(a_rows + 2 * RANK * a_stride + column[:, None], mask=inside_a, other=0.0).to(xt.dtype)
-                keep = (_next_hash(word) & 0xFFFF) >= threshold
-                u2 = tl.dot(tl.where(keep, xt, 0.0), a2, u2, input_precision=PRECISION)
+                u2 = tl.dot(tl.where(draw * 0x85EBCA77 >= limit, xt, 0.0), a2, u2, input_precision=PRECISION)
         else:
             u0 = tl.dot(xt, a0, u0, input_precision=PRECISION)
-    place = u + (token.to(tl.int64) * u_stride)[:, None] + rank[None, :]
+    u_rows = u + (token.to(tl.int64) * u_stride)[:, None]
+    place = u_rows + first * RANK + rank[None, :]
     tl.store(place, u0 * scale, mask=inside_t & inside_r)
     if GROUPS > 1:
         tl.store(place + RANK, u1 * scale, mask=inside_t & inside_r)
     if GROUPS > 2:
         tl.store(place + 2 * RANK, u2 * scale, mask=inside_t & inside_r)
+    if TAIL > 0:
+        tail = tl.arange(0, BLOCK_TAIL)[None, :]
+        value = tl.zeros((BLOCK_T, BLOCK_TAIL), tl.float32)
+        if ONES:
+            value += tl.where(tail == 0, 1.0, 0.0)
+        if first == 0:
+            tl.store(u_rows + RANKS + tail, value, mask=inside_t & (tail < TAIL))
 
 
-@jit_one_for_all("stream")
+@jit_one_for_all("stream", "threshold")
 def _down_backward(
     du: tl.tensor,
     x: tl.tensor,
@@ -127,7 +146,7 @@ def _down_backward(
     dx: tl.tensor,
     seed: tl.tensor,
     stream: int,
-    threshold: int,
+    threshold: tl.tensor,
     scale: float,
     tokens: int,
     share: int,
@@ -138,6 +157,8 @@ def _down_backward(
     dx_stride: int,
     WITH_DA: tl.constexpr,
     WITH_DX: tl.constexpr,
+    SPLIT1: tl.constexpr,
+    SPLIT2: tl.constexpr,
     DROPOUT: tl.constexpr,
     GROUPS: tl.constexpr,
     RANK: tl.constexpr,
@@ -152,8 +173,14 @@ def _down_backward(
     inside_h = column < size
     inside_r = rank < RANK
     first = tl.program_id(1) * share
+    if SPLIT1 > 0:  # several adapters' outputs side by side: each block of columns has its own adapter's u
+        du += (tl.program_id(0) * BLOCK_H >= SPLIT1).to(tl.int32) * RANK
+        if SPLIT2 > 0:
+            du += (tl.program_id(0) * BLOCK_H >= SPLIT2).to(tl.int32) * RANK
     if DROPOUT:
         key0, key1 = _keys(seed, stream)
+        column_key = _mix(column.to(tl.uint32) ^ key1)
+        limit = threshold.to(tl.uint32)
     if WITH_DX:
         a_place = a + (rank * a_stride)[:, None] + column[None, :]
         a_mask = inside_r[:, None] & inside_h[None, :]
@@ -178,22 +205,22 @@ def _down_backward(
             dx_place = dx + tl.multiple_of(token.to(tl.int64) * dx_stride, ALIGN)[:, None] + column[None, :]
             before = tl.load(dx_place, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            word = _hash(token[:, None] * size + column[None, :], key0, key1)
-            keep = (word & 0xFFFF) >= threshold
+            draw = _draws(_mix(token.to(tl.uint32) ^ key0), column_key)
+            keep = draw >= limit
             if WITH_DA:
                 da0 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d0, da0, input_precision=PRECISION)
             if WITH_DX:
                 add = tl.where(keep, tl.dot(d0, a0, input_precision=PRECISION), 0.0)
             if GROUPS > 1:
                 d1 = tl.load(d_place + RANK, mask=d_mask, other=0.0).to(x.dtype.element_ty)
-                keep = (word >> 16) >= threshold
+                keep = draw * 0x9E3779B1 >= limit
                 if WITH_DA:
                     da1 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d1, da1, input_precision=PRECISION)
                 if WITH_DX:
                     add += tl.where(keep, tl.dot(d1, a1, input_precision=PRECISION), 0.0)
             if GROUPS > 2:
                 d2 = tl.load(d_place + 2 * RANK, mask=d_mask, other=0.0).to(x.dtype.element_ty)
-                keep = (_next_hash(word) & 0xFFFF) >= threshold
+                keep = draw * 0x85EBCA77 >= limit
                 if WITH_DA:
                     da2 = tl.dot(tl.trans(tl.where(keep, xt, 0.0)), d2, da2, input_precision=PRECISION)
                 if WITH_DX:
@@ -271,21 +298,31 @@ def lora_down(
     seed: Tensor | None = None,
     stream: int = 0,
     out: Tensor | None = None,
+    ones: bool = False,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference.lora_down`."""
     if not runs_on_triton(x):
-        return reference.lora_down(x, a, groups=groups, dropout=dropout, seed=seed, stream=stream, out=out)
+        return reference.lora_down(
+            x, a, groups=groups, dropout=dropout, seed=seed, stream=stream, out=out, ones=ones, copy=copy
+        )
     (tokens, size), ranks = x.shape, a.shape[0]
     source, threshold, scale = _dropout(dropout, groups, ranks, seed, x)
     u = x.new_empty(tokens, ranks) if out is None else out
     masks = groups if dropout else 1  # without masks the adapters are one of their ranks together
-    block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # enough programs for small batches too
+    # Enough programs for small batches too: fewer tokens each, and a group each.
+    block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16
+    split = masks > 1 and tokens <= 4096
     block_r = max(pow2(ranks // masks), 16)
-    _down[(cdiv(tokens, block_t),)](
-        x, a, u, source, _signed32(reference.stream_key(stream)), threshold, scale, tokens, size,
-        x.stride(0), a.stride(0), u.stride(0),
-        DROPOUT=dropout > 0.0, GROUPS=masks, RANK=ranks // masks,
-        BLOCK_T=block_t, BLOCK_H=64 if masks > 1 or block_r > 64 else 128, BLOCK_R=block_r, ALIGN=row_alignment(x),
+    tail = u.shape[1] - ranks
+    target = x if copy is None else copy
+    _down[(cdiv(tokens, block_t), masks if split else 1)](
+        x, a, u, target, source, _signed32(reference.stream_key(stream)), threshold, scale, tokens, size,
+        x.stride(0), a.stride(0), u.stride(0), target.stride(0),
+        DROPOUT=dropout > 0.0, GROUPS=1 if split else masks, SPLIT=split, RANK=ranks // masks, RANKS=ranks,
+        TAIL=tail, ONES=ones, COPY=copy is not None,
+        BLOCK_T=block_t, BLOCK_H=64 if masks > 1 or block_r > 64 else 128, BLOCK_R=block_r,
+        BLOCK_TAIL=pow2(max(tail, 1)), ALIGN=row_alignment(x, copy),
         PRECISION=_precision(x), num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return u
@@ -311,13 +348,28 @@ def lora_down_backward_(
     _launch_backward(du, x, a, da, dx, groups if dropout else 1, source, stream, threshold, scale)
 
 
-def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> None:
+def lora_up_backward_(
+    dy: Tensor, u: Tensor, scaling: float, *, db: Tensor, outputs: Sequence[int] | None = None
+) -> None:
     """See :func:`slimtune.engine.kernels.reference.lora_up_backward_`."""
     if not runs_on_triton(dy):
-        reference.lora_up_backward_(dy, u, scaling, db=db)
+        reference.lora_up_backward_(dy, u, scaling, db=db, outputs=outputs)
         return
     # dBᵀ = scaling · uᵀ dy has the shape of dA = duᵀ x.
-    _launch_backward(u, dy, u, db.T, None, 1, u, 0, 0, scaling)
+    widths = tuple(outputs or ())
+    if len(widths) < 2:
+        _launch_backward(u, dy, u, db.T, None, 1, u, 0, 0, scaling)
+    elif len(widths) < 4 and all(width % 128 == 0 for width in widths):
+        ends = (*accumulate(widths), 0)
+        rank = db.shape[1]
+        _launch_backward(u[:, :rank], dy, u, db.T, None, 1, u, 0, 0, scaling, (ends[0], ends[1] * (len(widths) > 2)))
+    else:
+        start, rank = 0, db.shape[1]
+        for index, width in enumerate(widths):
+            columns = slice(start, start + width)
+            part = u[:, index * rank : (index + 1) * rank]
+            _launch_backward(part, dy[:, columns], u, db[columns].T, None, 1, u, 0, 0, scaling)
+            start += width
 
 
 def _launch_backward(
@@ -331,6 +383,7 @@ def _launch_backward(
     stream: int,
     threshold: int,
     scale: float,
+    splits: tuple[int, int] = (0, 0),
 ) -> None:
     (tokens, size), ranks = x.shape, du.shape[1]
     block_r = max(pow2(ranks // groups), 16)
@@ -345,7 +398,7 @@ def _launch_backward(
     _down_backward[(cdiv(size, block_h), shares)](
         du, x, a, partial, target, seed, _signed32(reference.stream_key(stream)), threshold, scale,
         tokens, share, size, du.stride(0), x.stride(0), a.stride(0), target.stride(0),
-        WITH_DA=da is not None, WITH_DX=dx is not None, DROPOUT=threshold > 0, GROUPS=groups,
+        WITH_DA=da is not None, WITH_DX=dx is not None, SPLIT1=splits[0], SPLIT2=splits[1], DROPOUT=threshold > 0, GROUPS=groups,
         RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
         ALIGN=row_alignment(x, dx), PRECISION=_precision(x), num_warps=8 if threshold and block_h == 128 else 4,
         num_stages=3, enable_fp_fusion=True,

@@ -17,6 +17,7 @@ tensors and these functions elsewhere. What holds for all of them:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -299,6 +300,8 @@ def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, *, h: Tensor | None =
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 
 _MASK32 = 0xFFFFFFFF
+_GROUP_FACTORS = (1, 0x9E3779B1, 0x85EBCA77)
+"""A group's draws are the first group's times this, modulo 2^32 (xxHash's primes)."""
 
 
 def _mix(x: int) -> int:
@@ -310,9 +313,9 @@ def _mix(x: int) -> int:
     return x ^ x >> 15
 
 
-def _mul32(x: Tensor, factor: int) -> Tensor:
-    """Low 32 bits of x x factor, in place in int32, whose product wraps."""
-    return x.mul_(factor - (1 << 32) if factor >= 1 << 31 else factor)
+def _int32(x: int) -> int:
+    """The signed integer with x's 32 bits."""
+    return x - (1 << 32) if x >= 1 << 31 else x
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
@@ -320,44 +323,21 @@ def _xor_shift(x: Tensor, bits: int) -> Tensor:
     return x.bitwise_xor_(x.bitwise_right_shift(bits).bitwise_and_((1 << (32 - bits)) - 1))
 
 
-def _int32(x: int) -> int:
-    """The signed integer with x's 32 bits."""
-    return x - (1 << 32) if x >= 1 << 31 else x
+def _mixed_range(size: int, key: int, device: torch.device) -> Tensor:
+    """:func:`_mix` of (0 … size - 1) ^ key, int32 [size]."""
+    x = torch.arange(size, dtype=torch.int32, device=device).bitwise_xor_(_int32(key))
+    x = _xor_shift(_xor_shift(x, 16).mul_(0x21F0AAAD), 15)
+    return _xor_shift(x.mul_(_int32(0xD35A2D97)), 15)
 
 
 def dropout_threshold(dropout: float) -> int:
-    """Of 65,536 equally likely draws, how many drop an element."""
-    return round(dropout * 65536)
+    """Of 2^32 equally likely draws, how many drop an element."""
+    return round(dropout * 2**32)
 
 
 def dropout_scale(dropout: float) -> float:
     """What the elements that are kept are multiplied with."""
-    return 65536 / (65536 - dropout_threshold(dropout))
-
-
-def dropout_keep(shape: tuple[int, int], groups: int, dropout: float, seed: Tensor, stream: int) -> list[Tensor]:
-    """The masks of :func:`lora_down`: for each group a bool [T, H], True where an element is kept.
-
-    Counter-based, so that the backward or a recompute draws the same masks again with nothing saved: an element's
-    index is hashed under two keys made of ``seed`` and ``stream``; each group takes 16 bits of the hash, and every
-    second group a further round of it.
-    """
-    value = int(seed)
-    key0 = _mix((value & _MASK32) ^ _mix((value >> 32 & _MASK32) ^ stream_key(stream)))
-    key1 = _mix(key0 ^ 0x9E3779B9)
-    x = torch.arange(shape[0] * shape[1], device=seed.device).to(torch.int32)
-    x.bitwise_xor_(_int32(key0))
-    _mul32(_xor_shift(x, 16), 0x21F0AAAD)
-    _xor_shift(x, 15).bitwise_xor_(_int32(key1))
-    _xor_shift(_mul32(x, 0xD35A2D97), 15)
-    threshold = dropout_threshold(dropout)
-    masks: list[Tensor] = []
-    for group in range(groups):
-        if group % 2 == 0 and group > 0:
-            _xor_shift(_mul32(x, 0x9E3779B1), 15)
-        bits = x if group % 2 == 0 else x.bitwise_right_shift(16)
-        masks.append(bits.bitwise_and(0xFFFF).view(shape) >= threshold)
-    return masks
+    return 2**32 / (2**32 - dropout_threshold(dropout))
 
 
 def stream_key(stream: int) -> int:
@@ -365,9 +345,28 @@ def stream_key(stream: int) -> int:
     return stream * 0x9E3779B1 & _MASK32
 
 
+def dropout_keep(shape: tuple[int, int], groups: int, dropout: float, seed: Tensor, stream: int) -> list[Tensor]:
+    """The masks of :func:`lora_down`: for each group a bool [T, H], True where an element is kept.
+
+    Counter-based, so that the backward or a recompute draws the same masks again with nothing saved. Row and column
+    are each mixed well under a key made of ``seed`` and ``stream``, once; what is left for an element are a few
+    instructions: the two keys' exclusive or, a multiplication, a shift, and a multiplication for each further group.
+    """
+    value = int(seed)
+    key0 = _mix((value & _MASK32) ^ _mix((value >> 32 & _MASK32) ^ stream_key(stream)))
+    key1 = _mix(key0 ^ 0x9E3779B9)
+    rows, columns = (_mixed_range(n, key, seed.device) for n, key in zip(shape, (key0, key1), strict=True))
+    draws = _xor_shift((rows[:, None] ^ columns[None, :]).mul_(0x21F0AAAD), 15)
+    # int32 compares as unsigned once the sign bits are flipped.
+    limit = _int32(dropout_threshold(dropout) ^ 1 << 31)
+    return [draws.mul(_int32(f)).bitwise_xor_(-(1 << 31)) >= limit for f in _GROUP_FACTORS[:groups]]
+
+
 def _masks(x: Tensor, groups: int, dropout: float, seed: Tensor | None, stream: int) -> list[Tensor]:
     if seed is None:
         raise ValueError("dropout needs a seed")
+    if groups > len(_GROUP_FACTORS):
+        raise ValueError(f"{groups} adapters on one input with dropout; masks are drawn for {len(_GROUP_FACTORS)}")
     rows, columns = x.shape
     return dropout_keep((rows, columns), groups, dropout, seed, stream)
 
@@ -381,27 +380,41 @@ def lora_down(
     seed: Tensor | None = None,
     stream: int = 0,
     out: Tensor | None = None,
+    ones: bool = False,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """u = dropout(x) Aᵀ for the adapters that share an input, each with a dropout mask of its own.
 
     Args:
         x: [T, H].
         a: [R, H], the adapters' A stacked (q, k, v: R = 3 r); any float dtype, rounded to x's before the product.
-        groups: Adapters in the stack; each has R / groups rows.
-        dropout: Share of x's elements that an adapter drops, to the nearest 1/65536.
+        groups: Adapters in the stack, at most three with dropout; each has R / groups rows.
+        dropout: Share of x's elements that an adapter drops.
         seed: int64 scalar tensor; another for each micro-batch.
         stream: Another for each call in a micro-batch that needs masks of its own.
-        out: [T, R] that takes u.
+        out: [T, R] that takes u, or wider: the columns after u become zero.
+        ones: The column after u becomes one instead (it multiplies a bias).
+        copy: [T, H] that takes x itself on the way.
 
     Returns:
-        u [T, R] in x's dtype.
+        u [T, R] in x's dtype, or ``out``.
     """
     wide, rounded = _wide(x), _wide(a.to(x.dtype))
+    if copy is not None:
+        copy.copy_(x)
     if dropout == 0.0:
-        return _store(wide @ rounded.T, x, out)
-    keeps = _masks(x, groups, dropout, seed, stream)
-    u = torch.cat([(wide * keep) @ part.T for keep, part in zip(keeps, rounded.chunk(groups), strict=True)], dim=1)
-    return _store(u * dropout_scale(dropout), x, out)
+        u = wide @ rounded.T
+    else:
+        keeps = _masks(x, groups, dropout, seed, stream)
+        u = torch.cat([(wide * keep) @ part.T for keep, part in zip(keeps, rounded.chunk(groups), strict=True)], dim=1)
+        u *= dropout_scale(dropout)
+    if out is None:
+        return u.to(x.dtype)
+    out[:, u.shape[1] :] = 0.0
+    if ones:
+        out[:, u.shape[1]] = 1.0
+    out[:, : u.shape[1]] = u
+    return out
 
 
 def lora_down_backward_(
@@ -447,7 +460,9 @@ def lora_down_backward_(
         dx.copy_(_wide(dx) + scale * sum((du_part @ a_part) * keep for du_part, a_part, keep in parts))
 
 
-def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> None:
+def lora_up_backward_(
+    dy: Tensor, u: Tensor, scaling: float, *, db: Tensor, outputs: Sequence[int] | None = None
+) -> None:
     """Add scaling x dyᵀ u to db.
 
     Args:
@@ -455,8 +470,14 @@ def lora_up_backward_(dy: Tensor, u: Tensor, scaling: float, *, db: Tensor) -> N
         u: [T, r], as :func:`lora_down` gave it.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         db: float32 [out_features, r].
+        outputs: For several adapters of one rank side by side, the out_features of each: dy is [T, their sum], u [T,
+            r x their number], db [their sum, r].
     """
-    db.add_(_wide(dy).T @ _wide(u), alpha=scaling)
+    rank, start = db.shape[1], 0
+    for index, width in enumerate(outputs or (dy.shape[1],)):
+        columns = slice(start, start + width)
+        db[columns].add_(_wide(dy[:, columns]).T @ _wide(u[:, index * rank : (index + 1) * rank]), alpha=scaling)
+        start += width
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
