@@ -171,10 +171,7 @@ class LayerComputation:
         else:
             rope.rope_(q, k, on.rotary.cos, on.rotary.sin, on.position_ids)
         attended, saved.attention = self._attention(on).forward(q, k, v)
-        buffer = self.o.input_buffer(attended.shape[0])
-        buffer[:, : self.o.inputs] = attended.flatten(1)
-        self.o.fill_extra(buffer, on.seed, 0)
-        saved.o = buffer
+        saved.o = self.o.buffer_of(attended.flatten(1), on.seed)
 
     def _attention(self, on: Pass) -> Attention:
         return Attention(on.documents, on.way, self.head_dim**-0.5, self.layer.window)

@@ -130,7 +130,7 @@ class Engine:
         shape, end = (site.groups * site.rank, site.inputs), start + sum(sizes)
         if lined_up:
             site.a = self.flat.data[start:end].view(shape)
-            return Gradients(self._sums[start:end].view(shape), b)
+            return Gradients(self._sums[start:end].view(shape), b, self._whole_b(site, b))
         # Different ranks, or sizes that are no multiple of the optimizer's block: a stack of its own, copied both ways.
         stack, gradients = torch.zeros(shape, dtype=self.flat.data.dtype, device=self.device), Gradients.zeros(site)
         site.a = stack
@@ -138,6 +138,16 @@ class Engine:
             rows = slice(index * site.rank, index * site.rank + adapter.rank)
             self._stacked.append((adapter.a, stack[rows], gradients.a[rows], sums[id(adapter.a)]))
         return Gradients(gradients.a, b)
+
+    def _whole_b(self, site: Site, b: list[Tensor]) -> Tensor | None:
+        """All of a site's B gradients as one matrix, if they lie side by side and every layer has an adapter."""
+        adapters = site.projection.adapters
+        alike = len({(adapter.rank, adapter.scaling) for adapter in adapters}) == 1
+        start, size = b[0].storage_offset(), sum(x.numel() for x in b)
+        lined_up = all(x.storage_offset() == start + sum(y.numel() for y in b[:index]) for index, x in enumerate(b))
+        if not (alike and lined_up and len(adapters) == len(site.projection.linears)):
+            return None
+        return self._sums[start : start + size].view(site.outputs, site.rank)
 
     def _budget(self, memory: int | None) -> float:
         if memory is None:

@@ -45,10 +45,16 @@ class Scratch:
 
 
 class Gradients:
-    """Where a projection's adapter gradients are added: float32 ``a`` like :attr:`Site.a`, ``b`` for each adapter."""
+    """Where a projection's adapter gradients are added: float32 ``a`` like :attr:`Site.a`, ``b`` for each adapter.
 
-    def __init__(self, a: Tensor, b: Sequence[Tensor]) -> None:
-        self.a, self.b = a, tuple(b)
+    Args:
+        a: [groups x rank, inputs].
+        b: For each adapter [out_features, its rank].
+        whole_b: All of ``b`` as one [outputs, rank], where they lie side by side.
+    """
+
+    def __init__(self, a: Tensor, b: Sequence[Tensor], whole_b: Tensor | None = None) -> None:
+        self.a, self.b, self.whole_b = a, tuple(b), whole_b
 
     @classmethod
     def zeros(cls, site: Site) -> Gradients:
@@ -83,9 +89,8 @@ class Site:
         self._scratch = scratch
         self._kept: Tensor | None = None
         self.a: Tensor | None = None
-        tail = torch.zeros(1, self.extra - self.groups * self.rank, dtype=dtype, device=device)
-        tail[:, : int(projection.has_bias)] = 1
-        self._tail = tail
+        self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without adapters
+        self._tail[:, : int(projection.has_bias)] = 1
 
     # -- the weight ---------------------------------------------------------------------------------------------------
 
@@ -154,15 +159,34 @@ class Site:
         padded = [torch.nn.functional.pad(a, (0, 0, 0, self.rank - a.shape[0])) for a in matrices]
         return padded[0] if len(padded) == 1 else torch.cat(padded)
 
-    def fill_extra(self, x: Tensor, seed: Tensor | None, chunk: int) -> None:
-        """Compute the extra columns of an input buffer whose first columns are written."""
+    def buffer_of(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """An input buffer that holds x [rows, inputs], extra columns and all."""
+        if not self.extra:
+            return x
+        buffer = self.input_buffer(x.shape[0])
+        self.fill_extra(buffer, seed, 0, source=x)
+        return buffer
+
+    def fill_extra(self, x: Tensor, seed: Tensor | None, chunk: int, *, source: Tensor | None = None) -> None:
+        """Compute the extra columns of an input buffer.
+
+        Args:
+            x: [rows, inputs + extra], its first columns written, unless there is a ``source``.
+            seed: The micro-batch's dropout; None: no dropout.
+            chunk: Which part of the micro-batch x is; each has masks of its own.
+            source: [rows, inputs] to copy into the first columns on the way.
+        """
+        first, extra = x[:, : self.inputs], x[:, self.inputs :]
         if self.groups and self.a is not None:
             lora.lora_down(
-                x[:, : self.inputs], self.a, out=x[:, self.inputs : self.inputs + self.groups * self.rank],
-                **self._dropout(seed, chunk),
+                first if source is None else source, self.a, out=extra, ones=self.projection.has_bias,
+                copy=None if source is None else first, **self._dropout(seed, chunk),
             )  # fmt: skip
-        if self._tail.numel():
-            x[:, self.inputs + self.groups * self.rank :] = self._tail
+            return
+        if source is not None:
+            first.copy_(source)
+        if self.extra:
+            extra.copy_(self._tail)
 
     def _dropout(self, seed: Tensor | None, chunk: int) -> dict[str, Any]:
         return {
@@ -211,15 +235,23 @@ class Site:
         first = 0 if need_dx else self.inputs
         columns = self.groups * self.rank
         product = torch.mm(dy, self.weight()[:, first : self.inputs + columns])
-        for index, (adapter, rows) in enumerate(self._adapter_outputs()):
-            u = x[:, self.inputs + index * self.rank :][:, : adapter.rank]
-            lora.lora_up_backward_(dy[:, rows], u, adapter.scaling, db=gradients.b[index])
+        self._b_backward(dy, x[:, self.inputs : self.inputs + columns], gradients)
         dx = product[:, : self.inputs] if need_dx else None
         lora.lora_down_backward_(
             product[:, self.inputs - first :], x[:, : self.inputs], self.a, da=gradients.a, dx=dx,
             **self._dropout(seed, chunk),
         )  # fmt: skip
         return dx
+
+    def _b_backward(self, dy: Tensor, u: Tensor, gradients: Gradients) -> None:
+        adapters = self.projection.adapters
+        if gradients.whole_b is not None:
+            outputs = [linear.out_features for linear in self.projection.linears]
+            lora.lora_up_backward_(dy, u, adapters[0].scaling, db=gradients.whole_b, outputs=outputs)
+            return
+        for index, (adapter, rows) in enumerate(self._adapter_outputs()):
+            mine = u[:, index * self.rank : index * self.rank + adapter.rank]
+            lora.lora_up_backward_(dy[:, rows], mine, adapter.scaling, db=gradients.b[index])
 
     def _adapter_outputs(self) -> Iterator[tuple[Adapter, slice]]:
         """Each adapter and the columns of y that are its layer's."""

@@ -398,8 +398,8 @@ def _launch_backward(
     _down_backward[(cdiv(size, block_h), shares)](
         du, x, a, partial, target, seed, _signed32(reference.stream_key(stream)), threshold, scale,
         tokens, share, size, du.stride(0), x.stride(0), a.stride(0), target.stride(0),
-        WITH_DA=da is not None, WITH_DX=dx is not None, SPLIT1=splits[0], SPLIT2=splits[1], DROPOUT=threshold > 0, GROUPS=groups,
-        RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
+        WITH_DA=da is not None, WITH_DX=dx is not None, SPLIT1=splits[0], SPLIT2=splits[1],
+        DROPOUT=threshold > 0, GROUPS=groups, RANK=ranks // groups, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r,
         ALIGN=row_alignment(x, dx), PRECISION=_precision(x), num_warps=8 if threshold and block_h == 128 else 4,
         num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
