@@ -13,18 +13,10 @@ from slimtune.run.folder import RunFolder
 from slimtune.run.history import read_history, smooth
 
 
-def session(first: int, last: int, mark: float, each: float = 0.25) -> list[dict[str, Any]]:
-    """Records as MetricsCallback writes them: the clock begins with the session."""
-    return [
-        {
-            "step": step,
-            "loss": mark,
-            "seconds": round((step - first + 1) * each, 3),
-            "step_seconds": each,
-            "logged_steps": 1,
-        }
-        for step in range(first, last + 1)
-    ]
+def session(first: int, last: int, mark: float) -> list[dict[str, Any]]:
+    """The records of one session; a resumed one says so before its first step."""
+    resumed = [{"event": "resumed", "step": first - 1}] if first > 1 else []
+    return resumed + [{"step": step, "loss": mark, "logged_steps": 1} for step in range(first, last + 1)]
 
 
 def test_a_real_run_is_read_whole(finished_run: RunFolder) -> None:

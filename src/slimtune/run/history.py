@@ -14,9 +14,6 @@ __all__ = ["Curve", "History", "read_history", "smooth"]
 Curve = list[tuple[int, float | None]]
 """(optimizer step, value); None where the value was no finite number."""
 
-_CLOCK_ROUNDING = 2e-3
-"""Seconds. The records' clock is rounded to a millisecond."""
-
 
 @dataclass
 class History:
@@ -53,27 +50,23 @@ def read_history(records: Iterable[Mapping[str, Any]]) -> History:
         record = dict(line)
         if "event" in record:
             history.events.append(record)
+            if record["event"] == "resumed":
+                _go_back(history, record["step"])
         elif "eval_loss" in record:
             history.evaluations.append(record)
         elif "loss" in record:
-            if history.steps and _begins_session(record, history.steps[-1]):
-                before = record["step"] - int(record.get("logged_steps", 1))
-                history.resumed.append(before)
-                history.steps = [past for past in history.steps if past["step"] <= before]
-                history.evaluations = [past for past in history.evaluations if past["step"] <= before]
+            if history.steps and record["step"] <= history.steps[-1]["step"]:
+                # Trained again without a checkpoint to go on from.
+                _go_back(history, record["step"] - int(record.get("logged_steps", 1)))
             history.steps.append(record)
     return history
 
 
-def _begins_session(record: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
-    """The first record of a session: its step isn't new, or its clock began with it."""
-    if record["step"] <= last["step"]:
-        return True
-    seconds, each = record.get("seconds"), record.get("step_seconds")
-    if seconds is None or each is None:
-        return False
-    logged = int(record.get("logged_steps", 1))
-    return bool(seconds - each * logged < _CLOCK_ROUNDING + 1e-4 * logged)
+def _go_back(history: History, step: int) -> None:
+    """A session goes on from ``step``: what the one before it did after that step doesn't count."""
+    history.resumed.append(step)
+    history.steps = [record for record in history.steps if record["step"] <= step]
+    history.evaluations = [record for record in history.evaluations if record["step"] <= step]
 
 
 def _finite(value: Any) -> float | None:

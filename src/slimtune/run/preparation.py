@@ -133,10 +133,10 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
     told = [
         Statement(
             say(
-                f"{rows:,} rows were read: {trained:,} trained on, {dropped:,} dropped. {trained:,} + {dropped:,} "
+                f"{rows:,} rows were read: {trained:,} kept, {dropped:,} dropped. {trained:,} + {dropped:,} "
                 f"{'=' if balanced else '≠'} {rows:,}: "
                 f"{'every row is accounted for' if balanced else 'THE ACCOUNT DOES NOT BALANCE'}.",
-                f"共读入 {rows:,} 行：{trained:,} 行用于训练，{dropped:,} 行弃用。{trained:,} + {dropped:,} "
+                f"共读入 {rows:,} 行：{trained:,} 行留用，{dropped:,} 行弃用。{trained:,} + {dropped:,} "
                 f"{'=' if balanced else '≠'} {rows:,}，{'每一行都有着落' if balanced else '账目对不上！'}。",
             ),
             "proved" if balanced else "broken",
@@ -171,7 +171,7 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         )
     bars: tuple[Bar, ...] = ()
     if rows:
-        pieces = ((say("trained", "训练"), float(trained)), (say("dropped", "弃用"), float(dropped)))
+        pieces = ((say("kept", "留用"), float(trained)), (say("dropped", "弃用"), float(dropped)))
         bars = (Bar(say("rows", "行"), f"{rows:,}", pieces),)
     return Section(
         "data", part_name(1, say), say("The data, row by row", "数据：逐行入账"), tuple(told), bars, _rules(data, say)
@@ -184,8 +184,8 @@ def _held_out(data: Facts, say: Say) -> Statement:
     shout_en, shout_zh = ("", "") if balanced else (" THE ACCOUNT DOES NOT BALANCE.", "账目对不上！")
     return Statement(
         say(
-            f"Of the held-out data, {rows:,} rows were read: {trained:,} evaluated on, {dropped:,} dropped.{shout_en}",
-            f"留出数据共读入 {rows:,} 行：{trained:,} 行用于评估，{dropped:,} 行弃用。{shout_zh}",
+            f"Of the held-out data, {rows:,} rows were read: {trained:,} kept, {dropped:,} dropped.{shout_en}",
+            f"留出数据共读入 {rows:,} 行：{trained:,} 行留用，{dropped:,} 行弃用。{shout_zh}",
         ),
         "proved" if balanced else "broken",
     )

@@ -173,7 +173,11 @@ def _charts(history: History, say: Say) -> list[_Chart]:
         for step, value in loss
         if value is None
     ]
-    happened = [Mark(event["step"], "event", f"{event['step']:,}: {event['event']}") for event in history.events]
+    happened = [
+        Mark(event["step"], "event", f"{event['step']:,}: {event['event']}")
+        for event in history.events
+        if event["event"] != "resumed"
+    ]
     smoothed, evaluated = smooth(loss), history.evaluation_curve()
     lines = [Line(loss, "raw")] if len(loss) >= 10 else []
     lines += [Line(smoothed, "smooth", label_last=True), Line(evaluated, "eval", label_last=True)]
