@@ -16,7 +16,7 @@ def kill_at_random(process: Process, run: Path, chance: random.Random) -> bool:
     """Kill a run at a random moment of its training, mostly in a save. False if it ended before."""
     started = run / "metrics.jsonl"
     before = started.stat().st_size if started.exists() else 0
-    if not campaign.wait_until(lambda: started.exists() and started.stat().st_size > before, process):
+    if not campaign.wait_until(lambda: started.exists() and started.stat().st_size > before, process, pause=0.01):
         return False
     if chance.random() < 0.8:
         checkpoints = run / "checkpoints"

@@ -27,7 +27,7 @@ def into(phase: str, process: Process, run: Path, chance: random.Random) -> bool
         "results": (adapter.exists, 0.5),
     }
     condition, longest = wait[phase]
-    if not campaign.wait_until(condition, process):
+    if not campaign.wait_until(condition, process, pause=0.0002 if phase == "save" else 0.02):
         return False
     time.sleep(chance.uniform(0.0, longest))
     return process.running

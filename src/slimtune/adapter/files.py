@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from slimtune.base.trust import check_adapter_folder
 from slimtune.errors import UserError
 
 __all__ = [
@@ -192,8 +193,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """PEFT's config of the adapter in ``folder``.
 
     Raises:
-        UserError: It can't be read, or isn't a LoRA adapter.
+        UserError: It can't be read, isn't a LoRA adapter, or could do more than hold one.
     """
+    check_adapter_folder(folder)
     file = folder / ADAPTER_CONFIG
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -214,8 +216,9 @@ def attach_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does.
 
     Raises:
-        UserError: The adapter doesn't fit the model, or its file is damaged.
+        UserError: The adapter doesn't fit the model, its file is damaged, or it could do more than hold an adapter.
     """
+    adapter_config(folder)
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:

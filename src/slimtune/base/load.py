@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slimtune.base.embedded import embedded_model_folder, is_embedded
 from slimtune.base.quantize import keep_trainable_layout, quantization_config
+from slimtune.base.trust import check_attention, check_model_folder
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
@@ -102,6 +103,7 @@ def load_tokenizer(
         UserError: It can't be loaded, has no chat template, or the template file can't be read.
     """
     source = model_source(model)
+    _check_folder(source, trust_remote_code)
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(
         AutoTokenizer, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
     )
@@ -146,6 +148,8 @@ def load_base(
     already = _from_pretrained(
         AutoConfig, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
     )
+    if not trust_remote_code:
+        check_attention(source, getattr(already, "_attn_implementation", None))
     prequantized = getattr(already, "quantization_config", None) is not None
     if quantization == "nf4" and not prequantized:
         options["quantization_config"] = quantization_config(double_quant=double_quant, compute_dtype=dtype)
@@ -154,11 +158,18 @@ def load_base(
         source,
         revision=_revision(source, revision),
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
         **options,
     )
     keep_trainable_layout(loaded)
     loaded.config.use_cache = False
     return Base(loaded, tokenizer, source, quantized=quantization == "nf4" or prequantized)
+
+
+def _check_folder(source: str, trust_remote_code: bool) -> None:
+    """A local folder is looked at before any library reads it; a hub id's files are Transformers' to check."""
+    if Path(source).is_dir():
+        check_model_folder(Path(source), trust_remote_code=trust_remote_code)
 
 
 def _revision(source: str, revision: str | None) -> dict[str, str] | str | None:

@@ -30,6 +30,8 @@ _LOADS_CODE_PEFT = frozenset({"auto_mapping", "megatron_config"})
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 _BUILT_IN = frozenset({"eager", "sdpa", "flex_attention"})
 """Attention and expert implementations that are Transformers' and torch's own; the others may be fetched."""
+_WORDS = frozenset({"tokenizer.json", "vocab.json"})
+"""Megabytes of words, read by the tokenizers library, which loads nothing else."""
 _MAX_JSON = 256 * 2**20
 _MAX_PATTERN = 4096
 _MAX_REPEATS = 12
@@ -44,7 +46,7 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
     files = list(_files(folder))
     _refuse_pickles(folder, files)
     for file in files:
-        if file.suffix == ".json":
+        if file.suffix == ".json" and file.name not in _WORDS:
             content = _read_json(file)
             for key, value in _fields(content):
                 if not trust_remote_code:
@@ -162,7 +164,7 @@ def _refuse_code(file: Path, key: str, value: Any) -> None:
         return
     if _IMPLEMENTATION.fullmatch(key):
         check_attention(str(file), value)
-    elif key in _LOADS_CODE and file.name not in ("tokenizer.json", "vocab.json"):
+    elif key in _LOADS_CODE:
         raise _code_refused(file, key, value)
 
 
