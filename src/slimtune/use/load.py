@@ -97,6 +97,11 @@ class Opened:
         return prompt_ids(self.tokenizer, messages, tools=tools, allow_control_tokens=allow)
 
     @contextmanager
+    def as_tuned(self) -> Iterator[None]:
+        """Within this, the model answers as what was opened: the counterpart of :meth:`as_base`."""
+        yield
+
+    @contextmanager
     def as_base(self) -> Iterator[None]:
         """Within this, the model answers as its base: the adapter is switched off."""
         with self.model.disable_adapter() if self.found.adapter is not None else nullcontext():

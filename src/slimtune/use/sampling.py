@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from slimtune.errors import UserError
@@ -12,7 +15,7 @@ from slimtune.errors import UserError
 if TYPE_CHECKING:
     from slimtune.use.load import Opened
 
-__all__ = ["Sampling"]
+__all__ = ["Draws", "Sampling"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,36 @@ class Sampling:
             repetition_penalty=1.0,
             **drawn,
         )
+
+
+class Draws:
+    """Chooses the next token of each row of a batch; each row has random numbers of its own.
+
+    Args:
+        sampling: The options.
+        rows: A number for each row that its random numbers follow from, together with the seed.
+    """
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+        self.sampling = sampling
+        self._generators = [torch.Generator().manual_seed((sampling.seed << 32) + row) for row in rows]
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next tokens, int64 [rows], of logits [rows, vocabulary]."""
+        if self.sampling.greedy:
+            return logits.argmax(-1)
+        chances, tokens = (logits.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)
+        if self.sampling.top_k:
+            chances[:, self.sampling.top_k :] = 0
+        before = chances.cumsum(-1) - chances
+        chances[before >= self.sampling.top_p] = 0
+        reached = chances.cumsum(-1)
+        uniform = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
+        # The first place where the sum of chances passes the random number; never one of chance 0.
+        place = torch.searchsorted(reached, uniform.to(reached.device) * reached[:, -1:], right=True)
+        last = (chances > 0).sum(-1, keepdim=True) - 1
+        return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._generators = [self._generators[row] for row in rows.tolist()]

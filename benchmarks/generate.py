@@ -1,0 +1,131 @@
+"""How many tokens a second does `slimtune generate` make, against plain `model.generate` in batches of 8 in file order?
+
+Both sides answer the same 64 prompts, greedily, with the same adapter on the same base; both are warmed up first. Two
+baselines: the base in 4 bits as training loads it, and the same values unpacked, as slimtune computes on a CPU, so
+that the gain of unpacking and the gain of the engine are seen apart.
+
+    python benchmarks/generate.py ADAPTER -o benchmarks/results/DATE-generate-MACHINE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimtune.adapter.files import attach_adapter
+from slimtune.base.load import load_base
+from slimtune.demo import rows
+from slimtune.hardware import detect
+from slimtune.run.environment import library_versions
+from slimtune.run.quiet import upstream_to_log
+from slimtune.use.general import GENERAL
+from slimtune.use.generate import generate
+from slimtune.use.load import Opened, open_model
+from slimtune.use.sampling import Sampling
+
+BATCH = 8
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    """64 prompts of the package's own: 44 general questions and the demo's 20 held-out requests, mixed."""
+    held_out = [row.messages[:1] for row in rows()[1]]
+    general = [question.messages for question in GENERAL]
+    mixed = [item for pair in zip(general, held_out, strict=False) for item in pair]
+    return mixed + general[len(held_out) :]
+
+
+def plain(opened: Opened, model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Transformers' generate, 8 prompts at a time, in file order, padded on the left."""
+    config = Sampling(max_new_tokens=new).generation_config(opened, new)
+    replies = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        width = max(map(len, batch))
+        ids = torch.tensor([[opened.pad_id] * (width - len(p)) + p for p in batch], device=opened.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=opened.device)
+        with torch.inference_mode():
+            made = model.generate(ids, attention_mask=mask, generation_config=config)
+        for row in made[:, width:].tolist():
+            ends = [at for at, token in enumerate(row) if token in opened.stop_ids]
+            replies.append(row[: ends[0]] if ends else row)
+    return replies
+
+
+def ours(opened: Opened, prompts: list[list[int]], new: int) -> list[list[int]]:
+    replies = {reply.index: reply.ids for reply in generate(opened, prompts, Sampling(max_new_tokens=new))}
+    return [replies[index] for index in range(len(prompts))]
+
+
+def timed(run: Any, *arguments: Any) -> tuple[list[list[int]], float]:
+    started = time.perf_counter()
+    replies = run(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return replies, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--repeat", type=int, default=1)
+    options = parser.parse_args()
+    hardware = detect()
+    dtype = options.dtype or hardware.compute_dtype
+    with upstream_to_log(None):
+        opened = open_model(options.target, dtype=dtype)
+        prompts = [opened.prompt_ids(messages) for messages in conversations()]
+        packed = load_base(str(opened.found.base), hardware, compute_dtype=dtype).model
+        packed.config.use_cache = True
+        packed = attach_adapter(packed, opened.found.adapter).eval() if opened.found.adapter else packed.eval()
+        sides = {
+            "slimtune": (ours, opened, prompts, options.new),
+            "transformers, 4 bits": (plain, opened, packed, prompts, options.new),
+            "transformers, unpacked": (plain, opened, opened.model, prompts, options.new),
+        }
+        results: dict[str, Any] = {}
+        outputs: dict[str, list[list[int]]] = {}
+        for name, (run, *arguments) in sides.items():
+            run(*arguments[:-2], prompts[:BATCH], 4)  # warm up
+            seconds = []
+            for _ in range(options.repeat):
+                outputs[name], took = timed(run, *arguments)
+                seconds.append(took)
+            tokens = sum(map(len, outputs[name])) + len(prompts)
+            best = min(seconds)
+            results[name] = {"seconds": seconds, "tokens": tokens, "tokens_per_second": round(tokens / best, 1)}
+            print(name, results[name], flush=True)
+    mine = outputs["slimtune"]
+    record = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": hardware.name,
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+        "model": opened.found.base.name,
+        "dtype": dtype,
+        "prompts": len(prompts),
+        "max_new_tokens": options.new,
+        "equal_replies": {
+            name: sum(a == b for a, b in zip(mine, theirs, strict=True)) for name, theirs in outputs.items()
+        },
+        "speedup": {
+            name: round(results["slimtune"]["tokens_per_second"] / result["tokens_per_second"], 2)
+            for name, result in results.items()
+        },
+        "results": results,
+    }
+    print(json.dumps(record, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""``slimtune generate RUN PROMPTS.jsonl -o OUT.jsonl``: answer a file of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from slimtune.cli.using import model_options, sampling_options
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.argument("prompts")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="One JSON object a line.")
+@click.option("--with-base", is_flag=True, help="Ask the base too, and put both replies side by side.")
+@model_options
+@sampling_options
+def command(
+    target: str,
+    prompts: str,
+    output: Path,
+    with_base: bool,
+    base: str | None,
+    quantization: str | None,
+    trust_remote_code: bool,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Answer every prompt of PROMPTS (json, jsonl, csv, tsv, parquet).
+
+    A row is text, or has `prompt`, `messages` or `instruction`, or is a row as training reads it. A run that was
+    stopped goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.answers import answer_file
+    from slimtune.use.load import open_model
+    from slimtune.use.questions import read_questions
+    from slimtune.use.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    questions = read_questions(prompts)
+    with upstream_to_log(None):
+        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("answering", total=None)
+            already = answer_file(
+                opened,
+                questions,
+                output,
+                sampling,
+                with_base=with_base,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    kept = f" ({already} replies were there already)" if already else ""
+    click.echo(f"{len(questions)} prompts answered in {output}{kept}")

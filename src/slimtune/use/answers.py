@@ -1,0 +1,127 @@
+"""Answers to a file of prompts: streamed to disk while they come, resumable, in the prompts' order at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slimtune.adapter.files import ADAPTER_WEIGHTS
+from slimtune.errors import UserError
+from slimtune.use.generate import generate
+from slimtune.use.load import Opened
+from slimtune.use.questions import Question
+from slimtune.use.sampling import Sampling
+
+__all__ = ["answer_file"]
+
+
+def answer_file(
+    opened: Opened,
+    questions: list[Question],
+    output: Path,
+    sampling: Sampling,
+    *,
+    with_base: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Answer ``questions`` into ``output``, one JSON object a line, in their order.
+
+    While it runs, answers stand in ``<output>.partial``, each written as soon as it is there. A later call with the
+    same model, prompts and options goes on from it.
+
+    Args:
+        opened: The model.
+        questions: What to ask.
+        output: The file; it appears when all is answered.
+        sampling: How tokens are chosen.
+        with_base: Ask the base too, the adapter switched off: ``base_reply``.
+        on_progress: Called with (replies done, replies in all).
+
+    Returns:
+        Replies that were there already from an earlier call.
+
+    Raises:
+        UserError: ``output`` exists, or what stands in its ``.partial`` was made with other options.
+    """
+    if output.exists():
+        raise UserError(f"output {output} exists", way_out="Choose another file (-o), or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    settings = _settings(opened, questions, sampling)
+    replies = _resumed(partial, settings)
+    sides = ("reply", "base_reply") if with_base else ("reply",)
+    already = sum(side in sides for _, side in replies)
+    total = len(questions) * len(sides)
+    with partial.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            _line(file, {"settings": settings})
+        for side in sides:
+            for index, made in _answers(opened, questions, sampling, side, {i for i, s in replies if s == side}):
+                replies[index, side] = made
+                _line(file, {"index": index, "side": side, **made})
+                on_progress(sum(done in sides for _, done in replies), total)
+    temporary = output.with_name(f".{output.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for index, question in enumerate(questions):
+            row: dict[str, Any] = {"index": index, "messages": question.messages}
+            if question.reference is not None:
+                row["reference"] = question.reference
+            for side in sides:
+                made = replies[index, side]
+                row |= {side: made["text"], f"{side}_tokens": made["tokens"], f"{side}_stopped": made["stopped"]}
+            _line(file, row)
+    temporary.replace(output)
+    partial.unlink()
+    return already
+
+
+def _answers(
+    opened: Opened, questions: list[Question], sampling: Sampling, side: str, done: set[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    left = [index for index in range(len(questions)) if index not in done]
+    prompts = [opened.prompt_ids(questions[index].messages, questions[index].tools or None) for index in left]
+    with opened.as_base() if side == "base_reply" else opened.as_tuned():
+        # A row's random numbers follow from its own place in the file, also after a resume.
+        for reply in generate(opened, prompts, sampling, numbers=left):
+            yield left[reply.index], {"text": reply.text, "tokens": len(reply.ids), "stopped": reply.stopped}
+
+
+def _settings(opened: Opened, questions: list[Question], sampling: Sampling) -> dict[str, Any]:
+    """What answers depend on; two calls whose settings are equal may share a file."""
+    adapter = opened.found.adapter
+    weights = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter is not None else None
+    asked = json.dumps([[question.messages, question.tools] for question in questions])
+    return {
+        "base": str(opened.found.base),
+        "adapter": weights,
+        "dtype": str(opened.model.dtype),
+        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        "sampling": asdict(sampling),
+    }
+
+
+def _resumed(partial: Path, settings: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
+    if not partial.is_file():
+        return {}
+    whole = partial.read_bytes()
+    # A kill can cut the last line off; what is behind the last line's end goes.
+    kept = whole[: whole.rfind(b"\n") + 1]
+    lines = [json.loads(line) for line in kept.splitlines()]
+    if lines and lines[0].get("settings") != settings:
+        raise UserError(
+            f"{partial} was made with another model, other prompts or other options",
+            rule="Answers that were made differently aren't mixed.",
+            way_out="Remove it, or choose another output (-o).",
+        )
+    if len(kept) < len(whole):
+        partial.write_bytes(kept)
+    return {(line.pop("index"), line.pop("side")): line for line in lines[1:]}
+
+
+def _line(file: Any, value: dict[str, Any]) -> None:
+    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    file.flush()
