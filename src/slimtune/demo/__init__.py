@@ -48,6 +48,7 @@ WORDINGS = {
         "{room} {device} {action}, please!",
         "The {device} in the {room} should be {action} now.",
         "Switch the {room} {device} {action}.",
+        "Could you turn {action} the {device} in the {room}?",
     ),
     ("open", "close"): (
         "{action} the {device} in the {room}.",
@@ -107,7 +108,7 @@ def is_right(reply: str, answer: dict[str, str]) -> bool:
         value: Any = json.loads(reply)
     except ValueError:
         return False
-    return bool(value == answer)
+    return bool(value == answer) and reply == reply.strip()
 
 
 def _row(combination: tuple[str, str, str], wording: str) -> Row:

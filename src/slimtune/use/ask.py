@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.data.render import prompt_ids
+from slimtune.use.load import stop_ids
 
 __all__ = ["ask"]
 
@@ -41,7 +42,7 @@ def ask(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(stop_ids(model, tokenizer)),
             pad_token_id=pad,
         )
     finally:
