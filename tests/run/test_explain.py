@@ -137,12 +137,14 @@ def test_what_does_not_hold_is_said_loudly(facts: Facts, change: Callable[[Facts
     [
         (set_in("base", "fingerprint_after", value=None), "the base's fingerprint after training"),
         (set_in("adapter", "file_bytes", value=None), "the saved adapter's size"),
+        (set_in("optimizer", "state_bytes", value={}), "the state of `adamw_8bit`"),
         (set_in("verified", value=None), "whether the saved adapter loads into a fresh base"),
         (set_in("training", "eval_loss", value=None), "the loss on held-out data"),
         (set_in("training", value=None), "the training, as this run did not come to its end"),
     ],
 )
 def test_what_was_not_measured_is_said_so(facts: Facts, change: Callable[[Facts], Any], said: str) -> None:
+    facts["optimizer"]["state_bytes"] = {"uint8": 8}
     assert not [text for text in unmeasured(facts) if said in text]
     change(facts)
     assert [text for text in unmeasured(facts) if said in text]

@@ -177,20 +177,21 @@ def _optimizer(facts: Facts, say: Say) -> Section | None:
     state, plain = sum(sizes.values()), 8 * optimizer["parameters"]
     name, kind = code(optimizer["name"]), code(optimizer["class_name"])
     split = listed((f"{megabytes(size)} {code(dtype)}" for dtype, size in sizes.items()), say)
-    told = [
-        Statement(
-            say(
-                f"{name} ({kind}) keeps {megabytes(state)} of state: {split}. Adam in fp32 would keep two values of 4 "
-                f"bytes for each of the {optimizer['parameters']:,} parameters, {megabytes(plain)}; this is "
-                f"{share(state, plain)} of that.",
-                f"{name}（{kind}）的状态共 {megabytes(state)}：{split}。换作 fp32 的 Adam，要为这 "
-                f"{optimizer['parameters']:,} 个参数各存两个 4 字节的数，共 {megabytes(plain)}；现在只有它的 "
-                f"{share(state, plain)}。",
-            )
-            if state
-            else say(f"{name} ({kind}) keeps no state.", f"{name}（{kind}）没有状态。")
+    if state:
+        text = say(
+            f"{name} ({kind}) keeps {megabytes(state)} of state: {split}. Adam in fp32 would keep two values of 4 "
+            f"bytes for each of the {optimizer['parameters']:,} parameters, {megabytes(plain)}; this is "
+            f"{share(state, plain)} of that.",
+            f"{name}（{kind}）的状态共 {megabytes(state)}：{split}。换作 fp32 的 Adam，要为这 "
+            f"{optimizer['parameters']:,} 个参数各存两个 4 字节的数，共 {megabytes(plain)}；现在只有它的 "
+            f"{share(state, plain)}。",
         )
-    ]
+    else:
+        text = say(
+            f"the state of {name} ({kind}): none was found where optimizers keep it.",
+            f"{name}（{kind}）的状态：在优化器通常存放状态的地方没有找到。",
+        )
+    told = [Statement(text, "told" if state else "unmeasured")]
     if {"uint8", "float32"} <= set(sizes):
         told.append(
             Statement(
@@ -215,9 +216,13 @@ def _optimizer(facts: Facts, say: Say) -> Section | None:
                 "proved" if same else "broken",
             )
         )
-    bars = (
-        Bar("fp32 Adam", megabytes(plain), (("float32", float(plain)),)),
-        Bar(str(optimizer["name"]), megabytes(state), tuple((dtype, float(size)) for dtype, size in sizes.items())),
+    bars: tuple[Bar, ...] = (
+        ()
+        if not state
+        else (
+            Bar("fp32 Adam", megabytes(plain), (("float32", float(plain)),)),
+            Bar(str(optimizer["name"]), megabytes(state), tuple((dtype, float(size)) for dtype, size in sizes.items())),
+        )
     )
     return Section("optimizer", part_name(4, say), say("The optimizer's state", "优化器状态"), tuple(told), bars)
 
