@@ -136,18 +136,20 @@ class Builder:
         return normalise(value, shape=self.config.format, mapping=self.config.map, seen=self.shapes)
 
     def _finish(self, source: int, batch: _Batch, future: Future[Encoded]) -> None:
-        encoded = iter(future.result())
+        done = future.result()
+        sound = not self._forged([draft for item in batch.items for draft in item.drafts], done)
+        encoded = iter(done)
         for item in batch.items:
             made = [next(encoded) for _ in item.drafts]
-            self._place(source, item, made)
+            self._place(source, item, made, sound)
         if self.on_progress is not None:
             self.on_progress(self.ledger.rows_in)
 
-    def _place(self, source: int, item: _Item, made: Encoded) -> None:
+    def _place(self, source: int, item: _Item, made: Encoded, sound: bool) -> None:
         """Write the documents of a row, or account for why not."""
         place, limit = item.row.place, self.config.max_length
-        if forged := self._forged(item.drafts, made):
-            self.ledger.drop(place, "control-tokens", f"the tokenizer makes {forged} out of plain text")
+        if not sound and self._forged(item.drafts, made):
+            self.ledger.drop(place, "control-tokens", "the tokenizer makes a control token out of plain text")
             return
         longest = max(ids.shape[0] for ids, _ in made)
         if longest > limit:
@@ -165,16 +167,13 @@ class Builder:
         self.ledger.repair(place, item.conversation.repairs, REPAIRS)
         self.ledger.note(place, [note for draft in item.drafts for note in draft.notes], NOTES)
 
-    def _forged(self, drafts: list[Draft], made: Encoded) -> str:
-        """A special token in the ids that the template didn't write, or nothing: the last check of the promise that
-        text stays text."""
+    def _forged(self, drafts: list[Draft], made: Encoded) -> bool:
+        """Whether the ids hold special tokens that the template didn't write: the last check of the promise that text
+        stays text."""
         is_special = self.renderer.encoder.is_special
-        for draft, (ids, _) in zip(drafts, made, strict=True):
-            written = sum(1 for piece in draft.pieces if piece.control >= 0 and is_special[piece.control])
-            found = np.flatnonzero(is_special[ids])
-            if len(found) != written:
-                return f"the control token {int(ids[found[-1]])}" if len(found) else "no control token"
-        return ""
+        controls = [piece.control for draft in drafts for piece in draft.pieces if piece.control >= 0]
+        written = np.count_nonzero(is_special[controls])
+        return bool(made) and np.count_nonzero(is_special[np.concatenate([ids for ids, _ in made])]) != written
 
     def _fitted(self, item: _Item, longest: int, made: Encoded) -> Encoded | None:
         """What ``overlong`` makes of a row that is too long; None where it is dropped."""

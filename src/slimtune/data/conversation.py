@@ -164,7 +164,7 @@ def normalise(
 
 
 def _listed(value: Mapping[str, Any]) -> str:
-    names = [str(key) for key in value]
+    names = [str(key)[:40] for key in value]
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
 
 

@@ -52,8 +52,9 @@ class Ledger:
         if where:
             entry["field"] = where
         entry["reason"] = reason
-        self.examples.setdefault(rule, f"{place}{', field ' + repr(where) if where else ''}: {reason}")
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        shown = f"{place}{', field ' + repr(where) if where else ''}: {reason}"
+        self.examples.setdefault(rule, _printable(shown))
+        self.file.write(_printable(json.dumps(entry, ensure_ascii=False)) + "\n")
 
     @property
     def rows_dropped(self) -> int:
@@ -72,3 +73,8 @@ class Ledger:
             "noted": dict(self.noted.most_common()),
             "examples": self.examples,
         }
+
+
+def _printable(text: str) -> str:
+    """Text that any file can hold: lone surrogates, which names in broken rows may have, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

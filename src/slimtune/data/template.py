@@ -198,6 +198,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return _checked(left % right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if type(value) is str or type(value) is bool:
+            return None
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from slimtune.data.words import WordEncoder
 from slimtune.errors import UserError
 
 __all__ = ["Ids", "Piece", "TokenEncoder"]
@@ -79,6 +80,7 @@ class TokenEncoder:
         """Characters of the longest token: a text of n characters has at least n divided by it tokens."""
         self._later = self._first if _prefixes_always(spec) else bare
         self._joined = bare
+        self._words = WordEncoder(spec, self._first)
         self._kept: dict[tuple[str, int], Ids] = {}
 
     def encode(self, documents: Sequence[Sequence[Piece]]) -> list[tuple[Ids, npt.NDArray[np.bool_]]]:
@@ -122,18 +124,18 @@ class TokenEncoder:
         return plan
 
     def _encode_texts(self, keys: list[tuple[str, int]]) -> list[Ids]:
-        encoded: list[Ids | None] = [None] * len(keys)
+        encoded: list[Ids | None] = [self._words.encode(text) for text, _ in keys]
         for kind, backend in enumerate((self._first, self._later, self._joined)):
-            chosen = [at for at, key in enumerate(keys) if key[1] == kind]
+            chosen = [at for at, key in enumerate(keys) if key[1] == kind and encoded[at] is None]
             if not chosen:
                 continue
             for at, encoding in zip(
                 chosen, backend.encode_batch_fast([keys[at][0] for at in chosen], add_special_tokens=False), strict=True
             ):
-                ids = np.array(encoding.ids, dtype=np.int32)
-                encoded[at] = ids
-                if len(keys[at][0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS:
-                    self._kept[keys[at]] = ids
+                encoded[at] = np.array(encoding.ids, dtype=np.int32)
+        for key, ids in zip(keys, encoded, strict=True):
+            if len(key[0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS and ids is not None:
+                self._kept[key] = ids
         return encoded  # type: ignore[return-value]
 
     def text_ids(self, text: str) -> Ids:
