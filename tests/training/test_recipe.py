@@ -1,0 +1,195 @@
+"""Stop, change, resume: the recipes with the real embedded model, and the command line's exit codes and words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slimtune.config import Config
+from slimtune.errors import StopRequested, UserError
+from slimtune.recipes import finetune, resume
+from slimtune.run.lock import lock_run
+from slimtune.training.resumable import ResumableTrainer
+from tests.campaigns import campaign
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return campaign.make_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return campaign.make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+def config(model: str, rows: Path, run: Path, **more: Any) -> Config:
+    values: dict[str, Any] = {
+        "gradient_accumulation": 2, "max_steps": 4, "max_length": 128, "save_steps": 2, "learning_rate": 1e-3,
+        "compute_dtype": "fp32", "lora_dropout": 0.1,
+    }  # fmt: skip
+    return Config.make(model=model, data=(str(rows),), output=run, **{**values, **more})
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A SIGTERM to this process while a step is under way."""
+    original = ResumableTrainer._before_optimizer
+
+    def arm(step: int) -> None:
+        def before_optimizer(self: ResumableTrainer) -> None:
+            if self.state.global_step + 1 == step:
+                monkeypatch.setattr(ResumableTrainer, "_before_optimizer", original)
+                signal.raise_signal(signal.SIGTERM)
+                while self.safety.signals.requested is None:
+                    time.sleep(0.01)
+            original(self)
+
+        monkeypatch.setattr(ResumableTrainer, "_before_optimizer", before_optimizer)
+
+    return arm
+
+
+def test_the_real_model_goes_on_bit_by_bit(rows: Path, tmp_path: Path, stop_in_step: Callable[[int], None]) -> None:
+    short = {"max_length": 64, "gradient_accumulation": 1, "max_steps": 3, "save_steps": 1}
+    whole = finetune(config("smollm2-135m", rows, tmp_path / "whole", **short))
+    stop_in_step(2)
+    with pytest.raises(StopRequested, match=f"slimtune resume {tmp_path / 'run'}"):
+        finetune(config("smollm2-135m", rows, tmp_path / "run", **short))
+    run = resume(tmp_path / "run")
+    assert campaign.trajectory(run.path) == campaign.trajectory(whole.path)
+    assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
+    verified = run.read_json(run.facts_file)["verified"]
+    assert (verified["keys_match"], verified["all_finite"], verified["outputs_differ"]) == (True, True, True)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(small: Path, rows: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        finetune(config(str(small), rows, tmp_path / name))
+    assert campaign.adapter_sha256(tmp_path / "one") == campaign.adapter_sha256(tmp_path / "two")
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_evaluations_leave_the_adapter_as_it_is(small: Path, rows: Path, tmp_path: Path, engine: str) -> None:
+    held_out = campaign.make_rows(tmp_path / "held_out.jsonl", 8)
+    finetune(config(str(small), rows, tmp_path / "without", engine=engine, lora_dropout=0.3))
+    with_them = config(
+        str(small), rows, tmp_path / "with", engine=engine, lora_dropout=0.3, eval=(str(held_out),), eval_steps=1
+    )
+    finetune(with_them)
+    assert campaign.adapter_sha256(tmp_path / "with") == campaign.adapter_sha256(tmp_path / "without")
+    assert sum("eval_loss" in line for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.fixture
+def stopped(small: Path, rows: Path, tmp_path: Path, stop_in_step: Callable[[int], None]) -> Path:
+    stop_in_step(2)
+    own_rows = shutil.copy(rows, tmp_path / "own.jsonl")
+    own_model = shutil.copytree(small, tmp_path / "own-model")
+    with pytest.raises(StopRequested):
+        finetune(config(str(own_model), own_rows, tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def changed_data(run: Path) -> None:
+    file = run.parent / "own.jsonl"
+    file.write_text(file.read_text("utf-8").replace("Say 3", "Say 4"), encoding="utf-8")
+
+
+def changed_base(run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run.parent / "own-model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, {"format": "pt"})
+
+
+def changed_template(run: Path) -> None:
+    file = run.parent / "own-model" / "chat_template.jinja"
+    file.write_text(file.read_text("utf-8") + "{# other #}", encoding="utf-8")
+
+
+def changed_tokenizer(run: Path) -> None:
+    file = run.parent / "own-model" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["z"], vocabulary["q"] = vocabulary["q"], vocabulary["z"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def changed_config(run: Path) -> None:
+    file = run / "config.yaml"
+    values = yaml.safe_load(file.read_text("utf-8"))
+    file.write_text(yaml.safe_dump({**values, "learning_rate": 0.5}), encoding="utf-8")
+
+
+def changed_version(run: Path) -> None:
+    """As after an upgrade: the checkpoint was made with another version."""
+    folder = max((run / "checkpoints").glob("checkpoint-*"))
+    identity = json.loads((folder / "identity.json").read_text("utf-8"))
+    identity["versions"]["torch"] = "2.0.0"
+    from slimtune.run.durable import atomic_folder, write_file
+
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "SHA256SUMS"}
+    with atomic_folder(folder) as partial:
+        for name, data in {**files, "identity.json": json.dumps(identity).encode()}.items():
+            write_file(partial / name, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (changed_data, "data "),
+        (changed_base, "base weights"),
+        (changed_template, "chat template"),
+        (changed_tokenizer, "tokenizer"),
+        (changed_config, "config learning_rate"),
+        (changed_version, "version of torch"),
+    ],
+)
+def test_a_change_is_refused_and_can_be_accepted(stopped: Path, change: Callable[[Path], None], what: str) -> None:
+    change(stopped)
+    with pytest.raises(UserError) as refused:
+        resume(stopped)
+    assert refused.value.exit_code == 2
+    assert any(line.strip().startswith(what) for line in str(refused.value).splitlines())
+    run = resume(stopped, accept_changes=True)
+    (event,) = [record for record in run.metrics() if record.get("event") == "resumed" and record["changes"]]
+    assert any(changed["what"].startswith(what.strip()) for changed in event["changes"])
+
+
+def test_free_keys_may_be_given(stopped: Path) -> None:
+    before = Config.make(**yaml.safe_load((stopped / "config.yaml").read_text("utf-8")))
+    resume(stopped, before.model_copy(update={"save_steps": 1, "watchdog": 60.0, "on_nonfinite": "skip"}))
+    assert yaml.safe_load((stopped / "config.yaml").read_text("utf-8"))["save_steps"] == 1
+
+
+def test_a_run_in_use_is_refused(stopped: Path) -> None:
+    with lock_run(stopped), pytest.raises(UserError, match="in use by process"):
+        resume(stopped)
+
+
+def test_without_a_checkpoint_it_begins_at_the_first_step(
+    small: Path, rows: Path, stopped: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    resume(stopped)
+    finetune(config(str(small), rows, tmp_path / "whole"))
+    assert campaign.adapter_sha256(stopped) == campaign.adapter_sha256(tmp_path / "whole")
+
+
+def test_a_finished_run_is_finished_again(small: Path, rows: Path, tmp_path: Path) -> None:
+    finetune(config(str(small), rows, tmp_path / "run"))
+    before = campaign.adapter_sha256(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    resume(tmp_path / "run")
+    assert campaign.adapter_sha256(tmp_path / "run") == before
