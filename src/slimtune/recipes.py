@@ -40,6 +40,7 @@ from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, Verif
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
+from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import sft_arguments
 from slimtune.training.fused import make_engine, why_unfused
@@ -209,6 +210,7 @@ def _train(
             del trainer, base  # the fresh base takes their room
             facts.verified = _verify(config, hardware, run, data)
             run.write_json(run.facts_file, facts.as_dict())
+            write_report(run)
         return run
 
 
