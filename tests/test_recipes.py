@@ -157,7 +157,7 @@ def test_an_existing_run_is_not_overwritten(run: RunFolder, tiny_model: Path, re
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no rows"), ('{"messages": 3}\n', "data.jsonl:1")],
+    [("", "is empty"), ('{"messages": 3}\n', "data.jsonl:1")],
 )
 def test_bad_data_leaves_nothing_behind(text: str, message: str, tiny_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
