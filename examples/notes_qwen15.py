@@ -1,6 +1,7 @@
 """The study note's script, whole: Qwen1.5-1.8B-Chat in 4 bits, a LoRA adapter, TRL's SFTTrainer, an adapter-only save.
 
-This is the plain stack, with nothing of slimtune in it; `slimtune train` does the same four parts with the same numbers.
+This is the plain stack, with nothing of slimtune in it; `slimtune train` does the same four parts with the same
+numbers.
 
 usage: python notes_qwen15.py [MODEL [DATA.jsonl [OUTPUT [MAX_STEPS]]]]
 """
@@ -14,10 +15,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-model_id, data_file, output_dir, max_steps = [
-    *sys.argv[1:],
-    *("Qwen/Qwen1.5-1.8B-Chat", str(Path(__file__).with_name("requests.jsonl")), "notes-run", "-1")[len(sys.argv) - 1 :],
-]
+defaults = ["Qwen/Qwen1.5-1.8B-Chat", str(Path(__file__).with_name("requests.jsonl")), "notes-run", "-1"]
+model_id, data_file, output_dir, max_steps = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
 on_gpu = torch.cuda.is_available()
 has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 compute_dtype = (torch.bfloat16 if has_bf16 else torch.float16) if on_gpu else torch.float32

@@ -92,13 +92,13 @@ def test_a_refused_value_names_key_and_rule(values: dict[str, object], message: 
 def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="run.yaml") as caught:
+    with pytest.raises(UserError, match=r"run\.yaml") as caught:
         load_config(file)
     assert message in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent.yaml can't be read"):
+    with pytest.raises(UserError, match=r"absent\.yaml can't be read"):
         load_config(tmp_path / "absent.yaml")
 
 

@@ -80,7 +80,9 @@ def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]
     choices: list[Choice] = []
     every = max(1, math.ceil(total / SAVES_IN_A_RUN))
     if config.save_steps == "auto":
-        choices.append(Choice("save_steps", every, f"{total} optimizer steps, so about {SAVES_IN_A_RUN} checkpoints"))
+        choices.append(
+            Choice("save_steps", every, f"{total} optimizer steps, so about {math.ceil(total / every)} checkpoints")
+        )
     if config.eval_steps == "auto" and (config.eval or config.eval_share):
         steps = every if config.save_steps == "auto" else config.save_steps
         choices.append(Choice("eval_steps", steps, "an evaluation with each checkpoint"))

@@ -129,7 +129,7 @@ def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: P
         load_tokenizer(str(tmp_path))
     given = _write(tmp_path / "own.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}")
     assert load_tokenizer(str(tmp_path), template=given).chat_template == given.read_text()
-    with pytest.raises(UserError, match="chat template .*absent.jinja can't be read"):
+    with pytest.raises(UserError, match=r"chat template .*absent\.jinja can't be read"):
         load_tokenizer(str(tmp_path), template=tmp_path / "absent.jinja")
 
 

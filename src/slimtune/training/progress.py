@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -115,11 +115,11 @@ def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
 def optimizer_facts(name: str, optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     """Count the optimizer's state: bytes by dtype, over all state tensors of more than one element."""
     inner = getattr(optimizer, "optimizer", optimizer)
+    # By storage: bitsandbytes lists its two quantisation maps with every parameter.
+    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(inner.state_dict()["state"]) if tensor.numel() > 1}
     sizes: Counter[str] = Counter()
-    for state in inner.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.numel() > 1:
-                sizes[str(value.dtype).removeprefix("torch.")] += value.nbytes
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     parameters = sum(parameter.numel() for group in inner.param_groups for parameter in group["params"])
     return OptimizerFacts(
         name=name,
@@ -127,6 +127,15 @@ def optimizer_facts(name: str, optimizer: torch.optim.Optimizer) -> OptimizerFac
         state_bytes=dict(sizes),
         parameters=parameters,
     )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inside in value.values():
+            yield from _tensors(inside)
 
 
 def memory_bytes() -> int:

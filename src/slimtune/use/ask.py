@@ -47,4 +47,4 @@ def ask(
         )
     finally:
         model.train(training)
-    return [tokenizer.decode(reply[width:], skip_special_tokens=True) for reply in made]
+    return [str(tokenizer.decode(reply[width:], skip_special_tokens=True)) for reply in made]
