@@ -27,7 +27,8 @@ FULL = os.environ.get("CAMPAIGN") == "full"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-CONTEXT = multiprocessing.get_context("forkserver")
+# A process that has touched CUDA can't be forked, so on a GPU every run starts from nothing: CAMPAIGN_START=spawn.
+CONTEXT = multiprocessing.get_context(os.environ.get("CAMPAIGN_START", "forkserver"))
 CONTEXT.set_forkserver_preload(["slimtune.recipes", "slimtune.cli.train", "slimtune.cli.resume"])
 
 OPTIONS = [
@@ -62,7 +63,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, hidden: int = 64) -> Path:
     """A random two-layer Llama over bytes, so that a run starts, trains and is compared in a second or two."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -81,8 +82,8 @@ def make_model(folder: Path) -> Path:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     architecture = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(architecture).bfloat16().save_pretrained(folder)

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimtune.data.packing import PackedBatches
 from slimtune.run import durable
+from slimtune.training.fused import FusedTrainer
 from slimtune.training.resumable import ResumableTrainer
 
 
@@ -50,6 +53,59 @@ def hang(where: str, how: str, at: int) -> None:
 
     places = {"data": (PackedBatches, "batch"), "step": (ResumableTrainer, "_run_pieces"), "save": (durable, "_seal")}
     before(*places[where])
+
+
+def poison(where: str, step: int) -> None:
+    """A NaN in the loss, a gradient, a parameter or the optimizer's state in one step, before the optimizer steps."""
+    original = ResumableTrainer._before_optimizer
+
+    def before_optimizer(self: ResumableTrainer) -> None:
+        if self.state.global_step + 1 == step:
+            parameter = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            if where == "loss":
+                self._step_losses[1] = self._step_losses[1] * float("nan")
+            elif where == "gradient":
+                parameter.grad.view(-1)[0] = float("nan")
+            elif where == "parameter":
+                parameter.data.view(-1)[0] = float("nan")
+            elif hasattr(optimizer, "float_state"):
+                next(tensor for tensor in optimizer.float_state() if tensor.numel()).view(-1)[0] = float("nan")
+            else:
+                optimizer.state[parameter]["state2"].view(-1)[0] = float("nan")
+        original(self)
+
+    ResumableTrainer._before_optimizer = before_optimizer  # type: ignore[method-assign]
+
+
+def refuse_large(step: int, tokens: int) -> None:
+    """From ``step`` on, memory runs out in the middle of a pass over more than ``tokens`` tokens."""
+    original = FusedTrainer.training_step
+
+    def training_step(self: FusedTrainer, model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+        loss = original(self, model, inputs, items)  # leaves gradients behind, as a real failure may
+        if self.state.global_step + 1 >= step and inputs["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    FusedTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def starve(step: int) -> None:
+    """Before ``step``, take the process's GPU memory away down to 60 % of what a step needs beyond what is held."""
+    original = ResumableTrainer._draws
+    state = {"done": False}
+
+    def draws(self: ResumableTrainer) -> Any:
+        if self.state.global_step + 1 == step and not state["done"]:
+            state["done"] = True
+            torch.cuda.empty_cache()
+            held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((held + 0.6 * (peak - held)) / total)
+        return original(self)
+
+    ResumableTrainer._draws = draws  # type: ignore[method-assign]
 
 
 class Operations:
