@@ -46,11 +46,12 @@ class Bench:
         self.folder = folder
         self.model = campaign.make_model(folder / "model", hidden=256)
         self.rows = campaign.make_rows(folder / "rows.jsonl", 48)
+        self.many = campaign.make_rows(folder / "many.jsonl", 2048)
         self.failures: list[str] = []
         self.whole: dict[str, Path] = {}
 
-    def train(self, run: Path, *more: str) -> list[str]:
-        return ["train", str(self.model), str(self.rows), "-o", str(run), *OPTIONS, *more]
+    def train(self, run: Path, *more: str, rows: Path | None = None) -> list[str]:
+        return ["train", str(self.model), str(rows or self.rows), "-o", str(run), *OPTIONS, *more]
 
     def start(self, arguments: list[str], name: str, before: str = "", **values: Any) -> Process:
         return Process(arguments, self.folder / f"{name}.log", before, **values)
@@ -112,13 +113,14 @@ class Bench:
     def starved(self, engine: str) -> str:
         """Row 9: the card's memory runs out for real (plain), or the engine says it does (fused)."""
         run = self.folder / f"starved-{engine}"
-        large = ["--micro-batch", "64", "--max-length", "128", "--gradient-accumulation", "1", "--epochs", "8"]
+        large = ["--gradient-accumulation", "1", "--max-steps", "10", "--micro-batch"]
         if engine == "plain":
-            large += ["--micro-batch", "256", "--no-packing"]
+            large += ["512", "--no-packing"]
             fault: dict[str, Any] = {"before": "tests.campaigns.faults:starve", "step": 5}
         else:
+            large += ["64"]
             fault = {"before": "tests.campaigns.faults:refuse_large", "step": 5, "tokens": 5000}
-        process = self.start(self.train(run, "--engine", engine, *large), run.name, **fault)
+        process = self.start(self.train(run, "--engine", engine, *large, rows=self.many), run.name, **fault)
         code, found = process.wait(), _events(run, "out_of_memory")
         good = code == 0 and bool(found) and found[0]["step"] == 5
         self.expect(good, f"out of memory on {engine}, exit {code}, {found}", process)
