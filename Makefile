@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit lock clean
+.PHONY: demo test lint types imports unit campaigns lock clean
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -24,6 +24,10 @@ imports: $(STAMP)
 # Two processes of one thread each: most of the time goes to starting and loading, not to arithmetic.
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# The reliability campaigns with their full counts (an hour on 2 free cores); figures go to benchmarks/results.
+campaigns: $(STAMP)
+	CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns --timeout 20000
 
 # uv comes from PyPI into the environment; the lock pins every version and hash.
 $(STAMP): requirements.lock pyproject.toml
