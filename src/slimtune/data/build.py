@@ -129,8 +129,10 @@ class Builder:
         if self.formatting_func is not None:
             value = self.formatting_func(value)
             if isinstance(value, str):
-                value = {"text": value}
-            elif isinstance(value, list):
+                made = normalise({"text": value}, shape="text")
+                made.rendered = True
+                return made
+            if isinstance(value, list):
                 value = {"messages": value}
             return normalise(value)
         return normalise(value, shape=self.config.format, mapping=self.config.map, seen=self.shapes)

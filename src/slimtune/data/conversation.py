@@ -75,12 +75,14 @@ class RowRefused(Exception):
 class Conversation:
     """A row in normal form.
 
-    ``text`` is set for raw text; else ``messages`` holds the turns.
+    ``text`` is set for raw text; else ``messages`` holds the turns. ``rendered`` text comes from a program, which means
+    the control tokens that it writes.
     """
 
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     text: str | None = None
+    rendered: bool = False
     completion_from: int = 0
     """Index of the first message that belongs to the completion (prompt-completion rows), else 0."""
     repairs: list[str] = field(default_factory=list)

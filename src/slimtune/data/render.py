@@ -185,7 +185,7 @@ class ChatRenderer:
             UserError: The row is a conversation and the tokenizer has no chat template.
         """
         if conversation.text is not None:
-            return [self._raw(conversation.text)]
+            return [self._raw(conversation.text, self.allow_control_tokens or conversation.rendered)]
         messages, tools, kept = self._prepared(conversation)
         try:
             return self._chat_drafts(conversation, messages, tools, kept, train_on)
@@ -390,16 +390,12 @@ class ChatRenderer:
 
     # -- text to pieces -----------------------------------------------------------------------------------------------
 
-    def _raw(self, text: str) -> Draft:
+    def _raw(self, text: str, with_controls: bool) -> Draft:
         """Raw text: BOS where the tokenizer adds one, the text, the end of text; all of it supervised."""
-        pieces: list[Piece] = []
-        if self.adds_bos and self.bos_id is not None:
-            pieces.append(Piece("", self.bos_id, True, False))
-        if self.allow_control_tokens:
-            pieces += self._cut(text, True, False)
-        else:
-            pieces.append(Piece(text, -1, True, False))
-        if self.eos_id is not None:
+        pieces = self._cut(text, True, False) if with_controls else [Piece(text, -1, True, False)]
+        if self.adds_bos and self.bos_id is not None and pieces[0].control != self.bos_id:
+            pieces.insert(0, Piece("", self.bos_id, True, False))
+        if self.eos_id is not None and pieces[-1].control != self.eos_id:
             pieces.append(Piece("", self.eos_id, True, False))
         return Draft(pieces, 1)
 
