@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns lock clean
+.PHONY: demo test lint types imports unit campaigns lock clean data-campaign
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -38,6 +38,12 @@ $(STAMP): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --require-hashes -r requirements.lock
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $(STAMP)
+
+# 10,000 generated and mutated data files; the counts go to build/data-campaign.json.
+data-campaign: $(STAMP)
+	mkdir -p build
+	DATA_CAMPAIGN=5000 DATA_CAMPAIGN_RESULT=build/data-campaign.json \
+		$(BIN)/pytest tests/data/test_campaign.py --override-ini timeout=3600
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \
