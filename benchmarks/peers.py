@@ -45,9 +45,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def make_folder(size: str, folder: Path) -> None:
-    """A random Qwen2 in bf16 with a tokenizer of one token a word, as a local model folder."""
+    """A random Qwen2 in bf16 with a tokenizer of one token a letter, as a local model folder."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -55,21 +55,25 @@ def make_folder(size: str, folder: Path) -> None:
         **SIZES[size], max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16,
     )  # fmt: skip
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(before)
     model.save_pretrained(folder)
+    # Byte-level BPE without merges, which any Qwen2 tokenizer class reads back: a letter is a token.
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    words = {**{token: i for i, token in enumerate(special)}, **{f"w{i}": i for i in range(6, 1000)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=["<user>", "<assistant>"],
     )  # fmt: skip
     tokenizer.chat_template = (
-        "{% for message in messages %}<{{ message.role }}> {{ message.content }} <eos> {% endfor %}"
-        "{% if add_generation_prompt %}<assistant> {% endif %}"
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer.save_pretrained(folder)
 
@@ -83,9 +87,9 @@ def documents(workload: Workload, factor: int = 1) -> list[list[int]]:
 
 def as_messages(row: list[int]) -> dict[str, Any]:
     """A chat that the template renders to as many tokens as ``row`` has."""
-    words = [f"w{i}" for i in row]
-    turns = {"user": words[:1], "assistant": words[1:-4]}
-    return {"messages": [{"role": role, "content": " ".join(text)} for role, text in turns.items()]}
+    text = "".join(chr(ord("a") + i % 26) for i in row)
+    turns = {"user": text[:1], "assistant": text[1:-4]}
+    return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------
@@ -108,7 +112,7 @@ def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, An
         model=str(folder), data=str(data), output=scratch / "run", train_on="all",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
         lora_r=workload.r, lora_dropout=workload.dropout, targets=workload.targets, memory=variant or "auto",
-        engine="fused", max_dropped=0.5,
+        engine="fused", save_steps=10 * STEPS,
     )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -34,6 +34,8 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
     def use_engine(self, engine: Engine) -> None:
         """Train on ``engine``, which was made from this trainer's model."""
         self.engine = engine
+        # The Trainer's zero_grad walks over all of the model's modules at every step; the engine's is one launch.
+        self.model.zero_grad = lambda set_to_none=True: engine.flat.grad.zero_()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """8-bit AdamW over the engine's flat parameters; any other optimizer as SFTTrainer makes it."""
@@ -65,7 +67,8 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.engine is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
-        model.train()
+        if not model.training:
+            model.train()
         flat = self.engine.flat
         if flat.parameters[0].grad is None:
             # The Trainer's zero_grad takes the gradients away; the engine adds to views of one flat tensor.

@@ -49,6 +49,11 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
         model: Its trainable parameters and their gradients are looked at.
         optimizer: Its floating-point state is looked at.
     """
+    flat = getattr(getattr(optimizer, "optimizer", optimizer), "flat", None)
+    if flat is not None:  # the fused optimizer's tensors are few: no walk over the model while all is well
+        state = [tensor for _, tensor in _optimizer_tensors([], optimizer)]
+        if _all_finite([*([] if loss is None else [loss.detach().float()]), flat.grad, flat.data, *state]):
+            return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[list[Tensor]] = [
         [] if loss is None else [loss.detach().float()],

@@ -118,13 +118,13 @@ class AdamWState:
         return cls(
             codes1=torch.zeros(total, dtype=torch.uint8, device=device),
             codes2=torch.zeros(total, dtype=torch.uint8, device=device),
-            absmax1=torch.zeros(len(small), device=device),
-            absmax2=torch.zeros(len(small), device=device),
+            absmax1=torch.zeros(len(small), dtype=torch.float32, device=device),
+            absmax2=torch.zeros(len(small), dtype=torch.float32, device=device),
             map1=dynamic_map(signed=True).to(device),
             map2=dynamic_map(signed=False).to(device),
             small=torch.tensor(small, dtype=torch.int32, device=device),
-            exact1=torch.zeros(rows, BLOCK, device=device),
-            exact2=torch.zeros(rows, BLOCK, device=device),
+            exact1=torch.zeros(rows, BLOCK, dtype=torch.float32, device=device),
+            exact2=torch.zeros(rows, BLOCK, dtype=torch.float32, device=device),
         )
 
     def of_tensor(self, offset: int, size: int) -> dict[str, Tensor]:
