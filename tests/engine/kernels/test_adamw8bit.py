@@ -49,9 +49,16 @@ def draws(generator: torch.Generator) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
+def with_tiny_values(grads: list[Tensor]) -> list[Tensor]:
+    """Every seventh column so small beside its block that zero is the nearest code."""
+    for grad in grads:
+        grad[:, ::7] *= 1e-9
+    return grads
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_follows_bitsandbytes_optimizer(device: str, weight_decay: float) -> None:
-    """Five steps beside ``AdamW8bit``.
+    """Three steps beside ``AdamW8bit``.
 
     Both start a step from states that differ in a few codes (its CPU quantiser doesn't always find the nearest code),
     so codes are held to 97 in 100, and what they stand for to two steps of the code, at most a 70th each of the block's
@@ -61,7 +68,7 @@ def test_follows_bitsandbytes_optimizer(device: str, weight_decay: float) -> Non
     theirs = [torch.nn.Parameter(p.to(device)) for p in draws(generator)]
     ours = Flat(theirs, device)
     optimizer = bnb.optim.AdamW8bit(theirs, lr=LR, weight_decay=weight_decay)
-    for _ in range(5):
+    for _ in range(3):
         grads = draws(generator)
         for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = grad.to(device)
@@ -94,10 +101,10 @@ def test_one_step_from_the_same_state_gives_the_nearest_bytes(device: str) -> No
     """m and v in float64 from the state before; the bytes are those of the nearest values, found one by one."""
     generator = torch.Generator().manual_seed(1)
     ours, index = Flat(draws(generator), device), 0
-    ours.step(draws(generator))
+    ours.step(with_tiny_values(draws(generator)))
     before = {name: value.clone().cpu() for name, value in ours.of_tensor(index).items()}
     parameter = ours.parameter(index).double().cpu()
-    grads = draws(generator)
+    grads = with_tiny_values(draws(generator))
     ours.step(grads)
     after = {name: value.cpu() for name, value in ours.of_tensor(index).items()}
 
@@ -112,6 +119,7 @@ def test_one_step_from_the_same_state_gives_the_nearest_bytes(device: str) -> No
         assert torch.allclose(after[f"absmax{one}"].double(), absmax, rtol=1e-6)
         nearest = ((moment / absmax[:, None])[..., None] - code).abs().argmin(-1)
         if one == "1":
+            assert ((nearest == 127) & (moment < 0)).any()
             nearest -= ((nearest == 127) & (moment < 0)).int()  # a negative moment never becomes zero
         got = after[f"state{one}"].view(-1, 256).int()
         assert (got != nearest).double().mean() < 1e-3, "more than a tie here and there"

@@ -51,6 +51,16 @@ def test_forward_and_every_gradient(make: Maker, shape: tuple[int, int, int, int
     assert_close(dx, before_dx + leaf_x.grad, dtype=make.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], indirect=True)
+def test_large_batches_take_all_groups_in_one_program(make: Maker) -> None:
+    tokens, size, rank, groups = 4100, 40, 4, 3
+    x, a, seed = make(tokens, size), make(rank * groups, size), seed_of(make)
+    u = lora.lora_down(x, a, groups=groups, dropout=0.3, seed=seed)
+    m = masks(make, (tokens, size), groups, 0.3, seed, 0)
+    parts = zip(m, a.double().chunk(groups), strict=True)
+    assert_close(u, torch.cat([(x.double() * mask) @ part.T for mask, part in parts], dim=1), dtype=make.dtype)
+
+
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_fills_the_columns_after_u_and_copies_x(make: Maker, ones: bool, groups: int) -> None:

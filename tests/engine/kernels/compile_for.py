@@ -1,0 +1,90 @@
+"""Compile every kernel for a GPU that isn't here: python compile_for.py CAPABILITY DTYPE
+
+Prints one JSON line a kernel: its name and the shared memory that one program takes, in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope
+
+CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
+
+
+class NoDevice:
+    """The part of a Triton driver that compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def compile_instead_of_running() -> None:
+    run = jit.JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
+        print(json.dumps({"kernel": name, "shared": kernel.metadata.shared}))
+        return kernel
+
+    jit.JITFunction.run = warm_up
+    driver.set_active(NoDevice())
+    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope):
+        module.runs_on_triton = lambda x: True
+
+
+def zeros(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def launch_everything() -> None:
+    hidden, inner, vocabulary = 2048, 5504, 151936
+    # A small batch, a large one, the most shared memory with and without dropout.
+    shapes = ((1024, 8, 3, 0.05), (16384, 8, 3, 0.05), (16384, 64, 3, 0.05), (8192, 64, 2, 0.0))
+    for tokens, rank, groups, dropout in shapes:
+        x, wide = zeros(tokens, hidden), zeros(tokens, hidden + 32)
+        a = zeros(rank * groups, hidden, dtype=torch.float32)
+        options = {"groups": groups, "dropout": dropout, "seed": zeros(dtype=torch.int64)}
+        u = lora.lora_down(x, a, **options, copy=wide[:, :hidden])
+        lora.lora_down_backward_(u, x, a, da=a, dx=x, **options)
+        lora.lora_up_backward_(x, u[:, :rank], 1.0, db=zeros(hidden, rank, dtype=torch.float32))
+    weight, few = zeros(hidden), zeros(64, hidden)
+    rstd = norm.rms_norm_forward(few, weight, 1e-5, residual=few)[2]
+    norm.rms_norm_backward(few, few, weight, rstd, dresidual=few)
+    gates = zeros(64, 2 * inner).chunk(2, dim=1)
+    mlp.swiglu_backward_(mlp.swiglu_forward(*gates), *gates, h=zeros(64, inner))
+    q, k, v, head = zeros(64, 16, 128), zeros(64, 4, 128), zeros(64, 4, 128), zeros(128)
+    table, ids = zeros(64, 64, dtype=torch.float32), torch.arange(64)
+    rope.rope_(q, k, table, table, ids)
+    rope.merge_qkv_grad(q, k, v, table, table, ids)
+    rstd = rope.qk_norm_rope(q, k, head, head, 1e-6, table, table, ids)[2]
+    rope.qk_norm_rope_backward(q, k, v, q, k, head, head, rstd, table, table, ids)
+    cross_entropy.loss_and_grad_(zeros(4, vocabulary), torch.zeros(4, dtype=torch.int64), zeros(dtype=torch.float32))
+    f32 = torch.float32
+    nested = nf4.NestedScales(zeros(4, dtype=f32), zeros(256, dtype=f32), zeros(dtype=f32))
+    packed, scales = zeros(32 * hidden // 2, dtype=torch.uint8), zeros(32 * hidden // 64, dtype=torch.uint8)
+    nf4.dequantize(packed, scales, shape=(32, hidden), dtype=DTYPE, nested=nested)
+    state, flat = adamw8bit.AdamWState.zeros([8192, 100], "cpu"), zeros(8192 + 256, dtype=f32)
+    step, one = torch.ones((), dtype=torch.int64), zeros(dtype=f32)
+    skip = torch.zeros((), dtype=torch.bool)
+    adamw8bit.adamw_step_(flat, flat, state, lr=one, step=step, grad_scale=one, skip=skip)
+
+
+if __name__ == "__main__":
+    if _triton.triton is None:
+        raise SystemExit("no Triton here")
+    compile_instead_of_running()
+    launch_everything()
