@@ -110,7 +110,7 @@ def resume(
     """
     screen = screen or Screen(quiet=True)
     run = RunFolder.open(path)
-    with StopSignals() as signals, lock_run(path):
+    with StopSignals(path) as signals, lock_run(path):
         config = (config or run.config()).model_copy(update={"output": path})
         if config.trust_remote_code and not trust_remote_code:
             raise UserError(
@@ -157,6 +157,7 @@ def _train(
         identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
         safety = make_safety(config, run, identity, data, signals, screen, accept_changes=accept_changes)
         run.write_config(config)
+        signals.run = run.path  # from here on it can be resumed
         run.write_json(run.environment_file, environment(hardware.as_dict()))
         run.write_json(run.facts_file, facts.as_dict())
 

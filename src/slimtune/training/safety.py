@@ -61,7 +61,6 @@ def make_safety(
     Raises:
         UserError: Something changed since the checkpoint, and ``accept_changes`` is off.
     """
-    signals.run = run.path
     watchdog = Watchdog(config.watchdog, run.path / "stacks.txt", run=run.path)
     checkpoints = Checkpoints(
         run.checkpoints, config.keep_checkpoints, tell=screen.warn, beat=watchdog.beat, rest=watchdog.rest

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from slimtune.errors import StopRequested
+from slimtune.errors import GuardStop, StopRequested
 
 __all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog"]
 
@@ -30,6 +30,9 @@ class StopSignals:
     """Catch the stop signals while the ``with`` body runs; the handlers that were there come back after it.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Raises:
+        StopRequested: A signal came, and the body didn't end well by itself.
     """
 
     def __init__(self, run: Path | None = None) -> None:
@@ -52,7 +55,7 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -60,6 +63,9 @@ class StopSignals:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakeup[1])
             self._wakeup = None
+        if self.requested is not None and error is not None and not isinstance(error, StopRequested | GuardStop):
+            # Libraries catch what a signal raises in the middle of them, and raise what they make of it.
+            raise self.stop() from error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

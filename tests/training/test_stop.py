@@ -1,0 +1,114 @@
+"""Signals and the watchdog by themselves; the campaigns send them to whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slimtune.errors import GuardStop, StopRequested
+from slimtune.training.stop import STOP_SIGNALS, StopSignals, Watchdog
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_outside_of_training_a_signal_stops_where_it_is(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(StopRequested, match=number.name) as stop, StopSignals(Path("RUN")):  # noqa: PT012
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert stop.value.exit_code == 75
+    assert "slimtune resume RUN" in str(stop.value)
+    assert signal.getsignal(number) is before
+
+
+def test_in_training_it_waits_for_the_body() -> None:
+    steps = []
+    with pytest.raises(StopRequested), StopSignals() as signals, signals.deferred():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signals.requested is None:
+            time.sleep(0.01)
+        steps.append("done")
+    assert steps == ["done"]
+
+
+def test_what_a_library_makes_of_it_is_still_a_stop() -> None:
+    with pytest.raises(StopRequested), StopSignals():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except StopRequested:
+            raise RuntimeError("some issues during conversion") from None
+
+
+def test_a_guard_stays_a_guard() -> None:
+    with pytest.raises(GuardStop), StopSignals() as signals, signals.deferred():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        raise GuardStop("loss is nan")
+
+
+SECOND = """
+import os, signal, sys, time
+from slimtune.training.stop import StopSignals
+with StopSignals() as signals, signals.deferred():
+    print("ready", flush=True)
+    import threading
+    threading.Event().wait() if sys.argv[1] == "wait" else [time.sleep(0.01) for _ in iter(int, 1)]
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "loop"])
+def test_a_second_signal_ends_the_process_at_once(how: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SECOND, how], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+
+
+HANG = """
+import sys, threading
+from pathlib import Path
+from slimtune.training.stop import Watchdog
+def stuck_here():
+    threading.Event().wait()
+with Watchdog(1.0, Path(sys.argv[1]) / "stacks.txt", run=Path("RUN")) as watchdog:
+    watchdog.beat(sys.argv[2])
+    threading.Thread(target=threading.Event().wait, name="another", daemon=True).start()
+    stuck_here()
+"""
+
+
+@pytest.mark.parametrize("activity", ["step", "save"])
+def test_a_hang_ends_with_all_stacks(tmp_path: Path, activity: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HANG, str(tmp_path), activity], capture_output=True, text=True)
+    assert done.returncode == 75
+    assert f"no progress in {activity}" in done.stderr
+    assert "slimtune resume RUN" in done.stderr
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert "stuck_here" in stacks
+    assert stacks.lower().count("thread 0x") >= 3
+
+
+def test_progress_and_rest_keep_it_quiet(tmp_path: Path) -> None:
+    with Watchdog(0.5, tmp_path / "stacks.txt") as watchdog:
+        watchdog.beat("save")
+        watchdog.rest("save")
+        for _ in range(10):
+            watchdog.beat("step")
+            time.sleep(0.1)
+    assert not (tmp_path / "stacks.txt").exists()
+
+
+def test_zero_turns_it_off(tmp_path: Path) -> None:
+    with Watchdog(0.0, tmp_path / "stacks.txt") as watchdog:
+        watchdog.beat("step")
+    assert not (tmp_path / "stacks.txt").exists()
