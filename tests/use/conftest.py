@@ -49,7 +49,7 @@ def adapter(
     folder = tmp_path_factory.mktemp("run") / "adapter"
     shutil.copytree(plain_adapter, folder)
     tokenizer.save_pretrained(folder)
-    config = Config(model=EMBEDDED, data=("rows.jsonl",), compute_dtype="fp32")
+    config = Config(model=EMBEDDED, data=("/home/someone/rows.jsonl",), compute_dtype="fp32")
     stamp(folder, issue_passport(config, str(model_folder), tokenizer))
     return folder
 

@@ -59,7 +59,7 @@ class Passport:
     template: str
     """:func:`template_hash`."""
     config: dict[str, Any]
-    """The run's resolved config."""
+    """The run's resolved config; of files only their names, for the passport is published with the adapter."""
 
 
 def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBase) -> Passport:
@@ -85,7 +85,7 @@ def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBa
         },
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
-        config=config.model_dump(mode="json"),
+        config=_without_folders(config.model_dump(mode="json")),
     )
 
 
@@ -201,6 +201,15 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.strip().encode()).hexdigest()
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    def name(text: str) -> str:
+        return Path(text).name if Path(text).is_absolute() or text.startswith((".", "~")) else text
+
+    named: dict[str, Any] = {key: [name(text) for text in config[key]] for key in ("data", "eval")}
+    named |= {key: None if config[key] is None else name(config[key]) for key in ("output", "template")}
+    return {**config, **named}
 
 
 def _fingerprint(folder: Path) -> str:

@@ -260,12 +260,12 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def _layers(model: Any) -> int:
-    return int(model.config.num_hidden_layers)
+    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def _rows_that_fit(opened: Opened, length: int) -> int:
     """Rows of ``length`` tokens whose keys and values take a fifth of the memory."""
-    config = opened.model.config
+    config = opened.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * _layers(opened.model) * heads * size * length * opened.model.dtype.itemsize

@@ -85,7 +85,8 @@ class Opened:
     @property
     def context(self) -> int:
         """Most tokens of prompt and reply together."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
     def prompt_ids(self, messages: Sequence[Any], tools: Any = None) -> list[int]:
         """The ids that the model is asked with, by the training's own renderer.

@@ -1,0 +1,76 @@
+"""``slimtune compare RUN [DATA]``: base against tuned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from slimtune.cli.using import model_options, sampling_options
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.argument("data", required=False)
+@click.option("--checker", metavar="FILE.PY:FUNCTION", help="(reply, reference) to 0…1, instead of exact match.")
+@click.option("--general/--no-general", default=True, help="Ask the general set that comes with the package  [on]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of compare.html and .json  [RUN]")
+@click.option("--fail-if", "conditions", multiple=True, metavar="CONDITION", help="score<0.9, general_change<-0.05, …")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@model_options
+@sampling_options
+def command(
+    target: str,
+    data: str | None,
+    checker: str | None,
+    general: bool,
+    output: Path | None,
+    conditions: tuple[str, ...],
+    as_json: bool,
+    base: str | None,
+    quantization: str | None,
+    trust_remote_code: bool,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Ask RUN and its base the held-out rows of DATA and a general set; show what got better and what got worse.
+
+    --fail-if ends with exit code 3 when its condition holds.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
+    from slimtune.use.load import open_model
+    from slimtune.use.sampling import Sampling
+
+    for condition in conditions:
+        parse_condition(condition)
+    check = load_checker(checker) if checker else None
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    with upstream_to_log(None):
+        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        made = compare(opened, data, checker=check, general=general, sampling=sampling)
+    folder = output or Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.html").write_text(made.page(), encoding="utf-8")
+    text = json.dumps(made.as_dict(), ensure_ascii=False, indent=2)
+    (folder / "compare.json").write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        table = Table("", "base", "tuned", "change")
+        for row in made.rows():
+            table.add_row(*row)
+        Console().print(table)
+        for item in made.worse()[:5]:
+            click.echo(f"worse: {item.asked[:60]!r}: {item.base_reply[:60]!r} → {item.reply[:60]!r}")
+        click.echo(f"every reply: {folder / 'compare.html'}")
+    fail_if(made, conditions)

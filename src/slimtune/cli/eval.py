@@ -1,0 +1,64 @@
+"""``slimtune eval RUN DATA``: loss and perplexity on held-out rows; tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from slimtune.cli.using import model_options
+from slimtune.errors import UserError
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.argument("data", nargs=-1)
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--limit", type=int, metavar="N", help="Questions of each task.")
+@click.option("--with-base", is_flag=True, help="Measure the base too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@model_options
+def command(
+    target: str,
+    data: tuple[str, ...],
+    tasks: str | None,
+    limit: int | None,
+    with_base: bool,
+    as_json: bool,
+    base: str | None,
+    quantization: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows."""
+    if not data and not tasks:
+        raise UserError("nothing to evaluate on", way_out="Give DATA, or --tasks.")
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.evaluate import documents_of, losses, run_tasks
+    from slimtune.use.load import open_model
+
+    made: dict[str, Any] = {}
+    with upstream_to_log(None):
+        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        if data:
+            documents = documents_of(opened, data)
+            made["documents"], made["supervised_tokens"] = len(documents), documents.supervised_tokens
+            made["tuned" if opened.found.adapter else "model"] = losses(opened, documents).mean()
+            if with_base and opened.found.adapter:
+                with opened.as_base():
+                    made["base"] = losses(opened, documents).mean()
+        if tasks:
+            made["tasks"] = run_tasks(opened, [task.strip() for task in tasks.split(",")], limit)
+    if as_json:
+        sides = {name: {"loss": vars(i), "perplexity": vars(i.exp())} for name, i in made.items() if hasattr(i, "exp")}
+        click.echo(json.dumps({**made, **sides}, ensure_ascii=False, indent=2, default=str))
+        return
+    if data:
+        click.echo(f"{made['documents']:,} documents, {made['supervised_tokens']:,} supervised tokens")
+        for name in ("base", "model", "tuned"):
+            if name in made:
+                click.echo(f"{name:>6}  loss {made[name]}  perplexity {made[name].exp()}")
+    for task, numbers in made.get("tasks", {}).items():
+        click.echo(f"{task}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, float)))

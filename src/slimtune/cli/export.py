@@ -1,0 +1,58 @@
+"""``slimtune export RUN -o FOLDER``: GGUF with an Ollama Modelfile; the commands for MLX and vLLM."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from slimtune.use.load import Found
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["f16", "q8_0", "q4_k_m", "vllm", "mlx"]),
+    default="q8_0",
+    show_default=True,
+    help="A GGUF precision; or say the command for vLLM or MLX.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The new folder; needed for GGUF.")
+@click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved.")
+@click.option("--parity/--no-parity", default=True, help="Prove that the export says the same  [on]")
+def command(target: str, kind: Any, output: Path | None, base: str | None, parity: bool) -> None:
+    """Export RUN as GGUF for llama.cpp and Ollama, with a Modelfile and a parity certificate beside it."""
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.export import check_needs, export_gguf
+    from slimtune.use.load import find
+
+    if kind in ("vllm", "mlx"):
+        click.echo(_command(find(target, base=base), target, kind))
+        return
+    if output is None:
+        raise click.UsageError("-o FOLDER is missing")
+    check_needs(kind)
+    with upstream_to_log(None):
+        certificate = export_gguf(find(target, base=base), output, kind, parity=parity)
+    if certificate is not None:
+        click.echo(certificate.line())
+    click.echo(f"exported to {output}; with Ollama: ollama create {output.name} -f {output / 'Modelfile'}")
+
+
+def _command(found: Found, target: str, kind: str) -> str:
+    if kind == "mlx":
+        return (
+            f"slimtune merge {shlex.quote(target)} -o merged\n"
+            "mlx_lm.convert --hf-path merged --mlx-path mlx -q   # on a Mac, after: pip install mlx-lm"
+        )
+    words = ["vllm", "serve", str(found.base)]
+    if found.adapter is not None:
+        words += ["--enable-lora", "--lora-modules", f"tuned={found.adapter}"]
+    return shlex.join(words)

@@ -1,0 +1,36 @@
+"""``slimtune merge RUN -o FOLDER``: the adapter merged into the 16-bit base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The merged model's folder.")
+@click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved.")
+@click.option("--parity/--no-parity", default=True, help="Prove that the merged model says the same  [on]")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+def command(target: str, output: Path, base: str | None, parity: bool, trust_remote_code: bool) -> None:
+    """Merge RUN's adapter into its 16-bit base, in Transformers' layout.
+
+    Memory is bounded by the largest tensor. The proof, parity.json, loads the model whole; --no-parity leaves it out.
+    """
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.use.export import prove_merged
+    from slimtune.use.load import find
+    from slimtune.use.merge import merge
+
+    with upstream_to_log(None):
+        found = find(target, base=base, trust_remote_code=trust_remote_code)
+        merge(found, output)
+        click.echo(f"merged into {output}")
+        if parity:
+            certificate = prove_merged(found, output)
+            certificate.write(output / "parity.json")
+            click.echo(certificate.line())
+            certificate.require()

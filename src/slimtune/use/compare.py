@@ -1,0 +1,251 @@
+"""Base against tuned, on held-out rows and on a small general set: scores, wins and losses, and what got worse."""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimtune.errors import GuardStop, UserError
+from slimtune.use.evaluate import Interval, bootstrap, documents_of, losses
+from slimtune.use.general import GENERAL
+from slimtune.use.generate import generate
+from slimtune.use.load import Opened
+from slimtune.use.questions import Question, read_questions
+from slimtune.use.sampling import Sampling
+
+__all__ = ["Checker", "Comparison", "Item", "compare", "exact_match", "fail_if", "load_checker"]
+
+Checker = Callable[[str, str], float]
+"""(reply, reference) to a score between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, both replies and both scores."""
+
+    part: str
+    """held-out or general."""
+    asked: str
+    reference: str
+    base_reply: str
+    reply: str
+    base_score: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out of it. Losses are None without held-out rows."""
+
+    name: str
+    items: list[Item]
+    loss: Interval | None
+    base_loss: Interval | None
+    loss_change: Interval | None
+    """Tuned minus base, nats for a supervised token; the same rows are resampled on both sides."""
+
+    def part(self, name: str) -> list[Item]:
+        """The items of one part."""
+        return [item for item in self.items if item.part == name]
+
+    def numbers(self) -> dict[str, float]:
+        """Every number that ``--fail-if`` knows."""
+        made: dict[str, float] = {}
+        for part, prefix in (("held-out", ""), ("general", "general_")):
+            items = self.part(part)
+            if items:
+                made[f"{prefix}score"] = float(np.mean([item.score for item in items]))
+                made[f"{prefix}base_score"] = float(np.mean([item.base_score for item in items]))
+                made[f"{prefix}wins"] = sum(item.score > item.base_score for item in items)
+                made[f"{prefix}losses"] = sum(item.score < item.base_score for item in items)
+                made[f"{prefix}change"] = made[f"{prefix}score"] - made[f"{prefix}base_score"]
+        if self.loss and self.base_loss:
+            made |= {"loss": self.loss.value, "base_loss": self.base_loss.value}
+        return made
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table: what, base, tuned, tuned minus base; intervals are 95 %."""
+        made = []
+        for part, title in (("held-out", "score on held-out rows"), ("general", "score on the general set")):
+            items = self.part(part)
+            if not items:
+                continue
+            before, after = (np.array([getattr(i, side) for i in items]) for side in ("base_score", "score"))
+            made.append((title, str(bootstrap(before)), str(bootstrap(after)), str(bootstrap(after - before))))
+            wins, lost = int((after > before).sum()), int((after < before).sum())
+            made.append(
+                (f"  better · worse · same, of {len(items)}", "", "", f"{wins} · {lost} · {len(items) - wins - lost}")
+            )
+        if self.loss and self.base_loss and self.loss_change:
+            made.append(("loss of a supervised token", str(self.base_loss), str(self.loss), str(self.loss_change)))
+        return made
+
+    def worse(self) -> list[Item]:
+        """What the base did better, the greatest fall first."""
+        return sorted((i for i in self.items if i.score < i.base_score), key=lambda i: i.score - i.base_score)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``compare.json``."""
+        return {"numbers": self.numbers(), **asdict(self)}
+
+    def page(self) -> str:
+        """A page of its own, without scripts: the table, what got worse, and every reply."""
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in self.rows())
+        parts = [
+            f"<h1>{escape(self.name)}: base against tuned</h1>",
+            f"<table>{_head('', 'base', 'tuned', 'change')}{rows}</table>",
+        ]
+        for title, items in (("What got worse", self.worse()), ("Every reply", self.items)):
+            body = "".join(
+                "<tr>"
+                + "".join(f"<td>{escape(text)}" for text in (i.asked, i.reference, i.base_reply, i.reply))
+                + f"<td>{i.base_score:g} → {i.score:g}"
+                for i in items
+            )
+            head = _head("asked", "reference", "base", "tuned", "score")
+            parts.append(f"<h2>{title}</h2>" + (f"<table>{head}{body}</table>" if items else "<p>Nothing.</p>"))
+        return _PAGE.format(title=escape(self.name), body="\n".join(parts))
+
+
+def compare(
+    opened: Opened,
+    data: str | None = None,
+    *,
+    checker: Checker | None = None,
+    general: bool = True,
+    sampling: Sampling | None = None,
+) -> Comparison:
+    """Ask base and tuned the same, greedily unless told otherwise, and score both.
+
+    Args:
+        opened: The run.
+        data: Held-out rows with answers, in any shape that training reads.
+        checker: Scores a reply against the row's answer; exact match unless given.
+        general: Ask the package's general set too.
+        sampling: How tokens are chosen.
+
+    Raises:
+        UserError: The target has no adapter, or the data can't be read.
+    """
+    if opened.found.adapter is None:
+        raise UserError(f"{opened.found.name} is a bare model: there is nothing to compare it with")
+    sampling = sampling or Sampling(max_new_tokens=256)
+    questions = read_questions(data, need_reference=True) if data else []
+    check = checker or exact_match
+    asked: list[Question] = [*questions, *(Question(list(g.messages)) for g in GENERAL if general)]
+    if not asked:
+        raise UserError("there is nothing to compare on", way_out="Give DATA, or leave the general set in.")
+    prompts = [opened.prompt_ids(question.messages, question.tools or None) for question in asked]
+    replies = _in_order(opened, prompts, sampling)
+    with opened.as_base():
+        base_replies = _in_order(opened, prompts, sampling)
+    items = []
+    for at, question in enumerate(asked):
+        held_out = at < len(questions)
+        if held_out:
+            scores = [float(check(text, question.reference or "")) for text in (base_replies[at], replies[at])]
+        else:
+            rule = GENERAL[at - len(questions)]
+            scores = [float(rule.is_right(text)) for text in (base_replies[at], replies[at])]
+        reference = question.reference or "" if held_out else GENERAL[at - len(questions)].pattern
+        text = str(question.messages[-1].get("content", ""))
+        part = "held-out" if held_out else "general"
+        items.append(Item(part, text, reference, base_replies[at], replies[at], *scores))
+    loss = base_loss = change = None
+    if data:
+        documents = documents_of(opened, (data,))
+        tuned = losses(opened, documents)
+        with opened.as_base():
+            bare = losses(opened, documents)
+        loss, base_loss, change = tuned.mean(), bare.mean(), bootstrap(tuned.nats - bare.nats, tuned.tokens)
+    return Comparison(opened.found.name, items, loss, base_loss, change)
+
+
+def exact_match(reply: str, reference: str) -> float:
+    """1 if they are the same but for white space around them."""
+    return float(reply.strip() == reference.strip())
+
+
+def load_checker(text: str) -> Checker:
+    """The function that ``file.py:name`` stands for.
+
+    Raises:
+        UserError: There is no such file or function.
+    """
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    if not path.is_file() or not name:
+        raise UserError(f"--checker {text!r}", rule="It is written file.py:function, and the file must exist.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--checker {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{file} has no function {name!r}", rule="It takes (reply, reference) and gives 0 to 1.")
+    made: Checker = function
+    return made
+
+
+_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def parse_condition(text: str) -> tuple[str, str, float]:
+    """(name, operator, number) of ``score<0.9``.
+
+    Raises:
+        UserError: It is written otherwise.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*", text)
+    if found is None:
+        raise UserError(f"--fail-if {text!r}", rule="It is written name<number, with <, <=, > or >=: score<0.9")
+    return found[1], found[2], float(found[3])
+
+
+def fail_if(comparison: Comparison, conditions: Sequence[str]) -> None:
+    """Stop if one of the conditions holds.
+
+    Raises:
+        UserError: A condition is malformed, or names no number of this comparison.
+        GuardStop: A condition holds.
+    """
+    numbers = comparison.numbers()
+    for text in conditions:
+        name, sign, limit = parse_condition(text)
+        if name not in numbers:
+            raise UserError(f"--fail-if {text!r}: there is no {name}", rule=f"There are {', '.join(numbers)}.")
+        if _OPERATORS[sign](numbers[name], limit):
+            raise GuardStop(f"{name} is {numbers[name]:.4g}", rule=f"--fail-if {text}")
+
+
+def _in_order(opened: Opened, prompts: list[list[int]], sampling: Sampling) -> list[str]:
+    made = {reply.index: reply.text for reply in generate(opened, prompts, sampling)}
+    return [made[index] for index in range(len(prompts))]
+
+
+def _head(*names: str) -> str:
+    return "<tr>" + "".join(f"<th>{name}" for name in names)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}: base against tuned</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; width: 100%; }}
+td, th {{ text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #8884; }}
+td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+</style>
+{body}
+</html>
+"""

@@ -1,0 +1,154 @@
+"""Loss and perplexity on the supervised tokens of held-out rows, with intervals that say how much the rows decide."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from slimtune.config import Config
+from slimtune.data import Documents, prove
+from slimtune.errors import UserError
+from slimtune.use.load import Opened
+
+__all__ = ["Interval", "Losses", "bootstrap", "documents_of", "losses", "run_tasks"]
+
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    def exp(self) -> Interval:
+        """Of the exponential: from a loss in nats to a perplexity."""
+        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Each document's summed loss and supervised tokens."""
+
+    nats: npt.NDArray[np.float64]
+    """[documents]."""
+    tokens: npt.NDArray[np.int64]
+    """[documents]."""
+
+    def mean(self) -> Interval:
+        """Loss of a supervised token, in nats; documents are resampled, for tokens of one reply go together."""
+        return bootstrap(self.nats, self.tokens)
+
+
+def documents_of(opened: Opened, data: tuple[str, ...]) -> Documents:
+    """Held-out rows as training renders them, with the run's own data options.
+
+    Raises:
+        UserError: The data can't be read, or the run's own rules refuse it.
+    """
+    trained = opened.found.passport.config if opened.found.passport else {"model": opened.found.name}
+    # What only training needs, and files that may be gone, are left out.
+    mine = {"data": data, "eval": (), "eval_share": 0.0, "early_stopping": None, "template": None, "output": None}
+    config = Config.make(**{**trained, **mine})
+    return prove(config, opened.tokenizer).train
+
+
+@torch.inference_mode()
+def losses(opened: Opened, documents: Documents) -> Losses:
+    """Cross-entropy of each document's supervised tokens, the first token of each left out, as in training.
+
+    Args:
+        opened: The model; within :meth:`Opened.as_base` it is the base that is measured.
+        documents: What it is measured on.
+    """
+    nats = np.zeros(len(documents))
+    tokens = np.zeros(len(documents), dtype=np.int64)
+    for batch in _batches(documents.lengths, _TOKENS_AT_ONCE[opened.device.type]):
+        rows = [documents[int(at)] for at in batch]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), width), opened.pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        labels = torch.full((len(rows), width), -100)
+        for row, (document, supervised) in enumerate(rows):
+            length = len(document)
+            ids[row, :length] = torch.tensor(document)
+            mask[row, :length] = 1
+            labels[row, :length] = torch.where(torch.tensor(supervised), ids[row, :length], -100)
+        logits = opened.model(
+            input_ids=ids.to(opened.device), attention_mask=mask.to(opened.device), use_cache=False
+        ).logits
+        targets = labels[:, 1:].to(opened.device)
+        for row, at in enumerate(batch):
+            loss = nn.functional.cross_entropy(logits[row, :-1].float(), targets[row], reduction="sum")
+            nats[at], tokens[at] = float(loss), int((targets[row] != -100).sum())
+    return Losses(nats, tokens)
+
+
+def bootstrap(sums: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None, seed: int = 0) -> Interval:
+    """Sum over count, with the percentile interval over resampled rows (Efron 1979); the same rows, the same interval.
+
+    Args:
+        sums: [rows].
+        counts: [rows]; ones unless given, so that it is the mean.
+        seed: Of the resampling.
+    """
+    counts = np.ones(len(sums)) if counts is None else counts
+    draw = np.random.default_rng(seed)
+    means = np.empty(_RESAMPLES)
+    for at in range(_RESAMPLES):
+        rows = draw.integers(len(sums), size=len(sums))
+        means[at] = sums[rows].sum() / max(1, counts[rows].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(sums.sum() / max(1, counts.sum())), float(low), float(high))
+
+
+def run_tasks(opened: Opened, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on what is opened, asked by the training's chat template.
+
+    Raises:
+        UserError: The package isn't installed, or has no such task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks needs lm-evaluation-harness",
+            rule="It is a package of its own.",
+            way_out="pip install 'slimtune[eval]'",
+        )
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager()
+    missing = [task for task in tasks if not known.match_tasks([task])]
+    if missing:
+        raise UserError(f"lm-evaluation-harness has no task {missing[0]!r}", way_out="lm_eval ls tasks lists them.")
+    model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size="auto")
+    done = lm_eval.simple_evaluate(model, tasks=tasks, apply_chat_template=True, limit=limit, task_manager=known)
+    results: dict[str, Any] = done["results"]
+    return results
+
+
+def _batches(lengths: npt.NDArray[np.int32], most: int) -> Iterator[list[int]]:
+    """Document numbers, the like-sized together, at most ``most`` tokens with padding."""
+    batch: list[int] = []
+    for at in np.argsort(-lengths, kind="stable").tolist():
+        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > most:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch

@@ -1,0 +1,145 @@
+"""Ship a run as GGUF, for llama.cpp and Ollama, with the proof that it says the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from slimtune.adapter.merged import MergedWeights
+from slimtune.errors import UserError
+from slimtune.use.gguf_file import check_family, write_gguf
+from slimtune.use.load import Found, Opened, open_model, stop_ids, turn_end
+from slimtune.use.merge import free_room, new_folder
+from slimtune.use.ollama import modelfile
+from slimtune.use.parity import Certificate, Reference, Voice, certify, reference, transformers_voice
+
+__all__ = ["KINDS", "Kind", "check_needs", "export_gguf", "prove_merged"]
+
+Kind = Literal["f16", "q8_0", "q4_k_m"]
+KINDS: tuple[Kind, ...] = ("f16", "q8_0", "q4_k_m")
+KL_ALLOWED: dict[str, float] = {"merged": 2e-3, "f16": 2e-3, "q8_0": 1e-2, "q4_k_m": 1e-1}
+"""Mean divergence, in nats for a token, that a copy may have; docs/decisions/ says where the numbers come from."""
+FIRST_TOKEN_ALLOWED: dict[str, float] = {"merged": 1.0, "f16": 1.0, "q8_0": 1.0, "q4_k_m": 0.8}
+_QUANTIZER = "llama-quantize"
+
+
+def check_needs(kind: Kind) -> None:
+    """Refuse an export whose tools aren't there, before any work is done for it.
+
+    Raises:
+        UserError: q4_k_m is asked for, and llama.cpp's quantizer isn't on the PATH.
+    """
+    if kind == "q4_k_m" and shutil.which(_QUANTIZER) is None:
+        raise UserError(
+            f"{_QUANTIZER} is not installed",
+            rule="Q4_K_M is made by llama.cpp's own tool.",
+            way_out="Install llama.cpp and put it on the PATH, or export as q8_0.",
+        )
+
+
+def export_gguf(found: Found, output: Path, kind: Kind, *, parity: bool = True) -> Certificate | None:
+    """Write ``<output>/<name>-<kind>.gguf``, ``Modelfile`` and, with ``parity``, ``parity.json``.
+
+    Args:
+        found: The run, adapter or bare model.
+        output: The new folder; it appears whole, also when the certificate doesn't hold.
+        kind: f16, q8_0 or q4_k_m.
+        parity: Compare what was written with the adapter on its base.
+
+    Raises:
+        UserError: A tool is missing, or the model can't be exported.
+        GuardStop: What was written doesn't say the same.
+    """
+    check_needs(kind)
+    weights = MergedWeights(found.base, found.adapter)
+    tokenizer = found.tokenizer()
+    check_family(weights.config, tokenizer)
+    name = f"{output.name}-{kind}.gguf"
+    end = turn_end(tokenizer)
+    certificate = None
+    with new_folder(output) as folder:
+        free_room(folder, weights.nbytes if kind == "f16" else int(0.6 * weights.nbytes))
+        if kind == "q4_k_m":
+            _quantize(weights, tokenizer, folder / name, output.name, end)
+        else:
+            write_gguf(weights, tokenizer, folder / name, kind, name=output.name, turn_end=end)
+        trained = found.passport.config.get("max_length", 0) if found.passport else 0
+        text = modelfile(name, tokenizer, [str(tokenizer.convert_ids_to_tokens(end))], max(2048, int(trained)))
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        if parity:
+            certificate = _prove(reference(_on_16_bits(found)), found, folder / name, kind)
+            certificate.write(folder / "parity.json")
+    if certificate is not None:
+        certificate.require()
+    return certificate
+
+
+def prove_merged(found: Found, folder: Path) -> Certificate:
+    """The certificate of a merged folder: against the adapter on the same 16-bit base."""
+    said = reference(_on_16_bits(found))
+    merged = open_model(str(folder), quantization="none", dtype="fp32")
+    copy = transformers_voice(merged, f"merged {folder.name}")
+    return certify(said, copy, kl_mean_allowed=KL_ALLOWED["merged"], first_token_allowed=FIRST_TOKEN_ALLOWED["merged"])
+
+
+def _on_16_bits(found: Found) -> Opened:
+    """The adapter on its base's own weights, computed in fp32: what merging and exporting should preserve."""
+    return open_model(
+        found.name,
+        base=None if found.adapter is None else str(found.base),
+        quantization="none",
+        dtype="fp32",
+        trust_remote_code=found.trust_remote_code,
+    )
+
+
+def _prove(said: Reference, found: Found, file: Path, kind: Kind) -> Certificate:
+    voice = _llama_cpp_voice(found, file) if importlib.util.find_spec("llama_cpp") else _read_back_voice(file)
+    return certify(said, voice, kl_mean_allowed=KL_ALLOWED[kind], first_token_allowed=FIRST_TOKEN_ALLOWED[kind])
+
+
+def _read_back_voice(file: Path) -> Voice:
+    """The GGUF file, weights and tokenizer, as Transformers reads it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model.eval()  # type: ignore[no-untyped-call]
+    opened = Opened(Found(str(file), file.parent, None, None), model, tokenizer, stop_ids(model, tokenizer))
+    return transformers_voice(opened, f"{file.name}, read back by Transformers")
+
+
+def _llama_cpp_voice(found: Found, file: Path) -> Voice:
+    """The GGUF file as llama.cpp runs and tokenises it."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(file), n_ctx=2048, logits_all=True, verbose=False)
+    tokenizer = found.tokenizer()
+
+    def prompt_ids(messages: Sequence[Any]) -> list[int]:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return [int(token) for token in llama.tokenize(str(text).encode(), add_bos=False, special=True)]
+
+    def log_probabilities(ids: list[int], first: int) -> Tensor:
+        llama.reset()
+        llama.eval(ids)
+        return torch.tensor(llama.scores[first : len(ids)]).float().log_softmax(-1)
+
+    return Voice(f"{file.name}, run by llama.cpp", prompt_ids, log_probabilities)
+
+
+def _quantize(weights: MergedWeights, tokenizer: Any, file: Path, name: str, end: int) -> None:
+    whole = file.with_name("whole.gguf")
+    write_gguf(weights, tokenizer, whole, "f16", name=name, turn_end=end)
+    done = subprocess.run([_QUANTIZER, str(whole), str(file), "Q4_K_M"], capture_output=True, text=True, check=False)
+    whole.unlink()
+    if done.returncode or not file.is_file():
+        raise UserError(f"{_QUANTIZER} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")

@@ -1,0 +1,247 @@
+"""Write a model as GGUF, the file that llama.cpp and Ollama run: F16 or Q8_0, tensor by tensor, by the gguf package.
+
+Tensor names come from the package's own map. Llama and Mistral store q and k with the rotary halves interleaved
+(llama.cpp, ``convert_hf_to_gguf.py``, ``LlamaModel.permute``); Qwen2 and Qwen3 store them as they are. The tokenizer is
+written as training used it; its way of splitting text is recognised by structure; one without a name in llama.cpp is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.adapter.merged import MergedWeights
+from slimtune.errors import UserError
+
+__all__ = ["FAMILIES", "check_family", "pre_tokenizer", "write_gguf"]
+
+FAMILIES: dict[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""Transformers' model types that can be written, and llama.cpp's name of each."""
+_PERMUTED = {"llama"}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS + r"\p{N}" + _REST: "qwen2", _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
+_Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def check_family(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name of the model's family.
+
+    Raises:
+        UserError: The family, its rotary embedding or its tokenizer can't be written.
+    """
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise UserError(
+            f"a {config.get('model_type')} model can't be exported to GGUF",
+            rule=f"These can: {', '.join(FAMILIES)}.",
+            way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
+        )
+    rope = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    if rope not in ("default", "linear", "llama3"):
+        raise UserError(
+            f"a model with {rope!r} rotary embeddings can't be exported to GGUF",
+            way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
+        )
+    pre_tokenizer(tokenizer)
+    return family
+
+
+def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for how the tokenizer cuts text before its merges.
+
+    Raises:
+        UserError: It is none of those that slimtune can name for certain.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    splitter = backend["pre_tokenizer"] or {}
+    parts = splitter.get("pretokenizers", [splitter])
+    kinds = [part.get("type") for part in parts]
+    if backend["model"]["type"] == "BPE" and not backend["model"].get("byte_fallback"):
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(parts[0]["pattern"].get("Regex", ""))):
+            return name
+    raise UserError(
+        "this tokenizer can't be exported to GGUF: llama.cpp's name for its way of splitting text isn't known",
+        rule="Byte-level BPE as of GPT-2, SmolLM, Qwen 2 and 3, and Llama 3 is known.",
+        way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
+    )
+
+
+def write_gguf(
+    weights: MergedWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    kind: Literal["f16", "q8_0"],
+    *,
+    name: str,
+    turn_end: int,
+) -> None:
+    """Write the merged weights, the tokenizer and the chat template into one GGUF file.
+
+    Norms and biases are F32. In Q8_0 a matrix whose rows aren't a multiple of 32 stays F16.
+
+    Raises:
+        UserError: The family can't be written, or a weight is too large for F16.
+    """
+    config = weights.config
+    family = check_family(config, tokenizer)
+    writer = gguf.GGUFWriter(file, family)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _hyperparameters(writer, config)
+    _tokenizer(writer, tokenizer, int(config["vocab_size"]), turn_end)
+    names = _names(weights, family)
+    plans = {tensor: _type(weights.specs[tensor].shape, kind) for tensor in names}
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
+    for tensor, target in names.items():
+        shape = weights.specs[tensor].shape
+        stored = gguf.quant_shape_to_byte_shape(shape, plans[tensor])  # its last axis counts bytes
+        if plans[tensor] is _Q8:
+            writer.add_tensor_info(target, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=_Q8)
+        else:
+            plain = np.float16 if plans[tensor] is gguf.GGMLQuantizationType.F16 else np.float32
+            writer.add_tensor_info(target, shape, np.dtype(plain), math.prod(stored))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for tensor in names:
+        writer.write_tensor_data(_values(weights[tensor], tensor, config, family, plans[tensor]))
+    writer.close()
+
+
+def _hyperparameters(writer: Any, config: dict[str, Any]) -> None:
+    heads = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_vocab_size(int(config["vocab_size"]))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        writer.add_sliding_window(int(config["sliding_window"]))
+
+
+def _rope_factors(config: dict[str, Any]) -> npt.NDArray[np.float32] | None:
+    """Llama 3's divisors of the rotary frequencies (Transformers, ``_compute_llama3_parameters``)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    theta = float(rope.get("rope_theta") or config["rope_theta"])
+    waves = 2 * np.pi * theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = float(rope["original_max_position_embeddings"])
+    smooth = np.clip((original / waves - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth), dtype=np.float32)
+
+
+def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_end: int) -> None:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [f"[PAD{at}]" for at in range(size)]
+    types = [int(gguf.TokenType.UNUSED)] * size
+    for text, at in backend["model"]["vocab"].items():
+        tokens[at], types[at] = text, int(gguf.TokenType.NORMAL)
+    for added in backend["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in backend["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    adds_bos = list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_space_prefix(False)
+    # What ends a turn is what ends generation.
+    writer.add_eos_token_id(turn_end)
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            add(int(token))
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def _names(weights: MergedWeights, family: str) -> dict[str, str]:
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family)
+    known = gguf.get_tensor_name_map(architecture, int(weights.config["num_hidden_layers"]))
+    tied = bool(weights.config.get("tie_word_embeddings"))
+    names = {}
+    for tensor in weights:
+        if (tied and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq"):
+            continue
+        target = known.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise UserError(f"the model's tensor {tensor} has no place in a {family} GGUF file")
+        names[tensor] = str(target)
+    return names
+
+
+def _type(shape: tuple[int, ...], kind: str) -> Any:
+    if len(shape) < 2:
+        return gguf.GGMLQuantizationType.F32
+    return _Q8 if kind == "q8_0" and shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _values(tensor: Tensor, name: str, config: dict[str, Any], family: str, kind: Any) -> npt.NDArray[Any]:
+    part = name.rsplit(".", 2)[-2]
+    if family in _PERMUTED and part in ("q_proj", "k_proj"):
+        heads = int(config["num_attention_heads"])
+        tensor = _interleaved(tensor, heads if part == "q_proj" else int(config.get("num_key_value_heads") or heads))
+    if kind is _Q8:
+        return np.concatenate([gguf.quants.quantize(rows.float().numpy(), _Q8) for rows in _some_rows(tensor)])
+    if kind is gguf.GGMLQuantizationType.F32:
+        return np.asarray(tensor.float().numpy())
+    made = tensor.to(torch.float16)
+    if not bool(torch.isfinite(made).all()):
+        raise UserError(f"{name} has values that F16 can't hold", way_out="Export as q8_0.")
+    return np.asarray(made.numpy())
+
+
+def _some_rows(tensor: Tensor) -> Iterator[Tensor]:
+    return iter(torch.split(tensor, max(1, 2**24 // tensor.shape[-1])))
+
+
+def _interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """From [first halves, second halves] of each head's rotary pairs to pairs side by side."""
+    rest = tensor.shape[1:]
+    return (
+        tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *rest)
+        .transpose(1, 2)
+        .reshape(tensor.shape)
+        .contiguous()
+    )

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimtune.errors import UserError
+from slimtune.use import answers
+from slimtune.use.answers import answer_file
+from slimtune.use.load import Opened
+from slimtune.use.questions import read_questions
+from slimtune.use.sampling import Sampling
+
+SHORT = Sampling(max_new_tokens=5)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows: list[Any] = [
+        {"prompt": "Say hello."},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]},
+        {"instruction": "Add.", "input": "1 + 1"},
+        {"instruction": "Name a colour.", "output": "Red"},
+        "Just text",
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_rows_of_every_shape_are_questions(prompts: Path) -> None:
+    questions = read_questions(str(prompts))
+    assert [question.messages[-1]["content"] for question in questions] == [
+        "Say hello.",
+        "Who are you?",
+        "Add.\n1 + 1",
+        "Name a colour.",
+        "Just text",
+    ]
+    assert [question.reference for question in questions] == [None, None, None, "Red", None]
+
+
+@pytest.mark.parametrize("row", ['{"prompt": ""}', '{"wrong": 1}', "3", '{"prompt": "x"', '{"text": "x"}'])
+def test_a_row_that_asks_nothing_is_named(row: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + row + "\n")
+    with pytest.raises(UserError, match=r"p\.jsonl:2"):
+        read_questions(str(file))
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
+    opened: Opened, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = read_questions(str(prompts))
+    drawn = Sampling(temperature=1.0, max_new_tokens=5, seed=7)
+    assert answer_file(opened, questions, tmp_path / "whole.jsonl", drawn, with_base=True) == 0
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in whole] == list(range(5))
+    assert all(row["reply_tokens"] <= 5 for row in whole)
+    assert any(row["reply"] != row["base_reply"] for row in whole)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        assert total == 10
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        answer_file(opened, questions, tmp_path / "cut.jsonl", drawn, with_base=True, on_progress=kill)
+    partial = tmp_path / "cut.jsonl.partial"
+    partial.write_bytes(partial.read_bytes() + b'{"index": 4, "si')  # as a kill inside a line leaves it
+    assert not (tmp_path / "cut.jsonl").exists()
+    asked: list[int] = []
+    plain = answers.generate
+
+    def counted(opened: Opened, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(len(prompts))
+        return plain(opened, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(answers, "generate", counted)
+    assert answer_file(opened, questions, tmp_path / "cut.jsonl", drawn, with_base=True) == 3
+    assert sum(asked) == 7
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not partial.exists()
+
+
+def test_answers_that_were_made_otherwise_are_not_mixed(opened: Opened, prompts: Path, tmp_path: Path) -> None:
+    questions = read_questions(str(prompts))[:1]
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_text('{"settings": {"sampling": "other"}}\n')
+    with pytest.raises(UserError, match="other options"):
+        answer_file(opened, questions, output, SHORT)
+    output.write_text("kept")
+    with pytest.raises(UserError, match="exists"):
+        answer_file(opened, questions, output, SHORT)
+    assert output.read_text() == "kept"

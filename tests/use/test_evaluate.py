@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slimtune.errors import UserError
+from slimtune.use.evaluate import bootstrap, documents_of, losses, run_tasks
+from slimtune.use.load import Opened
+
+ROWS = [
+    {"instruction": "Say yes.", "output": "Yes."},
+    {"instruction": "What is the colour of the sky on a clear day?", "output": "It is blue."},
+    {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！有什么可以帮你？"}]},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return str(file)
+
+
+def test_losses_are_those_of_each_document_alone(opened: Opened, data: str) -> None:
+    documents = documents_of(opened, (data,))
+    measured = losses(opened, documents)
+    assert len(documents) == 3
+    for at in range(3):
+        ids, supervised = (torch.from_numpy(np.array(part)).long() for part in documents[at])
+        with torch.inference_mode():
+            logits = opened.model(ids.view(1, -1).to(opened.device)).logits[0].cpu()
+        chosen = supervised[1:].bool()
+        by_hand = -logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0][chosen]
+        assert measured.tokens[at] == len(by_hand) > 2
+        assert measured.nats[at] == pytest.approx(float(by_hand.sum()), rel=1e-4)
+    with opened.as_base():
+        bare = losses(opened, documents)
+    assert not np.allclose(bare.nats, measured.nats, rtol=1e-3)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    held = 0
+    for trial in range(100):
+        counts = draw.integers(5, 50, size=120)
+        sums = np.array([draw.exponential(2.0, size=count).sum() for count in counts])
+        interval = bootstrap(sums, counts, seed=trial)
+        assert interval.low <= interval.value <= interval.high
+        held += interval.low <= 2.0 <= interval.high
+    assert 88 <= held <= 100  # 95 expected; three standard deviations are 6.5
+    assert bootstrap(np.ones(10)).low == bootstrap(np.ones(10)).high == 1.0
+
+
+def test_tasks_without_the_package_name_the_extra(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="lm-evaluation-harness") as error:
+        run_tasks(opened, ["arc_easy"])
+    assert "slimtune[eval]" in error.value.way_out

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from slimtune.adapter.merged import MergedWeights
+from slimtune.errors import GuardStop, UserError
+from slimtune.use import export
+from slimtune.use.export import export_gguf
+from slimtune.use.gguf_file import _rope_factors, pre_tokenizer, write_gguf
+from slimtune.use.load import find
+from slimtune.use.ollama import read_turns
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, vocab_size=49152, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, vocab_size=49152, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE, vocab_size=49152),
+    # Transformers reads no head size from a GGUF file: it takes Qwen 3's own, 128, for every Qwen 3 model.
+    "qwen3": Qwen3Config(**SHAPE, vocab_size=49152, head_dim=128),
+}
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_read_back_by_transformers_computes_the_same(
+    family: str, kind: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "base")
+    write_gguf(
+        MergedWeights(tmp_path / "base", None), tokenizer, tmp_path / "model.gguf", kind, name="tiny", turn_end=2
+    )
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    ids = torch.arange(100, 160).view(1, -1)
+    with torch.inference_mode():
+        expected, got = model(ids).logits.log_softmax(-1), read(ids).logits.log_softmax(-1)
+    divergence = float((expected.exp() * (expected - got)).sum(-1).mean())
+    assert divergence < {"f16": 1e-5, "q8_0": 1e-3}[kind]
+
+
+def test_the_run_as_gguf_says_what_the_adapter_says(adapter: Path, tmp_path: Path) -> None:
+    certificate = export_gguf(find(str(adapter)), tmp_path / "out", "q8_0")
+    assert certificate is not None
+    assert certificate.holds
+    assert certificate.prompt_ids_equal == certificate.prompts == 16
+    assert certificate.positions > 100
+    assert 0 < certificate.kl_mean < 1e-2
+    written = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert written["holds"] is True
+    reader = gguf.GGUFReader(tmp_path / "out" / "out-q8_0.gguf")
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", "Q8_0"}
+    assert reader.fields["tokenizer.chat_template"].contents() == find(str(adapter)).tokenizer().chat_template
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert "FROM ./out-q8_0.gguf" in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    assert "<|im_start|>user\n{{ .Content }}<|im_end|>\n" in modelfile
+
+
+def test_an_export_that_says_something_else_fails_and_says_so(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export without its adapter stands for any that lost the tuning."""
+    plain = export.MergedWeights
+    monkeypatch.setattr(export, "MergedWeights", lambda base, adapter: plain(base, None))
+    with pytest.raises(GuardStop, match="does not say what"):
+        export_gguf(find(str(adapter)), tmp_path / "out", "f16")
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["holds"] is False
+
+
+def test_a_missing_quantizer_is_said_before_any_work(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="llama-quantize is not installed"):
+        export_gguf(find(str(adapter)), tmp_path / "out", "q4_k_m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_llama_3s_frequencies_are_divided_as_transformers_divides_them() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = 1.0 / 500000.0 ** (np.arange(0, 128, 2) / 128)
+    factors = _rope_factors(config.to_dict())
+    assert factors is not None
+    np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
+
+
+def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    from tokenizers import pre_tokenizers
+
+    assert pre_tokenizer(tokenizer) == "gpt-2"
+    other = deepcopy(tokenizer)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), bytes_only])
+    assert pre_tokenizer(other) == "smollm"
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), bytes_only])
+    with pytest.raises(UserError, match="way of splitting text isn't known"):
+        pre_tokenizer(other)
+
+
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "zephyr": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "the model's own"])
+def test_the_go_templates_parts_render_what_the_jinja_template_renders(name: str, tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = TEMPLATES.get(name, tokenizer.chat_template)
+    turns = read_turns(other)
+    assert turns is not None
+    messages = [
+        {"role": "user", "content": "Hello,\n\nyou!"},
+        {"role": "assistant", "content": "你好"},
+        {"role": "user", "content": "Again?"},
+    ]
+    for asked in (messages, [{"role": "system", "content": "Be kind."}, *messages]):
+        assert turns.render(asked) == other.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
+def test_a_template_that_is_no_sequence_of_turns_has_no_go_template(tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = (
+        "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert read_turns(other) is None

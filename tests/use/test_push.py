@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slimtune.adapter.passport import read_passport
+from slimtune.base.embedded import EMBEDDED
+from slimtune.config import Config
+from slimtune.errors import UserError
+from slimtune.run.folder import RunFolder
+from slimtune.use.load import find
+from slimtune.use.push import push
+
+
+@pytest.fixture
+def run(adapter: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    shutil.copytree(adapter, folder / "adapter")
+    made = RunFolder(folder)
+    made.write_config(Config(model=EMBEDDED, data=("/home/someone/rows.jsonl",)))
+    for step in range(1, 6):
+        made.append_metrics({"step": step, "steps": 5, "loss": 2.0 / step})
+    made.write_json(made.facts_file, {"data": {"rows": 1234, "supervised_tokens": 56789}})
+    made.write_json(folder / "compare.json", {"numbers": {"score": 0.95, "base_score": 0.05}})
+    (folder / "adapter" / "secret.txt").write_text("not part of an adapter")
+    return folder
+
+
+def test_a_folder_gets_what_the_hub_would(run: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert push(find(str(run)), str(out)) == str(out)
+    assert not (out / "secret.txt").exists()
+    assert (
+        load_file(out / "adapter_model.safetensors").keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    )
+    assert read_passport(out) == read_passport(adapter)
+    _, front, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert about["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert about["license"] == "apache-2.0"
+    assert about["library_name"] == "peft"
+    for part in ("1,234", "56,789", "| score | 0.95 |", "PeftModel.from_pretrained", "![loss by optimizer step]"):
+        assert part in text
+    assert "/home/someone" not in text
+    assert ET.parse(out / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_passport_holds_no_folders_of_the_machine(run: Path) -> None:
+    passport = json.loads((run / "adapter" / "passport.json").read_text())
+    assert passport["config"]["data"] == ["rows.jsonl"]
+
+
+def test_a_bare_model_has_nothing_to_publish(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter to publish"):
+        push(find(EMBEDDED), str(tmp_path / "out"))
