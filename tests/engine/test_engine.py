@@ -245,3 +245,13 @@ def test_parts_of_documents_give_the_same_gradients(part_tokens: int) -> None:
     assert in_parts == pytest.approx(loss, rel=1e-5)
     assert models.worst_error(actual, whole) < 1e-5
     assert engine.evaluate(batch)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+
+
+def test_fp16_keeps_small_gradients() -> None:
+    """The division by the window's supervised tokens happens in float32: in fp16 it would push gradients under 6e-8."""
+    model = models.add_lora(models.make_base("qwen2", dtype=torch.float16))
+    engine, batch = make_engine(model, dtype=torch.float16), models.pack()
+    _, few = run(engine, model, batch, 40)
+    _, many = run(engine, model, batch, 40_000_000)
+    assert all(bool(grad.isfinite().all()) for grad in few.values())
+    assert models.worst_error({name: grad * 1e6 for name, grad in many.items()}, few) < 1e-3
