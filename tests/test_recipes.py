@@ -168,6 +168,31 @@ def test_bad_data_leaves_nothing_behind(text: str, message: str, tiny_model: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"targets": "q_porj"}, "Did you mean 'q_proj'?"),
+        ({"targets": "nothing_like_it"}, "Its linear layers are"),
+        ({"modules_to_save": "lm_haed"}, "Did you mean 'lm_head'?"),
+        ({"layers": "1,2"}, "Layers count from 0 to 1."),
+        ({"optim": "adamw_8bits"}, "Did you mean 'adamw_8bit'?"),
+        ({"report_to": "wandb"}, "pip install wandb"),
+    ],
+)
+def test_a_name_that_is_not_there_is_said(
+    values: dict[str, Any], message: str, tiny_model: Path, requests_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        train(tiny_model, requests_file, tmp_path / "run", **values)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_one_step_learns(tiny_model: Path, requests_file: Path, tmp_path: Path) -> None:
+    run = train(tiny_model, requests_file, tmp_path / "run", max_steps=1, warmup=0.03)
+    assert run.read_json(run.facts_file)["verified"]["outputs_differ"]
+
+
 def test_no_data_is_said(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="no data"):
         finetune(Config.make(model=str(tiny_model)))

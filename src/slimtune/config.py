@@ -40,6 +40,9 @@ class Config(BaseModel):
     overwrite: bool = False
     """Replace the run folder if it exists and is not empty."""
 
+    start_from: Path | None = None
+    """A run or adapter whose values the new adapter starts with (`slimtune train --from RUN`); all else begins anew."""
+
     # -- the base in 4 bits -------------------------------------------------------------------------------------------
     quantization: Literal["nf4", "none"] = "nf4"
     """nf4: 4 bits by bitsandbytes; none: plain LoRA on the 16- or 32-bit base."""

@@ -15,7 +15,15 @@ from typing import Any
 from slimtune.config import Config
 from slimtune.hardware import Hardware
 
-__all__ = ["Choice", "default_output", "memory_budget", "micro_batches_of_run", "resolve_machine", "resolve_steps"]
+__all__ = [
+    "Choice",
+    "default_output",
+    "memory_budget",
+    "micro_batches_of_run",
+    "resolve_machine",
+    "resolve_steps",
+    "steps_of_run",
+]
 
 SAVES_IN_A_RUN = 10
 MEMORY_SHARE = 0.9
@@ -74,9 +82,14 @@ def micro_batches_of_run(config: Config, per_epoch: int) -> int:
     return max(1, math.ceil(config.epochs * per_epoch))
 
 
+def steps_of_run(config: Config, per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
+
+
 def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]:
     """Decide what depends on the data's length, ``per_epoch`` micro-batches."""
-    total = math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
+    total = steps_of_run(config, per_epoch)
     choices: list[Choice] = []
     every = max(1, math.ceil(total / SAVES_IN_A_RUN))
     if config.save_steps == "auto":

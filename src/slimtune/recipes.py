@@ -20,9 +20,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS
-from slimtune.adapter.lora import lora_config
-from slimtune.adapter.passport import issue_passport, stamp
+from slimtune.adapter.lora import check_names, lora_config
+from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
+from slimtune.adapter.state import start_from
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, load_tokenizer
 from slimtune.base.quantize import bytes_by_part, fingerprint
@@ -33,7 +34,7 @@ from slimtune.data.preflight import Proof, prove
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
-from slimtune.plan import Choice, default_output, micro_batches_of_run, resolve_machine, resolve_steps
+from slimtune.plan import Choice, default_output, micro_batches_of_run, resolve_machine, resolve_steps, steps_of_run
 from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts
@@ -42,7 +43,7 @@ from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
-from slimtune.training.arguments import sft_arguments
+from slimtune.training.arguments import check_arguments, sft_arguments
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
 from slimtune.training.safety import identity_of, make_safety, results_written
@@ -152,6 +153,7 @@ def _train(
         choices += more
         with screen.working("loading the base"):
             base = _load(config, hardware)
+        check_names(config, base.model)
         facts = _facts(config, base, run, proof.facts | _batch_facts(data), choices, hardware)
         screen.say("base", _base_line(facts.base))
         identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
@@ -171,7 +173,13 @@ def _train(
         reason_unfused = why_unfused(config, base.model)
         trainer = SlimTrainer(
             model=base.model,
-            args=sft_arguments(config, hardware, run.checkpoints, fused=reason_unfused is None),
+            args=sft_arguments(
+                config,
+                hardware,
+                run.checkpoints,
+                steps=steps_of_run(config, data.per_epoch),
+                fused=reason_unfused is None,
+            ),
             data=data,
             micro_batches=micro_batches_of_run(config, data.per_epoch),
             evaluation=held_out,
@@ -180,6 +188,8 @@ def _train(
             callbacks=[MetricsCallback(data, config.gradient_accumulation, run.append_metrics, screen.record)],
         )
         trainer.safety = safety
+        if config.start_from is not None:
+            start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         if reason_unfused is None:
             trainer.use_engine(make_engine(config, trainer.model))
         else:
@@ -274,6 +284,7 @@ def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Scree
 def _check_inputs(config: Config) -> None:
     if not config.data:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
+    check_arguments(config)
 
 
 def _load(config: Config, hardware: Hardware) -> Base:

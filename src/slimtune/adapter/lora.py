@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from peft import LoraConfig
+from torch import nn
 
-from slimtune.config import Config
+from slimtune.config import Config, did_you_mean
+from slimtune.errors import UserError
 
-__all__ = ["lora_config"]
+__all__ = ["check_names", "lora_config"]
 
 
 def lora_config(config: Config) -> LoraConfig:
@@ -26,3 +28,34 @@ def lora_config(config: Config) -> LoraConfig:
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
     )
+
+
+def check_names(config: Config, model: nn.Module) -> None:
+    """See that the modules and layers that the config names are the model's.
+
+    Raises:
+        UserError: A name matches no module, or a layer isn't there; the nearest name is proposed.
+    """
+    endings = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    paths = [name for name, _ in model.named_modules()]
+    for key, names in (("targets", config.targets), ("modules_to_save", config.modules_to_save)):
+        for name in () if names == "all-linear" else names:
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                linear = sorted(
+                    {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)}
+                )
+                raise UserError(
+                    f"{key} {name!r} is the name of no module of {type(model).__name__}",
+                    rule=did_you_mean(name, sorted(endings)) or f"Its linear layers are {', '.join(linear)}.",
+                    way_out="Name modules by the end of their names, or take --targets all-linear.",
+                )
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if config.layers is not None and layers is not None and max(config.layers) >= layers:
+        raise UserError(
+            f"layers {max(config.layers)} is not there: {type(model).__name__} has {layers}",
+            rule=f"Layers count from 0 to {layers - 1}.",
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)

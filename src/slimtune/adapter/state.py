@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["adapter_config_bytes", "adapter_tensors", "restore_adapter"]
+from slimtune.adapter.files import ADAPTER_WEIGHTS, adapter_config, find_adapter
+from slimtune.adapter.passport import check_base, read_passport
+from slimtune.errors import UserError
+
+__all__ = ["adapter_config_bytes", "adapter_tensors", "restore_adapter", "start_from"]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -45,3 +51,31 @@ def restore_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if wanted[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}")
     set_peft_model_state_dict(model, dict(tensors))
+
+
+def start_from(model: nn.Module, path: Path, base: Path) -> None:
+    """Give the model's new adapter the values of a run's, to train on from.
+
+    Args:
+        model: Wrapped, its adapter fresh.
+        path: The run's folder, or the adapter's.
+        base: The folder of the model's base.
+
+    Raises:
+        UserError: ``path`` holds no adapter, or one of another base or shape.
+    """
+    folder = find_adapter(path)
+    if folder is None:
+        raise UserError(f"{path} holds no adapter to start from", way_out="Give a finished run, or its adapter folder.")
+    adapter_config(folder)
+    passport = read_passport(folder)
+    if passport is not None:
+        check_base(passport, base)
+    try:
+        restore_adapter(model, load_file(folder / ADAPTER_WEIGHTS))
+    except ValueError as error:
+        raise UserError(
+            f"the adapter in {folder} doesn't fit this run: {error}",
+            rule="It must have the rank, the targets and the layers that this run trains.",
+            way_out="Give the same --lora-r, --targets and --layers as the run it comes from.",
+        ) from None

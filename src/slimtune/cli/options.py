@@ -17,7 +17,7 @@ __all__ = ["config_from_flags", "config_options", "some_config_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Given as arguments or by a verb itself, not as flags made here.
-_NOT_FLAGS = {"model", "data", "output"}
+_NOT_FLAGS = {"model", "data", "output", "start_from"}
 
 
 def config_options(function: F) -> F:

@@ -18,17 +18,16 @@ __all__ = ["command"]
 @click.argument("model", required=False)
 @click.argument("data", nargs=-1)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")
+@click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
 @config_options
-def command(
-    model: str | None, data: tuple[str, ...], output: Path | None, as_json: bool, config_file: Path | None, **flags: Any
-) -> None:
+def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file: Path | None, **flags: Any) -> None:
     """Fine-tune MODEL on DATA and save the adapter in a run folder.
 
     MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more local files
     (json, jsonl, csv, tsv, parquet) or hub ids.
     """
-    config = config_from_flags(config_file, {"model": model, "data": data, "output": output, **flags})
+    config = config_from_flags(config_file, {"model": model, "data": data, **flags})
 
     with StopSignals():
         # Here, as it loads torch, and --help is to answer at once.

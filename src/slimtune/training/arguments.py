@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from pathlib import Path
 
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from slimtune.config import Config
+from slimtune.config import Config, did_you_mean
+from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
-__all__ = ["sft_arguments"]
+__all__ = ["check_arguments", "sft_arguments"]
 
 
-def sft_arguments(config: Config, hardware: Hardware, output: Path, *, fused: bool) -> SFTConfig:
+def check_arguments(config: Config) -> None:
+    """See that what the config names for the Trainer is there, before anything heavy is loaded.
+
+    Raises:
+        UserError: Transformers knows no such optimizer, or a logger's package isn't installed.
+    """
+    known = [str(name.value) for name in OptimizerNames]
+    if config.optim != "auto" and config.optim not in known:
+        raise UserError(
+            f"optim {config.optim!r} is no optimizer that Transformers knows",
+            rule=did_you_mean(config.optim, known),
+            way_out="auto takes the one that fits this machine; adamw_torch is the plain one.",
+        )
+    for logger in config.report_to:
+        if importlib.util.find_spec(logger) is None:
+            raise UserError(f"report_to {logger}: it is not installed", way_out=f"pip install {logger}")
+
+
+def sft_arguments(config: Config, hardware: Hardware, output: Path, *, steps: int, fused: bool) -> SFTConfig:
     """The arguments of one run. ``config`` is resolved: it holds no ``auto`` any more.
 
     Args:
         config: What runs.
         hardware: Where it runs.
         output: The folder of the checkpoints.
+        steps: Optimizer steps of the whole run.
         fused: The steps run on slimtune's engine, which has its own mixed precision and recomputation.
     """
     plain_on_gpu = hardware.device == "cuda" and not fused
@@ -31,7 +54,8 @@ def sft_arguments(config: Config, hardware: Hardware, output: Path, *, fused: bo
         num_train_epochs=1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup,
+        # Rounded down: the first step of a warm-up has a rate of 0, and a run of a few steps has none to give away.
+        warmup_steps=math.floor(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
