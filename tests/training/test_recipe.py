@@ -193,3 +193,16 @@ def test_a_finished_run_is_finished_again(small: Path, rows: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "run" / "adapter")
     resume(tmp_path / "run")
     assert campaign.adapter_sha256(tmp_path / "run") == before
+
+
+def test_a_new_run_can_start_from_an_adapter(small: Path, rows: Path, tmp_path: Path) -> None:
+    first = finetune(config(str(small), rows, tmp_path / "first"))
+    second = finetune(config(str(small), rows, tmp_path / "second", start_from=tmp_path / "first"))
+    fresh = campaign.trajectory(first.path)[1][0]
+    assert campaign.trajectory(second.path)[1][0] < fresh - 0.01
+    with pytest.raises(UserError, match="doesn't fit this run"):
+        finetune(config(str(small), rows, tmp_path / "third", start_from=tmp_path / "first", lora_r=4))
+    other = shutil.copytree(small, tmp_path / "own-model")
+    changed_base(tmp_path / "run")
+    with pytest.raises(UserError, match="not the base"):
+        finetune(config(str(other), rows, tmp_path / "fourth", start_from=tmp_path / "first"))
