@@ -35,14 +35,15 @@ def test_ids_are_the_same_in_every_verb_and_in_training(
     expected = trained[: int(supervised.argmax())].tolist()
 
     seen: list[list[int]] = []
-    forward = opened.model.forward
+    inner = opened.model.get_base_model()
+    forward = inner.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         ids: torch.Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         seen.append(ids[0].tolist())
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(opened.model, "forward", watched)
+    monkeypatch.setattr(inner, "forward", watched)
     session = ChatSession(opened, ONE, system=messages[0]["content"] if messages[0]["role"] == "system" else None)
     session.reply(messages[-1]["content"], lambda text: None)
     answer_file(opened, read_questions(str(rows)), tmp_path / "out.jsonl", ONE)

@@ -45,7 +45,8 @@ def test_generate_eval_and_compare(
     with pytest.raises(GuardStop, match="score is 0"):
         _run("compare", adapter, rows, "--no-general", "--max-new-tokens", 4, "-o", tmp_path, "--fail-if", "score<0.5")
     shown = capsys.readouterr().out
-    assert "score on held-out rows" in shown
+    assert "held-out" in shown
+    assert "0 · 0 · 1" in shown
     assert json.loads((tmp_path / "compare.json").read_text())["numbers"]["score"] == 0
     assert "Say hello." in (tmp_path / "compare.html").read_text()
 

@@ -43,6 +43,7 @@ def command(
 
     --fail-if ends with exit code 3 when its condition holds.
     """
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +67,7 @@ def command(
     if as_json:
         click.echo(text)
     else:
-        table = Table("", "base", "tuned", "change")
+        table = Table("", "base", "tuned", "change", box=SIMPLE)
         for row in made.rows():
             table.add_row(*row)
         Console().print(table)

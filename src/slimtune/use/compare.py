@@ -74,7 +74,7 @@ class Comparison:
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table: what, base, tuned, tuned minus base; intervals are 95 %."""
         made = []
-        for part, title in (("held-out", "score on held-out rows"), ("general", "score on the general set")):
+        for part, title in (("held-out", "score, held-out"), ("general", "score, general")):
             items = self.part(part)
             if not items:
                 continue
@@ -85,7 +85,7 @@ class Comparison:
                 (f"  better · worse · same, of {len(items)}", "", "", f"{wins} · {lost} · {len(items) - wins - lost}")
             )
         if self.loss and self.base_loss and self.loss_change:
-            made.append(("loss of a supervised token", str(self.base_loss), str(self.loss), str(self.loss_change)))
+            made.append(("loss, held-out", str(self.base_loss), str(self.loss), str(self.loss_change)))
         return made
 
     def worse(self) -> list[Item]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slimtune.errors import GuardStop
 from slimtune.use.general import GENERAL
+from slimtune.use.generate import generate
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 
@@ -26,7 +27,7 @@ __all__ = ["PROMPTS", "Certificate", "Reference", "Voice", "certify", "reference
 
 PROMPTS = tuple(question.messages for question in GENERAL[:16])
 """The prompts that are compared: from the package's general set, several languages and kinds."""
-REPLY_TOKENS = 24
+REPLY_TOKENS = 16
 _NEAR_TIE = 0.1
 
 
@@ -49,7 +50,7 @@ class Reference:
     prompts: list[list[int]]
     replies: list[list[int]]
     log_probabilities: list[Tensor]
-    """Each [reply tokens, vocabulary], fp32."""
+    """Each [reply tokens + 1, vocabulary], fp32."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,13 @@ def reference(opened: Opened, prompts: Iterable[Sequence[Any]] = PROMPTS) -> Ref
     """Ask the adapter on its base: greedy replies, and the distributions along them."""
     voice = transformers_voice(opened, f"{opened.found.name} on its base")
     made = Reference(voice.name, [], [], [])
-    sampling = Sampling(max_new_tokens=REPLY_TOKENS)
-    for messages in prompts:
-        ids = voice.prompt_ids(messages)
-        with torch.inference_mode():
-            out = opened.model.generate(
-                torch.tensor([ids], device=opened.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=opened.device),
-                generation_config=sampling.generation_config(opened, REPLY_TOKENS),
-            )
-        reply = out[0, len(ids) :].tolist()
-        made.prompts.append(ids)
-        made.replies.append(reply)
-        made.log_probabilities.append(voice.log_probabilities(ids + reply[:-1], len(ids) - 1))
+    made.prompts.extend(voice.prompt_ids(messages) for messages in prompts)
+    replies = {
+        reply.index: reply.ids for reply in generate(opened, made.prompts, Sampling(max_new_tokens=REPLY_TOKENS))
+    }
+    for index, ids in enumerate(made.prompts):
+        made.replies.append(replies[index])
+        made.log_probabilities.append(voice.log_probabilities(ids + replies[index], len(ids) - 1))
     return made
 
 
@@ -153,7 +148,7 @@ def certify(
     divergences: list[Tensor] = []
     for messages, ids, reply, expected in zip(prompts, said.prompts, said.replies, said.log_probabilities, strict=True):
         ids_equal += copy.prompt_ids(messages) == ids
-        got = copy.log_probabilities(ids + reply[:-1], len(ids) - 1)[:, : expected.shape[1]]
+        got = copy.log_probabilities(ids + reply, len(ids) - 1)[:, : expected.shape[1]]
         chosen = got[0].argmax()
         first_agrees += bool(expected[0].max() - expected[0, chosen] < _NEAR_TIE)
         top_agrees += int((got.argmax(-1) == expected.argmax(-1)).sum())
