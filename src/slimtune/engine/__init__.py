@@ -11,7 +11,10 @@ Two ways in:
 
 ``Engine`` for slimtune's own trainer: no autograd, no host synchronisation, CUDA graphs::
 
-    engine = Engine(model, dtype=torch.bfloat16, tokens=config.batch_tokens, memory=bytes_or_None, seed=config.seed)
+    engine = Engine(
+        model, dtype=torch.bfloat16, tokens=config.batch_tokens, longest=config.max_length, memory=bytes_or_None,
+        seed=config.seed,
+    )
     optimizer = FusedAdamW8bit(engine.flat, lr=..., betas=..., eps=..., weight_decay=...)
 
     loss = engine.forward_backward(batch, num_supervised)   # 0-d float32 tensor on the device; adds to param.grad
