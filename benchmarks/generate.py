@@ -62,6 +62,13 @@ def ours(opened: Opened, prompts: list[list[int]], new: int) -> list[list[int]]:
     return [replies[index] for index in range(len(prompts))]
 
 
+def in_4_bits(opened: Opened, dtype: str) -> Any:
+    """The same base and adapter as training holds them: nothing unpacked."""
+    model: Any = load_base(str(opened.found.base), detect(), compute_dtype=dtype).model
+    model.config.use_cache = True
+    return (attach_adapter(model, opened.found.adapter) if opened.found.adapter else model).eval()
+
+
 def timed(run: Any, *arguments: Any) -> tuple[list[list[int]], float, float]:
     """Replies, seconds on the clock, seconds of the CPU: the latter hold on a machine that others use too."""
     started, worked = time.perf_counter(), time.process_time()
@@ -78,20 +85,18 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--baseline", choices=["packed", "unpacked"], help="only one of the two baselines")
     options = parser.parse_args()
     hardware = detect()
     dtype = options.dtype or hardware.compute_dtype
     with upstream_to_log(None):
         opened = open_model(options.target, dtype=dtype)
         prompts = [opened.prompt_ids(messages) for messages in conversations()]
-        packed = load_base(str(opened.found.base), hardware, compute_dtype=dtype).model
-        packed.config.use_cache = True
-        packed = attach_adapter(packed, opened.found.adapter).eval() if opened.found.adapter else packed.eval()
-        sides = {
-            "slimtune": (ours, opened, prompts, options.new),
-            "transformers, 4 bits": (plain, opened, packed, prompts, options.new),
-            "transformers, unpacked": (plain, opened, opened.model, prompts, options.new),
-        }
+        sides: dict[str, tuple[Any, ...]] = {"slimtune": (ours, opened, prompts, options.new)}
+        if options.baseline != "packed":
+            sides["transformers, unpacked"] = (plain, opened, opened.model, prompts, options.new)
+        if options.baseline != "unpacked":
+            sides["transformers, 4 bits"] = (plain, opened, in_4_bits(opened, dtype), prompts, options.new)
         results: dict[str, Any] = {}
         outputs: dict[str, list[list[int]]] = {}
         for name, (run, *arguments) in sides.items():
