@@ -91,6 +91,17 @@ def refuse_large(step: int, tokens: int) -> None:
     FusedTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
+def slow(seconds: float) -> None:
+    """Each step takes this much longer, so that there is time to do something to its disk."""
+    original = ResumableTrainer._before_optimizer
+
+    def before_optimizer(self: ResumableTrainer) -> None:
+        time.sleep(seconds)
+        original(self)
+
+    ResumableTrainer._before_optimizer = before_optimizer  # type: ignore[method-assign]
+
+
 def starve(step: int) -> None:
     """Before ``step``, take the process's GPU memory away down to 60 % of what a step needs beyond what is held."""
     original = ResumableTrainer._draws

@@ -101,7 +101,7 @@ def test_a_kill_after_each_operation(whole: SmallRun, tmp_path: Path) -> None:
         expected = new if step == 9 else old
         assert {path.name: path.read_bytes() for path in newest.iterdir() if path.name != durable.SUMS} == expected
         taken[step] += 1
-        if at % campaign.count(1, 30) == 0:
+        if at % campaign.count(5, 30) == 0:
             run = small_run(trial)
             run.fit()
             assert run.digest() == whole.digest()

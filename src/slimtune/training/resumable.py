@@ -29,7 +29,6 @@ from slimtune.training.checkpoint import (
     IDENTITY,
     TRAINER_STATE,
     Checkpoints,
-    SaveFailure,
     Snapshot,
     from_plain,
     json_bytes,
@@ -116,7 +115,7 @@ class ResumableTrainer(Trainer):
         self._step_losses: list[Tensor] = []
         self._step_random: tuple[RandomState, Any] | None = None
         self._step_logs: dict[str, Any] = {}
-        self._alarmed: SaveFailure | None = None
+        self._alarmed: tuple[int, int | None] | None = None
         self._cancelled = False
         self._restored: Snapshot | None = None
         checkpoint = safety.checkpoints.newest_valid()
@@ -405,11 +404,11 @@ class ResumableTrainer(Trainer):
         )
 
     def _alarm(self) -> None:
-        """A save failed: say so on the screen and in the metrics, once for each failure."""
+        """A save failed: say so on the screen and in the metrics, once for each step and reason."""
         failure = self.safety.checkpoints.failure
-        if failure is None or failure is self._alarmed:
+        if failure is None or (failure.step, failure.error.errno) == self._alarmed:
             return
-        self._alarmed = failure
+        self._alarmed = failure.step, failure.error.errno
         saved = self.safety.checkpoints.last_saved
         last = f"the last good checkpoint is at step {saved}" if saved is not None else "there is no checkpoint yet"
         self.safety.warn(f"the checkpoint of step {failure.step} could not be saved: {_reason(failure.error)}; {last}")
