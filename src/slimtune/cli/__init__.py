@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -33,7 +32,6 @@ VERBS = {
     "merge": "Merge the adapter into the 16-bit base.",
     "export": "Ship a run: GGUF, Ollama, MLX, vLLM.",
     "push": "Publish the adapter with its model card.",
-    "serve": "Serve a run over the OpenAI API.",
     "explain": "What this run did, from what was measured.",
     "config": "Print the documented defaults as YAML, or a JSON schema.",
     "doctor": "Check this machine and the installed versions.",
@@ -44,10 +42,10 @@ class _Verbs(click.Group):
     """A group that imports a verb's module only when the verb is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [verb for verb in VERBS if importlib.util.find_spec(f"slimtune.cli.{verb}") is not None]
+        return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"slimtune.cli.{cmd_name}").command
         return command
