@@ -147,6 +147,8 @@ class ResumableTrainer(Trainer):
         if bad is not None:
             raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
         self.safety.checkpoints.best_step = self.progress.best_step
+        self.safety.checkpoints.wait()
+        self._see_last_save()
         self.safety.checkpoints.save(self._snapshot(self._draws(), self._logs_so_far()))
 
     def _snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> Snapshot:
@@ -250,6 +252,7 @@ class ResumableTrainer(Trainer):
                 time.sleep(min(1.0, self.safety.patience))
             self.safety.watchdog.beat("step")
             self._save_checkpoint(self.model, None)
+        self._see_last_save()
 
     def _save_before_step(self) -> None:
         """A guard stopped a step before it was applied: save the run as it was before, if it is sound and unsaved."""
@@ -403,6 +406,15 @@ class ResumableTrainer(Trainer):
             way_out=way_out or f"Look at the rows; or go on without them: slimtune resume {run} --on-nonfinite skip",
         )
 
+    def _see_last_save(self) -> None:
+        """Once a save is over: sound the alarm if it failed, or end the alarm if it is the first to succeed again."""
+        if self.safety.checkpoints.failure is not None:
+            self._alarm()
+        elif self._alarmed is not None:
+            self._alarmed = None
+            saved = self.safety.checkpoints.last_saved
+            self.safety.record({"event": "save_recovered", "step": self.state.global_step, "saved": saved})
+
     def _alarm(self) -> None:
         """A save failed: say so on the screen and in the metrics, once for each step and reason."""
         failure = self.safety.checkpoints.failure
@@ -476,12 +488,10 @@ class _Hooks(TrainerCallback):
         checkpoints = self.trainer.safety.checkpoints
         if checkpoints.saving:
             return
+        self.trainer._see_last_save()
         if checkpoints.failure is None:
-            if self.retry_at:
-                self.trainer.safety.record({"event": "save_recovered", "step": step, "saved": checkpoints.last_saved})
             self.retry_at, self.retry_after = 0, 1
             return
-        self.trainer._alarm()
         if not self.retry_at:
             self.retry_at = step + self.retry_after
         elif step >= self.retry_at:
