@@ -44,9 +44,9 @@ def command(
     --fail-if ends with exit code 3 when its condition holds.
     """
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
+    from slimtune.cli.page import Page
     from slimtune.run.quiet import upstream_to_log
     from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
     from slimtune.use.load import open_model
@@ -70,7 +70,7 @@ def command(
         table = Table("", "base", "tuned", "change", box=SIMPLE)
         for row in made.rows():
             table.add_row(*row)
-        Console().print(table)
+        Page().print(table)
         for item in made.worse()[:5]:
             click.echo(f"worse: {item.asked[:60]!r}: {item.base_reply[:60]!r} → {item.reply[:60]!r}")
         click.echo(f"every reply: {folder / 'compare.html'}")

@@ -57,6 +57,7 @@ def command(
     from rich.console import Console
 
     from slimtune.base.load import load_tokenizer
+    from slimtune.cli.page import Page
     from slimtune.data import examine, micro_batches
     from slimtune.data.page import page
     from slimtune.data.view import hints, sample, summary, table
@@ -82,7 +83,7 @@ def command(
     if as_json:
         click.echo(json.dumps(summary(proof, config, batches, shown), ensure_ascii=False, indent=2))
     else:
-        screen = Console(highlight=False)
+        screen = Page()
         if not screen.is_terminal:
             screen.width = _WIDTH_OF_FILES
         _show(screen, config.data, lines, said, shown, refused=refusal is not None)

@@ -27,9 +27,9 @@ def command(output: Path, seed: int, as_json: bool) -> None:
     It runs on this machine's GPU or CPU, without a network.
     """
     # Here, as it loads torch, and --help is to answer at once.
-    from rich.console import Console
     from rich.table import Table
 
+    from slimtune.cli.page import Page
     from slimtune.recipes import demo
     from slimtune.run.screen import Screen
 
@@ -49,7 +49,7 @@ def command(output: Path, seed: int, as_json: bool) -> None:
     table.add_column(f"after: {sum(after)} of {len(after)} right", ratio=4)
     for row, was, now, right in zip(result.held_out, result.before, result.after, after, strict=True):
         table.add_row(row.request, _short(was), f"[{'green' if right else 'red'}]{_escaped(now)}[/]")
-    Console(highlight=False).print(table)
+    Page().print(table)
     click.echo(f"\n  slimtune chat {output}      talk to it\n  slimtune explain {output}   what happened, measured")
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 
+from slimtune.cli.page import Page
 from slimtune.errors import UserError
 from slimtune.run.explain import explain
 from slimtune.run.folder import RunFolder
@@ -43,7 +43,7 @@ def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
         value = {"facts": facts, "counts": counts, **asdict(explanation)}
         click.echo(json.dumps(value, ensure_ascii=False, indent=2))
     else:
-        console = Console(highlight=False)
+        console = Page()
         console.width = max(NARROWEST, min(WIDEST, console.width))
         write_terminal(explanation, console)
     if explanation.count("broken"):

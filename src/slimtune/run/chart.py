@@ -14,7 +14,7 @@ from slimtune.run.history import Curve
 
 __all__ = ["Line", "Mark", "line_chart", "nice_ticks", "short_number"]
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 54.0, 12.0, 26.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 64.0, 12.0, 26.0
 """Room in pixels around the plot: value labels, the last value, nothing, step labels."""
 _LABEL_HEIGHT = 14.0
 _HOVER_POINTS = 60

@@ -1,0 +1,25 @@
+"""What the verbs print for people on standard output."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+
+__all__ = ["Page"]
+
+
+class Page(Console):
+    """Standard output. When its reader (head, less) goes away the printing ends, not the command: its exit code counts.
+
+    Rich itself would exit with 1 (rich/console.py, ``Console.on_broken_pipe``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Print no more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
