@@ -25,7 +25,7 @@ from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
 from slimtune.base.embedded import EMBEDDED
-from slimtune.base.load import Base, load_base, load_tokenizer
+from slimtune.base.load import Base, load_base, load_tokenizer, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
@@ -44,6 +44,7 @@ from slimtune.run.quiet import upstream_to_log
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_arguments, sft_arguments
+from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
 from slimtune.training.safety import identity_of, make_safety, results_written
@@ -171,6 +172,7 @@ def _train(
 
         # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
         reason_unfused = why_unfused(config, base.model)
+        floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
         trainer = SlimTrainer(
             model=base.model,
             args=sft_arguments(
@@ -185,7 +187,7 @@ def _train(
             evaluation=held_out,
             tokenizer=tokenizer,
             lora=lora,
-            callbacks=[MetricsCallback(data, config.gradient_accumulation, run.append_metrics, screen.record)],
+            callbacks=[MetricsCallback(data, config.gradient_accumulation, floor, run.append_metrics, screen.record)],
         )
         trainer.safety = safety
         if config.start_from is not None:

@@ -145,6 +145,8 @@ def _training(facts: Facts, say: Say) -> Section | None:
         _loss(training, say),
         Statement(_memory(training, say)),
     ]
+    if training.get("floor_share"):
+        told.insert(1, Statement(_speed(training, say)))
     if training.get("eval_loss") is None:
         text = say("the loss on held-out data, as none was given.", "留出数据上的损失，因为没有提供留出数据。")
         told.append(Statement(text, "unmeasured"))
@@ -154,6 +156,16 @@ def _training(facts: Facts, say: Say) -> Section | None:
             Statement(say(f"The last loss on held-out data is {value}.", f"留出数据上最后一次的损失是 {value}。"))
         )
     return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
+
+
+def _speed(training: Facts, say: Say) -> str:
+    rate, reached = training["model_flops_per_second"], f"{training['floor_share']:.0%}"
+    number = f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"
+    return say(
+        f"That is {number} of the model's own work, {reached} of the rate at which this machine multiplies large "
+        "matrices (measured before the first step).",
+        f"折合模型自身运算 {number}，达到本机大矩阵乘法速度（训练前实测）的 {reached}。",
+    )
 
 
 def _loss(training: Facts, say: Say) -> Statement:

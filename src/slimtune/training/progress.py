@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from slimtune.data.packing import MicroBatches
 from slimtune.run.facts import OptimizerFacts, TrainingFacts
+from slimtune.training.floor import Floor
 
 __all__ = ["MetricsCallback", "memory_bytes", "optimizer_facts", "training_facts"]
 
@@ -20,14 +21,15 @@ class MetricsCallback(TrainerCallback):
     """Turns the Trainer's logs into records with speed, time left and memory.
 
     A record has ``step``, ``steps``, ``epoch``, ``loss``, ``grad_norm``, ``learning_rate``, ``tokens`` (padding left
-    out) and ``supervised_tokens`` since the last record, ``tokens_per_second``, ``seconds`` since the start,
-    ``seconds_left`` and ``memory_bytes`` (peak allocated on the GPU; resident on a CPU).
+    out) and ``supervised_tokens`` since the last record, ``tokens_per_second``, ``model_flops`` of these tokens,
+    ``floor_share`` (the least time that they can take here, over the time that they took), ``seconds`` since the
+    start, ``seconds_left`` and ``memory_bytes`` (peak allocated on the GPU; resident on a CPU).
     """
 
     def __init__(
-        self, data: MicroBatches, gradient_accumulation: int, *sinks: Callable[[dict[str, Any]], None]
+        self, data: MicroBatches, gradient_accumulation: int, floor: Floor, *sinks: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.data, self.accumulation = data, gradient_accumulation
+        self.data, self.accumulation, self.floor = data, gradient_accumulation, floor
         self.sinks = sinks
         self.started = self.last_time = time.monotonic()
         self.last_step = 0
@@ -56,10 +58,13 @@ class MetricsCallback(TrainerCallback):
         record |= {key: _number(value) for key, value in logs.items()}
         if "loss" in logs:
             steps, elapsed = state.global_step - self.last_step, now - self.last_time
-            tokens, supervised = self._count(self.last_step, state.global_step)
+            lengths, supervised = self._count(self.last_step, state.global_step)
+            tokens = sum(lengths)
             record["epoch"] = round(state.global_step * self.accumulation / self.data.per_epoch, 4)
             record["tokens"], record["supervised_tokens"] = tokens, supervised
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
+            record["model_flops"] = self.floor.work.flops(lengths, supervised)
+            record["floor_share"] = round(self.floor.seconds(lengths, supervised) / max(elapsed, 1e-9), 4)
             done = state.global_step - self.first_step
             record["seconds"] = round(now - self.started, 3)
             record["logged_steps"] = steps
@@ -72,15 +77,16 @@ class MetricsCallback(TrainerCallback):
         for sink in self.sinks:
             sink(record)
 
-    def _count(self, first: int, last: int) -> tuple[int, int]:
-        """(tokens, supervised tokens) of the optimizer steps from ``first`` to before ``last``."""
-        tokens = supervised = 0
+    def _count(self, first: int, last: int) -> tuple[list[int], int]:
+        """(tokens of each document, supervised tokens) of the optimizer steps from ``first`` to before ``last``."""
+        lengths: list[int] = []
+        supervised = 0
         for position in range(first * self.accumulation, last * self.accumulation):
             for member in self.data.members(position):
                 ids, mask = self.data.documents[int(member)]
-                tokens += ids.shape[0]
+                lengths.append(int(ids.shape[0]))
                 supervised += int(mask[1:].sum())
-        return tokens, supervised
+        return lengths, supervised
 
 
 def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
@@ -95,7 +101,7 @@ def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
     supervised_tokens = sum(int(record["supervised_tokens"]) for record in steps)
     tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
     evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
-    seconds = sum(record["step_seconds"] * record.get("logged_steps", 1) for record in steps)
+    seconds = sum(map(_seconds, steps))
     return TrainingFacts(
         engine=engine,
         steps=int(steps[-1]["step"]) if steps else 0,
@@ -106,10 +112,17 @@ def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        model_flops_per_second=sum(record["model_flops"] for record in steps) / max(seconds, 1e-9),
+        floor_share=round(sum(record["floor_share"] * _seconds(record) for record in steps) / max(seconds, 1e-9), 4),
         peak_memory_bytes=max((int(record["memory_bytes"]) for record in steps), default=0),
         memory_kind="gpu peak allocated" if torch.cuda.is_available() else "process resident",
         eval_loss=evaluations[-1] if evaluations else None,
     )
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """How long the steps of a record took."""
+    return float(record["step_seconds"] * record.get("logged_steps", 1))
 
 
 def optimizer_facts(name: str, optimizer: torch.optim.Optimizer) -> OptimizerFacts:
