@@ -204,3 +204,20 @@ def digest(run: RunFolder) -> str:
     for name, tensor in sorted(load_file(run.adapter / "adapter_model.safetensors").items()):
         sums.update(name.encode() + tensor.numpy().tobytes())
     return sums.hexdigest()
+
+
+def test_an_export_asked_for_in_the_config_follows_the_training(
+    tiny_model: Path, requests_file: Path, tmp_path: Path
+) -> None:
+    run = train(tiny_model, requests_file, tmp_path / "run", export="f16")
+    folder = run.path / "export" / "f16"
+    assert {path.name for path in folder.iterdir()} == {"run-f16.gguf", "Modelfile", "parity.json"}
+
+
+def test_what_an_export_needs_is_checked_before_the_training(
+    tiny_model: Path, requests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="llama-quantize is not installed"):
+        train(tiny_model, requests_file, tmp_path / "run", export="q8_0,q4_k_m")
+    assert not (tmp_path / "run").exists()

@@ -164,6 +164,11 @@ class Config(BaseModel):
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers; none unless named."""
 
+    # -- after training -----------------------------------------------------------------------------------------------
+    export: tuple[Literal["f16", "q8_0", "q4_k_m"], ...] = ()
+    """GGUF precisions that the result is exported in, each to RUN/export/<precision>; what they need is checked
+    before the training."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_or_many(cls, values: Any) -> Any:
@@ -174,7 +179,7 @@ class Config(BaseModel):
         for key in ("data", "eval"):
             if isinstance(values.get(key), str | Path):
                 values[key] = (str(values[key]),)
-        for key in ("targets", "modules_to_save", "report_to", "layers"):
+        for key in ("targets", "modules_to_save", "report_to", "export", "layers"):
             if isinstance(values.get(key), str) and values[key] != "all-linear":
                 values[key] = tuple(part.strip() for part in values[key].split(",") if part.strip())
         return values

@@ -51,6 +51,8 @@ from slimtune.training.safety import identity_of, make_safety, results_written
 from slimtune.training.stop import StopSignals
 from slimtune.training.trainer import SlimTrainer
 from slimtune.use.ask import ask
+from slimtune.use.export import check_exportable, export_gguf
+from slimtune.use.load import find
 
 __all__ = ["DemoResult", "demo", "finetune", "resume"]
 
@@ -83,7 +85,9 @@ def finetune(
     output = config.output or default_output(config.model, datetime.now())
     config = config.model_copy(update={"output": output})
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
-        return _train(config, run, choices, signals, screen, formatting_func, observe)
+        _train(config, run, choices, signals, screen, formatting_func, observe)
+    _export(config, run, screen)
+    return run
 
 
 def resume(
@@ -121,7 +125,9 @@ def resume(
                 way_out="Read that code, then pass --trust-remote-code.",
             )
         choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
-        return _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
+        _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
+    _export(config, run, screen)
+    return run
 
 
 def _train(
@@ -134,7 +140,7 @@ def _train(
     observe: Observer | None = None,
     *,
     accept_changes: bool = False,
-) -> RunFolder:
+) -> None:
     hardware = detect()
     with upstream_to_log(run.log_file):
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
@@ -224,7 +230,17 @@ def _train(
             facts.verified = _verify(config, hardware, run, data)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
-        return run
+
+
+def _export(config: Config, run: RunFolder, screen: Screen) -> None:
+    """The exports that the config names, of a run that is done and whole whatever becomes of them."""
+    for kind in config.export:
+        folder = run.path / "export" / kind
+        if folder.exists():
+            continue  # made before this run was resumed
+        with screen.working(f"exporting as {kind}"), upstream_to_log(run.log_file):
+            certificate = export_gguf(find(str(run.path)), folder, kind, name=run.path.resolve().name)
+        screen.say("exported", f"{folder}" + (f" · {certificate.line()}" if certificate else ""))
 
 
 def _verify(config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches) -> VerifiedFacts:
@@ -287,6 +303,8 @@ def _check_inputs(config: Config) -> None:
     if not config.data:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
     check_arguments(config)
+    if config.export:
+        check_exportable(find(config.model, trust_remote_code=config.trust_remote_code), config.export)
 
 
 def _load(config: Config, hardware: Hardware) -> Base:

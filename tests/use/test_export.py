@@ -34,8 +34,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "f16"), ("llama", "q8_0"), ("mistral", "f16"), ("qwen2", "q8_0"), ("qwen3", "f16")],
+)
 def test_each_family_read_back_by_transformers_computes_the_same(
     family: str, kind: Any, tmp_path: Path, tokenizer: Any
 ) -> None:

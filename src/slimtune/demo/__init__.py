@@ -20,12 +20,12 @@ DEMO_REPLY_TOKENS = 40
 """More than any right answer needs, so that a reply that doesn't stop is seen to go on."""
 DEMO_SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "epochs": 1.5,
-    "max_length": 512,
+    "epochs": 1,
+    "max_length": 256,
     "micro_batch": 1,
     "gradient_accumulation": 1,
 }
-"""A high learning rate and small packs: few tokens have to teach it on two CPU cores."""
+"""A high learning rate and many small steps: few tokens have to teach it on two CPU cores."""
 
 ROOMS = ("kitchen", "bedroom", "bathroom", "living room", "hallway", "office", "garage", "attic", "cellar", "nursery")
 ACTIONS = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from slimtune.adapter.merged import MergedWeights
+from slimtune.adapter.merged import MergedWeights, read_model_config
 from slimtune.errors import UserError
 from slimtune.use.gguf_file import check_family, write_gguf
 from slimtune.use.load import Found, Opened, open_model, stop_ids, turn_end
@@ -21,7 +21,7 @@ from slimtune.use.merge import free_room, new_folder
 from slimtune.use.ollama import modelfile
 from slimtune.use.parity import Certificate, Reference, Voice, certify, reference, transformers_voice
 
-__all__ = ["KINDS", "Kind", "check_needs", "export_gguf", "prove_merged"]
+__all__ = ["KINDS", "Kind", "check_exportable", "check_needs", "export_gguf", "prove_merged"]
 
 Kind = Literal["f16", "q8_0", "q4_k_m"]
 KINDS: tuple[Kind, ...] = ("f16", "q8_0", "q4_k_m")
@@ -45,13 +45,28 @@ def check_needs(kind: Kind) -> None:
         )
 
 
-def export_gguf(found: Found, output: Path, kind: Kind, *, parity: bool = True) -> Certificate | None:
+def check_exportable(found: Found, kinds: Sequence[Kind]) -> None:
+    """Refuse exports that can't be made of ``found``, before it is trained.
+
+    Raises:
+        UserError: A tool is missing, or the model's family or tokenizer can't be written as GGUF.
+    """
+    for kind in kinds:
+        check_needs(kind)
+    if kinds:
+        check_family(read_model_config(found.base), found.tokenizer())
+
+
+def export_gguf(
+    found: Found, output: Path, kind: Kind, *, name: str | None = None, parity: bool = True
+) -> Certificate | None:
     """Write ``<output>/<name>-<kind>.gguf``, ``Modelfile`` and, with ``parity``, ``parity.json``.
 
     Args:
         found: The run, adapter or bare model.
         output: The new folder; it appears whole, also when the certificate doesn't hold.
         kind: f16, q8_0 or q4_k_m.
+        name: The model's name in the file and of the file; the output folder's unless given.
         parity: Compare what was written with the adapter on its base.
 
     Raises:
@@ -62,20 +77,21 @@ def export_gguf(found: Found, output: Path, kind: Kind, *, parity: bool = True) 
     weights = MergedWeights(found.base, found.adapter)
     tokenizer = found.tokenizer()
     check_family(weights.config, tokenizer)
-    name = f"{output.name}-{kind}.gguf"
+    name = name or output.name
+    file_name = f"{name}-{kind}.gguf"
     end = turn_end(tokenizer)
     certificate = None
     with new_folder(output) as folder:
         free_room(folder, weights.nbytes if kind == "f16" else int(0.6 * weights.nbytes))
         if kind == "q4_k_m":
-            _quantize(weights, tokenizer, folder / name, output.name, end)
+            _quantize(weights, tokenizer, folder / file_name, name, end)
         else:
-            write_gguf(weights, tokenizer, folder / name, kind, name=output.name, turn_end=end)
+            write_gguf(weights, tokenizer, folder / file_name, kind, name=name, turn_end=end)
         trained = found.passport.config.get("max_length", 0) if found.passport else 0
-        text = modelfile(name, tokenizer, [str(tokenizer.convert_ids_to_tokens(end))], max(2048, int(trained)))
+        text = modelfile(file_name, tokenizer, [str(tokenizer.convert_ids_to_tokens(end))], max(2048, int(trained)))
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         if parity:
-            certificate = _prove(reference(_on_16_bits(found)), found, folder / name, kind)
+            certificate = _prove(reference(_on_16_bits(found)), found, folder / file_name, kind)
             certificate.write(folder / "parity.json")
     if certificate is not None:
         certificate.require()
