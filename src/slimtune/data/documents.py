@@ -102,8 +102,7 @@ class Documents:
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document, int32 [documents]."""
-        starts = self.store.starts
-        made: npt.NDArray[np.int32] = (starts[self.chosen + 1] - starts[self.chosen]).astype(np.int32)
+        made: npt.NDArray[np.int32] = np.diff(self.store.starts).astype(np.int32)[self.chosen]
         return made
 
     def __getitem__(self, at: int) -> tuple[Ids, Mask]:

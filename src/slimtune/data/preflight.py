@@ -179,14 +179,16 @@ def _write(
 
 def _statistics(store: DocumentStore) -> dict[str, Any]:
     documents = Documents(store, np.arange(len(store)))
-    lengths = np.sort(documents.lengths)
+    lengths = documents.lengths
+    lengths.sort()
+    hashes = np.sort(store.hashes)
     quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     at = {name: int(lengths[round(share * (len(lengths) - 1))]) for name, share in quantiles.items() if len(lengths)}
     return {
         "documents": len(store),
         "tokens": documents.tokens,
         "supervised_tokens": documents.supervised_tokens,
-        "duplicates": len(store) - len(np.unique(store.hashes)),
+        "duplicates": int(np.count_nonzero(hashes[1:] == hashes[:-1])),
         "lengths": at,
     }
 
