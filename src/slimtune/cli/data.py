@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SHOWN_CHARACTERS = 1500
-_WIDTH_OF_FILES = 120
 
 
 @click.command()
@@ -83,10 +82,7 @@ def command(
     if as_json:
         click.echo(json.dumps(summary(proof, config, batches, shown), ensure_ascii=False, indent=2))
     else:
-        screen = Page()
-        if not screen.is_terminal:
-            screen.width = _WIDTH_OF_FILES
-        _show(screen, config.data, lines, said, shown, refused=refusal is not None)
+        _show(Page(), config.data, lines, said, shown, refused=refusal is not None)
     if refusal is not None:
         raise refusal
 

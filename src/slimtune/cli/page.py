@@ -9,6 +9,8 @@ from rich.console import Console
 
 __all__ = ["Page"]
 
+_WIDTH_OF_FILES = 120
+
 
 class Page(Console):
     """Standard output. When its reader (head, less) goes away the printing ends, not the command: its exit code counts.
@@ -18,6 +20,8 @@ class Page(Console):
 
     def __init__(self) -> None:
         super().__init__(highlight=False)
+        if not self.is_terminal:
+            self.width = _WIDTH_OF_FILES
 
     def on_broken_pipe(self) -> None:
         """Print no more."""

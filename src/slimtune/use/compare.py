@@ -82,7 +82,7 @@ class Comparison:
             made.append((title, str(bootstrap(before)), str(bootstrap(after)), str(bootstrap(after - before))))
             wins, lost = int((after > before).sum()), int((after < before).sum())
             made.append(
-                (f"  better · worse · same, of {len(items)}", "", "", f"{wins} · {lost} · {len(items) - wins - lost}")
+                (f"  of {len(items)} rows", "", "", f"{wins} better · {lost} worse · {len(items) - wins - lost} same")
             )
         if self.loss and self.base_loss and self.loss_change:
             made.append(("loss, held-out", str(self.base_loss), str(self.loss), str(self.loss_change)))
