@@ -58,7 +58,7 @@ def test_counts_rows_and_what_got_worse(made: Comparison) -> None:
     assert (numbers["wins"], numbers["losses"], numbers["general_losses"]) == (2, 1, 1)
     assert numbers["change"] == pytest.approx(0.25)
     assert [item.part for item in made.worse()] == ["held-out", "general"]
-    assert made.rows()[1][3] == "2 · 1 · 1"
+    assert made.rows()[1][3] == "2 better · 1 worse · 1 same"
 
 
 def test_the_page_escapes_what_models_say(made: Comparison) -> None:
