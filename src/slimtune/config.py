@@ -17,7 +17,21 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from slimtune.errors import UserError
 
-__all__ = ["Config", "load_config"]
+__all__ = ["FREE_KEYS", "Config", "load_config"]
+
+FREE_KEYS = frozenset(
+    {
+        # where it is written and what it is called
+        "output", "overwrite", "report_to",
+        # how often something is written or looked at
+        "save_steps", "keep_checkpoints", "logging_steps", "watchdog",
+        # what a guard does when something goes wrong
+        "on_nonfinite", "max_skipped", "divergence_factor", "divergence_steps", "on_divergence",
+        # what is made of the adapter afterwards
+        "export",
+    }
+)  # fmt: skip
+"""Keys that no step's numbers depend on: they may change at a resume, and don't stand in the adapter's file."""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -131,7 +145,8 @@ class Config(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random: initial adapter, dropout, order of the data."""
     deterministic: bool = False
-    """On CUDA, take deterministic kernels where there are any."""
+    """On CUDA, take deterministic kernels, some of them slower; the run is refused where it needs one that doesn't
+    exist. On a CPU every run repeats to the bit anyway."""
     engine: Literal["auto", "fused", "plain"] = "auto"
     """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model."""
     memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"

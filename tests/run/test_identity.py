@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from slimtune.config import Config
+from slimtune.config import FREE_KEYS, Config
 from slimtune.errors import UserError
-from slimtune.run.identity import FREE_KEYS, Identity, require_same
+from slimtune.run.identity import Identity, require_same
 
 BEFORE = Identity(
     config=Config(data=("a.jsonl",)).model_dump(mode="json"),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS, TensorSpec, WeightFiles, write_safetensors
-from slimtune.config import Config
+from slimtune.config import FREE_KEYS, Config
 from slimtune.errors import UserError
 
 __all__ = [
@@ -59,7 +59,8 @@ class Passport:
     template: str
     """:func:`template_hash`."""
     config: dict[str, Any]
-    """The run's resolved config; of files only their names, for the passport is published with the adapter."""
+    """What of the run's resolved config makes the adapter's values: the same values come with the same passport,
+    wherever they were trained. Of files only their names, for the passport is published with the adapter."""
 
 
 def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBase) -> Passport:
@@ -85,7 +86,7 @@ def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBa
         },
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
-        config=_without_folders(config.model_dump(mode="json")),
+        config=_without_folders(config.model_dump(mode="json", exclude=set(FREE_KEYS))),
     )
 
 
@@ -94,7 +95,7 @@ def stamp(folder: Path, passport: Passport) -> None:
     text = json.dumps(asdict(passport), ensure_ascii=False)
     file = folder / ADAPTER_WEIGHTS
     with safe_open(file, framework="pt") as handle:
-        metadata = {**(handle.metadata() or {}), _KEY: text}
+        metadata = {**dict(sorted((handle.metadata() or {}).items())), _KEY: text}
         tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_safetensors(file, specs, tensors.items(), metadata)
@@ -208,7 +209,7 @@ def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
         return Path(text).name if Path(text).is_absolute() or text.startswith((".", "~")) else text
 
     named: dict[str, Any] = {key: [name(text) for text in config[key]] for key in ("data", "eval")}
-    named |= {key: None if config[key] is None else name(config[key]) for key in ("output", "template")}
+    named |= {key: None if config[key] is None else name(config[key]) for key in ("start_from", "template")}
     return {**config, **named}
 
 

@@ -8,21 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.config import FREE_KEYS
 from slimtune.errors import UserError
 
-__all__ = ["FREE_KEYS", "Change", "Identity", "change_table", "require_same"]
-
-FREE_KEYS = frozenset(
-    {
-        # where it is written and what it is called
-        "output", "overwrite", "report_to",
-        # how often something is written or looked at
-        "save_steps", "keep_checkpoints", "logging_steps", "watchdog",
-        # what a guard does when something goes wrong
-        "on_nonfinite", "max_skipped", "divergence_factor", "divergence_steps", "on_divergence",
-    }
-)  # fmt: skip
-"""Config keys that may change between a checkpoint and a resume: none of them changes a step's numbers."""
+__all__ = ["Change", "Identity", "change_table", "require_same"]
 
 _HOW_TO_NAME = {"base": "base weights", "template": "chat template", "tokenizer": "tokenizer", "python": "Python"}
 
@@ -62,7 +51,7 @@ class Identity:
         return cls(**json.loads(data))
 
     def changes(self, now: Identity) -> list[Change]:
-        """What differs from this identity in ``now``, except for :data:`FREE_KEYS`."""
+        """What differs from this identity in ``now``, except for :data:`slimtune.config.FREE_KEYS`."""
         found = [
             change
             for change in _differences("config", self.config, now.config)
