@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
 from slimtune.base.embedded import EMBEDDED
-from slimtune.base.load import Base, load_base, load_tokenizer, torch_dtype
+from slimtune.base.load import Base, load_base, load_tokenizer, model_source, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
@@ -44,11 +45,12 @@ from slimtune.run.quiet import upstream_to_log
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_arguments, sft_arguments
+from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
-from slimtune.training.safety import identity_of, make_safety, results_written
-from slimtune.training.stop import StopSignals
+from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
+from slimtune.training.stop import StopSignals, Watchdog
 from slimtune.training.trainer import SlimTrainer
 from slimtune.use.ask import ask
 from slimtune.use.export import check_exportable, export_gguf
@@ -142,16 +144,26 @@ def _train(
     accept_changes: bool = False,
 ) -> None:
     hardware = detect()
-    with upstream_to_log(run.log_file):
+    with (
+        disk_told(run),
+        Watchdog(config.watchdog, run.path / "stacks.txt") as watchdog,
+        upstream_to_log(run.log_file),
+        deterministic(config, hardware.device) as repeats,
+    ):
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
-        with screen.working("reading the data"):
+        with screen.working("reading the data"), watchdog.watching("reading the data"):
             tokenizer = load_tokenizer(
                 config.model,
                 revision=config.revision,
                 template=config.template,
                 trust_remote_code=config.trust_remote_code,
             )
-            proof = prove(config, tokenizer, formatting_func=formatting_func)
+            proof = prove(
+                config,
+                tokenizer,
+                formatting_func=formatting_func,
+                on_progress=lambda rows: watchdog.beat("reading the data"),
+            )
             proof.save_ledger(run.ledger_file)
             data = micro_batches(proof.train, config, tokenizer.pad_token_id)
             held_out = None if proof.eval is None else micro_batches(proof.eval, config, tokenizer.pad_token_id)
@@ -159,14 +171,14 @@ def _train(
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
         with screen.working("loading the base"):
-            base = _load(config, hardware)
+            base = _load(config, hardware, watchdog)
         check_names(config, base.model)
         facts = _facts(config, base, run, proof.facts | _batch_facts(data), choices, hardware)
         screen.say("base", _base_line(facts.base))
         identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
-        safety = make_safety(config, run, identity, data, signals, screen, accept_changes=accept_changes)
+        safety = make_safety(config, run, identity, data, signals, watchdog, screen, accept_changes=accept_changes)
         run.write_config(config)
-        signals.run = run.path  # from here on it can be resumed
+        signals.run = watchdog.run = run.path  # from here on it can be resumed
         run.write_json(run.environment_file, environment(hardware.as_dict()))
         run.write_json(run.facts_file, facts.as_dict())
 
@@ -212,7 +224,7 @@ def _train(
             trainer.fit()
         if observe is not None:
             observe(trainer.model, tokenizer)
-        with results_written(run):
+        with results_written(run), watchdog.watching("writing the results"):
             with atomic_folder(run.adapter) as folder:
                 trainer.save_model(str(folder))
                 stamp(folder, issue_passport(config, base.source, tokenizer))
@@ -221,13 +233,15 @@ def _train(
             # What happened, measured.
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
             facts.training = training_facts(
-                run.metrics(), engine="fused" if reason_unfused is None else f"plain: {reason_unfused}"
+                run.metrics(),
+                engine="fused" if reason_unfused is None else f"plain: {reason_unfused}",
+                repeats=repeats,
             )
             facts.base.fingerprint_after = fingerprint(trainer.model)
             facts.adapter.file_bytes = _adapter_bytes(run)
             facts.adapter.folder_files = sorted(path.name for path in run.adapter.iterdir())
             del trainer, base  # the fresh base takes their room
-            facts.verified = _verify(config, hardware, run, data)
+            facts.verified = _verify(config, hardware, run, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
 
@@ -243,7 +257,9 @@ def _export(config: Config, run: RunFolder, screen: Screen) -> None:
         screen.say("exported", f"{folder}" + (f" · {certificate.line()}" if certificate else ""))
 
 
-def _verify(config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches) -> VerifiedFacts:
+def _verify(
+    config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches, watchdog: Watchdog
+) -> VerifiedFacts:
     """The adapter, read back from the disk into a fresh base.
 
     Raises:
@@ -251,7 +267,7 @@ def _verify(config: Config, hardware: Hardware, run: RunFolder, data: MicroBatch
     """
     gc.collect()
     tokens, _ = data.documents[0]
-    found = read_back(_load(config, hardware).model, run.adapter, [int(token) for token in tokens[:64]])
+    found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
     if found.problem:
         raise GuardStop(
             f"the adapter in {run.adapter} is bad: {found.problem}",
@@ -307,17 +323,20 @@ def _check_inputs(config: Config) -> None:
         check_exportable(find(config.model, trust_remote_code=config.trust_remote_code), config.export)
 
 
-def _load(config: Config, hardware: Hardware) -> Base:
-    return load_base(
-        config.model,
-        hardware,
-        compute_dtype=config.compute_dtype,
-        quantization=config.quantization,
-        double_quant=config.double_quant,
-        revision=config.revision,
-        template=config.template,
-        trust_remote_code=config.trust_remote_code,
-    )
+def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
+    # A download shows no progress here, and has timeouts of its own.
+    local = Path(model_source(config.model)).is_dir()
+    with watchdog.watching("loading the base") if local else nullcontext():
+        return load_base(
+            config.model,
+            hardware,
+            compute_dtype=config.compute_dtype,
+            quantization=config.quantization,
+            double_quant=config.double_quant,
+            revision=config.revision,
+            template=config.template,
+            trust_remote_code=config.trust_remote_code,
+        )
 
 
 def _facts(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from slimtune.data.packing import PackedBatches
+from slimtune.data.preflight import Proof
 from slimtune.run import durable
 from slimtune.training.fused import FusedTrainer
 from slimtune.training.resumable import ResumableTrainer
@@ -21,7 +22,7 @@ def hang(where: str, how: str, at: int) -> None:
     """From the ``at``-th micro-batch, step or save on, hang in that place.
 
     Args:
-        where: data, step or save.
+        where: preparation, data, step or save.
         how: sleep, lock, pipe or child: what the code is stuck in.
         at: Counted from 1.
     """
@@ -51,7 +52,12 @@ def hang(where: str, how: str, at: int) -> None:
 
         setattr(target, name, wrapped)
 
-    places = {"data": (PackedBatches, "batch"), "step": (ResumableTrainer, "_run_pieces"), "save": (durable, "_seal")}
+    places = {
+        "preparation": (Proof, "save_ledger"),
+        "data": (PackedBatches, "batch"),
+        "step": (ResumableTrainer, "_run_pieces"),
+        "save": (durable, "_seal"),
+    }
     before(*places[where])
 
 

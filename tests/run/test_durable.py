@@ -55,7 +55,14 @@ def test_what_was_written_is_there(tmp_path: Path) -> None:
 
 def test_the_sums_are_in_sha256sum_format(tmp_path: Path) -> None:
     write(tmp_path / "x", b"one")
-    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=tmp_path / "x", check=True)
+    check = ["sha256sum", "--check", "--strict", SUMS]
+    good = subprocess.run(check, cwd=tmp_path / "x", capture_output=True, text=True, check=False)
+    assert good.returncode == 0
+    assert good.stdout.splitlines() == ["a.json: OK", "b.safetensors: OK", "c.json: OK"]
+    (tmp_path / "x" / "b.safetensors").write_bytes(b"other")
+    bad = subprocess.run(check, cwd=tmp_path / "x", capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    assert "b.safetensors: FAILED" in bad.stdout
 
 
 def test_a_kill_after_any_operation_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.run.lock import lock_run
+from slimtune.run.lock import LOCK, lock_run
 
 HOLD = """
 import sys, time
@@ -33,10 +35,29 @@ def test_the_second_process_is_refused_and_the_first_is_named(tmp_path: Path) ->
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     with lock_run(tmp_path):  # it died with its owner
-        pass
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
 
 
-def test_the_lock_is_free_after_the_body(tmp_path: Path) -> None:
+def is_held(folder: Path) -> bool:
+    """Asked of the kernel, through another open file."""
+    with (folder / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_the_lock_is_held_in_the_body_and_free_after_it(tmp_path: Path) -> None:
+    held = []
     for _ in range(2):
         with lock_run(tmp_path):
-            pass
+            held.append(is_held(tmp_path))
+        held.append(is_held(tmp_path))
+    assert held == [True, False, True, False]
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=r"can't be locked: Is a directory \(.*\.lock\)"), lock_run(tmp_path):
+        pass

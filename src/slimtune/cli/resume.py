@@ -10,6 +10,7 @@ import click
 
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.run.folder import RunFolder
+from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
 __all__ = ["command"]
@@ -30,6 +31,7 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
     """
     folder = RunFolder.open(run)
     config = config_from_flags(config_file or folder.config_file, flags)
+    fix_workspace(config)
 
     with StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from slimtune.cli.options import config_from_flags, config_options
+from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
 __all__ = ["command"]
@@ -28,6 +29,7 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
     (json, jsonl, csv, tsv, parquet) or hub ids.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    fix_workspace(config)
 
     with StopSignals():
         # Here, as it loads torch, and --help is to answer at once.

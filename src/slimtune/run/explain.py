@@ -147,6 +147,8 @@ def _training(facts: Facts, say: Say) -> Section | None:
     ]
     if training.get("floor_share"):
         told.insert(1, Statement(_speed(training, say)))
+    if "repeats" in training:
+        told.append(Statement(_repeats(training["repeats"], say)))
     if training.get("eval_loss") is None:
         text = say("the loss on held-out data, as none was given.", "留出数据上的损失，因为没有提供留出数据。")
         told.append(Statement(text, "unmeasured"))
@@ -169,6 +171,21 @@ def _speed(training: Facts, say: Say) -> str:
         f"That is {number} of the model's own work, {reached} of the rate at which this machine multiplies large "
         "matrices (measured before the first step).",
         f"折合模型自身运算 {number}，达到本机大矩阵乘法速度（训练前实测）的 {reached}。",
+    )
+
+
+def _repeats(repeats: bool, say: Say) -> str:
+    if repeats:
+        return say(
+            "Every kernel was deterministic: the same command with the same data and versions gives the same adapter "
+            "bytes on this machine.",
+            "所用计算核全是确定性的：在本机上，用同样的命令、数据和版本再跑一次，得到的适配器逐字节相同。",
+        )
+    return say(
+        "Some of the GPU's kernels add in no fixed order, so the same command gives the same adapter but for rounding; "
+        "`--deterministic` fixes the order.",
+        "部分 GPU 计算核的累加次序不固定，同样的命令再跑一次，结果只在舍入误差上有别；"
+        "加 `--deterministic` 可固定次序。",
     )
 
 

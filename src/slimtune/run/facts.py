@@ -76,6 +76,8 @@ class TrainingFacts:
 
     engine: str
     """fused or plain, with the reason if it fell back."""
+    repeats: bool
+    """Whether the same command gives the same bytes on this machine (:mod:`slimtune.training.determinism`)."""
     steps: int
     epochs: float
     first_loss: float

@@ -24,10 +24,14 @@ from typing import Any
 
 from slimtune.config import Config, load_config
 from slimtune.errors import UserError
-from slimtune.run.durable import JsonLines
+from slimtune.run.durable import JsonLines, write_file
 from slimtune.run.lock import LOCK, lock_run
 
 __all__ = ["RunFolder"]
+
+
+SET_UP = frozenset({LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp"})
+"""What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
 
 
 class RunFolder:
@@ -50,10 +54,11 @@ class RunFolder:
     @classmethod
     @contextmanager
     def create(cls, path: Path, *, overwrite: bool = False) -> Iterator[RunFolder]:
-        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind.
+        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind; but a run
+        that has a checkpoint is kept, whatever happens to it.
 
         Raises:
-            UserError: The folder holds something already and ``overwrite`` is off, or it can't be made.
+            UserError: The folder holds something already and ``overwrite`` is off, or it can't be made or emptied.
         """
         fresh = not path.exists()
         if not fresh and _occupied(path):
@@ -69,13 +74,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output folder {path} can't be made: {error.strerror}") from None
         with lock_run(path):
-            _clear(path)
             try:
-                yield cls(path)
+                _clear(path)
+            except OSError as error:
+                raise UserError(f"output folder {path} can't be emptied: {error}") from None
+            run = cls(path)
+            try:
+                yield run
             except UserError:
-                shutil.rmtree(path, ignore_errors=True)
-                if not fresh:
-                    path.mkdir()
+                if not run.has_checkpoint:
+                    shutil.rmtree(path, ignore_errors=True)
+                    if not fresh:
+                        path.mkdir()
                 raise
 
     @classmethod
@@ -93,18 +103,28 @@ class RunFolder:
             )
         return run
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(self.checkpoints.glob("checkpoint-*"))
+
     def config(self) -> Config:
         """The resolved config that ran."""
         return load_config(self.config_file)
 
     def write_config(self, config: Config) -> None:
         """Record what runs."""
-        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+        self._write(self.config_file, config.to_yaml())
 
     def write_json(self, file: Path, value: Any) -> None:
         """Write ``value`` whole: readers see the old file or the new one."""
+        self._write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _write(file: Path, text: str) -> None:
         temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, text.encode())
         temporary.replace(file)
 
     def read_json(self, file: Path) -> dict[str, Any]:
@@ -156,7 +176,11 @@ def _json_safe(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _occupied(path: Path) -> bool:
-    return not path.is_dir() or any(child.name != LOCK for child in path.iterdir())
+    """Whether ``path`` is anything but an empty folder, or that of a run that never began."""
+    if not path.is_dir() or any((path / "checkpoints").glob("*")):
+        return True
+    never_began = SET_UP if (path / LOCK).exists() else frozenset[str]()
+    return any(child.name not in never_began for child in path.iterdir())
 
 
 def _clear(path: Path) -> None:

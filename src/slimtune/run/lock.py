@@ -23,9 +23,12 @@ def lock_run(folder: Path) -> Iterator[None]:
     itself stays and means nothing.
 
     Raises:
-        UserError: Another process holds the run; it is named by its id.
+        UserError: Another process holds the run; it is named by its id. Or the lock can't be made there.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"run {folder} can't be locked: {error.strerror} ({folder / LOCK})") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,8 @@ def upstream_to_log(file: Path | None) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     handler: logging.Handler = logging.NullHandler() if file is None else logging.FileHandler(file, encoding="utf-8")
+    # On a full disk the log has gaps; logging's own way is a traceback on the screen for every line.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     named = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]

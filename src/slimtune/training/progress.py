@@ -89,12 +89,13 @@ class MetricsCallback(TrainerCallback):
         return lengths, supervised
 
 
-def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
+def training_facts(records: list[dict[str, Any]], engine: str, *, repeats: bool) -> TrainingFacts:
     """Sum up a run from its metrics' records.
 
     Args:
         records: The lines of ``metrics.jsonl``. A step that was trained again after a resume counts once.
         engine: ``fused``, or ``plain`` with the reason.
+        repeats: Whether the kernels were deterministic.
     """
     steps = list({record["step"]: record for record in records if "step_seconds" in record}.values())
     tokens = sum(int(record["tokens"]) for record in steps)
@@ -104,6 +105,7 @@ def training_facts(records: list[dict[str, Any]], engine: str) -> TrainingFacts:
     seconds = sum(map(_seconds, steps))
     return TrainingFacts(
         engine=engine,
+        repeats=repeats,
         steps=int(steps[-1]["step"]) if steps else 0,
         epochs=round(float(steps[-1].get("epoch", 0.0)), 3) if steps else 0.0,
         first_loss=float(steps[0]["loss"]) if steps and steps[0]["loss"] is not None else float("nan"),

@@ -124,7 +124,7 @@ class ResumableTrainer(Trainer):
             self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
             safety.checkpoints.best_step = self.progress.best_step
         self.add_callback(_Hooks(self))
-        with safety.watchdog, safety.signals.deferred():
+        with safety.watchdog.watching("step"), safety.signals.deferred():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 self._secure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from slimtune.config import Config
 from slimtune.data.hub import hub_fingerprint
 from slimtune.data.packing import MicroBatches
 from slimtune.data.sources import parse_source
-from slimtune.errors import GuardStop
+from slimtune.errors import GuardStop, SlimtuneError, UserError
 from slimtune.run.environment import library_versions
 from slimtune.run.folder import RunFolder
 from slimtune.run.identity import Identity, require_same
@@ -24,7 +25,9 @@ from slimtune.training.checkpoint import IDENTITY, Checkpoints
 from slimtune.training.resumable import Safety
 from slimtune.training.stop import StopSignals, Watchdog
 
-__all__ = ["identity_of", "make_safety", "results_written"]
+__all__ = ["disk_told", "identity_of", "make_safety", "results_written"]
+
+_OS_ERROR = re.compile(r"\(os error \d+\)")
 
 
 def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -> Identity:
@@ -52,6 +55,7 @@ def make_safety(
     identity: Identity,
     data: MicroBatches,
     signals: StopSignals,
+    watchdog: Watchdog,
     screen: Screen,
     *,
     accept_changes: bool = False,
@@ -61,7 +65,6 @@ def make_safety(
     Raises:
         UserError: Something changed since the checkpoint, and ``accept_changes`` is off.
     """
-    watchdog = Watchdog(config.watchdog, run.path / "stacks.txt", run=run.path)
     checkpoints = Checkpoints(
         run.checkpoints, config.keep_checkpoints, tell=screen.warn, beat=watchdog.beat, rest=watchdog.rest
     )
@@ -87,20 +90,58 @@ def make_safety(
 
 
 @contextmanager
-def results_written(run: RunFolder) -> Iterator[None]:
-    """Writing the results must not lose the run: a disk that fails here leaves the last checkpoint to go on from.
+def disk_told(run: RunFolder) -> Iterator[None]:
+    """What the system refuses while the body runs is a message about the file, not a fault of slimtune's.
 
     Raises:
-        GuardStop: The disk failed.
+        UserError: A file can't be read or written.
     """
     try:
         yield
-    except OSError as error:
-        raise GuardStop(
-            f"the results can't be written: {error.strerror or error} ({error.filename or run.path})",
-            rule="All steps are done and saved in the last checkpoint.",
-            way_out=f"Make room, then: slimtune resume {run.path}",
+    except Exception as error:
+        what = _refused(error)
+        if what is None:
+            raise
+        begun = run.has_checkpoint
+        raise UserError(
+            what,
+            rule=f"The run is saved up to its newest checkpoint in {run.checkpoints}." if begun else "",
+            way_out=f"Then: slimtune resume {run.path}" if begun else "Make room, or choose another folder (-o).",
         ) from error
+
+
+@contextmanager
+def results_written(run: RunFolder) -> Iterator[None]:
+    """Writing the results must not lose the run: whatever fails here leaves the last checkpoint to go on from.
+
+    Raises:
+        GuardStop: The disk failed.
+        UserError: Something else that the person can mend; how to go on is added.
+    """
+    done, goes_on = "All steps are done and saved in the last checkpoint.", f"slimtune resume {run.path}"
+    try:
+        yield
+    except UserError as error:
+        way_out = f"{error.way_out} Then: {goes_on}".strip()
+        raise UserError(error.what, rule=f"{error.rule} {done}".strip(), way_out=way_out) from error
+    except Exception as error:
+        what = _refused(error)
+        if what is None:
+            raise
+        what = f"the results can't be written: {what}"
+        raise GuardStop(what, rule=done, way_out=f"Make room, then: {goes_on}") from error
+
+
+def _refused(error: Exception) -> str | None:
+    """What the system refused, with the file if it is known; None if ``error`` says nothing of that kind.
+
+    The Rust parts of safetensors and tokenizers raise plain exceptions that end in "(os error 28)".
+    """
+    if isinstance(error, SlimtuneError):
+        return None
+    if isinstance(error, OSError):
+        return f"{error.strerror} ({error.filename})" if error.strerror and error.filename else str(error)
+    return str(error) if _OS_ERROR.search(str(error)) else None
 
 
 def _data_hash(text: str) -> str:

@@ -118,18 +118,20 @@ class Watchdog:
 
     Progress is told by :meth:`beat` under a name for each activity (``"step"``, ``"save"``); an activity that is over
     is taken out by :meth:`rest`. When the last beat of any activity is older than ``seconds``, the stacks go to
-    ``stacks`` and to stderr, and the process ends without unwinding (its threads hang, after all).
+    ``stacks``, and the process ends without unwinding (its threads hang, after all).
 
     The watching thread needs Python's interpreter lock. For code that hangs while it holds the lock, faulthandler's own
     C thread stands behind it: after twice the time it writes the stacks and exits 1.
     """
 
     def __init__(self, seconds: float, stacks: Path, *, run: Path | None = None) -> None:
-        self.seconds, self.stacks, self.run = seconds, stacks, run
+        self.seconds, self.stacks = seconds, stacks
+        self.run = run
+        """The run's folder once there is something to go on from; it makes the message."""
         self._beats: dict[str, float] = {}
         self._closed = threading.Event()
+        self._lock = threading.Lock()
         self._file: Any = None
-        self._last_armed = 0.0
 
     def __enter__(self) -> Self:
         if self.seconds > 0:
@@ -140,7 +142,8 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
@@ -150,33 +153,51 @@ class Watchdog:
 
     def beat(self, activity: str) -> None:
         """``activity`` made progress."""
-        now = time.monotonic()
-        self._beats[activity] = now
-        if self._file is not None and now - self._last_armed > self.seconds / 4:
-            self._arm()
+        self._beats[activity] = time.monotonic()
 
     def rest(self, activity: str) -> None:
         """``activity`` is over; it is not waited for."""
         self._beats.pop(activity, None)
 
+    @contextmanager
+    def watching(self, activity: str) -> Iterator[None]:
+        """``activity`` is what the body does."""
+        self.beat(activity)
+        try:
+            yield
+        finally:
+            self.rest(activity)
+
     def _arm(self) -> None:
-        self._last_armed = time.monotonic()
         faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self._file)
 
     def _watch(self) -> None:
+        armed = time.monotonic()
         while not self._closed.wait(min(1.0, self.seconds / 10)):
             now = time.monotonic()
-            for activity, last in list(self._beats.items()):
-                if now - last > self.seconds:
-                    self._end(activity, now - last)
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                if now - armed > self.seconds / 4:
+                    self._arm()
+                    armed = now
+                for activity, last in list(self._beats.items()):
+                    if now - last > self.seconds:
+                        self._end(activity, now - last)
 
     def _end(self, activity: str, idle: float) -> None:
-        goes_on = f" Go on: slimtune resume {self.run}" if self.run is not None else ""
-        line = f"slimtune: no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s).{goes_on}\n"
+        goes_on = f"Go on: slimtune resume {self.run}" if self.run is not None else "Give the same command again."
+        line = f"slimtune: no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s). {goes_on}\n"
+        # In a thread: a disk that hangs may be what the run hangs in.
+        writer = threading.Thread(target=self._write_stacks, args=(line,), daemon=True)
+        writer.start()
+        writer.join(min(10.0, self.seconds))
+        sys.stderr.write(f"{line}All threads' stacks are in {self.stacks}\n")
+        sys.stderr.flush()
+        os._exit(StopRequested.exit_code)
+
+    def _write_stacks(self, line: str) -> None:
         self._file.write(line)
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         os.fsync(self._file.fileno())
-        sys.stderr.write(f"{line}All threads' stacks are in {self.stacks}\n")
-        sys.stderr.flush()
-        os._exit(StopRequested.exit_code)
