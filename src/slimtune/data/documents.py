@@ -16,7 +16,7 @@ file                      dtype       holds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ Mask = npt.NDArray[np.bool_]
 
 _FILES = {"ids": np.int32, "supervised": np.bool_, "starts": np.int64, "places": np.int64, "hashes": np.uint64}
 _UNITS = ("line", "row")
+_PART = 2**20
 
 
 class DocumentWriter:
@@ -102,7 +103,9 @@ class Documents:
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document, int32 [documents]."""
-        made: npt.NDArray[np.int32] = np.diff(self.store.starts).astype(np.int32)[self.chosen]
+        starts, made = self.store.starts, np.empty(len(self), np.int32)
+        for part in _parts(len(self)):
+            made[part] = starts[self.chosen[part] + 1] - starts[self.chosen[part]]
         return made
 
     def __getitem__(self, at: int) -> tuple[Ids, Mask]:
@@ -123,10 +126,16 @@ class Documents:
     @property
     def supervised_tokens(self) -> int:
         """Tokens that are targets."""
-        if not len(self):
-            return 0
-        totals = np.add.reduceat(self.store.supervised, self.store.starts[:-1], dtype=np.int64)
-        return int(totals[self.chosen].sum())
+        starts, totals = self.store.starts, np.zeros(len(self.store), np.int32)
+        for part in _parts(len(self.store)):
+            begins, end = starts[part], starts[part.stop]
+            totals[part] = np.add.reduceat(self.store.supervised[begins[0] : end], begins - begins[0], dtype=np.int32)
+        return int(totals[self.chosen].sum(dtype=np.int64))
+
+
+def _parts(documents: int) -> Iterator[slice]:
+    """Documents to look at together, so that what is made of millions of them on the way stays small."""
+    return (slice(at, min(at + _PART, documents)) for at in range(0, documents, _PART))
 
 
 def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
