@@ -1,6 +1,6 @@
-"""Reliability on a GPU: kills during training and saves, NaN in every place, memory that really runs out.
+"""Reliability on a GPU: kills in training and saves, NaN in every place, memory that runs out, runs that repeat.
 
-    python benchmarks/gpu_reliability.py OUT.json        about two minutes on 8 or more cores
+    python benchmarks/gpu_reliability.py OUT.json        about three minutes on 8 or more cores
 
 Runs are the command line's own, each in a process of its own, several at a time on the one GPU. With no GPU it refuses.
 What isn't as it should be is a line under ``failures``, and the exit code 1.
@@ -49,6 +49,7 @@ class Bench:
         self.many = campaign.make_rows(folder / "many.jsonl", 2048)
         self.failures: list[str] = []
         self.whole: dict[str, Path] = {}
+        self.flags: dict[str, list[str]] = {}
 
     def train(self, run: Path, *more: str, rows: Path | None = None) -> list[str]:
         return ["train", str(self.model), str(rows or self.rows), "-o", str(run), *OPTIONS, *more]
@@ -60,20 +61,27 @@ class Bench:
         if not good:
             self.failures.append(what + (f": {process.output()[-600:]}" if process else ""))
 
-    def reference(self, engine: str) -> None:
-        """Two uninterrupted runs: are they equal to each other on this GPU?"""
-        runs = [self.folder / f"whole-{engine}-{number}" for number in (1, 2)]
-        processes = [self.start(self.train(run, "--engine", engine), run.name) for run in runs]
-        for process in processes:
-            self.expect(process.wait() == 0, f"reference {engine}", process)
-        same = campaign.adapter_sha256(runs[0]) == campaign.adapter_sha256(runs[1])
-        self.expect(same, f"two uninterrupted runs on the {engine} engine differ")
-        self.whole[engine] = runs[0]
+    def references(self, engine: str) -> str:
+        """Uninterrupted runs, two as they are and two with --deterministic: are they equal to each other on this GPU?
+
+        With the flag they must be; the runs that are killed are run with it and compared with these.
+        """
+        found = {}
+        for kind, flags in (("plain flags", []), ("--deterministic", ["--deterministic"])):
+            runs = [self.folder / f"whole-{engine}-{kind.strip('-').replace(' ', '-')}-{number}" for number in (1, 2)]
+            processes = [self.start(self.train(run, "--engine", engine, *flags), run.name) for run in runs]
+            good = [process.wait() for process in processes] == [0, 0]
+            self.expect(good, f"reference {engine}, {kind}", processes[0])
+            if good:
+                self.whole[engine], self.flags[engine] = runs[0], flags
+            found[kind] = "equal" if good and len({campaign.adapter_sha256(run) for run in runs}) == 1 else "differ"
+        self.expect(found["--deterministic"] == "equal", f"two --deterministic runs on the {engine} engine differ")
+        return f"{engine}: {found}"
 
     def kills(self, seed: int, engine: str, deadline: float) -> Counter[str]:
         """Row 1: one run, killed again and again, then finished and compared."""
         chance, run, done = random.Random(seed), self.folder / f"killed-{seed}", Counter[str]()
-        arguments = self.train(run, "--engine", engine)
+        arguments = self.train(run, "--engine", engine, *self.flags[engine])
         while done.total() < 5 and time.monotonic() < deadline:
             process = self.start(arguments, run.name)
             if not kill_at_random(process, run, chance):
@@ -141,8 +149,7 @@ def main(out: Path) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         bench = Bench(Path(folder))
-        for engine in ("fused", "plain"):
-            bench.reference(engine)
+        repeats = [bench.references(engine) for engine in ("fused", "plain")]
         print(f"references {time.monotonic() - began:.0f} s", flush=True)
         others = [pool.submit(bench.starved, engine) for engine in ("fused", "plain")]
         deadline = time.monotonic() + SECONDS_FOR_KILLS
@@ -153,6 +160,7 @@ def main(out: Path) -> int:
         result = {
             "date": date.today().isoformat(),
             "gpu": hardware.name,
+            "two_uninterrupted_runs": repeats,
             "kills": kills["in a save"] + kills["elsewhere"],
             "kills_in_a_save": kills["in a save"],
             "killed_runs": kills["runs"],
