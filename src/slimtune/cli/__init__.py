@@ -31,6 +31,7 @@ VERBS = {
     "compare": "Base against tuned on held-out rows.",
     "merge": "Merge the adapter into the 16-bit base.",
     "export": "Ship a run: GGUF, Ollama, MLX, vLLM.",
+    "serve": "Serve runs by the OpenAI API.",
     "push": "Publish the adapter with its model card.",
     "explain": "What this run did, from what was measured.",
     "config": "Print the documented defaults as YAML, or a JSON schema.",

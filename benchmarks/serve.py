@@ -1,0 +1,332 @@
+"""How much more do 16 clients get than one, and does the server hold when 200 clients behave as badly as they can?
+
+`throughput`: clients that each ask one question after the other, greedily, through `slimtune serve` on loopback.
+
+`load`: half of the clients ask and check what they get: every greedy answer must equal the one that
+`slimtune.use.generate` computes for that prompt alone, before the server starts. The other half read slowly, send
+slowly, break off while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with
+Retry-After may come), answers that differ, connections that break without a reason, and the server's memory.
+
+    python benchmarks/serve.py RUN --minutes 10 -o benchmarks/results/DATE-serve.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slimtune.hardware import detect
+from slimtune.run.environment import library_versions
+from slimtune.run.quiet import upstream_to_log
+from slimtune.use.general import GENERAL
+from slimtune.use.generate import generate
+from slimtune.use.load import open_model
+from slimtune.use.sampling import Sampling
+
+TOKENS = 32
+QUESTIONS = [question.messages for question in GENERAL[:24]]
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    answers: int = 0
+    different: list[dict[str, str]] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def status(self, kind: str, status: int, headers: dict[str, str]) -> None:
+        self.statuses[f"{kind} {status}"] += 1
+        if status >= 500 and not (status == 503 and "retry-after" in headers):
+            self.faults[f"{kind}: status {status} without Retry-After"] += 1
+
+
+class Http:
+    """One request on one connection, by hand: a client that can misbehave."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.address = address
+
+    async def __aenter__(self) -> Http:
+        self.reader, self.writer = await asyncio.open_connection(*self.address, limit=2**24)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.writer.transport.abort()
+
+    def send(self, body: bytes, *, length: int | None = None) -> None:
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body) if length is None else length}\r\nConnection: close\r\n\r\n"
+        )
+        self.writer.write(head.encode() + body)
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+        return int(lines[0].split()[1]), headers
+
+    async def rest(self, headers: dict[str, str]) -> bytes:
+        raw = await self.reader.read(-1)
+        if headers.get("transfer-encoding") != "chunked":
+            return raw
+        made = b""
+        while raw:
+            size, raw = raw.split(b"\r\n", 1)
+            made, raw = made + raw[: int(size, 16)], raw[int(size, 16) + 2 :]
+        return made
+
+
+def body(model: str, question: Any, *, stream: bool = False, tokens: int = TOKENS) -> bytes:
+    return json.dumps({"model": model, "messages": question, "max_tokens": tokens, "stream": stream}).encode()
+
+
+def text_of(content: bytes, stream: bool) -> str:
+    if not stream:
+        return str(json.loads(content)["choices"][0]["message"]["content"])
+    events = [line[6:] for line in content.decode().split("\n\n") if line]
+    if events[-1] != "[DONE]":
+        raise ValueError("the stream has no end")
+    return "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
+
+
+# -- the server and what it must answer -------------------------------------------------------------------------------
+
+
+def expected(target: str, tokens: int) -> list[str]:
+    with upstream_to_log(None):
+        opened = open_model(target)
+        texts = []
+        for question in QUESTIONS:
+            reply = next(iter(generate(opened, [opened.prompt_ids(question)], Sampling(max_new_tokens=tokens))))
+            texts.append(reply.text)
+    return texts
+
+
+@asynccontextmanager
+async def server(target: str, log: str) -> AsyncIterator[tuple[tuple[str, int], psutil.Process]]:
+    command = [Path(sys.executable).with_name("slimtune"), "serve", f"tuned={target}", "--port", "0", "--log", log]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = await asyncio.to_thread(process.stdout.readline)
+        found = re.search(r"http://([\d.]+):(\d+)", line)
+        assert found, line
+        try:
+            yield (found[1], int(found[2])), psutil.Process(process.pid)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+
+
+# -- throughput -------------------------------------------------------------------------------------------------------
+
+
+async def throughput(address: tuple[str, int], clients: int, each: int, tokens: int) -> dict[str, Any]:
+    """Tokens a second of all clients together, each of which asks ``each`` questions one after the other."""
+    made = 0
+
+    async def client(number: int) -> None:
+        nonlocal made
+        for ask in range(each):
+            async with Http(address) as http:
+                http.send(body("tuned", QUESTIONS[(number * each + ask) % len(QUESTIONS)], tokens=tokens))
+                status, headers = await http.head()
+                assert status == 200
+                made += json.loads(await http.rest(headers))["usage"]["completion_tokens"]
+
+    started = time.perf_counter()
+    await asyncio.gather(*map(client, range(clients)))
+    took = time.perf_counter() - started
+    return {"clients": clients, "tokens": made, "seconds": round(took, 2), "tokens_per_second": round(made / took, 2)}
+
+
+# -- load -------------------------------------------------------------------------------------------------------------
+
+
+async def good(address: tuple[str, int], seen: Seen, answers: list[str], draw: random.Random) -> None:
+    number, stream = draw.randrange(len(QUESTIONS)), draw.random() < 0.5
+    async with Http(address) as http:
+        http.send(body("tuned", QUESTIONS[number], stream=stream))
+        status, headers = await http.head()
+        seen.status("good", status, headers)
+        content = await http.rest(headers)
+    if status == 200:
+        seen.answers += 1
+        text = text_of(content, stream)
+        if text != answers[number]:
+            seen.different.append({"got": text, "alone": answers[number]})
+    else:
+        await asyncio.sleep(int(headers["retry-after"]))
+
+
+async def slow_reader(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    async with Http(address) as http:
+        http.send(body("tuned", QUESTIONS[0], stream=True, tokens=200))
+        status, headers = await http.head()
+        seen.status("slow reader", status, headers)
+        for _ in range(20):
+            if not await http.reader.read(40):
+                break
+            await asyncio.sleep(1)
+
+
+async def slow_sender(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    content = body("tuned", QUESTIONS[1], tokens=4)
+    async with Http(address) as http:
+        http.send(b"", length=len(content))
+        for at in range(0, len(content), 16):
+            http.writer.write(content[at : at + 16])
+            await asyncio.sleep(draw.choice([0.05, 4.0]))
+            if http.reader.at_eof():
+                break
+        status, headers = await http.head()
+        seen.status("slow sender", status, headers)
+
+
+async def cut_body(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    content = body("tuned", QUESTIONS[2])
+    async with Http(address) as http:
+        http.send(content[: draw.randrange(len(content))], length=len(content))
+        await http.writer.drain()
+        await asyncio.sleep(draw.random())
+    seen.statuses["cut while sending"] += 1
+
+
+async def cut_answer(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    stream = draw.random() < 0.5
+    async with Http(address) as http:
+        http.send(body("tuned", QUESTIONS[3], stream=stream, tokens=500))
+        if stream:
+            status, headers = await http.head()
+            seen.status("cut while reading", status, headers)
+        await asyncio.sleep(3 * draw.random())
+
+
+async def oversized(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    size = draw.choice([300_000, 3_000_000])
+    async with Http(address) as http:
+        http.send(body("tuned", [{"role": "user", "content": "x" * size}]))
+        status, headers = await http.head()
+        seen.status("large body", status, headers)
+    async with Http(address) as http:
+        http.send(body("tuned", [{"role": "user", "content": "salt " * 6000}]))
+        status, headers = await http.head()
+        seen.status("long prompt", status, headers)
+    await asyncio.sleep(1)
+
+
+BAD = (slow_reader, slow_sender, cut_body, cut_answer, oversized)
+
+
+async def load(
+    address: tuple[str, int], process: psutil.Process, answers: list[str], clients: int, minutes: float
+) -> dict[str, Any]:
+    seen, memory = Seen(), []
+    started = time.monotonic()
+    end = started + 60 * minutes
+
+    async def client(number: int) -> None:
+        draw = random.Random(number)
+        bad = BAD[number // 2 % len(BAD)] if number % 2 else None
+        while time.monotonic() < end:
+            try:
+                async with asyncio.timeout(400):
+                    await (good(address, seen, answers, draw) if bad is None else bad(address, seen, draw))
+            except (OSError, asyncio.IncompleteReadError, ValueError, TimeoutError) as error:
+                kind = "good" if bad is None else bad.__name__
+                seen.faults[f"{kind}: {type(error).__name__}: {error}"] += 1
+                await asyncio.sleep(1)
+
+    async def weigh() -> None:
+        while time.monotonic() < end:
+            memory.append((time.monotonic() - started, process.memory_info().rss, process.num_fds()))
+            await asyncio.sleep(1)
+
+    await asyncio.gather(weigh(), *map(client, range(clients)))
+    return {
+        "clients": clients,
+        "minutes": minutes,
+        "statuses": dict(sorted(seen.statuses.items())),
+        "answers_checked": seen.answers,
+        "answers_different": seen.different,
+        "faults": dict(seen.faults),
+        "memory": weighed(memory, minutes),
+    }
+
+
+def weighed(samples: list[tuple[float, int, int]], minutes: float) -> dict[str, Any]:
+    """Resident memory after the warm-up, a fifth of the time: against its first minute's mean."""
+    after = [rss for at, rss, _ in samples if at > 12 * minutes]
+    first = sum(after[:60]) / len(after[:60])
+    return {
+        "warm_up_seconds": 12 * minutes,
+        "mib_after_warm_up": round(first / 2**20, 1),
+        "mib_most": round(max(after) / 2**20, 1),
+        "mib_least": round(min(after) / 2**20, 1),
+        "mib_last_minute": round(sum(after[-60:]) / len(after[-60:]) / 2**20, 1),
+        "most_over_after_warm_up_percent": round(100 * (max(after) / first - 1), 2),
+        "mib_every_15_s": [round(rss / 2**20, 1) for _, rss, _ in samples[::15]],
+        "most_open_files": max(count for _, _, count in samples),
+    }
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    answers = expected(options.target, TOKENS) if options.minutes else []
+    made: dict[str, Any] = {}
+    async with server(options.target, options.log) as (address, process):
+        if options.rounds:
+            await throughput(address, 16, 1, 8)  # warm up
+            rounds = []
+            for _ in range(options.rounds):
+                rounds.append([await throughput(address, *sizes, options.tokens) for sizes in ((1, 3), (16, 2))])
+            one, many = (max(pair[side]["tokens_per_second"] for pair in rounds) for side in (0, 1))
+            made["throughput"] = {"rounds": rounds, "one": one, "sixteen": many, "ratio": round(many / one, 2)}
+            print(made["throughput"], flush=True)
+        if options.minutes:
+            made["load"] = await load(address, process, answers, options.clients, options.minutes)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="of the throughput; 0: none")
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer of the throughput")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the load test; 0: none")
+    parser.add_argument("--log", default="serve.log")
+    options = parser.parse_args()
+    hardware = detect()
+    record = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": hardware.name,
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+        **asyncio.run(measure(options)),
+    }
+    print(json.dumps(record, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""``slimtune serve RUN [RUN ...]``: the OpenAI API over one base and its adapters."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimtune.cli.using import model_options
+from slimtune.errors import UserError
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("targets", metavar="RUN...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another address than loopback takes an API key.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--api-key", envvar="SLIMTUNE_API_KEY", metavar="KEY", help="What clients must show.  [SLIMTUNE_API_KEY]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="A file that holds it.")
+@click.option("--batch", default=16, show_default=True, metavar="N", help="Most requests computed together.")
+@click.option("--waiting", default=64, show_default=True, metavar="N", help="Most that wait; then 503.")
+@click.option("--max-body", "body_bytes", default=262144, show_default=True, metavar="BYTES", help="Largest request.")
+@click.option("--max-prompt", "prompt_tokens", default=4096, show_default=True, metavar="N", help="Longest prompt.")
+@click.option("--max-new-tokens", "output_tokens", default=1024, show_default=True, metavar="N", help="Longest reply.")
+@click.option(
+    "--max-seconds", "seconds", default=300.0, show_default=True, metavar="S", help="Most time for a request."
+)
+@click.option("--cache-tokens", default=8192, show_default=True, metavar="N", help="Tokens kept in memory, per model.")
+@click.option("--log", type=click.Path(path_type=Path), help="A file for faults and upstream's words.")
+@click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
+@click.option("--dry-run", is_flag=True, help="With --engine vllm: print its command and stop.")
+@model_options
+def command(
+    targets: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    api_key_file: Path | None,
+    log: Path | None,
+    engine: str,
+    dry_run: bool,
+    base: str | None,
+    quantization: str | None,
+    trust_remote_code: bool,
+    **limits: Any,
+) -> None:
+    """Serve each RUN under its name (NAME=RUN gives another), and their base under its own, by the OpenAI API.
+
+    Requests that come together are computed together. `/` is a page to try it; `/health` and `/metrics` are for
+    machines. Ctrl-C ends it.
+    """
+    _check_installed()
+    from slimtune.run.quiet import upstream_to_log
+    from slimtune.serve.limits import Limits
+    from slimtune.serve.models import find_all, open_all
+    from slimtune.serve.server import check_address, listen
+
+    key = _key(api_key, api_key_file)
+    check_address(host, key)
+    bounds = Limits(**limits)
+    if engine == "vllm":
+        from slimtune.serve.vllm import replace_process, vllm_command
+
+        words = vllm_command(find_all(targets, base=base, trust_remote_code=trust_remote_code), host, port, bounds)
+        if dry_run:
+            click.echo(shlex.join(words))
+            return
+        replace_process(words, key)
+    if dry_run:
+        raise click.UsageError("--dry-run goes with --engine vllm")
+    with listen(host, port) as listening, upstream_to_log(log):
+        from slimtune.serve.api import Api
+        from slimtune.serve.server import run
+
+        models = open_all(find_all(targets, base=base, trust_remote_code=trust_remote_code), quantization=quantization)
+        api = Api(models, bounds, key)
+        run(api, listening, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
+
+
+def _key(given: str | None, file: Path | None) -> str | None:
+    if file is not None:
+        try:
+            given = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the API key's file can't be read: {error}") from None
+    if given is not None and not given.strip():
+        raise UserError("the API key is empty")
+    return given
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"slimtune serve needs {', '.join(missing)}", way_out="Install them: pip install 'slimtune[serve]'"
+        )

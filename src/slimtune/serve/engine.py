@@ -1,0 +1,176 @@
+"""One model's engine: Transformers' continuous batching in a thread, asked from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from slimtune.serve.choice import Chances, Choice, Chooser
+from slimtune.serve.limits import Limits
+from slimtune.serve.refusal import Refusal
+from slimtune.use.load import Opened
+from slimtune.use.sampling import Sampling
+
+__all__ = ["Engine", "Token"]
+
+_PAGE = 32
+# Prompts are computed in parts of this many tokens, among the others' next tokens: nobody waits for a long one.
+_STEP_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a reply."""
+
+    id: int
+    chances: Chances | None
+    last: bool
+
+
+class Engine:
+    """Answers requests to one model, all that come at once in one batch.
+
+    Memory is set aside at the start (keys and values of ``limits.cache_tokens`` tokens) and never grows; when it is
+    full, the engine puts requests back and computes them again later. Without CUDA graphs and double buffering, for
+    tokens are chosen in Python (:mod:`slimtune.serve.choice`).
+
+    Args:
+        opened: The model. Its attention implementation is the engine's while it runs.
+        limits: Batch size and cache.
+    """
+
+    def __init__(self, opened: Opened, limits: Limits) -> None:
+        self.opened = opened
+        self.longest_prompt = min(limits.prompt_tokens, opened.context - 1)
+        longest = min(limits.prompt_tokens + limits.output_tokens, opened.context)
+        # One page more than the longest request fills, for the engine takes whole pages.
+        pages = math.ceil(max(limits.cache_tokens, longest) / _PAGE) + 1
+        model = opened.model.get_base_model() if opened.found.adapter is not None else opened.model
+        self._manager: Any = model.init_continuous_batching(
+            GenerationConfig(  # type: ignore[no-untyped-call]
+                do_sample=False, eos_token_id=list(opened.stop_ids), pad_token_id=opened.pad_id
+            ),
+            ContinuousBatchingConfig(
+                page_size=_PAGE,
+                num_blocks=pages,
+                max_batch_tokens=max(_STEP_TOKENS, limits.batch),
+                max_requests_per_batch=limits.batch,
+                use_cuda_graph=False,
+                use_async_batching=False,
+                # Never fetches a kernel from the hub; the same attention on every machine.
+                auto_switch_to_flash=False,
+            ),
+        )
+        self._chooser = self._manager.logit_processor = Chooser()
+        self._tickets: dict[str, _Ticket] = {}
+        self._reader: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the threads; called within the event loop that will ask."""
+        self._manager.start()
+        loop = asyncio.get_running_loop()
+        self._reader = threading.Thread(target=self._read, args=(loop,), name="slimtune-replies")
+        self._reader.start()
+
+    async def stop(self) -> None:
+        """End the threads; requests that are under way are failed."""
+        await asyncio.to_thread(self._manager.stop, block=True, hard_stop=True)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.join)
+        self._manager.destroy()
+
+    @property
+    def running(self) -> bool:
+        """Whether it answers."""
+        return bool(self._manager.is_running())
+
+    @property
+    def held(self) -> int:
+        """Requests that the engine computes or holds back at this moment."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0
+        return len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests)
+
+    @asynccontextmanager
+    async def reply(
+        self, prompt: Sequence[int], sampling: Sampling, *, top_logprobs: int | None = None
+    ) -> AsyncIterator[AsyncIterator[Token]]:
+        """The tokens of one reply as they come; leaving the context ends the request, and its cost, at once.
+
+        Raises:
+            Refusal: The engine has stopped, or failed on this request.
+        """
+        identity = uuid.uuid4().hex
+        ticket = self._tickets[identity] = _Ticket()
+        choice = Choice(sampling, top_logprobs)
+        if choice.needed:
+            self._chooser.choices[identity] = choice
+        try:
+            taken = self._manager.add_request(
+                list(prompt), request_id=identity, max_new_tokens=sampling.max_new_tokens, streaming=True
+            )
+            if taken is None:
+                raise _stopped()
+            yield ticket.tokens(choice)
+        finally:
+            del self._tickets[identity]
+            if not ticket.done:
+                self._manager.cancel_request(identity)
+            self._chooser.choices.pop(identity, None)
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        for output in self._manager:
+            loop.call_soon_threadsafe(self._deliver, output)
+        loop.call_soon_threadsafe(self._fail_all)
+
+    def _deliver(self, output: Any) -> None:
+        # A request that has been left may still get a token that was under way.
+        ticket = self._tickets.get(output.request_id)
+        if ticket is not None:
+            ticket.update(output.generated_tokens, output.is_finished(), output.error)
+
+    def _fail_all(self) -> None:
+        for ticket in self._tickets.values():
+            ticket.update(ticket.ids, True, "the engine stopped")
+
+
+class _Ticket:
+    """What the engine has made for one request so far. A slow reader finds many tokens at once: nothing piles up."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.done = False
+        self._error: str | None = None
+        self._changed = asyncio.Event()
+
+    def update(self, ids: list[int], done: bool, error: str | None) -> None:
+        self.ids, self.done, self._error = ids, done, error
+        self._changed.set()
+
+    async def tokens(self, choice: Choice) -> AsyncIterator[Token]:
+        given = 0
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            ids, done = self.ids, self.done
+            if self._error is not None:
+                raise _stopped()
+            for at in range(given, len(ids)):
+                chances = None if choice.top_logprobs is None else choice.chances[at]
+                yield Token(ids[at], chances, done and at == len(ids) - 1)
+            given = len(ids)
+            if done:
+                return
+
+
+def _stopped() -> Refusal:
+    return Refusal(503, "the engine has stopped", "engine_stopped", retry_after=5)

@@ -1,0 +1,154 @@
+"""What OpenAI's clients may ask for, checked field by field, and the shapes of what they get.
+
+Source: OpenAI's API reference, "Chat" and "Completions". A field that would change the answer and that nothing here
+honours is refused, never ignored: a client must not believe that it got what it asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimtune.serve.limits import Limits
+from slimtune.serve.refusal import Refusal
+
+__all__ = ["ChatRequest", "CompletionRequest", "Request", "read"]
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+R = TypeVar("R", bound="Request")
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What both kinds of requests have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Greedy (0) unless given, as every verb of slimtune."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Literal[1] | None = 1
+
+    # Honoured at their neutral value only.
+    frequency_penalty: Literal[0] | None = 0
+    presence_penalty: Literal[0] | None = 0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    # Words to OpenAI's own service, without bearing on an answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wanted_tokens(self) -> tuple[str, int | None]:
+        """The field that bounds the reply, and its value."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens to show beside each; None for no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the count of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def wanted_tokens(self) -> tuple[str, int | None]:
+        """The newer name goes first."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().wanted_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """``top_logprobs`` where ``logprobs`` is on."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the template gets."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+
+class CompletionRequest(Request):
+    """``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = False
+    best_of: Literal[1] | None = 1
+    suffix: None = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """As given."""
+        return self.logprobs
+
+
+def read(kind: type[R], body: bytes, limits: Limits) -> R:
+    """The request in ``body``.
+
+    Raises:
+        Refusal: It isn't JSON, a field is missing, unknown, of the wrong kind or not honoured, or over a limit (400).
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+    name, wanted = request.wanted_tokens
+    if wanted is not None and wanted > limits.output_tokens:
+        raise Refusal(400, f"{name} is {wanted}; this server gives {limits.output_tokens}", "too_long", param=name)
+    if isinstance(request, ChatRequest) and len(request.messages) > limits.prompt_tokens:
+        # Every message is a token at least; said before any of them is rendered.
+        raise Refusal(400, "too many messages", "context_length_exceeded", param="messages")
+    return request
+
+
+def _refused(error: ValidationError) -> Refusal:
+    """The first fault, in words that name the field."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body is not JSON: {first['msg']}", "invalid_json")
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"unknown or unsupported parameter: {json.dumps(param)}", "unknown_parameter", param=param)
+    return Refusal(400, f"{param}: {first['msg']}" if param else str(first["msg"]), "invalid_value", param=param)

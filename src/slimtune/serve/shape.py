@@ -1,0 +1,120 @@
+"""Replies in the shapes of OpenAI's API: whole ones, chunks of a stream, log probabilities, usage."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimtune.serve.engine import Token
+from slimtune.serve.reply import Part
+
+__all__ = ["Chat", "Completion", "Shape", "usage"]
+
+Spell = Callable[[int], tuple[str, list[int]]]
+"""A token's text and its bytes."""
+
+
+def usage(prompt: int, reply: int) -> dict[str, int]:
+    """The counts of tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+
+
+@dataclass
+class Shape:
+    """One reply's fixed fields, and what differs between chat and completions."""
+
+    model: str
+    logprobs: bool
+    spell: Spell
+    prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+    created: int = field(default_factory=lambda: int(time.time()))
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def whole(self, text: str, tokens: Sequence[Token], finish: str | None, counts: dict[str, int]) -> dict[str, Any]:
+        """The answer at once."""
+        choice = {"index": 0, **self._text(text), "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        return {**self._head(self.whole_object), "choices": [choice], "usage": counts}
+
+    def chunk(self, part: Part) -> dict[str, Any]:
+        """A piece of a stream."""
+        choice = {
+            "index": 0, **self._delta(part.text), "logprobs": self._logprobs(part.tokens), "finish_reason": part.finish
+        }  # fmt: skip
+        return {**self._head(self.chunk_object), "choices": [choice]}
+
+    def last(self, counts: dict[str, int]) -> dict[str, Any]:
+        """The chunk that holds the usage, after all others."""
+        return {**self._head(self.chunk_object), "choices": [], "usage": counts}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks before the first piece."""
+        return []
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": f"{self.prefix}-{self.identity}", "object": kind, "created": self.created, "model": self.model}
+
+    def _text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class Chat(Shape):
+    """``chat.completion`` and ``chat.completion.chunk``."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Who speaks."""
+        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [{**self._head(self.chunk_object), "choices": [choice]}]
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return {"content": [self._token(token) for token in tokens if token.chances is not None], "refusal": None}
+
+    def _token(self, token: Token) -> dict[str, Any]:
+        assert token.chances is not None
+        top = [self._spelled(other, logprob) for other, logprob in token.chances.top]
+        return {**self._spelled(token.id, token.chances.logprob), "top_logprobs": top}
+
+    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
+        text, spelled = self.spell(token)
+        return {"token": text, "logprob": logprob, "bytes": spelled}
+
+
+class Completion(Shape):
+    """``text_completion``, whole and in chunks."""
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        for token in tokens:
+            assert token.chances is not None
+            made["tokens"].append(self.spell(token.id)[0])
+            made["token_logprobs"].append(token.chances.logprob)
+            made["top_logprobs"].append({self.spell(other)[0]: logprob for other, logprob in token.chances.top})
+        return made

@@ -1,0 +1,42 @@
+"""Which runs can be served together, and under which names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slimtune.errors import UserError
+from slimtune.serve.limits import Limits
+from slimtune.serve.models import find_all
+from slimtune.serve.vllm import vllm_command
+
+
+def test_names_come_from_folders_or_are_given(runs: list[Path], tiny_model: Path) -> None:
+    targets = [str(runs[0]), f"mine={runs[1]}", str(tiny_model)]
+    assert [model.name for model in find_all(targets)] == ["first", "mine", str(tiny_model)]
+    assert [model.name for model in find_all([str(runs[0] / "adapter")])] == ["first"]
+    with pytest.raises(UserError, match="both called first"):
+        find_all([str(runs[0]), str(runs[0])])
+
+
+def test_runs_on_different_bases_are_refused(runs: list[Path], model_folder: Path) -> None:
+    with pytest.raises(UserError, match="different bases"):
+        find_all([str(runs[0]), str(model_folder)])
+
+
+def test_vllm_gets_the_same_models(runs: list[Path], tiny_model: Path, tmp_path: Path) -> None:
+    words = vllm_command(find_all([str(run) for run in runs]), "127.0.0.1", 8000, Limits())
+    assert words[:3] == ["vllm", "serve", str(tiny_model)]
+    after = {word: words[at + 1] for at, word in enumerate(words) if word.startswith("--") and at + 1 < len(words)}
+    assert after["--max-lora-rank"] == "16"  # the ranks are 4 and 12
+    assert after["--max-loras"] == "2"
+    assert after["--quantization"] == "bitsandbytes"
+    assert after["--tokenizer"] == str(runs[0] / "adapter")
+    at = words.index("--lora-modules")
+    assert words[at + 1 : at + 3] == [f"{run.name}={run / 'adapter'}" for run in runs]
+    odd = shutil.copytree(runs[0], tmp_path / "a=b")
+    assert f'{{"name": "odd", "path": "{odd / "adapter"}"}}' in vllm_command(
+        find_all([f"odd={odd}"]), "127.0.0.1", 8000, Limits()
+    )
