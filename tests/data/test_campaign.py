@@ -100,18 +100,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield made
 
 
-def check(file: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-    """Accepted, or one error that names the file; and the account is whole."""
+def outcome(file: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """The file's name if it was accepted with a whole account, else the one error."""
     OUTCOMES["files"] += 1
     config = Config.make(data=str(file), max_length=128, max_dropped=0.9, **options)
     try:
         proof = examine(config, tokenizer)
     except UserError as refused:
-        message = str(refused)
         OUTCOMES["refused whole"] += 1
-    else:
-        message = check_account(proof, config, file.name, tokenizer)
-    assert file.name in message
+        return str(refused)
+    return check_account(proof, config, file.name, tokenizer)
 
 
 def check_account(proof: Proof, config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -170,7 +168,7 @@ def test_generated_files(
 ) -> None:
     file = folder / f"generated.{kind}"
     file.write_bytes(written(kind, made))
-    check(file, tokenizer, overlong=overlong, allow_control_tokens=allow)
+    assert file.name in outcome(file, tokenizer, overlong=overlong, allow_control_tokens=allow)
 
 
 def good(kind: str) -> bytes:
@@ -223,4 +221,4 @@ def test_mutated_files(
 ) -> None:
     file = folder / f"mutated.{kind}"
     file.write_bytes(mutated(GOOD[kind], changes))
-    check(file, tokenizer)
+    assert file.name in outcome(file, tokenizer)
