@@ -1,4 +1,5 @@
-"""Forty hostile folders: nothing of them runs, nothing outside of them is read or written, each is refused by name."""
+"""Forty-eight hostile folders, checkpoints and templates: nothing of them runs, nothing outside of them is read or
+written, each is refused by name."""
 
 from __future__ import annotations
 
