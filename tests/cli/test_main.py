@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from slimtune import cli
 from slimtune.cli import VERBS, slimtune_command
 
 
@@ -72,6 +75,19 @@ def test_debug_shows_the_traceback_wherever_it_stands() -> None:
         done = slimtune(*arguments)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
+
+
+def test_a_disk_that_refuses_is_named_and_no_fault_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/requests.jsonl")
+
+    monkeypatch.setattr(cli.slimtune_command, "main", full)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /tmp/requests.jsonl: No space left on device\n")
 
 
 def test_help_and_config_load_no_torch() -> None:

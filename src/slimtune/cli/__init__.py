@@ -6,6 +6,7 @@ Verbs are loaded when they are called, so that ``slimtune --help`` answers at on
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 import slimtune
-from slimtune.errors import SlimtuneError
+from slimtune.errors import SlimtuneError, UserError
 
 __all__ = ["main", "slimtune_command"]
 
@@ -37,6 +38,9 @@ VERBS = {
     "config": "Print the documented defaults as YAML, or a JSON schema.",
     "doctor": "Check this machine and the installed versions.",
 }
+
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES})
+"""What a disk refuses with, wherever it does; no code can be right or wrong about it."""
 
 
 class _Verbs(click.Group):
@@ -110,6 +114,9 @@ def main() -> NoReturn:
     except Exception as error:  # noqa: BLE001 - the last stop: said in one line, exits 1, --debug shows where
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in DISK and error.filename:
+            say_error(UserError(f"{error.filename}: {error.strerror}", way_out="Make room, or take another disk."))
+            sys.exit(UserError.exit_code)
         text = str(error).strip().splitlines() or [""]
         click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
         click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
