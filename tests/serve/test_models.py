@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.serve.limits import Limits
 from slimtune.serve.models import find_all
 from slimtune.serve.vllm import vllm_command
 
@@ -27,7 +26,7 @@ def test_runs_on_different_bases_are_refused(runs: list[Path], model_folder: Pat
 
 
 def test_vllm_gets_the_same_models(runs: list[Path], tiny_model: Path, tmp_path: Path) -> None:
-    words = vllm_command(find_all([str(run) for run in runs]), "127.0.0.1", 8000, Limits())
+    words = vllm_command(find_all([str(run) for run in runs]), "127.0.0.1", 8000, 16)
     assert words[:3] == ["vllm", "serve", str(tiny_model)]
     after = {word: words[at + 1] for at, word in enumerate(words) if word.startswith("--") and at + 1 < len(words)}
     assert after["--max-lora-rank"] == "16"  # the ranks are 4 and 12
@@ -38,5 +37,5 @@ def test_vllm_gets_the_same_models(runs: list[Path], tiny_model: Path, tmp_path:
     assert words[at + 1 : at + 3] == [f"{run.name}={run / 'adapter'}" for run in runs]
     odd = shutil.copytree(runs[0], tmp_path / "a=b")
     assert f'{{"name": "odd", "path": "{odd / "adapter"}"}}' in vllm_command(
-        find_all([f"odd={odd}"]), "127.0.0.1", 8000, Limits()
+        find_all([f"odd={odd}"]), "127.0.0.1", 8000, 16
     )

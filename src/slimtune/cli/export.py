@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from slimtune.use.load import Found
 
 __all__ = ["command"]
 
@@ -34,7 +31,7 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
     from slimtune.use.load import find
 
     if kind in ("vllm", "mlx"):
-        click.echo(_command(find(target, base=base), target, kind))
+        click.echo(_command(target, base, kind))
         return
     if output is None:
         raise click.UsageError("-o FOLDER is missing")
@@ -46,13 +43,13 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
     click.echo(f"exported to {output}; with Ollama: ollama create {output.name} -f {output / 'Modelfile'}")
 
 
-def _command(found: Found, target: str, kind: str) -> str:
+def _command(target: str, base: str | None, kind: str) -> str:
+    from slimtune.serve.models import find_all
+    from slimtune.serve.vllm import vllm_command
+
     if kind == "mlx":
         return (
             f"slimtune merge {shlex.quote(target)} -o merged\n"
             "mlx_lm.convert --hf-path merged --mlx-path mlx -q   # on a Mac, after: pip install mlx-lm"
         )
-    words = ["vllm", "serve", str(found.base)]
-    if found.adapter is not None:
-        words += ["--enable-lora", "--lora-modules", f"tuned={found.adapter}"]
-    return shlex.join(words)
+    return shlex.join(vllm_command(find_all([target], base=base), "127.0.0.1", 8000, batch=16))

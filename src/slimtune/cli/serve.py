@@ -64,7 +64,9 @@ def command(
     if engine == "vllm":
         from slimtune.serve.vllm import replace_process, vllm_command
 
-        words = vllm_command(find_all(targets, base=base, trust_remote_code=trust_remote_code), host, port, bounds)
+        words = vllm_command(
+            find_all(targets, base=base, trust_remote_code=trust_remote_code), host, port, bounds.batch
+        )
         if dry_run:
             click.echo(shlex.join(words))
             return

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from slimtune.adapter.files import adapter_config
 from slimtune.errors import UserError
-from slimtune.serve.limits import Limits
 from slimtune.serve.models import Named, base_name
 
 __all__ = ["replace_process", "vllm_command"]
@@ -25,8 +24,14 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
 
-def vllm_command(models: Sequence[Named], host: str, port: int, limits: Limits) -> list[str]:
+def vllm_command(models: Sequence[Named], host: str, port: int, batch: int) -> list[str]:
     """The words of the command that serves ``models`` as :mod:`slimtune.serve.server` would.
+
+    Args:
+        models: All of one base.
+        host: The address to listen on.
+        port: Its port.
+        batch: Most requests computed together.
 
     Raises:
         UserError: A rank is larger than vLLM takes, or the adapters have different chat templates.
@@ -34,7 +39,7 @@ def vllm_command(models: Sequence[Named], host: str, port: int, limits: Limits) 
     first = models[0].found
     tuned = [model for model in models if model.found.adapter is not None]
     words = ["vllm", "serve", str(first.base), "--served-model-name", base_name(first)]
-    words += ["--host", host, "--port", str(port), "--max-num-seqs", str(limits.batch)]
+    words += ["--host", host, "--port", str(port), "--max-num-seqs", str(batch)]
     words += ["--override-generation-config", json.dumps(_GREEDY)]
     # vLLM lets the page of any site ask, unless told otherwise.
     words += ["--allowed-origins", "[]"]
