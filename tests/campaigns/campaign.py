@@ -21,6 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 FULL = os.environ.get("CAMPAIGN") == "full"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -184,6 +186,12 @@ def trajectory(run: Path) -> dict[int, tuple[float, float]]:
 def adapter_sha256(run: Path) -> str:
     """SHA-256 of the final adapter's file, passport and all."""
     return sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def adapter_values(run: Path) -> dict[str, bytes]:
+    """The final adapter's tensors, for runs whose passports may differ."""
+    with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in sorted(file.keys())}
 
 
 def in_a_save(run: Path) -> bool:
