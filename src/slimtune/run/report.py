@@ -154,8 +154,10 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
             note = say(f"rank {adapter['r']}, alpha {adapter['alpha']}", f"秩 {adapter['r']}，alpha {adapter['alpha']}")
             tiles.append((say("adapter", "适配器"), megabytes(adapter["file_bytes"]), note))
     if training:
-        tokens = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
-        tiles.append((say("tokens/s", "词元/秒"), short_number(round(training["tokens_per_second"])), tokens))
+        note = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
+        if reached := training.get("floor_share"):
+            note += say(f", at {reached:.0%} of the floor", f"，达硬件极限的 {reached:.0%}")
+        tiles.append((say("tokens/s", "词元/秒"), short_number(round(training["tokens_per_second"])), note))
         steps = say(f"{training['steps']:,} steps", f"{training['steps']:,} 步")
         tiles.append((say("time", "用时"), time_left(training["seconds"]), steps))
     return tiles
