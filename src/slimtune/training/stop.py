@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -148,8 +148,9 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
             self._file = None
-            if self.stacks.stat().st_size == 0:
-                self.stacks.unlink()
+            with suppress(OSError):  # an empty file that stays is no fault; the run's own error is what counts
+                if self.stacks.stat().st_size == 0:
+                    self.stacks.unlink()
 
     def beat(self, activity: str) -> None:
         """``activity`` made progress."""
