@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from slimtune.config import Config
 from slimtune.errors import UserError
@@ -49,7 +50,8 @@ def deterministic(config: Config, device: str) -> Iterator[bool]:
             rule=f"cuBLAS repeats its sums only with {' or '.join(FIXED)}, and reads it when CUDA starts.",
             way_out=f"Start Python with {WORKSPACE}={FIXED[0]}; the slimtune command sets it by itself.",
         )
-    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    cudnn = torch.backends.cudnn
+    fill: Any = torch.utils.deterministic  # its attribute is set at import, where no type checker sees it
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
