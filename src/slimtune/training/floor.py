@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class Floor:
 def _multiply(a: torch.Tensor, b: torch.Tensor, times: int) -> float:
     """Seconds for so many products."""
     out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    wait = torch.cuda.synchronize if a.device.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if a.device.type == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()
     for _ in range(times):
