@@ -40,8 +40,8 @@ from slimtune.use.generate import generate
 from slimtune.use.load import open_model
 from slimtune.use.sampling import Sampling
 
-TOKENS = 32
-QUESTIONS = [question.messages for question in GENERAL[:24]]
+TOKENS = 24
+QUESTIONS = [question.messages for question in GENERAL[:16]]
 
 
 @dataclass

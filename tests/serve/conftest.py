@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.adapter.passport import issue_passport, stamp
 from slimtune.config import Config
+from slimtune.serve.address import listen, url_of
 from slimtune.serve.api import Api
 from slimtune.serve.limits import Limits
 from slimtune.serve.models import find_all, open_all
-from slimtune.serve.server import WebServer, listen, url_of
+from slimtune.serve.server import WebServer
 from slimtune.use.load import Opened
 
 KEY = "a key for tests"

@@ -52,34 +52,35 @@ def command(
     Requests that come together are computed together. `/` is a page to try it; `/health` and `/metrics` are for
     machines. Ctrl-C ends it.
     """
-    _check_installed()
     from slimtune.run.quiet import upstream_to_log
-    from slimtune.serve.limits import Limits
+    from slimtune.serve.address import check_address, listen
     from slimtune.serve.models import find_all, open_all
-    from slimtune.serve.server import check_address, listen
 
     key = _key(api_key, api_key_file)
     check_address(host, key)
-    bounds = Limits(**limits)
     if engine == "vllm":
         from slimtune.serve.vllm import replace_process, vllm_command
 
-        words = vllm_command(
-            find_all(targets, base=base, trust_remote_code=trust_remote_code), host, port, bounds.batch
-        )
+        found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
+        words = vllm_command(found, host, port, limits["batch"])
         if dry_run:
             click.echo(shlex.join(words))
             return
         replace_process(words, key)
     if dry_run:
         raise click.UsageError("--dry-run goes with --engine vllm")
+    _check_installed()
+    from slimtune.serve.limits import Limits
+
+    bounds = Limits(**limits)
+    # First of all the port: that it is taken should be said before a model is loaded.
     with listen(host, port) as listening, upstream_to_log(log):
         from slimtune.serve.api import Api
         from slimtune.serve.server import run
 
-        models = open_all(find_all(targets, base=base, trust_remote_code=trust_remote_code), quantization=quantization)
-        api = Api(models, bounds, key)
-        run(api, listening, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
+        found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
+        models = open_all(found, quantization=quantization)
+        run(Api(models, bounds, key), listening, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
 
 
 def _key(given: str | None, file: Path | None) -> str | None:

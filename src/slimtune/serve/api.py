@@ -7,9 +7,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ class Api:
         self.metrics = Metrics()
         self.metrics.inside.set_function(lambda: self.gate.inside)
         for name, engine in self.engines.items():
-            self.metrics.held.labels(name).set_function(lambda engine=engine: engine.held)
+            self.metrics.held.labels(name).set_function(partial(getattr, engine, "held"))
         self._started = int(time.time())
         # One thread renders prompts: tokenizers are not made to be used by several, and the event loop stays free.
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="slimtune-prompts")
@@ -207,7 +208,7 @@ class _Reply:
             seed=secrets.randbits(31) if asked.seed is None else asked.seed % 2**31,
         )
 
-    async def parts(self) -> AsyncIterator[Part]:
+    async def parts(self) -> AsyncGenerator[Part, None]:
         """The reply in parts, timed and counted, within the time that a request has."""
         metrics, name = self.api.metrics, self.asked.model
         started, first = time.perf_counter(), True
@@ -241,7 +242,7 @@ class _Reply:
             raise _too_slow(self.api.limits) from None
         return self.shape.whole("".join(text), tokens, finish, usage(len(self.prompt), len(tokens)))
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as a stream's chunks."""
         for chunk in self.shape.opening():
             yield chunk

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from slimtune.serve.address import is_loopback
 from slimtune.serve.limits import Limits
 from slimtune.serve.refusal import Refusal
 
-__all__ = ["Door", "is_loopback", "read_body"]
+__all__ = ["Door", "read_body"]
 
 _OPEN = ("/", "/health")
 # A body over the limit is read up to this many times the limit before it is refused: a client that is still sending
 # would see its connection break, not the answer.
 _DISCARDED = 32
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Door:

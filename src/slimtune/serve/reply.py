@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,7 +70,7 @@ def _overlap(text: str, stop: str) -> int:
 
 async def parts(
     engine: Engine, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str], top_logprobs: int | None
-) -> AsyncIterator[Part]:
+) -> AsyncGenerator[Part, None]:
     """A reply in parts; the last one says how it ended. Closing the iterator ends the request.
 
     Raises:
