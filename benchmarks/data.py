@@ -38,7 +38,7 @@ def write_chats(path: Path, rows: int) -> None:
     """Chats of one to three turns out of the project's own prose."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     words = " ".join(page.read_text(encoding="utf-8") for page in sorted(pages)).split()
-    lengths = np.random.default_rng(0).lognormal(np.log(250) - 0.4, 0.9, rows).clip(10, 1000)
+    lengths = np.random.default_rng(0).lognormal(np.log(195) - 0.4, 0.9, rows).clip(10, 800)
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for length in lengths.astype(int).tolist():
