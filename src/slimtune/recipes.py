@@ -224,7 +224,7 @@ def _train(
             trainer.fit()
         if observe is not None:
             observe(trainer.model, tokenizer)
-        with results_written(run), watchdog.watching("writing the results"):
+        with results_written(run, signals), watchdog.watching("writing the results"):
             with atomic_folder(run.adapter) as folder:
                 trainer.save_model(str(folder))
                 stamp(folder, issue_passport(config, base.source, tokenizer))

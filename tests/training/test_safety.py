@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,6 +150,22 @@ def test_a_mistake_after_the_training_keeps_the_run(
     assert max(campaign.trajectory(run.path)) == 2
     assert run.read_json(run.facts_file)["verified"]["outputs_differ"]
     assert run.read_json(run.facts_file)["training"]["repeats"]
+
+
+@pytest.mark.parametrize("made_of_it", [None, OSError(errno.EINTR, "Interrupted system call")])
+def test_a_signal_while_the_results_are_written_is_a_stop(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_of_it: Exception | None
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StopRequested as stop:
+            raise made_of_it or stop from None
+
+    monkeypatch.setattr(recipes, "issue_passport", interrupted)
+    with pytest.raises(StopRequested, match=f"slimtune resume {tmp_path / 'run'}"):
+        finetune(config())
+    assert RunFolder(tmp_path / "run").has_checkpoint
 
 
 def test_a_disk_that_fails_in_the_training_keeps_the_checkpoint(

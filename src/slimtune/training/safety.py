@@ -111,20 +111,23 @@ def disk_told(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def results_written(run: RunFolder) -> Iterator[None]:
+def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
     """Writing the results must not lose the run: whatever fails here leaves the last checkpoint to go on from.
 
     Raises:
         GuardStop: The disk failed.
         UserError: Something else that the person can mend; how to go on is added.
+        StopRequested: A signal came, whatever a library made of it.
     """
     done, goes_on = "All steps are done and saved in the last checkpoint.", f"slimtune resume {run.path}"
     try:
         yield
     except UserError as error:
+        signals.check()
         way_out = f"{error.way_out} Then: {goes_on}".strip()
         raise UserError(error.what, rule=f"{error.rule} {done}".strip(), way_out=way_out) from error
     except Exception as error:
+        signals.check()
         what = _refused(error)
         if what is None:
             raise
