@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -139,20 +140,23 @@ async def server(target: str, log: str) -> AsyncIterator[tuple[tuple[str, int], 
 # -- throughput -------------------------------------------------------------------------------------------------------
 
 
-async def throughput(address: tuple[str, int], clients: int, each: int, tokens: int) -> dict[str, Any]:
-    """Tokens a second of all clients together, each of which asks ``each`` questions one after the other."""
+async def throughput(address: tuple[str, int], clients: int, seconds: float, tokens: int) -> dict[str, Any]:
+    """Tokens a second of all clients together, each of which asks one question after the other until time is up."""
     made = 0
+    started = time.perf_counter()
 
     async def client(number: int) -> None:
         nonlocal made
-        for ask in range(each):
+        for ask in itertools.count(number):
+            if time.perf_counter() - started > seconds:
+                return
             async with Http(address) as http:
-                http.send(body("tuned", QUESTIONS[(number * each + ask) % len(QUESTIONS)], tokens=tokens))
+                http.send(body("tuned", QUESTIONS[ask % len(QUESTIONS)], tokens=tokens))
                 status, headers = await http.head()
                 assert status == 200
-                made += json.loads(await http.rest(headers))["usage"]["completion_tokens"]
+                answer = json.loads(await http.rest(headers))
+            made += answer["usage"]["completion_tokens"]
 
-    started = time.perf_counter()
     await asyncio.gather(*map(client, range(clients)))
     took = time.perf_counter() - started
     return {"clients": clients, "tokens": made, "seconds": round(took, 2), "tokens_per_second": round(made / took, 2)}
@@ -192,13 +196,18 @@ async def slow_sender(address: tuple[str, int], seen: Seen, draw: random.Random)
     content = body("tuned", QUESTIONS[1], tokens=4)
     async with Http(address) as http:
         http.send(b"", length=len(content))
-        for at in range(0, len(content), 16):
-            http.writer.write(content[at : at + 16])
-            await asyncio.sleep(draw.choice([0.05, 4.0]))
-            if http.reader.at_eof():
-                break
-        status, headers = await http.head()
-        seen.status("slow sender", status, headers)
+        try:
+            for at in range(0, len(content), 16):
+                http.writer.write(content[at : at + 16])
+                await http.writer.drain()
+                await asyncio.sleep(draw.choice([0.05, 4.0]))
+        except ConnectionError:
+            pass  # it was refused while it was still sending; the answer may be there to read
+        try:
+            status, headers = await http.head()
+            seen.status("slow sender", status, headers)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            seen.statuses["slow sender cut off"] += 1
 
 
 async def cut_body(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
@@ -293,10 +302,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Any] = {}
     async with server(options.target, options.log) as (address, process):
         if options.rounds:
-            await throughput(address, 16, 1, 8)  # warm up
+            await throughput(address, 16, 1.0, 8)  # warm up
             rounds = []
             for _ in range(options.rounds):
-                rounds.append([await throughput(address, *sizes, options.tokens) for sizes in ((1, 3), (16, 2))])
+                rounds.append([await throughput(address, *sizes, options.tokens) for sizes in ((1, 20.0), (16, 40.0))])
             one, many = (max(pair[side]["tokens_per_second"] for pair in rounds) for side in (0, 1))
             made["throughput"] = {"rounds": rounds, "one": one, "sixteen": many, "ratio": round(many / one, 2)}
             print(made["throughput"], flush=True)

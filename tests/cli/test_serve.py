@@ -1,12 +1,13 @@
-"""``slimtune serve`` as a process: the line that says where, and how it ends. And what it refuses to start."""
+"""``slimtune serve``: the line that says where, how it ends, and what it refuses to start."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
-import sys
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,30 +16,38 @@ from openai import OpenAI
 
 from slimtune.cli import slimtune_command
 
-SLIMTUNE = Path(sys.executable).with_name("slimtune")
-
 
 def called(*words: object, key: str | None = None) -> Result:
     return CliRunner().invoke(slimtune_command, ["serve", *map(str, words)], env={"SLIMTUNE_API_KEY": key})
 
 
 def test_it_answers_and_ends_with_0_on_a_signal(tiny_model: Path) -> None:
-    command = [SLIMTUNE, "serve", f"tiny={tiny_model}", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            found = re.fullmatch(r"serving tiny on (http://127\.0\.0\.1:\d+)\n", line)
-            assert found, line
-            with OpenAI(base_url=f"{found[1]}/v1", api_key="none") as client:
-                stream = client.completions.create(model="tiny", prompt="?", stream=True)
-                next(iter(stream))
-                process.send_signal(signal.SIGINT)
-                assert process.wait(60) == 0
-        finally:
-            process.kill()
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def ask_and_stop() -> int:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            stream = client.completions.create(model="tiny", prompt="?", max_tokens=60, stream=True)
+            next(iter(stream))
+            os.kill(os.getpid(), signal.SIGINT)
+            return 1 + sum(1 for _ in stream)
+
+    handler, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask_and_stop)
+        result = called(f"tiny={tiny_model}", "--port", port)
+    assert result.exit_code == 0, result.exception
+    assert result.output == f"serving tiny on http://127.0.0.1:{port}\n"
+    # What was under way was brought to its end.
+    assert asking.result() > 20
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert threading.active_count() == threads
 
 
 def test_another_address_takes_a_key(tiny_model: Path, tmp_path: Path) -> None:

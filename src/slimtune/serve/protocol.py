@@ -17,6 +17,8 @@ from slimtune.serve.refusal import Refusal
 __all__ = ["ChatRequest", "CompletionRequest", "Request", "read"]
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# A message's text, role and marks are this many tokens at least.
+_MESSAGE_TOKENS = 4
 R = TypeVar("R", bound="Request")
 
 
@@ -137,8 +139,8 @@ def read(kind: type[R], body: bytes, limits: Limits) -> R:
     name, wanted = request.wanted_tokens
     if wanted is not None and wanted > limits.output_tokens:
         raise Refusal(400, f"{name} is {wanted}; this server gives {limits.output_tokens}", "too_long", param=name)
-    if isinstance(request, ChatRequest) and len(request.messages) > limits.prompt_tokens:
-        # Every message is a token at least; said before any of them is rendered.
+    if isinstance(request, ChatRequest) and len(request.messages) * _MESSAGE_TOKENS > limits.prompt_tokens:
+        # Said before any of them is rendered, for the time that takes grows with the square of their number.
         raise Refusal(400, "too many messages", "context_length_exceeded", param="messages")
     return request
 
