@@ -128,6 +128,7 @@ def resume(
             )
         choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
         _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
+        run.drop_replaced()
     _export(config, run, screen)
     return run
 

@@ -32,6 +32,8 @@ __all__ = ["RunFolder"]
 
 SET_UP = frozenset({LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp"})
 """What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
+REPLACED = ".replaced"
+"""Where the run that is written over waits until the new one has a checkpoint."""
 
 
 class RunFolder:
@@ -54,8 +56,8 @@ class RunFolder:
     @classmethod
     @contextmanager
     def create(cls, path: Path, *, overwrite: bool = False) -> Iterator[RunFolder]:
-        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind; but a run
-        that has a checkpoint is kept, whatever happens to it.
+        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind, and the
+        run that was to be written over is back; but a run that has a checkpoint is kept, whatever happens to it.
 
         Raises:
             UserError: The folder holds something already and ``overwrite`` is off, or it can't be made or emptied.
@@ -75,7 +77,7 @@ class RunFolder:
             raise UserError(f"output folder {path} can't be made: {error.strerror}") from None
         with lock_run(path):
             try:
-                _clear(path)
+                _set_aside(path)
             except OSError as error:
                 raise UserError(f"output folder {path} can't be emptied: {error}") from None
             run = cls(path)
@@ -83,10 +85,12 @@ class RunFolder:
                 yield run
             except UserError:
                 if not run.has_checkpoint:
-                    shutil.rmtree(path, ignore_errors=True)
-                    if not fresh:
-                        path.mkdir()
+                    _put_back(path)
+                    if fresh:
+                        shutil.rmtree(path, ignore_errors=True)
                 raise
+            finally:
+                run.drop_replaced()
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -102,6 +106,11 @@ class RunFolder:
                 way_out="Give the folder that `slimtune train -o` wrote.",
             )
         return run
+
+    def drop_replaced(self) -> None:
+        """Delete the run that this one was written over, once this one has a checkpoint."""
+        if self.has_checkpoint:
+            shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -183,18 +192,45 @@ def _occupied(path: Path) -> bool:
     return any(child.name not in never_began for child in path.iterdir())
 
 
-def _clear(path: Path) -> None:
-    """Empty a run's folder, but for the lock that is held on it."""
-    for child in path.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.name != LOCK:
-            child.unlink()
+def _contents(path: Path) -> list[Path]:
+    """What a run's folder holds, but for the lock that is held on it and the run that it was written over."""
+    return [child for child in path.iterdir() if child.name not in (LOCK, REPLACED)]
+
+
+def _set_aside(path: Path) -> None:
+    """Empty a run's folder: what it holds waits in :data:`REPLACED`, or goes if another run waits there already."""
+    aside, contents = path / REPLACED, _contents(path)
+    if aside.exists():
+        _delete(contents)
+    elif contents:
+        aside.mkdir()
+        for child in contents:
+            child.rename(aside / child.name)
+
+
+def _put_back(path: Path) -> None:
+    """Undo :func:`_set_aside`."""
+    _delete(_contents(path))
+    aside = path / REPLACED
+    if aside.exists():
+        for child in aside.iterdir():
+            child.rename(path / child.name)
+        aside.rmdir()
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _refuse_foreign(path: Path) -> None:
     """--overwrite replaces a run, never somebody's other folder."""
-    if not path.is_dir() or not any((path / name).exists() for name in ("config.yaml", "log.txt", "environment.json")):
+    if not path.is_dir() or not any(
+        (path / name).exists() for name in ("config.yaml", "log.txt", "environment.json", REPLACED)
+    ):
         raise UserError(
             f"output {path} is no run of slimtune",
             rule="--overwrite replaces runs only.",
