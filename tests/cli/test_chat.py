@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from slimtune.cli import main
+
 SLIMTUNE = [sys.executable, "-c", "from slimtune.cli import main; main()"]
 
 
@@ -99,10 +101,18 @@ def test_one_prompt_for_scripts_prints_the_answer_alone() -> None:
         (["smollm2-135m", "--temperature", "-1"], "temperature can't be -1.0"),
     ],
 )
-def test_mistakes_exit_2_with_a_message(words: list[str], message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*SLIMTUNE, "chat", *words, "--prompt", "hi"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_exit_2_with_a_message(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slimtune", "chat", *words, "--prompt", "hi"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in said
+    assert "Traceback" not in said

@@ -55,26 +55,33 @@ def test_every_verb_explains_itself() -> None:
         (["chat", "absent-run", "--prompt", "hi"], "absent-run"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from slimtune.cli import main; main()", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_message_and_exit_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slimtune", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert message in said
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback_wherever_it_stands() -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments in (["--debug", "train", "smollm2-135m"], ["train", "smollm2-135m", "--debug"]):
-        done = slimtune(*arguments)
-        assert done.returncode == 2
-        assert "Traceback" in done.stderr
+        monkeypatch.setattr(sys, "argv", ["slimtune", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_disk_that_refuses_is_named_and_no_fault_of_the_code(

@@ -46,7 +46,7 @@ def test_generate_eval_and_compare(
         _run("compare", adapter, rows, "--no-general", "--max-new-tokens", 4, "-o", tmp_path, "--fail-if", "score<0.5")
     shown = capsys.readouterr().out
     assert "held-out" in shown
-    assert "0 · 0 · 1" in shown
+    assert "0 better · 0 worse · 1 same" in shown
     assert json.loads((tmp_path / "compare.json").read_text())["numbers"]["score"] == 0
     assert "Say hello." in (tmp_path / "compare.html").read_text()
 
@@ -55,6 +55,6 @@ def test_merge_export_and_push(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     _run("merge", adapter, "-o", tmp_path / "merged", "--no-parity")
     assert len(load_file(tmp_path / "merged" / "model.safetensors")) == 272
     _run("export", adapter, "--to", "vllm")
-    assert f"--lora-modules tuned={adapter}" in capsys.readouterr().out
+    assert f"={adapter} " in capsys.readouterr().out
     _run("push", adapter, tmp_path / "published")
     assert (tmp_path / "published" / "README.md").is_file()
