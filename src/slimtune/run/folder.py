@@ -216,6 +216,8 @@ def _put_back(path: Path) -> None:
         for child in aside.iterdir():
             child.rename(path / child.name)
         aside.rmdir()
+    else:
+        (path / LOCK).unlink(missing_ok=True)
 
 
 def _delete(paths: list[Path]) -> None:
