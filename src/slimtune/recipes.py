@@ -54,7 +54,7 @@ from slimtune.training.stop import StopSignals, Watchdog
 from slimtune.training.trainer import SlimTrainer
 from slimtune.use.ask import ask
 from slimtune.use.export import check_exportable, export_gguf
-from slimtune.use.load import find
+from slimtune.use.load import Found, find
 
 __all__ = ["DemoResult", "demo", "finetune", "resume"]
 
@@ -152,22 +152,8 @@ def _train(
         deterministic(config, hardware.device) as repeats,
     ):
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
-        with screen.working("reading the data"), watchdog.watching("reading the data"):
-            tokenizer = load_tokenizer(
-                config.model,
-                revision=config.revision,
-                template=config.template,
-                trust_remote_code=config.trust_remote_code,
-            )
-            proof = prove(
-                config,
-                tokenizer,
-                formatting_func=formatting_func,
-                on_progress=lambda rows: watchdog.beat("reading the data"),
-            )
-            proof.save_ledger(run.ledger_file)
-            data = micro_batches(proof.train, config, tokenizer.pad_token_id)
-            held_out = None if proof.eval is None else micro_batches(proof.eval, config, tokenizer.pad_token_id)
+        with screen.working("reading the data"):
+            tokenizer, proof, data, held_out = _read(config, run, watchdog, formatting_func)
         screen.say("data", _data_line(proof, data))
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
@@ -321,7 +307,29 @@ def _check_inputs(config: Config) -> None:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
     check_arguments(config)
     if config.export:
-        check_exportable(find(config.model, trust_remote_code=config.trust_remote_code), config.export)
+        base = local_base(model_source(config.model), config.revision)
+        check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export)
+
+
+def _read(
+    config: Config, run: RunFolder, watchdog: Watchdog, formatting_func: FormattingFunc | None
+) -> tuple[PreTrainedTokenizerBase, Proof, MicroBatches, MicroBatches | None]:
+    """The tokenizer, the data proven with it, and the micro-batches to train and to evaluate on."""
+    activity = "reading the data"
+    with watchdog.watching(activity):
+        tokenizer = load_tokenizer(
+            config.model,
+            revision=config.revision,
+            template=config.template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        proof = prove(
+            config, tokenizer, formatting_func=formatting_func, on_progress=lambda rows: watchdog.beat(activity)
+        )
+        proof.save_ledger(run.ledger_file)
+        data = micro_batches(proof.train, config, tokenizer.pad_token_id)
+        held_out = None if proof.eval is None else micro_batches(proof.eval, config, tokenizer.pad_token_id)
+    return tokenizer, proof, data, held_out
 
 
 def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:

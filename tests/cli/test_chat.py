@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from slimtune.cli import main
 
 SLIMTUNE = [sys.executable, "-c", "from slimtune.cli import main; main()"]
 
@@ -102,17 +102,10 @@ def test_one_prompt_for_scripts_prints_the_answer_alone() -> None:
     ],
 )
 def test_mistakes_exit_2_with_a_message(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], message: str, tmp_path: Path, run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["slimtune", "chat", *words, "--prompt", "hi"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2
-    assert message in said
-    assert "Traceback" not in said
+    done = run_here("chat", *words, "--prompt", "hi")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from slimtune.cli import main
-
-Slimtune = Callable[..., "Done"]
+RunHere = Callable[..., Any]
 GOOD = [{"instruction": f"Say {n} & <more>", "output": f"It is {n}."} for n in range(3)]
 
 
@@ -23,27 +21,9 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
-class Done:
-    """What a call of the command left behind."""
-
-    def __init__(self, code: int, stdout: str, stderr: str) -> None:
-        self.returncode, self.stdout, self.stderr = code, stdout, stderr
-
-
-@pytest.fixture
-def slimtune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    def call(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["slimtune", "data", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-def test_the_table_the_page_and_the_ledger(slimtune: Slimtune, rows: Path, tmp_path: Path) -> None:
+def test_the_table_the_page_and_the_ledger(run_here: RunHere, rows: Path, tmp_path: Path) -> None:
     page, ledger = tmp_path / "page.html", tmp_path / "ledger.jsonl"
-    done = slimtune(str(rows), "--model", "smollm2-135m", "--html", str(page), "--ledger", str(ledger))
+    done = run_here("data", str(rows), "--model", "smollm2-135m", "--html", str(page), "--ledger", str(ledger))
     assert (done.returncode, done.stderr) == (0, "")
     for words in ("alpaca (3)", "3 in = 3 trained + 0 dropped", "It is 1.<|im_end|>", "training may begin"):
         assert words in done.stdout
@@ -55,8 +35,8 @@ def test_the_table_the_page_and_the_ledger(slimtune: Slimtune, rows: Path, tmp_p
     assert ledger.read_text() == ""
 
 
-def test_json_has_the_facts_and_the_sample(slimtune: Slimtune, rows: Path) -> None:
-    done = slimtune(str(rows), "--model", "smollm2-135m", "--json")
+def test_json_has_the_facts_and_the_sample(run_here: RunHere, rows: Path) -> None:
+    done = run_here("data", str(rows), "--model", "smollm2-135m", "--json")
     facts = json.loads(done.stdout)
     assert (facts["rows"], facts["rows_trained"], facts["refused"]) == (3, 3, None)
     assert facts["sample"]["place"] == "rows.jsonl:2"
@@ -64,18 +44,18 @@ def test_json_has_the_facts_and_the_sample(slimtune: Slimtune, rows: Path) -> No
     assert facts["packs"]["tokens"] == 2048
 
 
-def test_refused_data_is_shown_and_exits_with_2(slimtune: Slimtune, rows: Path) -> None:
+def test_refused_data_is_shown_and_exits_with_2(run_here: RunHere, rows: Path) -> None:
     with rows.open("a") as file:
         file.write('{"instruction": "a", "output": null}\n')
-    done = slimtune(str(rows), "--model", "smollm2-135m")
+    done = run_here("data", str(rows), "--model", "smollm2-135m")
     assert done.returncode == 2
     assert "4 in = 3 trained + 1 dropped" in done.stdout
     assert "rows.jsonl:4, field 'output': null where text belongs" in done.stderr
     assert "Traceback" not in done.stderr
-    assert json.loads(slimtune(str(rows), "--model", "smollm2-135m", "--json").stdout)["refused"]
+    assert json.loads(run_here("data", str(rows), "--model", "smollm2-135m", "--json").stdout)["refused"]
 
 
-def test_mistakes_are_one_message(slimtune: Slimtune, rows: Path) -> None:
+def test_mistakes_are_one_message(run_here: RunHere, rows: Path) -> None:
     for words, message in (
         ([], "no data given"),
         ([str(rows.with_name("rowz.jsonl")), "--model", "smollm2-135m"], "Did you mean"),
@@ -83,7 +63,7 @@ def test_mistakes_are_one_message(slimtune: Slimtune, rows: Path) -> None:
         ([str(rows), "--model", "smollm2-135m", "--map", "output"], "It is written name=value."),
         ([str(rows), "--model", "smollm2-135m", "--html", "/nowhere/page.html"], "can't be written"),
     ):
-        done = slimtune(*words)
+        done = run_here("data", *words)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from slimtune import cli
 from slimtune.cli import VERBS, slimtune_command
+
+RunHere = Callable[..., Any]
 
 
 def slimtune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,32 +59,21 @@ def test_every_verb_explains_itself() -> None:
     ],
 )
 def test_a_mistake_is_one_message_and_exit_2(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["slimtune", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2, said
-    assert message in said
-    assert "Traceback" not in said
+    done = run_here(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback_wherever_it_stands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(run_here: RunHere) -> None:
     for arguments in (["--debug", "train", "smollm2-135m"], ["train", "smollm2-135m", "--debug"]):
-        monkeypatch.setattr(sys, "argv", ["slimtune", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        assert "Traceback" in capsys.readouterr().err
+        done = run_here(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
 
 
 def test_a_disk_that_refuses_is_named_and_no_fault_of_the_code(

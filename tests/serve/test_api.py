@@ -276,6 +276,8 @@ def test_a_client_that_goes_away_stops_costing(served: Served) -> None:
     engine = served.api.engines["first"]
     stream = answer(served, stream=True)
     next(stream)
+    # Waited for: between two steps the engine moves a request from one list to another.
+    assert until(lambda: engine.held == 1)
     stream.close()
     assert until(lambda: engine.held == 0)
 

@@ -18,7 +18,7 @@ import click
 import slimtune
 from slimtune.errors import SlimtuneError, UserError
 
-__all__ = ["main", "slimtune_command"]
+__all__ = ["main", "nobody_reads", "say_error", "slimtune_command"]
 
 # verb: what its line in --help says. Its command stands in slimtune.cli.<verb> as `command`.
 VERBS = {
@@ -108,8 +108,7 @@ def main() -> NoReturn:
         click.echo("\nslimtune: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (head, less) went away: no fault of anybody's.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_reads()
         sys.exit(0)
     except Exception as error:  # noqa: BLE001 - the last stop: said in one line, exits 1, --debug shows where
         if debug:
@@ -121,6 +120,11 @@ def main() -> NoReturn:
         click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
         click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
         sys.exit(1)
+
+
+def nobody_reads() -> None:
+    """The reader of standard output (head, less) went away: what is still printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_error(error: SlimtuneError) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 from rich.console import Console
+
+from slimtune.cli import nobody_reads
 
 __all__ = ["Page"]
 
@@ -26,4 +25,4 @@ class Page(Console):
     def on_broken_pipe(self) -> None:
         """Print no more."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_reads()

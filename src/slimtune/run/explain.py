@@ -134,7 +134,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
     told = [
         Statement(
             say(
-                f"{counted(training['steps'], 'optimizer step')}, {_epochs(training['epochs'])}, in "
+                f"{counted(training['steps'], 'optimizer step')}, {counted(training['epochs'], 'epoch')}, in "
                 f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
                 f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
                 f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
@@ -158,10 +158,6 @@ def _training(facts: Facts, say: Say) -> Section | None:
             Statement(say(f"The last loss on held-out data is {value}.", f"留出数据上最后一次的损失是 {value}。"))
         )
     return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
-
-
-def _epochs(epochs: float) -> str:
-    return "1 epoch" if epochs == 1 else f"{epochs:.4g} epochs"
 
 
 def _speed(training: Facts, say: Say) -> str:

@@ -113,9 +113,10 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: float, noun: str) -> str:
+    """1 step, 2 steps, 1.5 epochs."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(items: Iterable[str], say: Say) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ def usage(prompt: int, reply: int) -> dict[str, int]:
 
 
 @dataclass
-class Shape:
+class Shape(ABC):
     """One reply's fixed fields, and what differs between chat and completions."""
 
     model: str
@@ -58,14 +59,14 @@ class Shape:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": f"{self.prefix}-{self.identity}", "object": kind, "created": self.created, "model": self.model}
 
-    def _text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _text(self, text: str) -> dict[str, Any]: ...
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, text: str) -> dict[str, Any]: ...
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None: ...
 
 
 class Chat(Shape):
