@@ -334,6 +334,15 @@ class FailingDisk:
             raise OSError(self.number, os.strerror(self.number))
         return os.write(descriptor, data)
 
+    def breaks_at(self, run: Any, step: int) -> None:
+        """From ``step`` on writes fail; a save that is under way by then, on a slow machine, still succeeds."""
+
+        def breaks(**_: Any) -> None:
+            run.safety.checkpoints.wait()
+            self.broken = True
+
+        run.add_callback(At(step, breaks))
+
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_training_goes_on_without_a_disk_and_saves_again_with_one(
@@ -344,7 +353,7 @@ def test_training_goes_on_without_a_disk_and_saves_again_with_one(
     disk = FailingDisk(number)
     monkeypatch.setattr("slimtune.run.durable.os", disk)
     run = make_run("run")
-    run.add_callback(At(5, lambda **_: setattr(disk, "broken", True)))
+    disk.breaks_at(run, 5)
     run.add_callback(At(10, lambda **_: setattr(disk, "broken", False)))
     run.fit()
     assert run.digest() == clean.digest()
@@ -361,7 +370,7 @@ def test_a_disk_that_never_comes_back_ends_in_exit_3_with_the_last_good_one(
     disk = FailingDisk(errno.ENOSPC)
     monkeypatch.setattr("slimtune.run.durable.os", disk)
     run = make_run("run")
-    run.add_callback(At(8, lambda **_: setattr(disk, "broken", True)))
+    disk.breaks_at(run, 8)
     with pytest.raises(GuardStop, match="No space left") as stop:
         run.fit()
     assert stop.value.exit_code == 3
