@@ -14,9 +14,9 @@ from typing import Any
 
 __all__ = ["DEMO_REPLY_TOKENS", "DEMO_SETTINGS", "HELD_OUT", "TRAINING_ROWS", "Row", "is_right", "rows"]
 
-TRAINING_ROWS = 240
+TRAINING_ROWS = 200
 HELD_OUT = 20
-DEMO_REPLY_TOKENS = 40
+DEMO_REPLY_TOKENS = 32
 """More than any right answer needs, so that a reply that doesn't stop is seen to go on."""
 DEMO_SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -91,7 +91,10 @@ def rows() -> tuple[list[Row], list[Row]]:
     ]
     draw.shuffle(combinations)
     held, trained = combinations[:HELD_OUT], combinations[HELD_OUT:]
-    wordings = [_row(c, wording) for c in trained for wording in WORDINGS[ACTIONS[c[0]]]]
+    # Each combination and each wording as often as any other, so that few rows show them all.
+    turns = {kind: itertools.cycle(wordings) for kind, wordings in WORDINGS.items()}
+    chosen = itertools.islice(itertools.cycle(trained), TRAINING_ROWS)
+    training = [_row(combination, next(turns[ACTIONS[combination[0]]])) for combination in chosen]
     held_out = []
     for number, combination in enumerate(held):
         kind = ACTIONS[combination[0]]
@@ -99,7 +102,7 @@ def rows() -> tuple[list[Row], list[Row]]:
         # Every other held-out row has a wording that training never saw.
         wording = NEW_WORDINGS[kind][0] if number % 2 else known[number // 2 % len(known)]
         held_out.append(_row(combination, wording))
-    return draw.sample(wordings, TRAINING_ROWS), held_out
+    return training, held_out
 
 
 def is_right(reply: str, answer: dict[str, str]) -> bool:
