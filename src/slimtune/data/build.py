@@ -1,14 +1,16 @@
 """From rows to a document store: read, normalise, render, encode, fit, write; every row is accounted for.
 
-Two things go on at a time: this thread reads and renders the next batch of rows while the tokenizer's own threads,
-outside of Python's lock, encode the last one. Memory is bounded by the batch.
+Words that were met before are looked up here; where texts are left for the tokenizer, its own threads encode them
+outside of Python's lock while this one reads and renders the next batch of rows. Memory is bounded by the batch.
 """
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from slimtune.data.ledger import Ledger
 from slimtune.data.overlong import keep_end, split
 from slimtune.data.render import NOTES, ChatRenderer, Draft
 from slimtune.data.sources import Row, Source, read_rows
-from slimtune.data.tokens import Ids
+from slimtune.data.tokens import HalfEncoded, Ids
 from slimtune.errors import UserError
 
 __all__ = ["FormattingFunc", "build"]
@@ -76,14 +78,14 @@ class Builder:
         Raises:
             UserError: A file can't be read, or a row is too long and ``overlong`` is ``error``.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="slimtune-encode") as pool:
-            waiting: tuple[int, _Batch, Future[Encoded]] | None = None
+        with _only_new_garbage(), ThreadPoolExecutor(1, thread_name_prefix="slimtune-encode") as pool:
+            waiting: tuple[int, _Batch, HalfEncoded, Future[None]] | None = None
             for number, batch in self._batches(sources):
-                documents = [draft.pieces for item in batch.items for draft in item.drafts]
-                future = pool.submit(self.renderer.encoder.encode, documents)
+                half = self.renderer.encoder.looked_up([draft.pieces for item in batch.items for draft in item.drafts])
+                future = pool.submit(half.ask)
                 if waiting is not None:
                     self._finish(*waiting)
-                waiting = number, batch, future
+                waiting = number, batch, half, future
             if waiting is not None:
                 self._finish(*waiting)
 
@@ -137,8 +139,9 @@ class Builder:
             return normalise(value)
         return normalise(value, shape=self.config.format, mapping=self.config.map, seen=self.shapes)
 
-    def _finish(self, source: int, batch: _Batch, future: Future[Encoded]) -> None:
-        done = future.result()
+    def _finish(self, source: int, batch: _Batch, half: HalfEncoded, asked: Future[None]) -> None:
+        asked.result()
+        done = half.documents()
         sound = not self._forged([draft for item in batch.items for draft in item.drafts], done)
         encoded = iter(done)
         for item in batch.items:
@@ -196,6 +199,17 @@ class Builder:
             why = "" if how == "drop" else f"; {how} can't make it fit without cutting a reply"
             self.ledger.drop(place, "too-long", what + why)
         return fitted
+
+
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Within this, the garbage collector leaves alone what was there before: the libraries' millions of objects, which
+    it would otherwise go through again and again for the short-lived ones of each row."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _rounded(length: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.nodes as n
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
@@ -33,6 +34,11 @@ _MAX_NUMBER = 10**5
 _MAX_ITEMS = 10**6
 _LONG_FORMAT = re.compile(r"\d{5,}|\{[^{}]*\{|%[^a-zA-Z%]*\*")
 """A format with a width of five digits or more, or one that takes its width from an argument."""
+
+
+_LOOP_NAMES = frozenset(
+    {"first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0", "previtem", "nextitem"}
+)
 
 
 class TemplateRefused(Exception):
@@ -168,6 +174,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if node.lineno is None:
                 node.lineno = 1  # type: ignore[unreachable]
         return tree
+
+    # -- what every row does again and again, without the detours
+
+    def make_globals(self, d: Any) -> dict[str, Any]:
+        """A plain dict: each rendering copies it, and Jinja's chain of maps is slow to copy."""
+        return {**self.globals, **(d or {})}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As the sandbox does; ``loop.first`` and its like, safe by their names, without its questions."""
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP_NAMES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     # -- operations
 
@@ -306,11 +324,10 @@ class ChatTemplate:
         if len(source) > _MAX_SOURCE:
             _too_long("its source")
         self.source = source
-        self._variables = dict(variables)
         self._environment = _Environment()
         self._environment.start()
         try:
-            self._template = self._environment.from_string(source)
+            self._template = self._environment.from_string(source, globals={**variables, "documents": None})
         except jinja2.TemplateSyntaxError as error:
             raise TemplateRefused(f"line {error.lineno}: {error.message}") from None
         except (RecursionError, MemoryError, jinja2.TemplateError, SyntaxError, ValueError, TypeError) as error:
@@ -331,9 +348,7 @@ class ChatTemplate:
             for part in self._template.generate(
                 messages=messages,
                 tools=tools or None,
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._variables,
             ):
                 size += len(part)
                 if size > MAX_OUTPUT:

@@ -41,6 +41,36 @@ class Piece(NamedTuple):
     """Whether text goes on right behind other text: a reply that begins mid-text gets no prefix space of its own."""
 
 
+_Plan = list[tuple[Ids | int, bool]]
+"""For each part of a document its ids, or the number of its text, and whether it is supervised."""
+
+
+class HalfEncoded:
+    """Documents whose known words are looked up; :meth:`ask` the tokenizer for the rest, then :meth:`documents`."""
+
+    def __init__(
+        self, encoder: TokenEncoder, plans: list[_Plan], keys: list[tuple[str, int]], found: list[Ids | None]
+    ) -> None:
+        self._encoder, self._plans, self._keys, self._found = encoder, plans, keys, found
+
+    def ask(self) -> None:
+        """Let the tokenizer encode what is left. Most of it runs outside of Python's lock."""
+        self._encoder.ask(self._keys, self._found)
+
+    def documents(self) -> list[tuple[Ids, npt.NDArray[np.bool_]]]:
+        """Ids (int32) and supervised mask (bool) of each document, both of shape [tokens]."""
+        found: Any = self._found
+        self._encoder.keep(self._keys, found)
+        made = []
+        for plan in self._plans:
+            parts = [found[part] if isinstance(part, int) else part for part, _ in plan]
+            lengths = [part.shape[0] for part in parts]
+            ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+            mask = np.repeat(np.fromiter((flag for _, flag in plan), bool, len(plan)), lengths)
+            made.append((ids, mask))
+        return made
+
+
 class TokenEncoder:
     """Encodes pieces by the batch.
 
@@ -89,20 +119,18 @@ class TokenEncoder:
         Raises:
             ValueError: The tokenizer makes a control token out of plain text, so the text can't be kept as text.
         """
+        half = self.looked_up(documents)
+        half.ask()
+        return half.documents()
+
+    def looked_up(self, documents: Sequence[Sequence[Piece]]) -> HalfEncoded:
+        """The first half of :meth:`encode`: known words are looked up, the tokenizer isn't asked yet."""
         texts: dict[tuple[str, int], int] = {}
         plans = [self._plan(pieces, texts) for pieces in documents]
-        encoded = self._encode_texts(list(texts))
-        made = []
-        for plan in plans:
-            parts = [part if isinstance(part, np.ndarray) else encoded[part] for part, _ in plan]
-            lengths = [part.shape[0] for part in parts]
-            ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
-            mask = np.repeat(np.fromiter((flag for _, flag in plan), bool, len(plan)), lengths)
-            made.append((ids, mask))
-        return made
+        return HalfEncoded(self, plans, list(texts), [self._words.encode(text) for text, _ in texts])
 
-    def _plan(self, pieces: Sequence[Piece], texts: dict[tuple[str, int], int]) -> list[tuple[Ids | int, bool]]:
-        plan: list[tuple[Ids | int, bool]] = []
+    def _plan(self, pieces: Sequence[Piece], texts: dict[tuple[str, int], int]) -> _Plan:
+        plan: _Plan = []
         start, eat = True, False
         last = len(pieces) - 1
         for at, (text, control, supervised, joined) in enumerate(pieces):
@@ -123,8 +151,8 @@ class TokenEncoder:
             plan.append((texts.setdefault(key, len(texts)) if known is None else known, supervised))
         return plan
 
-    def _encode_texts(self, keys: list[tuple[str, int]]) -> list[Ids]:
-        encoded: list[Ids | None] = [self._words.encode(text) for text, _ in keys]
+    def ask(self, keys: Sequence[tuple[str, int]], encoded: list[Ids | None]) -> None:
+        """Fill in what is None: the ids of the text at that place."""
         for kind, backend in enumerate((self._first, self._later, self._joined)):
             chosen = [at for at, key in enumerate(keys) if key[1] == kind and encoded[at] is None]
             if not chosen:
@@ -133,10 +161,12 @@ class TokenEncoder:
                 chosen, backend.encode_batch_fast([keys[at][0] for at in chosen], add_special_tokens=False), strict=True
             ):
                 encoded[at] = np.array(encoding.ids, dtype=np.int32)
+
+    def keep(self, keys: Sequence[tuple[str, int]], encoded: Sequence[Ids]) -> None:
+        """Remember short texts, which come again."""
         for key, ids in zip(keys, encoded, strict=True):
-            if len(key[0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS and ids is not None:
+            if len(key[0]) <= _KEPT_TEXT and len(self._kept) < _KEPT_TEXTS:
                 self._kept[key] = ids
-        return encoded  # type: ignore[return-value]
 
     def text_ids(self, text: str) -> Ids:
         """Ids of a text alone, no added token recognised."""

@@ -9,7 +9,6 @@ implementation of the pattern classes alike (ASCII, Latin, common punctuation); 
 from __future__ import annotations
 
 import re
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ class WordEncoder:
     def __init__(self, spec: dict[str, Any], backend: Tokenizer) -> None:
         self._model = backend.model
         self._pattern = _compiled(_pattern(spec))
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, bytes] = {}  # as int32, so that a text's ids are its words' joined
         self._alphabet = _byte_alphabet()
         if self._pattern is not None and any(self._differs(probe, backend) for probe in _PROBES):
             self._pattern = None
@@ -54,20 +53,19 @@ class WordEncoder:
         if self._pattern is None or _UNSAFE.search(text) is not None:
             return None
         words = self._pattern.findall(text)
-        if sum(map(len, words)) != len(text):
+        if "".join(words) != text:
             return None
-        known = self._ids
         try:
-            parts = [known[word] for word in words]
+            ids = b"".join(map(self._ids.__getitem__, words))
         except KeyError:
-            parts = [self._word(word) for word in words]
-        return np.fromiter(chain.from_iterable(parts), np.int32)
+            ids = b"".join(map(self._word, words))
+        return np.frombuffer(ids, np.int32)
 
-    def _word(self, word: str) -> list[int]:
+    def _word(self, word: str) -> bytes:
         ids = self._ids.get(word)
         if ids is None:
             letters = "".join([self._alphabet[byte] for byte in word.encode()])
-            ids = [token.id for token in self._model.tokenize(letters)]
+            ids = np.array([token.id for token in self._model.tokenize(letters)], np.int32).tobytes()
             if len(self._ids) >= _MOST_WORDS:
                 self._ids.clear()
             self._ids[word] = ids
