@@ -47,7 +47,7 @@ def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[st
         torch.cuda.set_per_process_memory_fraction(min(1.0, share) if "fp16" in options.values() else 1.0)
     with tempfile.TemporaryDirectory() as folder:
         config = Config.make(
-            model=model, data=data, output=Path(folder) / "run", max_length=512, micro_batch=4, max_steps=steps,
+            model=model, data=data, output=Path(folder) / "run", max_length=1024, micro_batch=2, max_steps=steps,
             gradient_accumulation=1, learning_rate=2e-4, lora_dropout=0.0, seed=1,
             **({"compute_dtype": "bf16"} if torch.cuda.is_available() else {}) | options,
         )  # fmt: skip

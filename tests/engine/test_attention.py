@@ -52,6 +52,16 @@ def test_forward_and_backward(dtype: torch.dtype, bound: float, kv_heads: int, w
         assert (actual.double() - reference).norm() < bound * reference.norm()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "way"), [((2048, 2048), "cudnn"), ((2047, 2047), "varlen"), ((16,), "varlen"), ((64, 128), "varlen")]
+)
+def test_cudnn_takes_rows_of_a_length_that_comes_again(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], way: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose(torch.device("cuda"), torch.bfloat16, 128, lengths) == way
+
+
 def test_no_document_sees_another() -> None:
     q, k, v = inputs(2, torch.float32)
     documents = Documents(LENGTHS, torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))

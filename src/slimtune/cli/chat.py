@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options
 from slimtune.errors import UserError
 
@@ -41,12 +42,13 @@ def command(
 
     Ctrl-C stops a reply and keeps the conversation.
     """
-    import torch
+    with fast_imports():
+        import torch
 
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.chat import ChatSession
-    from slimtune.use.load import open_model
-    from slimtune.use.sampling import Sampling
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.chat import ChatSession
+        from slimtune.use.load import open_model
+        from slimtune.use.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     with upstream_to_log(None):

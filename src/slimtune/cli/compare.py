@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options
 
 __all__ = ["command"]
@@ -43,14 +44,15 @@ def command(
 
     --fail-if ends with exit code 3 when its condition holds.
     """
-    from rich.box import SIMPLE
-    from rich.table import Table
+    with fast_imports():
+        from rich.box import SIMPLE
+        from rich.table import Table
 
-    from slimtune.cli.page import Page
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
-    from slimtune.use.load import open_model
-    from slimtune.use.sampling import Sampling
+        from slimtune.cli.page import Page
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
+        from slimtune.use.load import open_model
+        from slimtune.use.sampling import Sampling
 
     for condition in conditions:
         parse_condition(condition)

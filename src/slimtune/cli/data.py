@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, some_config_options
 from slimtune.errors import UserError
 
@@ -53,13 +54,14 @@ def command(
         raise UserError("no data given", way_out="slimtune data DATA --model MODEL")
 
     # Here, as they load torch, and --help is to answer at once.
-    from rich.console import Console
+    with fast_imports():
+        from rich.console import Console
 
-    from slimtune.base.load import load_tokenizer
-    from slimtune.cli.page import Page
-    from slimtune.data import examine, micro_batches
-    from slimtune.data.page import page
-    from slimtune.data.view import hints, sample, summary, table
+        from slimtune.base.load import load_tokenizer
+        from slimtune.cli.page import Page
+        from slimtune.data import examine, micro_batches
+        from slimtune.data.page import page
+        from slimtune.data.view import hints, sample, summary, table
 
     errors = Console(stderr=True, highlight=False)
     with errors.status("  reading the tokenizer") as status:

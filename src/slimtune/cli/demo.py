@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.imports import fast_imports
+
 __all__ = ["command"]
 
 
@@ -27,11 +29,12 @@ def command(output: Path, seed: int, as_json: bool) -> None:
     It runs on this machine's GPU or CPU, without a network.
     """
     # Here, as it loads torch, and --help is to answer at once.
-    from rich.table import Table
+    with fast_imports():
+        from rich.table import Table
 
-    from slimtune.cli.page import Page
-    from slimtune.recipes import demo
-    from slimtune.run.screen import Screen
+        from slimtune.cli.page import Page
+        from slimtune.recipes import demo
+        from slimtune.run.screen import Screen
 
     result = demo(output, seed=seed, overwrite=True, screen=Screen(quiet=as_json))
     before, after = result.right(result.before), result.right(result.after)

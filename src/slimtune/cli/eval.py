@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 
@@ -16,7 +17,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("target", metavar="RUN")
 @click.argument("data", nargs=-1)
-@click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness by name or .yaml file, comma-separated.")
 @click.option("--limit", type=int, metavar="N", help="Questions of each task.")
 @click.option("--with-base", is_flag=True, help="Measure the base too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
@@ -35,9 +36,10 @@ def command(
     """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows."""
     if not data and not tasks:
         raise UserError("nothing to evaluate on", way_out="Give DATA, or --tasks.")
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.evaluate import documents_of, losses, run_tasks
-    from slimtune.use.load import open_model
+    with fast_imports():
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.evaluate import documents_of, losses, run_tasks
+        from slimtune.use.load import open_model
 
     made: dict[str, Any] = {}
     with upstream_to_log(None):

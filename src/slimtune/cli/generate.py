@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options
 
 __all__ = ["command"]
@@ -37,14 +38,15 @@ def command(
     A row is text, or has `prompt`, `messages` or `instruction`, or is a row as training reads it. A run that was
     stopped goes on where it was when the same command is given again.
     """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    with fast_imports():
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.answers import answer_file
-    from slimtune.use.load import open_model
-    from slimtune.use.questions import read_questions
-    from slimtune.use.sampling import Sampling
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.answers import answer_file
+        from slimtune.use.load import open_model
+        from slimtune.use.questions import read_questions
+        from slimtune.use.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     questions = read_questions(prompts)

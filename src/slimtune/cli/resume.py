@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.run.folder import RunFolder
 from slimtune.training.determinism import fix_workspace
@@ -35,8 +36,9 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
 
     with StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.
-        from slimtune.recipes import resume
-        from slimtune.run.screen import Screen
+        with fast_imports():
+            from slimtune.recipes import resume
+            from slimtune.run.screen import Screen
 
         folder = resume(
             run,

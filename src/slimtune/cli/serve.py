@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 
@@ -52,9 +53,10 @@ def command(
     Requests that come together are computed together. `/` is a page to try it; `/health` and `/metrics` are for
     machines. Ctrl-C ends it.
     """
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.serve.address import check_address, listen
-    from slimtune.serve.models import find_all, open_all
+    with fast_imports():
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.serve.address import check_address, listen
+        from slimtune.serve.models import find_all, open_all
 
     key = _key(api_key, api_key_file)
     check_address(host, key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
@@ -33,8 +34,9 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
 
     with StopSignals():
         # Here, as it loads torch, and --help is to answer at once.
-        from slimtune.recipes import finetune
-        from slimtune.run.screen import Screen
+        with fast_imports():
+            from slimtune.recipes import finetune
+            from slimtune.run.screen import Screen
 
         run = finetune(config, screen=Screen(quiet=as_json))
     if as_json:

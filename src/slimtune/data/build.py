@@ -205,6 +205,9 @@ class Builder:
 def _only_new_garbage() -> Iterator[None]:
     """Within this, the garbage collector leaves alone what was there before: the libraries' millions of objects, which
     it would otherwise go through again and again for the short-lived ones of each row."""
+    if gc.get_freeze_count():  # the program has seen to it
+        yield
+        return
     gc.freeze()
     try:
         yield

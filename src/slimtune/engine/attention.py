@@ -2,7 +2,9 @@
 
 Three ways to compute it, chosen by :func:`choose`:
 
-- ``cudnn``: all documents are rows of one length (a padded batch, or a pack of full rows); PyTorch's cuDNN kernel.
+- ``cudnn``: all documents are rows of one length, and that a round one (a pack of full rows); PyTorch's cuDNN kernel,
+  the fastest, which builds a plan for each new length: rows as long as their texts happen to be would pay for it at
+  every step.
 - ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
   it reads on the device, so a CUDA graph follows new lengths.
 - ``torch``: anything else (a CPU, 32 and 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain
@@ -23,6 +25,9 @@ from torch import Tensor
 __all__ = ["Attention", "Documents", "Way", "choose"]
 
 Way = Literal["cudnn", "varlen", "torch"]
+
+_ROUND = 64
+"""Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tup
         return "torch"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "torch"  # FlashAttention-2 and cuDNN's kernels begin at compute capability 8.0
-    if len(set(lengths)) == 1 and lengths[0] >= 64 and head_dim <= 128:
+    if len(set(lengths)) == 1 and lengths[0] % _ROUND == 0 and head_dim <= 128:
         return "cudnn"
     return "varlen"
 

@@ -24,6 +24,8 @@ from slimtune.engine.weights import Gradients, Site, unpack_for_training
 
 __all__ = ["Engine"]
 
+_WORKSPACES = 64 << 20
+"""Bytes that libraries take beside the plan: cuBLAS 32 MiB for the stream that records, attention's backward a few."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 micro-batches differ
 
 
@@ -152,7 +154,7 @@ class Engine:
     def _budget(self, memory: int | None) -> float:
         if memory is None:
             return math.inf
-        used = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        used = torch.cuda.memory_allocated(self.device) + _WORKSPACES if self.device.type == "cuda" else 0
         return memory - used
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------

@@ -13,15 +13,18 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from slimtune.serve.attention import attend_by_request
 from slimtune.serve.choice import Chances, Choice, Chooser
 from slimtune.serve.limits import Limits
+from slimtune.serve.models import sharing
 from slimtune.serve.refusal import Refusal
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 
 __all__ = ["Engine", "Token"]
 
-_PAGE = 32
+# Prompts that begin alike share whole pages: the smaller a page, the less of a known beginning is computed again.
+_PAGE = 8
 # Prompts are computed in parts of this many tokens, among the others' next tokens: nobody waits for a long one.
 _STEP_TOKENS = 256
 
@@ -43,7 +46,7 @@ class Engine:
     tokens are chosen in Python (:mod:`slimtune.serve.choice`).
 
     Args:
-        opened: The model. Its attention implementation is the engine's while it runs.
+        opened: The model. The engine computes on a copy of its modules, which shares the tensors.
         limits: Batch size and cache.
     """
 
@@ -53,7 +56,7 @@ class Engine:
         longest = min(limits.prompt_tokens + limits.output_tokens, opened.context)
         # One page more than the longest request fills, for the engine takes whole pages.
         pages = math.ceil(max(limits.cache_tokens, longest) / _PAGE) + 1
-        model = opened.model.get_base_model() if opened.found.adapter is not None else opened.model
+        model = sharing(opened.model.get_base_model() if opened.found.adapter is not None else opened.model)
         self._manager: Any = model.init_continuous_batching(
             GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=False, eos_token_id=list(opened.stop_ids), pad_token_id=opened.pad_id
@@ -69,6 +72,9 @@ class Engine:
                 auto_switch_to_flash=False,
             ),
         )
+        # Not for models that compute their attention otherwise (sinks, softcaps), and not measured on a GPU.
+        if opened.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+            attend_by_request(model)
         self._chooser = self._manager.logit_processor = Chooser()
         self._tickets: dict[str, _Ticket] = {}
         self._reader: threading.Thread | None = None

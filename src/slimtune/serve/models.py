@@ -15,7 +15,7 @@ from slimtune.adapter.files import attach_adapter
 from slimtune.errors import UserError
 from slimtune.use.load import Found, Opened, find, open_model, stop_ids
 
-__all__ = ["Named", "base_name", "find_all", "open_all"]
+__all__ = ["Named", "base_name", "find_all", "open_all", "sharing"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_all(
         if model.found.adapter is None:
             made[model.name] = replace(opened, model=base)
             continue
-        tuned: Any = attach_adapter(_sharing(base), model.found.adapter)
+        tuned: Any = attach_adapter(sharing(base), model.found.adapter)
         tuned.eval().requires_grad_(False)
         tokenizer = model.found.tokenizer()
         made[model.name] = Opened(model.found, tuned, tokenizer, stop_ids(tuned, tokenizer))
@@ -106,7 +106,7 @@ def _base(found: Found) -> tuple[Any, ...]:
     return found.base.resolve(), trained.get("method", "nf4"), trained.get("double_quant", True)
 
 
-def _sharing(model: nn.Module) -> Any:
+def sharing(model: nn.Module) -> Any:
     """A copy of the modules whose parameters and buffers are the original's own."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -80,8 +80,10 @@ class Floor:
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         device = model.get_input_embeddings().weight.device
         rows = min(tokens, _PROBE_TOKENS)
-        a = torch.ones(rows, config.hidden_size, dtype=dtype, device=device)
-        b = torch.ones(config.hidden_size, inner, dtype=dtype, device=device)
+        # Random, as a GPU multiplies ones faster; by a generator of its own, so that the run's stays where it is.
+        draw = torch.Generator(device)
+        a = torch.randn(rows, config.hidden_size, dtype=dtype, device=device, generator=draw)
+        b = torch.randn(config.hidden_size, inner, dtype=dtype, device=device, generator=draw)
         _multiply(a, b, 3)
         once = _multiply(a, b, 3) / 3
         times = max(3, round(_PROBE_SECONDS / once))

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.data.render import prompt_ids
+from slimtune.use.attention import any_length
 from slimtune.use.load import stop_ids
 
 __all__ = ["ask"]
@@ -36,15 +37,16 @@ def ask(
     training = model.training
     model.eval()
     try:
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=list(stop_ids(model, tokenizer)),
-            pad_token_id=pad,
-        )
+        with any_length():
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=list(stop_ids(model, tokenizer)),
+                pad_token_id=pad,
+            )
     finally:
         model.train(training)
     return [str(tokenizer.decode(reply[width:], skip_special_tokens=True)) for reply in made]

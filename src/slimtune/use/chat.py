@@ -9,6 +9,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from slimtune.errors import UserError
+from slimtune.use.attention import any_length
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 from slimtune.use.stream import TextStream
@@ -53,7 +54,7 @@ class ChatSession:
         try:
             ids = self.opened.prompt_ids(self.messages)
             room = self._room(len(ids))
-            with torch.inference_mode():
+            with torch.inference_mode(), any_length():
                 self.opened.model.generate(
                     torch.tensor([ids], device=self.opened.device),
                     attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.opened.device),

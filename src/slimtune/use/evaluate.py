@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from torch import nn
 from slimtune.config import Config
 from slimtune.data import Documents, prove
 from slimtune.errors import UserError
+from slimtune.use.attention import any_length
 from slimtune.use.load import Opened
 
 __all__ = ["Interval", "Losses", "bootstrap", "documents_of", "losses", "run_tasks"]
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 _RESAMPLES = 2000
+_TASK_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,10 @@ def losses(opened: Opened, documents: Documents) -> Losses:
             ids[row, :length] = torch.tensor(document)
             mask[row, :length] = 1
             labels[row, :length] = torch.where(torch.tensor(supervised), ids[row, :length], -100)
-        logits = opened.model(
-            input_ids=ids.to(opened.device), attention_mask=mask.to(opened.device), use_cache=False
-        ).logits
+        with any_length():
+            logits = opened.model(
+                input_ids=ids.to(opened.device), attention_mask=mask.to(opened.device), use_cache=False
+            ).logits
         targets = labels[:, 1:].to(opened.device)
         for row, at in enumerate(batch):
             loss = nn.functional.cross_entropy(logits[row, :-1].float(), targets[row], reduction="sum")
@@ -119,6 +124,11 @@ def bootstrap(sums: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None, se
 def run_tasks(opened: Opened, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness on what is opened, asked by the training's chat template.
 
+    Args:
+        opened: The model.
+        tasks: Names of tasks, and files (``.yaml``) of one's own.
+        limit: Questions of each task; all unless given.
+
     Raises:
         UserError: The package isn't installed, or has no such task.
     """
@@ -132,14 +142,29 @@ def run_tasks(opened: Opened, tasks: list[str], limit: int | None = None) -> dic
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager()
+    files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"task file {file} does not exist", way_out="Give a file in lm-evaluation-harness's form.")
+    known = TaskManager(include_path=[str(file.parent) for file in files.values()] or None)
+    tasks = [_task_name(files[task]) if task in files else task for task in tasks]
     missing = [task for task in tasks if not known.match_tasks([task])]
     if missing:
         raise UserError(f"lm-evaluation-harness has no task {missing[0]!r}", way_out="lm_eval ls tasks lists them.")
-    model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size="auto")
+    # "auto" tries ever larger batches of the longest context: seconds on a GPU, many minutes on a CPU.
+    size = "auto" if opened.device.type == "cuda" else _TASK_ROWS
+    model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
     done = lm_eval.simple_evaluate(model, tasks=tasks, apply_chat_template=True, limit=limit, task_manager=known)
     results: dict[str, Any] = done["results"]
     return results
+
+
+def _task_name(file: Path) -> str:
+    """What a task's file calls it."""
+    found = re.search(r"^task:[ \t]*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise UserError(f"{file} names no task", rule="A task's file has a line `task: NAME`.")
+    return found.group(1)
 
 
 def _batches(lengths: npt.NDArray[np.int32], most: int) -> Iterator[list[int]]:

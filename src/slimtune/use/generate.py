@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from slimtune.errors import UserError
 from slimtune.hardware import detect
+from slimtune.use.attention import any_length
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Draws, Sampling
 
@@ -120,7 +121,8 @@ def _batch(
     layers = [_RoomyLayer(mask.shape[1]) for _ in range(_layers(model))]
     cache = Cache(layers=list(layers))
     if shared:
-        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with any_length():
+            model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
         for layer in layers:
             layer.batch_select_indices(torch.zeros(len(batch), dtype=torch.int64, device=device))
         ids, positions = ids[:, shared:], positions[:, shared:]
@@ -128,14 +130,15 @@ def _batch(
     draws = Draws(sampling, [numbers[index] for index in batch])
     rows = _Rows(opened, batch, limits)
     for length in range(width, mask.shape[1]):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask[:, :length],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with any_length():
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask[:, :length],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         ids = draws.choose(logits).unsqueeze(1)
         yield from rows.take(ids[:, 0], torch.isin(ids[:, 0], stops))
         if not rows.alive:

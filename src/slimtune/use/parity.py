@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import GuardStop
+from slimtune.use.attention import any_length
 from slimtune.use.general import GENERAL
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened
@@ -127,7 +128,7 @@ def transformers_voice(opened: Opened, name: str) -> Voice:
     """A model in Transformers as one side."""
 
     def log_probabilities(ids: list[int], first: int) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), any_length():
             logits = opened.model(torch.tensor([ids], device=opened.device)).logits[0, first:]
         made: Tensor = logits.float().log_softmax(-1).cpu()
         return made

@@ -1,0 +1,25 @@
+"""Importing torch and the libraries on it, faster."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["fast_imports"]
+
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """The garbage collector rests meanwhile, and until the program's end it leaves alone what was imported.
+
+    Imports make about a million objects, all of them lasting; to walk them again and again takes a fifth of the time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # for the libraries that count what is left at the end
