@@ -141,25 +141,30 @@ async def server(target: str, log: str) -> AsyncIterator[tuple[tuple[str, int], 
 
 
 async def throughput(address: tuple[str, int], clients: int, seconds: float, tokens: int) -> dict[str, Any]:
-    """Tokens a second of all clients together, each of which asks one question after the other until time is up."""
-    made = 0
-    started = time.perf_counter()
+    """Tokens a second of all clients together, each of which asks one question after the other until time is up.
+
+    Of an answer that is under way then, the part within the time counts, by the seconds.
+    """
+    made = 0.0
+    end = time.perf_counter() + seconds
 
     async def client(number: int) -> None:
         nonlocal made
         for ask in itertools.count(number):
-            if time.perf_counter() - started > seconds:
+            if (began := time.perf_counter()) > end:
                 return
             async with Http(address) as http:
                 http.send(body("tuned", QUESTIONS[ask % len(QUESTIONS)], tokens=tokens))
                 status, headers = await http.head()
                 assert status == 200
                 answer = json.loads(await http.rest(headers))
-            made += answer["usage"]["completion_tokens"]
+            took = time.perf_counter() - began
+            made += answer["usage"]["completion_tokens"] * min(1.0, (end - began) / took)
 
     await asyncio.gather(*map(client, range(clients)))
-    took = time.perf_counter() - started
-    return {"clients": clients, "tokens": made, "seconds": round(took, 2), "tokens_per_second": round(made / took, 2)}
+    return {
+        "clients": clients, "tokens": round(made), "seconds": seconds, "tokens_per_second": round(made / seconds, 2),
+    }  # fmt: skip
 
 
 # -- load -------------------------------------------------------------------------------------------------------------

@@ -62,3 +62,29 @@ def test_tasks_without_the_package_name_the_extra(opened: Opened, monkeypatch: p
     with pytest.raises(UserError, match="lm-evaluation-harness") as error:
         run_tasks(opened, ["arc_easy"])
     assert "slimtune[eval]" in error.value.way_out
+
+
+TASK = """
+task: what_colour
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_gen_toks: 4, until: ["\\n"]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_task_of_ones_own(opened: Opened, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="a package of its own")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "What colour is the sky?", "answer": "no such answer"}) + "\n")
+    (tmp_path / "own.yaml").write_text(TASK.format(rows=rows))
+    results = run_tasks(opened, [str(tmp_path / "own.yaml")])
+    assert results["what_colour"]["exact_match,none"] == 0.0
+    with pytest.raises(UserError, match="does not exist"):
+        run_tasks(opened, [str(tmp_path / "other.yaml")])
