@@ -18,8 +18,11 @@ from transformers import (
 )
 
 from slimtune.serve.attention import attend_by_request
+from slimtune.serve.engine import OLD_TRANSFORMERS
 from slimtune.serve.models import sharing
 from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="not used there: its cache is handed over in another way")
 
 PROMPTS = [[7], list(range(40, 52)), list(range(100, 170)), list(range(40, 60))]
 

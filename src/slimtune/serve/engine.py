@@ -21,10 +21,15 @@ from slimtune.serve.refusal import Refusal
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 
-__all__ = ["Engine", "Token"]
+__all__ = ["OLD_TRANSFORMERS", "Engine", "Token"]
 
 # Prompts that begin alike share whole pages: the smaller a page, the less of a known beginning is computed again.
 _PAGE = 8
+# The second: never fetches a kernel from the hub, and computes attention in the same way on every machine.
+_NAMES: dict[str, Any] = {"page_size": _PAGE, "auto_switch_to_flash": False}
+# Transformers 5.17 calls a page a block, knows no switch, and hands its cache to the attention in another way.
+_OLD_NAMES: dict[str, Any] = {"block_size": _PAGE}
+OLD_TRANSFORMERS = "page_size" not in ContinuousBatchingConfig.__dataclass_fields__
 # Prompts are computed in parts of this many tokens, among the others' next tokens: nobody waits for a long one.
 _STEP_TOKENS = 256
 
@@ -62,18 +67,16 @@ class Engine:
                 do_sample=False, eos_token_id=list(opened.stop_ids), pad_token_id=opened.pad_id
             ),
             ContinuousBatchingConfig(
-                page_size=_PAGE,
                 num_blocks=pages,
                 max_batch_tokens=max(_STEP_TOKENS, limits.batch),
                 max_requests_per_batch=limits.batch,
                 use_cuda_graph=False,
                 use_async_batching=False,
-                # Never fetches a kernel from the hub; the same attention on every machine.
-                auto_switch_to_flash=False,
+                **(_OLD_NAMES if OLD_TRANSFORMERS else _NAMES),
             ),
         )
         # Not for models that compute their attention otherwise (sinks, softcaps), and not measured on a GPU.
-        if opened.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        if opened.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not OLD_TRANSFORMERS:
             attend_by_request(model)
         self._chooser = self._manager.logit_processor = Chooser()
         self._tickets: dict[str, _Ticket] = {}
