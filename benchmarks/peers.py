@@ -5,8 +5,7 @@ trained for a dozen steps by the peer's usual way in, paged_adamw_8bit throughou
 does: data read and proven, SFTTrainer subclass, logging. A step's time is the median after the first four: for peers
 from the beginning to the end of the Trainer's step, the device waited for; for slimtune from one log line to the next,
 data and logging included. Peak memory is what PyTorch's allocator had given out at most. A peer that isn't installed
-is left out, and said so. ``slimtune+again`` is the same once more, which finds Triton's and the data's caches warm;
-``reached_s`` then says how many seconds after the process began the first step was done.
+is left out, and said so.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ STEPS, WARM_UP = 12, 4
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "axolotl", "unsloth", "triton")
 # For each workload the peers worth their time: the notes' own stack, and whoever is fastest there.
 RUNS: dict[str, tuple[str, ...]] = {
-    "W1": ("slimtune", "slimtune+again", "slimtune@3.9GiB", "trl", "trl+liger", "axolotl-nogc", "unsloth", "trl+fuse"),
+    "W1": ("slimtune", "slimtune@3.9GiB", "trl", "trl+liger", "axolotl-nogc", "unsloth", "trl+fuse"),
     "W1-all": ("slimtune", "unsloth"),
     "W2": ("slimtune", "trl", "trl+liger", "unsloth", "trl+fuse"),
     "W3": ("slimtune", "trl", "trl+liger", "trl-packing"),
     "W4": ("slimtune", "trl+liger", "unsloth"),
-    "tiny": ("slimtune", "slimtune+again", "trl", "trl+fuse"),
+    "tiny": ("slimtune", "trl", "trl+fuse"),
     "tiny-chats": ("slimtune", "trl"),
 }
 
@@ -98,25 +97,12 @@ def as_messages(row: list[int]) -> dict[str, Any]:
 
 def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, Any]:
     """The product itself: the recipe behind ``slimtune train``."""
-    import psutil
     import torch
 
     from slimtune.config import Config
     from slimtune.recipes import finetune
-    from slimtune.run.screen import Screen
 
-    process = psutil.Process().create_time()
-    reached: dict[str, float] = {}
-
-    class Clock(Screen):
-        """When each line and the first step's record came, in seconds since the process began."""
-
-        def say(self, label: str, text: str) -> None:
-            reached.setdefault(label, round(time.time() - process, 1))
-
-        def record(self, record: dict[str, Any]) -> None:
-            reached.setdefault("first step", round(time.time() - process, 1))
-
+    start = time.perf_counter()
     scratch = Path(tempfile.mkdtemp())
     # A pack holds as many chats as fit; so that every step has a full one, there are more of them than steps x rows.
     rows = documents(workload, factor=8 if workload.chats else 1)
@@ -130,14 +116,14 @@ def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, An
     )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    run = finetune(config, screen=Clock(quiet=True))
+    run = finetune(config)
     records = [record for record in run.metrics() if "step_seconds" in record]
     timed = records[WARM_UP:]
     return {
         "step_ms": statistics.median(record["step_seconds"] for record in timed) * 1e3,
         "tokens_s": statistics.median(record["tokens"] / record["step_seconds"] for record in timed),
         "peak_gib": max(record["memory_bytes"] for record in records) / 2**30,
-        "reached_s": reached,
+        "process_s": time.perf_counter() - start,
         "losses": [records[0]["loss"], records[-1]["loss"]],
     }
 
@@ -261,9 +247,7 @@ def _with_axolotl_kernels(model: Any, lora: Any, folder: Path, workload: Workloa
 
 def measure(peer: str, workload: Workload, folder: Path) -> dict[str, Any]:
     name, _, variant = peer.partition("@")
-    if name.startswith("slimtune"):
-        return run_slimtune(workload, folder, variant)
-    return run_peer(name, workload, folder)
+    return run_slimtune(workload, folder, variant) if name == "slimtune" else run_peer(name, workload, folder)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -123,9 +124,12 @@ def expected(target: str, tokens: int) -> list[str]:
 
 
 @asynccontextmanager
-async def server(target: str, log: str) -> AsyncIterator[tuple[tuple[str, int], psutil.Process]]:
-    command = [Path(sys.executable).with_name("slimtune"), "serve", f"tuned={target}", "--port", "0", "--log", log]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+async def server(target: str) -> AsyncIterator[tuple[tuple[str, int], psutil.Process]]:
+    command = [Path(sys.executable).with_name("slimtune"), "serve", f"tuned={target}", "--port", "0", "--log"]
+    with (
+        tempfile.NamedTemporaryFile(suffix=".log") as log,
+        subprocess.Popen([*command, log.name], stdout=subprocess.PIPE, text=True) as process,
+    ):
         assert process.stdout is not None
         line = await asyncio.to_thread(process.stdout.readline)
         found = re.search(r"http://([\d.]+):(\d+)", line)
@@ -305,7 +309,7 @@ def weighed(samples: list[tuple[float, int, int]], minutes: float) -> dict[str, 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     answers = expected(options.target, TOKENS) if options.minutes else []
     made: dict[str, Any] = {}
-    async with server(options.target, options.log) as (address, process):
+    async with server(options.target) as (address, process):
         if options.rounds:
             await throughput(address, 16, 1.0, 8)  # warm up
             rounds = []
@@ -327,7 +331,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="of each answer of the throughput")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the load test; 0: none")
-    parser.add_argument("--log", default="serve.log")
     options = parser.parse_args()
     hardware = detect()
     record = {

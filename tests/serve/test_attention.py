@@ -12,34 +12,18 @@ from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
 )
 
 from slimtune.serve.attention import attend_by_request
 from slimtune.serve.engine import OLD_TRANSFORMERS
 from slimtune.serve.models import sharing
+from tests.engine.models import make_base
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="not used there: its cache is handed over in another way")
 
 PROMPTS = [[7], list(range(40, 52)), list(range(100, 170)), list(range(40, 60))]
-
-
-def sliding() -> PreTrainedModel:
-    """A model whose layers see the last 16 tokens only, with four query heads on two key heads."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
-    return MistralForCausalLM(config)
 
 
 def logits_of_each_step(model: PreTrainedModel, by_request: bool) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -74,7 +58,7 @@ def logits_of_each_step(model: PreTrainedModel, by_request: bool) -> tuple[list[
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_it_is_the_packages_own_attention(kind: str, tiny_model: Path) -> None:
     full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa")
-    model = full if kind == "full" else sliding()
+    model: Any = full if kind == "full" else make_base("mistral-window")
     expected, steps = logits_of_each_step(model, by_request=False)
     actual, same = logits_of_each_step(model, by_request=True)
     assert steps == same

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from slimtune.cli.imports import fast_imports
+
 __all__ = ["command"]
 
 
@@ -26,9 +28,10 @@ __all__ = ["command"]
 @click.option("--parity/--no-parity", default=True, help="Prove that the export says the same  [on]")
 def command(target: str, kind: Any, output: Path | None, base: str | None, parity: bool) -> None:
     """Export RUN as GGUF for llama.cpp and Ollama, with a Modelfile and a parity certificate beside it."""
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.export import check_needs, export_gguf
-    from slimtune.use.load import find
+    with fast_imports():
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.export import check_needs, export_gguf
+        from slimtune.use.load import find
 
     if kind in ("vllm", "mlx"):
         click.echo(_command(target, base, kind))

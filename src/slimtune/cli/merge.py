@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.imports import fast_imports
+
 __all__ = ["command"]
 
 
@@ -20,10 +22,11 @@ def command(target: str, output: Path, base: str | None, parity: bool, trust_rem
 
     Memory is bounded by the largest tensor. The proof, parity.json, loads the model whole; --no-parity leaves it out.
     """
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.export import prove_merged
-    from slimtune.use.load import find
-    from slimtune.use.merge import merge
+    with fast_imports():
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.export import prove_merged
+        from slimtune.use.load import find
+        from slimtune.use.merge import merge
 
     with upstream_to_log(None):
         found = find(target, base=base, trust_remote_code=trust_remote_code)

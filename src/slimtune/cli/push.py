@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from slimtune.cli.imports import fast_imports
+
 __all__ = ["command"]
 
 
@@ -17,9 +19,10 @@ def command(target: str, repository: str, base: str | None, public: bool) -> Non
 
     A folder (./out) instead of OWNER/NAME gets the same files, to look at before.
     """
-    from slimtune.run.quiet import upstream_to_log
-    from slimtune.use.load import find
-    from slimtune.use.push import push
+    with fast_imports():
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.load import find
+        from slimtune.use.push import push
 
     with upstream_to_log(None):
         where = push(find(target, base=base), repository, private=not public)

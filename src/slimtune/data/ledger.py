@@ -11,6 +11,9 @@ from slimtune.data.sources import Place
 
 __all__ = ["Ledger"]
 
+_LINE_ENDS = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}
+"""What JSON allows in a string and many readers take for the end of a line; names in broken rows may hold them."""
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -54,7 +57,7 @@ class Ledger:
         entry["reason"] = reason
         shown = f"{place}{', field ' + repr(where) if where else ''}: {reason}"
         self.examples.setdefault(rule, _printable(shown))
-        self.file.write(_printable(json.dumps(entry, ensure_ascii=False)) + "\n")
+        self.file.write(_printable(json.dumps(entry, ensure_ascii=False)).translate(_LINE_ENDS) + "\n")
 
     @property
     def rows_dropped(self) -> int:

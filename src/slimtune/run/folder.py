@@ -166,7 +166,7 @@ class RunFolder:
         if not self.metrics_file.is_file():
             return []
         records = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8").split("\n"):
             try:
                 records.append(json.loads(line))
             except ValueError:
