@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.config import Config
 from slimtune.data import PackedBatches, Proof, micro_batches, prove
-from slimtune.data.packing import IGNORE, best_fit
+from slimtune.data.packing import IGNORE, assign_packs
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,41 @@ def packs(proof: Proof, **changed: Any) -> PackedBatches:
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))
-def test_best_fit_puts_every_item_into_one_bin_that_holds_it(lengths: list[int]) -> None:
-    bins, count = best_fit(np.array(lengths, np.int32), 64)
-    room = np.bincount(bins, weights=lengths, minlength=count)
-    assert len(bins) == len(lengths)
-    assert (room <= 64).all()
-    assert (room > 0).all()
+def test_every_document_gets_one_pack_that_holds_it(lengths: list[int]) -> None:
+    packs, count = assign_packs(np.array(lengths, np.int32), 64)
+    used = np.bincount(packs, weights=lengths, minlength=count)
+    assert len(packs) == len(lengths)
+    assert (used <= 64).all()
+    assert (used > 0).all()
     # Johnson 1973: best-fit-decreasing needs at most 11/9 of the optimum and 4 bins more
     assert count <= 11 / 9 * -(-sum(lengths) // 64) + 4 or max(lengths) > 32
 
 
-def test_packs_of_chat_lengths_are_at_least_97_percent_full() -> None:
-    random = np.random.default_rng(0)
-    sigma = 0.9
-    lengths = np.clip(random.lognormal(np.log(370) - sigma**2 / 2, sigma, 20_000), 16, 2048).astype(np.int32)
-    _, count = best_fit(lengths, 2**14)
-    assert lengths.sum() / (count * 2**14) >= 0.97
+def chat_lengths(count: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """16 to 2048 tokens, mean about 370."""
+    random, sigma = np.random.default_rng(0), 0.9
+    return np.clip(random.lognormal(np.log(370) - sigma**2 / 2, sigma, count), 16, 2048).astype(np.int32)
+
+
+@pytest.mark.parametrize(("capacity", "full"), [(2**11, 0.998), (2**12, 0.999), (2**14, 0.999)])
+def test_packs_of_chat_lengths_are_full(capacity: int, full: float) -> None:
+    lengths = chat_lengths(20_000)
+    _, count = assign_packs(lengths, capacity)
+    assert lengths.sum() / (count * capacity) >= full
+
+
+def test_large_packs_are_alike() -> None:
+    lengths = chat_lengths(20_000)
+    packs, count = assign_packs(lengths, 2**14)
+    documents = np.bincount(packs)
+    longest, shortest = np.zeros(count, np.int32), np.full(count, 2048, np.int32)
+    np.maximum.at(longest, packs, lengths)
+    np.minimum.at(shortest, packs, lengths)
+    # best fit alone: 8 to 130 documents, some packs with none over 130 tokens
+    assert documents.min() > 0.8 * documents.mean()
+    assert documents.max() < 1.4 * documents.mean()
+    assert longest.min() > 1000
+    assert shortest.max() < 200
 
 
 def test_every_document_comes_once_in_every_epoch_and_shapes_never_change(proof: Proof) -> None:
