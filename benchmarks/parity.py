@@ -1,9 +1,10 @@
-"""Shows that the fused engine trains the same: python benchmarks/parity.py [gradients] [packed] [budget]
+"""Shows that the fused engine trains the same: python benchmarks/parity.py
 
 gradients: every LoRA gradient of a four-layer model of the 1.8B shape (NF4, double quantisation), fused and unfused,
-against the unfused model in fp32: the fused fp32 engine within 1e-4, the fused bf16 engine no further than 1.2 times
-the unfused bf16 model. packed: a pack against its documents one by one. budget: everything kept against everything
-computed again. Prints JSON lines; with $OUT set, writes them there too.
+against the unfused model in fp32, document by document: the fused fp32 engine within 1e-4, the fused bf16 engine no
+further than 1.2 times the unfused bf16 model. budget: everything kept against everything computed again. replays:
+packs of other lengths through one recorded graph against the same packs unrecorded, by each way to compute attention;
+``efficient`` is a T4's. Prints JSON lines; with $OUT set, writes them there too.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload, add_lora, make_model
 
 from slimtune.engine import Engine
+from slimtune.engine.attention import Way
 from slimtune.engine.decoder import Keep
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def batch_of(lengths: list[int], vocabulary: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
+def batch_of(lengths: list[int], vocabulary: int, seed: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (1, sum(lengths)), generator=generator)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     labels = ids.clone()
@@ -134,6 +138,35 @@ def budget(size: str, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def replays(size: str, layers: int, way: Way, dtype: torch.dtype, r: int) -> dict[str, Any]:
+    """Worst relative distance of any gradient of each pack; two runs of one unrecorded pack beside it."""
+    model = prepared(replace(WORKLOADS["W1"], size=size, r=r), layers)
+    to_dtype(model, dtype)
+    lengths = [[300, 100, 112], [112, 300, 100], [10, 290, 212], [257, 255]]
+    if way == "cudnn":
+        lengths = [[256, 256]] * 4
+    batches = [batch_of(pack, 1000, seed) for seed, pack in enumerate(lengths)]
+
+    def run(graphs: bool) -> list[dict[str, Tensor]]:
+        engine = Engine(model, dtype=dtype, tokens=512, graphs=graphs)
+        found = []
+        for batch in [batches[0], *batches]:  # the first is never recorded
+            engine.flat.grad.zero_()
+            engine.load_state_dict({"seed": 1, "draws": 0})
+            engine.forward_backward(batch, 300)
+            found.append(collect(model))
+        return found
+
+    with mock.patch("slimtune.engine.graph.choose", return_value=way):
+        unrecorded, again, recorded = run(False), run(False), run(CUDA)
+    return {
+        "check": "replays", "size": size, "way": way, "dtype": str(dtype), "r": r,
+        "recorded_against_unrecorded": [max(distance(*pair)) for pair in zip(recorded, unrecorded, strict=True)],
+        "unrecorded_twice": max(max(distance(*pair)) for pair in zip(again, unrecorded, strict=True)),
+        "packs_against_each_other": max(distance(unrecorded[1], unrecorded[2])),
+    }  # fmt: skip
+
+
 def main() -> None:
     size, layers = ("1.8b", 4) if CUDA else ("tiny", 2)
     long = 512 if CUDA else 32
@@ -142,6 +175,11 @@ def main() -> None:
         lambda: gradients(size, "all-linear", layers, [37, long, 5, 101, 1]),
         lambda: budget(size, layers),
     ]
+    ways: list[tuple[Way, torch.dtype]] = [
+        ("cudnn", torch.bfloat16), ("varlen", torch.bfloat16), ("efficient", torch.float16),
+        ("efficient", torch.float32), ("torch", torch.float32),
+    ] if CUDA else [("torch", torch.float32)]  # fmt: skip
+    checks += [partial(replays, size, layers, way, dtype, r) for way, dtype in ways for r in (8, 4)]
     results = []
     for check in checks:
         try:

@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 1024,
         "hidden_size": 128,
-        "intermediate_size": 352,
+        "intermediate_size": 384,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

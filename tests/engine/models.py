@@ -17,7 +17,7 @@ LENGTHS = (17, 5, 30, 8, 1, 3)
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 112,
+    "intermediate_size": 192,  # whole blocks of NF4, as bitsandbytes' CPU kernel needs them
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -42,7 +42,7 @@ def family_config(family: str) -> PretrainedConfig:
         case "qwen3":
             return Qwen3Config(**_COMMON, head_dim=32)
         case "smollm2":
-            return LlamaConfig(**{**_COMMON, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+            return LlamaConfig(**{**_COMMON, "num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192},
                 tie_word_embeddings=True)  # fmt: skip
     raise AssertionError(family)
 

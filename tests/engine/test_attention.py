@@ -1,14 +1,17 @@
-"""Attention inside documents, forward and backward, against float64 with a mask; every path that a CPU has."""
+"""Attention inside documents, forward and backward, against float64 with a mask; every path that the machine has."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from slimtune.engine.attention import Attention, Documents, choose
+from slimtune.engine import attention as attention_module
+from slimtune.engine.attention import Attention, Documents, Way, choose, efficient_is_right
 
 HEADS, DIM = 6, 16
-LENGTHS = (9, 9, 1, 30, 4)
+LENGTHS = (9, 9, 1, 130, 4)
 
 
 def inputs(kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -30,36 +33,122 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
     return torch.einsum("nts,snd->tnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
+def compare(way: Way, device: str, dtype: torch.dtype, kv_heads: int, window: int | None) -> list[float]:
+    """Relative errors of o, dq, dk and dv."""
+    q, k, v = (x.to(device) for x in inputs(kv_heads, dtype))
+    # As a recorded graph has them: the boundaries go on, and the longest is rounded up, but not past the tokens.
+    ends = torch.tensor([0, *LENGTHS, 0, 0]).cumsum(0).int().to(device)
+    attention = Attention(Documents(LENGTHS, ends, sum(LENGTHS)), way, 0.25, window)
+    o, saved = attention.forward(q, k, v)
+    do = torch.randn(o.shape, dtype=torch.float64).to(device, dtype)
+    # do and o are the first columns of wider buffers, as the engine has them.
+    columns = HEADS * DIM
+    do, o = (torch.nn.functional.pad(x.flatten(1), (0, 8))[:, :columns].view(x.shape) for x in (do, o))
+    grads = attention.backward(do, q, k, v, o, saved)
+
+    wide = [x.double().cpu().requires_grad_() for x in (q, k, v)]
+    want = expected(*wide, window)
+    want.backward(do.double().cpu())
+    pairs = list(zip((o, *grads), (want.detach(), *(x.grad for x in wide)), strict=True))
+    assert all(actual.dtype == dtype for actual, _ in pairs)
+    return [float((actual.double().cpu() - reference).norm() / reference.norm()) for actual, reference in pairs]
+
+
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
 def test_forward_and_backward(dtype: torch.dtype, bound: float, kv_heads: int, window: int | None) -> None:
-    q, k, v = inputs(kv_heads, dtype)
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    documents = Documents(LENGTHS, ends, max(LENGTHS))
-    attention = Attention(documents, choose(q.device, dtype, DIM, LENGTHS), 0.25, window)
-    o, saved = attention.forward(q, k, v)
-    do = torch.randn(o.shape, dtype=torch.float64).to(dtype)
-    grads = attention.backward(do, q, k, v, o, saved)
+    assert max(compare("torch", "cpu", dtype, kv_heads, window)) < bound
 
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    want = expected(*wide, window)
-    want.backward(do.double())
-    for actual, reference in zip((o, *grads), (want.detach(), *(x.grad for x in wide)), strict=True):
-        assert actual.dtype == dtype
-        assert (actual.double() - reference).norm() < bound * reference.norm()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize(
+    ("way", "dtype", "bound"),
+    [
+        ("torch", torch.float64, 1e-12),
+        ("torch", torch.float32, 1e-5),
+        ("efficient", torch.float32, 1e-5),
+        ("efficient", torch.float16, 3e-3),
+        ("varlen", torch.float16, 3e-3),
+        ("varlen", torch.bfloat16, 2e-2),
+    ],
+    ids=str,
+)
+def test_forward_and_backward_on_a_gpu(
+    way: Way, dtype: torch.dtype, bound: float, kv_heads: int, window: int | None
+) -> None:
+    assert max(compare(way, "cuda", dtype, kv_heads, window)) < bound
 
 
 @pytest.mark.parametrize(
-    ("lengths", "way"), [((2048, 2048), "cudnn"), ((2047, 2047), "varlen"), ((16,), "varlen"), ((64, 128), "varlen")]
+    ("capability", "dtype", "head_dim", "lengths", "way"),
+    [
+        ((9, 0), torch.bfloat16, 128, (2048, 2048), "cudnn"),
+        ((9, 0), torch.bfloat16, 128, (2047, 2047), "varlen"),  # a length that comes once
+        ((9, 0), torch.bfloat16, 128, (16,), "varlen"),
+        ((8, 6), torch.float16, 64, (64, 128), "varlen"),
+        ((9, 0), torch.bfloat16, 512, (64, 64), "efficient"),
+        ((9, 0), torch.float32, 128, (64, 64), "efficient"),
+        ((7, 5), torch.float16, 128, (64, 64), "efficient"),  # a T4
+        ((7, 5), torch.bfloat16, 128, (64, 64), "torch"),
+        ((9, 0), torch.float64, 128, (64, 64), "torch"),
+        ((9, 0), torch.bfloat16, 20, (64, 64), "torch"),
+    ],
 )
-def test_cudnn_takes_rows_of_a_length_that_comes_again(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], way: str
+def test_each_device_gets_the_fastest_way_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    lengths: tuple[int, ...],
+    way: str,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose(torch.device("cuda"), torch.bfloat16, 128, lengths) == way
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_module, "efficient_is_right", lambda *_: True)
+    assert choose(torch.device("cuda"), dtype, head_dim, lengths) == way
+    assert choose(torch.device("cpu"), dtype, head_dim, lengths) == "torch"
+
+
+def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain products stand for the kernel: right, then with a gradient that is a little off, then missing."""
+
+    def verdict(**replaced: Any) -> bool:
+        with monkeypatch.context() as patch:
+            for name, function in {"forward": Attention._torch_forward, "backward": backward, **replaced}.items():
+                patch.setattr(Attention, f"_efficient_{name}", function)
+            efficient_is_right.cache_clear()
+            return efficient_is_right(torch.device("cpu"), torch.float32, 16)
+
+    def backward(self: Attention, *arguments: Any) -> Any:
+        return self._torch_backward(*arguments)
+
+    def off(self: Attention, *arguments: Any) -> Any:
+        dq, dk, dv = self._torch_backward(*arguments)
+        return dq, dk * 1.01, dv
+
+    def missing(self: Attention, *arguments: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    assert verdict()
+    with pytest.warns(UserWarning, match="plain products"):
+        assert not verdict(backward=off)
+    with pytest.warns(UserWarning, match="plain products"):
+        assert not verdict(forward=missing)
+    efficient_is_right.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(attention_module, "efficient_is_right", lambda *_: False)
+    assert choose(torch.device("cuda"), torch.float16, 64, (8,)) == "torch"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_memory_efficient_kernel_is_right_here(dtype: torch.dtype, head_dim: int) -> None:
+    assert efficient_is_right(torch.device("cuda"), dtype, head_dim)
 
 
 def test_no_document_sees_another() -> None:

@@ -34,6 +34,22 @@ def test_padded_rows_are_documents() -> None:
     assert 19 not in micro.rows, "a row predicted the next row's first token"
 
 
+@pytest.mark.parametrize(("most", "length"), [(None, 64), (192, 64), (190, 63), (100, 33), (60, 20), (1, 20)])
+def test_padded_rows_are_rounded_up_where_there_is_room(most: int | None, length: int) -> None:
+    batch = models.padded()
+    micro, plain = MicroBatch.of(batch, round_to=64, most=most), MicroBatch.of(batch)
+    assert micro.lengths == (length,) * 3
+    assert micro.position_ids.tolist() == list(range(length)) * 3
+    assert micro.targets.tolist() == plain.targets.tolist()
+    row, place = np.divmod(micro.rows, length)
+    assert (row * 20 + place).tolist() == plain.rows.tolist()
+    assert micro.input_ids[micro.rows].tolist() == plain.input_ids[plain.rows].tolist()
+
+
+def test_packs_are_never_rounded_up() -> None:
+    assert MicroBatch.of(models.pack(), round_to=64).lengths == models.LENGTHS
+
+
 def test_refuses_holes_in_the_mask() -> None:
     batch = models.padded()
     batch["attention_mask"][1, 5] = 0

@@ -1,33 +1,40 @@
 """Causal attention inside each document, forward and backward, without autograd.
 
-Three ways to compute it, chosen by :func:`choose`:
+Four ways to compute it, chosen by :func:`choose`:
 
 - ``cudnn``: all documents are rows of one length, and that a round one (a pack of full rows); PyTorch's cuDNN kernel,
   the fastest, which builds a plan for each new length: rows as long as their texts happen to be would pay for it at
   every step.
 - ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
   it reads on the device, so a CUDA graph follows new lengths.
-- ``torch``: anything else (a CPU, 32 and 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain
-  matrix products where a sliding window is shorter than a document.
+- ``efficient``: as ``varlen``, by PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and
+  its like, 32 bits. It is compared with plain products once, on the device itself (:func:`efficient_is_right`).
+- ``torch``: anything else (a CPU, 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain matrix
+  products where a sliding window is shorter than a document. The host goes over the documents, so no CUDA graph can
+  follow new lengths.
 
 Shapes: T tokens, N heads, K kv heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Attention", "Documents", "Way", "choose"]
+__all__ = ["ROUND", "Attention", "Documents", "Way", "choose", "efficient_is_right"]
 
-Way = Literal["cudnn", "varlen", "torch"]
+Way = Literal["cudnn", "varlen", "efficient", "torch"]
 
-_ROUND = 64
+ROUND = 64
 """Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
+_CAUSAL_FROM_TOP_LEFT = 1
+"""The memory-efficient kernel's ``custom_mask_type``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Documents:
     boundaries: Tensor
     """int32 [n + 1 or more] on the device: 0, then each document's end; may go on repeating T."""
     longest: int
-    """At least the longest document's tokens; what varlen's grid is made for."""
+    """At least the longest document's tokens, at most T; what the grids of varlen and efficient are made for."""
 
     @property
     def tokens(self) -> int:
@@ -49,11 +56,14 @@ class Documents:
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...]) -> Way:
     """The fastest way that computes documents of these lengths on this device."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+    if device.type != "cuda" or dtype == torch.float64 or head_dim % 8:
         return "torch"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "torch"  # FlashAttention-2 and cuDNN's kernels begin at compute capability 8.0
-    if len(set(lengths)) == 1 and lengths[0] % _ROUND == 0 and head_dim <= 128:
+    old = torch.cuda.get_device_capability(device)[0] < 8  # FlashAttention-2's, cuDNN's and bf16's kernels begin there
+    if old and dtype == torch.bfloat16:
+        return "torch"
+    if old or dtype == torch.float32 or head_dim > 256:
+        return "efficient" if efficient_is_right(device, dtype, head_dim) else "torch"
+    if len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128:
         return "cudnn"
     return "varlen"
 
@@ -78,6 +88,8 @@ class Attention:
         """o [T, N, D] of q [T, N, D], k and v [T, K, D], and what the backward needs besides them."""
         if self.way == "varlen":
             return self._varlen_forward(q, k, v)
+        if self.way == "efficient":
+            return self._efficient_forward(q, k, v)
         if self.way == "cudnn" and not self._windowed(self.documents.longest):
             return self._cudnn_forward(q, k, v)
         if self.way == "cudnn":
@@ -90,6 +102,8 @@ class Attention:
         """dq [T, N, D], dk and dv [T, K, D]."""
         if self.way == "torch":
             return self._torch_backward(do, q, k, v, o, saved)
+        if self.way == "efficient":
+            return self._efficient_backward(do, q, k, v, o, saved)
         if self.way == "cudnn" and not self._windowed(self.documents.longest):
             return self._cudnn_backward(do, q, k, v, o, saved)
         return self._varlen_backward(do, q, k, v, o, saved)
@@ -123,6 +137,33 @@ class Attention:
             do, q, k, v, o, logsumexp, ends, ends, longest, longest, 0.0, True, rng, unused, **self._varlen_options()
         )
         return dq, dk, dv
+
+    # -- the memory-efficient kernel over cumulative lengths ----------------------------------------------------------
+
+    def _efficient_options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "window_size": self.window if self._windowed(self.documents.longest) else None}
+
+    def _efficient_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        ends, longest = self.documents.boundaries, self.documents.longest
+        q, k, v = (_as_many_heads(x, q.shape[1])[None] for x in (q, k, v))
+        o, logsumexp, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, ends, ends, longest, longest, 0.0, _CAUSAL_FROM_TOP_LEFT, True, **self._efficient_options()
+        )
+        return o[0], (logsumexp, seed, offset)
+
+    def _efficient_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ends, longest = self.documents.boundaries, self.documents.longest
+        logsumexp, seed, offset = saved
+        kv_heads = k.shape[1]
+        # The kernel takes o for contiguous without a look at its strides (torch 2.11, kernel_backward.h, o_strideM).
+        do, q, k, v, o = (_as_many_heads(x, q.shape[1])[None] for x in (do, q, k, v, o.contiguous()))
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+            do, q, k, v, None, o, ends, ends, longest, longest, logsumexp, 0.0, seed, offset, _CAUSAL_FROM_TOP_LEFT,
+            False, **self._efficient_options(),
+        )  # fmt: skip
+        return dq[0], _summed_heads(dk[0], kv_heads), _summed_heads(dv[0], kv_heads)
 
     # -- cuDNN over rows of one length --------------------------------------------------------------------------------
 
@@ -193,9 +234,7 @@ class Attention:
             else:
                 piece = self._plain_backward(do_, q_, k_, v_, o_, logsumexp)
             for grad, part in zip(grads, piece, strict=True):
-                heads = part.transpose(1, 2).flatten(0, 1)
-                # Query heads that share a kv head: their gradients add up.
-                grad[tokens] = heads.view(heads.shape[0], grad.shape[1], -1, heads.shape[2]).sum(2)
+                grad[tokens] = _summed_heads(part.transpose(1, 2).flatten(0, 1), grad.shape[1])
         return grads[0], grads[1], grads[2]
 
     def _by_flash_kernel(self, q: Tensor) -> bool:
@@ -219,7 +258,56 @@ class Attention:
         return ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ do
 
 
+@cache
+def efficient_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the memory-efficient kernel computes on this device what plain products in float32 do.
+
+    Each architecture, dtype and head dimension has a kernel of its own, and no one has tried them all with documents
+    packed like these. Draws from a generator of its own.
+    """
+    lengths, heads = (150, 9, 64, 1, 32), 2
+    tokens, columns = sum(lengths), heads * head_dim
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(4, tokens, columns + 8, generator=generator).to(device, dtype)
+    # Rows of wider buffers, as the engine's are.
+    q, k, v, do = (x[:, :columns].view(tokens, heads, head_dim) for x in wide)
+    ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
+    documents = Documents(lengths, ends, tokens)
+
+    def computed(way: Way, dtype: torch.dtype) -> list[Tensor]:
+        attention = Attention(documents, way, head_dim**-0.5)
+        q_, k_, v_, do_ = (x.to(dtype) for x in (q, k, v, do))
+        o, saved = attention.forward(q_, k_, v_)
+        o = torch.nn.functional.pad(o.flatten(1), (0, 8))[:, :columns].view(o.shape)
+        return [x.float() for x in (o, *attention.backward(do_, q_, k_, v_, o, saved))]
+
+    try:
+        pairs = zip(computed("efficient", dtype), computed("torch", torch.float32), strict=True)
+        bound = 1e-4 if dtype == torch.float32 else 2e-2
+        right = all(bool((a - b).norm() <= bound * b.norm()) for a, b in pairs)
+    except RuntimeError:  # no kernel for it
+        right = False
+    if not right:
+        warnings.warn(
+            f"PyTorch's memory-efficient attention is wrong on {device} in {dtype}, head dimension {head_dim}: "
+            "plain products are taken, which are slower",
+            stacklevel=2,
+        )
+    return right
+
+
 def _as_rows(x: Tensor, rows: int, heads: int) -> Tensor:
     """[rows x length, heads or fewer, D] as [rows, heads, length, D]; kv heads are repeated for their query heads."""
-    rows_first = x.reshape(rows, -1, *x.shape[1:]).transpose(1, 2)
-    return rows_first if x.shape[1] == heads else rows_first.repeat_interleave(heads // x.shape[1], dim=1)
+    return _as_many_heads(x, heads).reshape(rows, -1, heads, x.shape[2]).transpose(1, 2)
+
+
+def _as_many_heads(x: Tensor, heads: int) -> Tensor:
+    """[T, heads or fewer, D] as [T, heads, D]; kv heads are repeated for their query heads."""
+    if x.shape[1] == heads:
+        return x
+    return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1).reshape(x.shape[0], heads, x.shape[2])
+
+
+def _summed_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """[T, heads, D] as [T, kv heads, D]: the gradients of query heads that share a kv head add up."""
+    return grad if grad.shape[1] == kv_heads else grad.view(grad.shape[0], kv_heads, -1, grad.shape[2]).sum(2)

@@ -258,8 +258,9 @@ class LayerComputation:
         """dm [T, H]."""
         assert saved.m is not None
         assert saved.m_rstd is not None
-        dn2 = torch.empty(g.shape, dtype=self.dtype, device=g.device)
-        for number, rows in enumerate(self._chunks(on)):
+        chunks = self._chunks(on)
+        dn2 = torch.empty(g.shape, dtype=self.dtype, device=g.device) if len(chunks) > 1 else None
+        for number, rows in enumerate(chunks):
             n2 = None if saved.n2 is None else saved.n2[rows]
             if n2 is not None and (saved.gates is None or (self.gate_up.groups and saved.keep < Keep.ALL)):
                 self.gate_up.fill_extra(n2, on.seed, number)
@@ -269,10 +270,14 @@ class LayerComputation:
             else:
                 gates = saved.gates[rows]
             self._gates_backward(g[rows], gates, on, number, gradients)
-            d = self.gate_up.backward(gates, n2, on.seed, gradients.gate_up, chunk=number, out=dn2[rows])
+            part = None if dn2 is None else dn2[rows]
+            d = self.gate_up.backward(gates, n2, on.seed, gradients.gate_up, chunk=number, out=part)
             assert d is not None
-            if d.data_ptr() != dn2[rows].data_ptr():
-                dn2[rows] = d
+            if part is None:
+                dn2 = d
+            elif d.data_ptr() != part.data_ptr():
+                part.copy_(d)
+        assert dn2 is not None
         weight = self.layer.mlp_norm.weight
         return norm.rms_norm_backward(dn2, saved.m, weight.detach(), saved.m_rstd, dresidual=g, out=dn2)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimtune.engine.attention import ROUND
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -173,15 +174,18 @@ class Engine:
             Sum of the supervised tokens' negative log-likelihoods / num_supervised: float32 scalar on the device.
         """
         self._set_inverse(num_supervised)
-        parts = MicroBatch.of(batch).split(self.plan.part_tokens)
+        parts = self._micro_batch(batch).split(self.plan.part_tokens)
         losses = [self._step(part) for part in parts]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _micro_batch(self, batch: Mapping[str, Tensor]) -> MicroBatch:
+        return MicroBatch.of(batch, round_to=ROUND if self.graphs else 1, most=self._inputs.room)
 
     def _step(self, micro: MicroBatch) -> Tensor:
         self.draws += 1
         key = self._inputs.load(micro, (self.seed + self.draws * _SEED_STRIDE) % 2**63)
         recorded = self._recorded.get(key)
-        if recorded is None and self.graphs and key.way in self._warm:
+        if recorded is None and self.graphs and key.way in self._warm and key.way != "torch":
             recorded = self._recorded[key] = self._record(micro, key)
         if recorded is not None:
             recorded.forward.replay()
@@ -204,7 +208,7 @@ class Engine:
 
         No dropout, no gradient; takes the same batches as :meth:`forward_backward`.
         """
-        whole, losses = MicroBatch.of(batch), []
+        whole, losses = self._micro_batch(batch), []
         for micro in whole.split(self.plan.part_tokens):
             key = self._inputs.load(micro, 0)
             x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
@@ -273,10 +277,11 @@ class Engine:
         torch.cuda.empty_cache()  # what the unrecorded pass left goes to the graphs' own pool
         on = self._pass(micro, key, training=True)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
+        # Of this thread: others may wait for the device meanwhile, as a save does.
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
             x, residual, saved = self._forward(key, on, self.plan.keep)
         g = self._g(x)
-        with torch.cuda.graph(backward, pool=self._pool):
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             self._backward(g, saved, on)
         return _Recorded(forward, backward, x, residual, g)
 

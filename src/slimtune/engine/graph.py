@@ -27,7 +27,7 @@ class ShapeKey:
     tokens: int
     way: Way
     documents: int
-    """Rows (``cudnn``), or the most documents (``varlen``)."""
+    """Rows (``cudnn``), or the most documents (``varlen``, ``efficient``)."""
     longest: int
     """The row length, or at least the longest document's."""
 
@@ -37,7 +37,8 @@ class Inputs:
 
     def __init__(self, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._head_dim, self._dtype, self._device = head_dim, dtype, device
-        self._room = tokens
+        self.room = tokens
+        """Tokens that there is room for."""
         # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
         self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
         self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
@@ -51,7 +52,7 @@ class Inputs:
         return self._fixed[0]
 
     def _part(self, number: int, length: int) -> Tensor:
-        start = 1 + number * self._room
+        start = 1 + number * self.room
         return self._fixed[start : start + length]
 
     def input_ids(self, key: ShapeKey) -> Tensor:
@@ -76,17 +77,17 @@ class Inputs:
         Raises:
             UserError: It has more tokens than there is room for.
         """
-        if micro.tokens > self._room:
+        if micro.tokens > self.room:
             raise UserError(
                 f"a micro-batch of {micro.tokens} tokens",
-                rule=f"The engine was made for at most {self._room}.",
+                rule=f"The engine was made for at most {self.room}.",
                 way_out="Make it with tokens set to the largest micro-batch, evaluation's too.",
             )
         key = self._key(micro)
         fixed, boundaries = self._staging()
         fixed[0] = seed
         for number, values in enumerate((micro.input_ids, micro.position_ids, micro.rows, micro.targets)):
-            start = 1 + number * self._room
+            start = 1 + number * self.room
             fixed[start : start + len(values)] = torch.from_numpy(values)
         ends = torch.tensor(micro.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         boundaries[1 : 1 + len(ends)] = ends
@@ -115,7 +116,7 @@ class Inputs:
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)
         way = choose(self._device, self._dtype, self._head_dim, micro.lengths)
-        if way == "varlen":
+        if way in ("varlen", "efficient"):
             count = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
             longest = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
         return ShapeKey(micro.tokens, way, count, longest)

@@ -45,10 +45,16 @@ class MicroBatch:
         return int(self.rows.shape[0])
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> MicroBatch:
+    def of(cls, batch: Mapping[str, Tensor], *, round_to: int = 1, most: int | None = None) -> MicroBatch:
         """From ``input_ids`` and ``labels`` [B, S] with ``position_ids`` [B, S] (packed) or ``attention_mask``.
 
         Labels stand where their tokens stand (unshifted). Tensors on a GPU work, but are waited for.
+
+        Args:
+            batch: The tensors.
+            round_to: Rows that aren't packed are padded to a multiple of so many tokens: lengths that come again are
+                computed faster on a GPU.
+            most: Tokens that the micro-batch may be padded to; None: any number.
 
         Raises:
             UserError: The attention mask pads on the left or has holes.
@@ -62,13 +68,19 @@ class MicroBatch:
                 rule="The fused engine takes documents that begin at their row's first token.",
                 way_out="Pad on the right: tokenizer.padding_side = 'right'.",
             )
-        positions = np.broadcast_to(np.arange(length), ids.shape)
-        starts = np.zeros(ids.shape, dtype=bool)
-        starts[:, 0] = True
         if mask is None and "position_ids" in batch:
             positions = _host(batch["position_ids"])
             # Where positions don't go on by one, a document begins: Transformers' own rule for packed batches.
-            starts[:, 1:] = np.diff(positions, axis=1) != 1
+            starts = np.diff(positions, axis=1, prepend=-2) != 1
+        else:
+            padded = -(-length // round_to) * round_to
+            if most is not None:
+                padded = max(length, min(padded, most // rows))
+            ids = np.pad(ids, ((0, 0), (0, padded - length)))
+            labels = np.pad(labels, ((0, 0), (0, padded - length)), constant_values=IGNORED)
+            length = padded
+            positions = np.broadcast_to(np.arange(length), ids.shape)
+            starts = positions == 0
         begins = np.flatnonzero(starts)
         ends = np.append(begins[1:], rows * length)
         following = np.full_like(labels, IGNORED)

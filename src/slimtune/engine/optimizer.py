@@ -96,6 +96,7 @@ class FusedAdamW8bit(torch.optim.Optimizer):
         self.flat = flat
         device = flat.data.device
         self._moments = AdamWState.zeros([parameter.numel() for parameter in flat.parameters], device)
+        self._tensor_states = self._views()
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
@@ -145,11 +146,12 @@ class FusedAdamW8bit(torch.optim.Optimizer):
         step = int(self._step)
         if step:
             packed["state"] = {
-                index: {"step": step, _WRAPPED: state} for index, state in enumerate(self._tensor_states())
+                index: {"step": step, _WRAPPED: state} for index, state in enumerate(self._tensor_states)
             }
         return packed
 
-    def _tensor_states(self) -> list[dict[str, Tensor]]:
+    def _views(self) -> list[dict[str, Tensor]]:
+        """Each parameter's part of the state, as bitsandbytes names it."""
         return [
             {
                 name: value.view(parameter.shape) if name.startswith("state") else value
@@ -169,7 +171,7 @@ class FusedAdamW8bit(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         saved: dict[int, dict[str, Any]] = state_dict["state"]
         step = 0
-        for index, mine in enumerate(self._tensor_states()):
+        for index, mine in enumerate(self._tensor_states):
             if index not in saved:
                 continue
             theirs = {**saved[index], **saved[index].get(_WRAPPED, {})}

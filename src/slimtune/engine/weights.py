@@ -234,11 +234,12 @@ class Site:
             raise ValueError("a projection with adapters needs its input and a place for its gradients")
         first = 0 if need_dx else self.inputs
         columns = self.groups * self.rank
-        product = torch.mm(dy, self.weight()[:, first : self.inputs + columns])
+        # The unused columns too: attention's kernels read dx by 16 bytes, so its rows must begin at multiples of them.
+        product = torch.mm(dy, self.weight()[:, first:])
         self._b_backward(dy, x[:, self.inputs : self.inputs + columns], gradients)
         dx = product[:, : self.inputs] if need_dx else None
         lora.lora_down_backward_(
-            product[:, self.inputs - first :], x[:, : self.inputs], self.a, da=gradients.a, dx=dx,
+            product[:, self.inputs - first :][:, :columns], x[:, : self.inputs], self.a, da=gradients.a, dx=dx,
             **self._dropout(seed, chunk),
         )  # fmt: skip
         return dx
