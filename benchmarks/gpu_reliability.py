@@ -45,14 +45,15 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = campaign.make_model(folder / "model", hidden=256)
+        self.wide = campaign.make_model(folder / "wide", hidden=1024)  # its steps take memory that counts
         self.rows = campaign.make_rows(folder / "rows.jsonl", 48)
         self.many = campaign.make_rows(folder / "many.jsonl", 2048)
         self.failures: list[str] = []
         self.whole: dict[str, Path] = {}
         self.flags: dict[str, list[str]] = {}
 
-    def train(self, run: Path, *more: str, rows: Path | None = None) -> list[str]:
-        return ["train", str(self.model), str(rows or self.rows), "-o", str(run), *OPTIONS, *more]
+    def train(self, run: Path, *more: str) -> list[str]:
+        return ["train", str(self.model), str(self.rows), "-o", str(run), *OPTIONS, *more]
 
     def start(self, arguments: list[str], name: str, before: str = "", **values: Any) -> Process:
         return Process(arguments, self.folder / f"{name}.log", before, **values)
@@ -118,21 +119,29 @@ class Bench:
         self.expect(good, f"skip on {engine}", process)
         return f"skip ({engine}): {'one batch left out, exit 0' if good else 'FAILED'}"
 
+    def saved_while_recording(self) -> str:
+        """Padded rows, new lengths at nearly every step: graphs are recorded while the thread behind saves."""
+        run = self.folder / "recording"
+        arguments = self.train(run, "--engine", "fused", "--no-packing", "--micro-batch", "2", "--save-steps", "1")
+        process = self.start(arguments, run.name)
+        good = process.wait() == 0 and not _events(run, "save_failed")
+        self.expect(good, "saving while graphs are recorded", process)
+        return f"{len(campaign.trajectory(run))} steps, each saved" if good else "FAILED"
+
     def starved(self, engine: str) -> str:
-        """Row 9: the card's memory runs out for real (plain), or the engine says it does (fused)."""
+        """Row 9: the card is really full; this run must have it alone."""
         run = self.folder / f"starved-{engine}"
-        large = ["--gradient-accumulation", "1", "--max-steps", "10", "--micro-batch"]
-        if engine == "plain":
-            large += ["512", "--no-packing"]
-            fault: dict[str, Any] = {"before": "tests.campaigns.faults:starve", "step": 5}
-        else:
-            large += ["64"]
-            fault = {"before": "tests.campaigns.faults:refuse_large", "step": 5, "tokens": 5000}
-        process = self.start(self.train(run, "--engine", engine, *large, rows=self.many), run.name, **fault)
+        arguments = ["train", str(self.wide), str(self.many), "-o", str(run), *OPTIONS, "--engine", engine]
+        arguments += ["--gradient-accumulation", "1", "--max-steps", "10", "--micro-batch", "1024", "--no-packing"]
+        process = self.start(arguments, run.name, "tests.campaigns.faults:fill_card", step=5)
         code, found = process.wait(), _events(run, "out_of_memory")
-        good = code == 0 and bool(found) and found[0]["step"] == 5
+        filled = next(
+            (line for line in process.output().splitlines() if "MiB filled" in line), "the card wasn't filled"
+        )
+        good = code == 0 and bool(found) and found[0]["step"] == 5 and filled[0].isdigit()
         self.expect(good, f"out of memory on {engine}, exit {code}, {found}", process)
-        return f"{engine}: {'halved to ' + str(found[-1]['pieces']) + ' pieces and went on' if good else 'FAILED'}"
+        done = f"halved to {found[-1]['pieces']} pieces and went on" if good else "FAILED"
+        return f"{engine}: {filled}: {done}"
 
 
 def _events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -151,12 +160,13 @@ def main(out: Path) -> int:
         bench = Bench(Path(folder))
         repeats = [bench.references(engine) for engine in ("fused", "plain")]
         print(f"references {time.monotonic() - began:.0f} s", flush=True)
-        others = [pool.submit(bench.starved, engine) for engine in ("fused", "plain")]
         deadline = time.monotonic() + SECONDS_FOR_KILLS
         killed = [pool.submit(bench.kills, seed, ("fused", "plain")[seed % 2], deadline) for seed in range(KILLED_RUNS)]
         numbers = [pool.submit(bench.poisoned, where, engine) for engine in ("fused", "plain") for where in PLACES]
         numbers += [pool.submit(bench.skipped, engine) for engine in ("fused", "plain")]
+        recording = pool.submit(bench.saved_while_recording)
         kills = sum((future.result() for future in killed), Counter[str]())
+        nonfinite = [future.result() for future in numbers]
         result = {
             "date": date.today().isoformat(),
             "gpu": hardware.name,
@@ -165,8 +175,9 @@ def main(out: Path) -> int:
             "kills_in_a_save": kills["in a save"],
             "killed_runs": kills["runs"],
             "killed_runs_equal": kills["equal"],
-            "nonfinite": [future.result() for future in numbers],
-            "out_of_memory": [future.result() for future in others],
+            "nonfinite": nonfinite,
+            "saves_while_graphs_are_recorded": recording.result(),
+            "out_of_memory": [bench.starved(engine) for engine in ("fused", "plain")],
             "failures": bench.failures,
             "seconds": round(time.monotonic() - began),
             "versions": library_versions(),

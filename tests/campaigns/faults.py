@@ -108,18 +108,28 @@ def slow(seconds: float) -> None:
     ResumableTrainer._before_optimizer = before_optimizer  # type: ignore[method-assign]
 
 
-def starve(step: int) -> None:
-    """Before ``step``, take the process's GPU memory away down to 60 % of what a step needs beyond what is held."""
+def fill_card(step: int) -> None:
+    """Before ``step``, fill the card up, down to 60 % of what a step takes beyond what is held between two steps."""
     original = ResumableTrainer._draws
-    state = {"done": False}
+    state: dict[str, Any] = {"held": 0, "filling": []}
 
     def draws(self: ResumableTrainer) -> Any:
-        if self.state.global_step + 1 == step and not state["done"]:
-            state["done"] = True
+        now = self.state.global_step + 1
+        if now == step - 1:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            state["held"] = torch.cuda.memory_allocated()
+        elif now == step and not state["filling"]:
+            torch.cuda.synchronize()
+            leave = int(0.6 * (torch.cuda.max_memory_allocated() - state["held"]))
             torch.cuda.empty_cache()
-            held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((held + 0.6 * (peak - held)) / total)
+            size = torch.cuda.mem_get_info()[0] - leave
+            while not state["filling"]:
+                try:
+                    state["filling"].append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+                except torch.OutOfMemoryError:
+                    size -= 2 << 20
+            print(f"{size >> 20} MiB filled, {torch.cuda.mem_get_info()[0] >> 20} MiB left", flush=True)
         return original(self)
 
     ResumableTrainer._draws = draws  # type: ignore[method-assign]

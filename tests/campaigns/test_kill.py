@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.campaigns import campaign
@@ -19,17 +20,26 @@ def kill_at_random(process: Process, run: Path, chance: random.Random) -> bool:
     if not campaign.wait_until(lambda: started.exists() and started.stat().st_size > before, process, pause=0.01):
         return False
     if chance.random() < 0.8:
-        checkpoints = run / "checkpoints"
-        for _ in range(chance.randrange(1, 4)):
-            if not campaign.wait_until(lambda: any(checkpoints.glob(".*.partial")), process, pause=0.0002):
+        # When a save has come so far, by its files: a machine's disk may be slow or fast.
+        earlier, files = chance.randrange(0, 3), chance.randrange(0, 9)
+        moments = [lambda: files_of_a_save(run) >= 0, lambda: files_of_a_save(run) < 0] * earlier
+        for moment in (*moments, lambda: files_of_a_save(run) >= files):
+            if not campaign.wait_until(moment, process, pause=0.0001):
                 return False
-            time.sleep(chance.uniform(0.0, 0.012))
     else:
         time.sleep(chance.uniform(0.0, 0.8))
     if not process.running:
         return False
     process.kill()
     return True
+
+
+def files_of_a_save(run: Path) -> int:
+    """Files that the save under way has written; -1 if none is."""
+    for partial in (run / "checkpoints").glob(".*.partial"):
+        with suppress(FileNotFoundError):  # whole in this moment
+            return sum(1 for _ in partial.iterdir())
+    return -1
 
 
 def test_kills_at_random_moments(

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,11 +42,11 @@ def stopped_before_a_save(folder: Path) -> tuple[Path, Snapshot]:
     taken: list[Snapshot] = []
     save = run.safety.checkpoints.save
 
-    def keep(snapshot: Snapshot) -> None:
-        if snapshot.step == 9:
-            taken.append(snapshot)
+    def keep(step: int, snapshot: Callable[[], Snapshot]) -> None:
+        if step == 9:
+            taken.append(snapshot())
             raise InterruptedError
-        save(snapshot)
+        save(step, snapshot)
 
     run.safety.checkpoints.save = keep  # type: ignore[method-assign]
     with pytest.raises(InterruptedError):
@@ -61,7 +61,7 @@ def save_with(folder: Path, snapshot: Snapshot, operations: Operations) -> Check
     checkpoints.last_saved = 6
     durable.os = operations  # type: ignore[attr-defined]
     try:
-        checkpoints._save(snapshot)
+        checkpoints._save(snapshot.step, lambda: snapshot)
     finally:
         durable.os = os  # type: ignore[attr-defined]
     return checkpoints
@@ -144,7 +144,7 @@ def test_a_failing_disk_at_each_operation(whole: SmallRun, tmp_path: Path, numbe
             told += 1
             assert checkpoints.failure.error.errno in (number, errno.EIO)  # EIO: it could not be read back
         # There is room again: the same save comes off.
-        checkpoints._save(snapshot)
+        checkpoints._save(snapshot.step, lambda: snapshot)
         assert checkpoints.failure is None
         assert Checkpoints(trial / "checkpoints").newest_valid() == checkpoints.path(9)
     campaign.record(

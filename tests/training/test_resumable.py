@@ -150,7 +150,7 @@ def test_early_stopping_counts_across_a_stop_and_takes_the_best(make_run: Any) -
     assert (second.state.global_step, second.progress.best_step) == (8, 4)
     assert second.digest() == whole.digest()
     best = load_file(whole.safety.checkpoints.path(4) / "adapter_model.safetensors")
-    assert all(torch.equal(best[name], tensor) for name, tensor in checkpoint_module.to_cpu(_tensors(whole)).items())
+    assert all(torch.equal(best[name], tensor) for name, tensor in _tensors(whole).items())
 
 
 def _tensors(run: Any) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@
 ``SHA256SUMS``                 the manifest (:mod:`slimtune.run.durable`)
 =============================  =======================================================================================
 
-The training thread only copies tensors off the device; a thread behind it serialises, writes, syncs, reads back and
-prunes. A save that fails is told and tried again; the older checkpoints stay.
+The training thread only starts the copies off the device (:class:`OffDevice`); a thread behind it waits for them,
+serialises, writes, syncs, reads back and prunes. A save that fails is told and tried again; the older checkpoints stay.
 """
 
 from __future__ import annotations
@@ -40,13 +40,47 @@ from slimtune.run.durable import (
     write_file,
 )
 
-__all__ = ["Checkpoints", "Snapshot", "from_plain", "read_checkpoint", "to_plain"]
+__all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoint", "to_plain"]
 
 TRAINER_STATE = "trainer_state.json"
 IDENTITY = "identity.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SLACK = 1 << 20
 """Bytes of room to leave beyond a checkpoint's own: folders, journals, the run's other files."""
+
+
+class OffDevice:
+    """Tensors on their way to the CPU, as they are now.
+
+    Whole storages are copied: hundreds of views of one flat tensor are one copy. From a GPU they go into pinned memory
+    and nothing is waited for; what the GPU is given to do afterwards, it does after the copies.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._copies: dict[int, Tensor] = {}
+        on_gpu = False
+        for tensor in self._tensors.values():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in self._copies:
+                continue
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            copy = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda)
+            self._copies[storage.data_ptr()] = copy.copy_(source, non_blocking=True)
+            on_gpu |= source.is_cuda
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copies, contiguous; waits until all have come."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return {name: self._view(tensor).contiguous() for name, tensor in self._tensors.items()}
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        copy = self._copies[tensor.untyped_storage().data_ptr()].untyped_storage()
+        return torch.empty(0, dtype=tensor.dtype).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @dataclass
@@ -108,11 +142,11 @@ class Checkpoints:
 
     # -- writing
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write ``snapshot`` behind the training; waits for the save before it, if one is still under way."""
+    def save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way."""
         self.wait()
         self.beat("save")
-        self._thread = threading.Thread(target=self._save, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(step, snapshot), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> int | None:
@@ -137,13 +171,13 @@ class Checkpoints:
         """The folder of the checkpoint at ``step``."""
         return self.folder / f"checkpoint-{step}"
 
-    def _save(self, snapshot: Snapshot) -> None:
+    def _save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
         try:
-            self._write(snapshot)
-            self.last_saved, self.failure = snapshot.step, None
+            self._write(snapshot())
+            self.last_saved, self.failure = step, None
             self._prune()
         except OSError as error:
-            self.failure = self.failure if self.last_saved == snapshot.step else SaveFailure(snapshot.step, error)
+            self.failure = self.failure if self.last_saved == step else SaveFailure(step, error)
         except BaseException as fault:  # noqa: BLE001 - carried to the training thread by wait()
             self._fault = fault
         finally:
@@ -215,10 +249,10 @@ def read_checkpoint(path: Path) -> Snapshot:
 
 
 def to_plain(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split a state dict into JSON and tensors on the CPU; :func:`from_plain` puts them together again.
+    """Split a state dict into JSON and tensors (not copies); :func:`from_plain` puts them together again.
 
-    Takes dicts with any JSON-able keys, lists, tuples, numbers, strings, booleans, None and tensors. Tensors are
-    copied; one that stands in several places is copied once and stays one.
+    Takes dicts with any JSON-able keys, lists, tuples, numbers, strings, booleans, None and tensors. A tensor that
+    stands in several places stays one.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
@@ -227,8 +261,7 @@ def to_plain(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         if isinstance(value, Tensor):
             if id(value) not in names:
                 names[id(value)] = f"{len(names):06d}"
-                copied = value.detach().to("cpu", copy=True)
-                tensors[names[id(value)]] = copied.contiguous()
+                tensors[names[id(value)]] = value.detach()
             return {"tensor": names[id(value)]}
         if isinstance(value, Mapping):
             return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
@@ -255,11 +288,6 @@ def from_plain(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {from_plain(key, tensors): from_plain(item, tensors) for key, item in value}
     return tuple(from_plain(item, tensors) for item in value)
-
-
-def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, none sharing memory with another."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def json_bytes(value: Any) -> bytes:

@@ -49,7 +49,7 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
         model: Its trainable parameters and their gradients are looked at.
         optimizer: Its floating-point state is looked at.
     """
-    flat = getattr(getattr(optimizer, "optimizer", optimizer), "flat", None)
+    flat = _flat(optimizer)
     if flat is not None:  # the fused optimizer's tensors are few: no walk over the model while all is well
         state = [tensor for _, tensor in _optimizer_tensors([], optimizer)]
         if _all_finite([*([] if loss is None else [loss.detach().float()]), flat.grad, flat.data, *state]):
@@ -80,6 +80,9 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> NonFinite | None:
     """Look at what a save would write: parameters and optimizer state."""
+    flat = _flat(optimizer)
+    if flat is not None and _all_finite([flat.data, *(tensor for _, tensor in _optimizer_tensors([], optimizer))]):
+        return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     state = [tensor for _, tensor in _optimizer_tensors(named, optimizer)]
     if _all_finite([*(parameter.detach() for _, parameter in named), *state]):
@@ -93,6 +96,11 @@ def _all_finite(tensors: list[Tensor]) -> bool:
         return True
     total = torch.nn.utils.get_total_norm(tensors, error_if_nonfinite=False)
     return bool(torch.isfinite(total).item())
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> Any:
+    """The fused optimizer's flat parameters; None if it is another."""
+    return getattr(getattr(optimizer, "optimizer", optimizer), "flat", None)  # accelerate wraps optimizers
 
 
 def _optimizer_tensors(

@@ -29,11 +29,11 @@ from slimtune.training.checkpoint import (
     IDENTITY,
     TRAINER_STATE,
     Checkpoints,
+    OffDevice,
     Snapshot,
     from_plain,
     json_bytes,
     read_checkpoint,
-    to_cpu,
     to_plain,
 )
 from slimtune.training.guard import DivergenceGuard, find_nonfinite, trained_state
@@ -118,6 +118,7 @@ class ResumableTrainer(Trainer):
         self._alarmed: tuple[int, int | None] | None = None
         self._cancelled = False
         self._restored: Snapshot | None = None
+        self._adapter = adapter_tensors(self.model)  # the parameters themselves: the walk over the model is made once
         checkpoint = safety.checkpoints.newest_valid()
         if checkpoint is not None:
             self._restored = read_checkpoint(checkpoint)
@@ -149,14 +150,16 @@ class ResumableTrainer(Trainer):
         self.safety.checkpoints.best_step = self.progress.best_step
         self.safety.checkpoints.wait()
         self._see_last_save()
-        self.safety.checkpoints.save(self._snapshot(self._draws(), self._logs_so_far()))
+        self._save_snapshot(self._draws(), self._logs_so_far())
 
-    def _snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> Snapshot:
+    def _save_snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> None:
+        """Take what the next step will change; all else is done by the thread that saves."""
         scaler = getattr(self.accelerator, "scaler", None)
         parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
-        plain, optimizer = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
+        plain, tensors = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
         self.progress.divergence = self.divergence.state()
         self.progress.logs = {**logs, "loss": float(logs["loss"])}
+        adapter, optimizer = OffDevice(self._adapter), OffDevice(tensors)
         random, engine = draws
         state = {
             "progress": dataclasses.asdict(self.progress),
@@ -166,20 +169,25 @@ class ResumableTrainer(Trainer):
         }
         # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
         values = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
-        return Snapshot(
-            self.state.global_step,
-            {
-                "adapter_model": to_cpu(adapter_tensors(self.model)),
-                "optimizer": optimizer,
-                "random": random.to_tensors(),
-            },
-            {
-                ADAPTER_CONFIG: adapter_config_bytes(self.model),
-                STATE: json_bytes(state),
-                TRAINER_STATE: json_bytes(values),
-                IDENTITY: self.safety.identity.to_bytes(),
-            },
-        )
+        step = self.state.global_step
+
+        def snapshot() -> Snapshot:
+            return Snapshot(
+                step,
+                {
+                    "adapter_model": adapter.tensors(),
+                    "optimizer": optimizer.tensors(),
+                    "random": random.to_tensors(),
+                },
+                {
+                    ADAPTER_CONFIG: adapter_config_bytes(self.model),
+                    STATE: json_bytes(state),
+                    TRAINER_STATE: json_bytes(values),
+                    IDENTITY: self.safety.identity.to_bytes(),
+                },
+            )
+
+        self.safety.checkpoints.save(step, snapshot)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del resume_from_checkpoint, model
@@ -260,7 +268,7 @@ class ResumableTrainer(Trainer):
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
         if trained_state(self.model, self.optimizer) is None:
-            checkpoints.save(self._snapshot(self._step_random, self._step_logs))
+            self._save_snapshot(self._step_random, self._step_logs)
 
     def _take_best(self) -> None:
         step = self.progress.best_step
