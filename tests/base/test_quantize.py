@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from transformers import AutoModelForCausalLM
 
-from slimtune.base.load import Base
+from slimtune.base import quantize
+from slimtune.base.load import Base, load_base
 from slimtune.base.quantize import bytes_by_part, fingerprint
+from slimtune.engine.kernels import reference
+from slimtune.errors import UserError
+from slimtune.hardware import Hardware
 
 
 def test_bytes_are_counted_from_the_tensors(base: Base) -> None:
@@ -51,3 +59,35 @@ def test_wrapping_does_not_change_the_fingerprint(base: Base) -> None:
     before = fingerprint(base.model)
     wrapped = peft.get_peft_model(base.model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert fingerprint(wrapped) == before
+
+
+def test_what_bitsandbytes_misreads_is_known() -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    right = reference.dequantize(packed, state.absmax, shape=(6, 96), dtype=torch.float32)
+    assert quantize._misreads_partial_blocks() != torch.allclose(dequantize_4bit(packed, state), right, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "misreads", "refused"), [(96, True, True), (96, False, False), (128, True, False)])
+def test_a_base_that_would_be_misread_is_refused(
+    width: int,
+    misreads: bool,
+    refused: bool,
+    tiny_model: Path,
+    tmp_path: Path,
+    hardware: Hardware,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantize, "_misreads_partial_blocks", lambda: misreads)
+    config = AutoModelForCausalLM.from_pretrained(tiny_model).config
+    config.intermediate_size = width
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for file in tiny_model.iterdir():
+        if not (tmp_path / "model" / file.name).exists():
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    if refused:
+        with pytest.raises(UserError, match=r"misreads .*down_proj.weight .* in 4 bits on this CPU"):
+            load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32")
+    else:
+        assert load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32").quantized
+    assert not load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32", quantization="none").quantized

@@ -63,7 +63,7 @@ class Terminal:
 
 
 def test_a_session_with_history_commands_and_ctrl_c() -> None:
-    terminal = Terminal("chat", "smollm2-135m", "--max-new-tokens", "400")
+    terminal = Terminal("chat", "smollm2-135m", "--max-new-tokens", "1500")
     terminal.wait_for(r"ready\..*> ")
     terminal.type("/system Only ever answer in Chinese. 请只用中文。")
     terminal.wait_for(r"system text set.*> ")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.embedded import embedded_model_folder, is_embedded
-from slimtune.base.quantize import keep_trainable_layout, quantization_config
+from slimtune.base.quantize import keep_trainable_layout, misread_weight, quantization_config
 from slimtune.base.trust import check_attention, check_model_folder
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
@@ -139,7 +139,8 @@ def load_base(
     """Load the base, quantised while it is read, so that its 16-bit weights never lie in memory whole.
 
     Raises:
-        UserError: The model is unknown, can't be reached, or isn't a causal language model.
+        UserError: The model is unknown, can't be reached, isn't a causal language model, or can't be read right in 4
+            bits by this machine.
     """
     source = model_source(model)
     dtype = torch_dtype(compute_dtype)
@@ -162,6 +163,13 @@ def load_base(
         **options,
     )
     keep_trainable_layout(loaded)
+    misread = misread_weight(loaded)
+    if misread is not None:
+        raise UserError(
+            f"bitsandbytes misreads {misread} of {model} in 4 bits on this CPU",
+            rule="Its rows aren't whole blocks of 64 weights, and the kernel for this CPU takes them for such.",
+            way_out="Leave the base as it is (--quantization none), or take a GPU.",
+        )
     loaded.config.use_cache = False
     return Base(loaded, tokenizer, source, quantized=quantization == "nf4" or prequantized)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-__all__ = ["PartBytes", "bytes_by_part", "fingerprint", "keep_trainable_layout", "quantization_config"]
+__all__ = [
+    "PartBytes", "bytes_by_part", "fingerprint", "keep_trainable_layout", "misread_weight", "quantization_config",
+]  # fmt: skip
 
 NF4_BLOCK = 64
 """Weights to one scale (QLoRA, arXiv:2305.14314, section 3)."""
@@ -37,6 +39,31 @@ def keep_trainable_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not an attribute that nn.Module declares
+
+
+def misread_weight(model: nn.Module) -> str | None:
+    """The name of a 4-bit weight that bitsandbytes unpacks wrongly on this machine; None if it reads all of them right.
+
+    Scales belong to blocks of :data:`NF4_BLOCK` weights, counted through the whole matrix. bitsandbytes' kernel for
+    CPUs with AVX512 begins a new block at each row (0.50, ``cdequantize_blockwise_cpu_nf4``), so a matrix whose rows
+    aren't whole blocks gets scales of other weights, without an error. Models in use have whole blocks.
+    """
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and parameter.device.type == "cpu" and state.shape[-1] % NF4_BLOCK:
+            return name if _misreads_partial_blocks() else None
+    return None
+
+
+def _misreads_partial_blocks() -> bool:
+    """Whether the same codes and scales mean other numbers in rows of one and a half blocks than in rows of one."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    ramp = torch.linspace(-1.0, 1.0, 3 * NF4_BLOCK).view(3, NF4_BLOCK)
+    packed, state = quantize_4bit(ramp, blocksize=NF4_BLOCK, quant_type="nf4")
+    whole = dequantize_4bit(packed, state).flatten()
+    state.shape = torch.Size([2, 3 * NF4_BLOCK // 2])
+    return not torch.equal(dequantize_4bit(packed, state).flatten(), whole)
 
 
 @dataclass(frozen=True)
