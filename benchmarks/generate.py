@@ -2,7 +2,9 @@
 
 Both sides answer the same 64 prompts, greedily, with the same adapter on the same base; both are warmed up first. Two
 baselines: the base in 4 bits as training loads it, and the same values unpacked, as slimtune computes on a CPU, so
-that the gain of unpacking and the gain of the engine are seen apart.
+that the gain of unpacking and the gain of the engine are seen apart. In 16 bits the shape of a batch changes how sums
+are rounded, in Transformers as well: so its replies in batches of 4 are compared with its own in batches of 8, and
+where two replies part, the two tokens' logits are.
 
     python benchmarks/generate.py ADAPTER -o benchmarks/results/DATE-generate-MACHINE.json
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,12 +43,12 @@ def conversations() -> list[list[dict[str, str]]]:
     return mixed + general[len(held_out) :]
 
 
-def plain(opened: Opened, model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """Transformers' generate, 8 prompts at a time, in file order, padded on the left."""
+def plain(opened: Opened, model: Any, prompts: list[list[int]], new: int, size: int = BATCH) -> list[list[int]]:
+    """Transformers' generate, ``size`` prompts at a time, in file order, padded on the left."""
     config = Sampling(max_new_tokens=new).generation_config(opened, new)
     replies = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         width = max(map(len, batch))
         ids = torch.tensor([[opened.pad_id] * (width - len(p)) + p for p in batch], device=opened.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=opened.device)
@@ -60,6 +63,23 @@ def plain(opened: Opened, model: Any, prompts: list[list[int]], new: int) -> lis
 def ours(opened: Opened, prompts: list[list[int]], new: int) -> list[list[int]]:
     replies = {reply.index: reply.ids for reply in generate(opened, prompts, Sampling(max_new_tokens=new))}
     return [replies[index] for index in range(len(prompts))]
+
+
+def equal(some: list[list[int]], others: list[list[int]]) -> int:
+    """How many replies are the same."""
+    return sum(a == b for a, b in zip(some, others, strict=True))
+
+
+@torch.inference_mode()
+def steps_apart(opened: Opened, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """Where two replies part: the two tokens' logits' distance, in steps of bf16 at their size."""
+    same = next(i for i, (a, b) in enumerate(zip([*one, -1], [*other, -1], strict=False)) if a != b)
+    ids = torch.tensor([prompt + one[:same]], device=opened.device)
+    logits = opened.model(ids).logits[0, -1].float()
+    # A reply that ends here chose a stop token.
+    a, b = (logits[reply[same : same + 1] or list(opened.stop_ids)].max() for reply in (one, other))
+    step = 2.0 ** (math.floor(math.log2(max(a.abs(), b.abs()))) - 7)
+    return float((a - b).abs()) / step
 
 
 def in_4_bits(opened: Opened, dtype: str) -> Any:
@@ -113,7 +133,20 @@ def main() -> None:
                 "seconds": clock, "cpu_seconds": cpu, "tokens": tokens, "tokens_per_second": round(tokens / best, 1),
             }  # fmt: skip
             print(name, results[name], flush=True)
-    mine = outputs["slimtune"]
+        mine = outputs["slimtune"]
+        in_16_bits: dict[str, Any] = {}
+        if dtype != "fp32":
+            baseline = next(name for name in outputs if name.startswith("transformers"))
+            again = plain(opened, sides[baseline][2], prompts, options.new, BATCH // 2)
+            apart = [
+                steps_apart(opened, prompt, a, b)
+                for prompt, a, b in zip(prompts, mine, outputs[baseline], strict=True)
+                if a != b
+            ]
+            in_16_bits = {
+                "transformers_in_batches_of_4_equal_to_8": equal(again, outputs[baseline]),
+                "where_replies_part_bf16_steps_apart": sorted(round(distance, 2) for distance in apart),
+            }
     record = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": hardware.name,
@@ -123,9 +156,8 @@ def main() -> None:
         "dtype": dtype,
         "prompts": len(prompts),
         "max_new_tokens": options.new,
-        "equal_replies": {
-            name: sum(a == b for a, b in zip(mine, theirs, strict=True)) for name, theirs in outputs.items()
-        },
+        "equal_replies": {name: equal(mine, theirs) for name, theirs in outputs.items()},
+        **in_16_bits,
         "speedup": {
             name: round(results["slimtune"]["tokens_per_second"] / result["tokens_per_second"], 2)
             for name, result in results.items()
