@@ -21,6 +21,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ _SLACK = 1 << 20
 class OffDevice:
     """Tensors on their way to the CPU, as they are now.
 
-    Whole storages are copied: hundreds of views of one flat tensor are one copy. From a GPU they go into pinned memory
-    and nothing is waited for; what the GPU is given to do afterwards, it does after the copies.
+    Whole storages are copied: hundreds of views of one flat tensor are one copy. Copies off a GPU aren't waited for;
+    what it is given to do afterwards, it does after them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,8 +66,7 @@ class OffDevice:
             if storage.data_ptr() in self._copies:
                 continue
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            copy = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda)
-            self._copies[storage.data_ptr()] = copy.copy_(source, non_blocking=True)
+            self._copies[storage.data_ptr()] = _room_for(source).copy_(source, non_blocking=True)
             on_gpu |= source.is_cuda
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
@@ -81,6 +81,14 @@ class OffDevice:
     def _view(self, tensor: Tensor) -> Tensor:
         copy = self._copies[tensor.untyped_storage().data_ptr()].untyped_storage()
         return torch.empty(0, dtype=tensor.dtype).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _room_for(source: Tensor) -> Tensor:
+    """Bytes on the CPU for a copy: pinned, so that nobody waits for it, if the system gives so many."""
+    if source.is_cuda:
+        with suppress(RuntimeError):
+            return torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(source.shape, dtype=torch.uint8)
 
 
 @dataclass
