@@ -45,6 +45,13 @@ def test_views_of_one_storage_are_one_copy() -> None:
     assert len(OffDevice({str(at): flat[at : at + 8] for at in range(0, 1024, 8)})._copies) == 1
 
 
+def test_a_part_of_something_large_is_copied_alone() -> None:
+    large = torch.arange(4096.0)
+    copies = OffDevice({"a": large[8:16], "b": large[100:108].view(2, 4)})
+    assert sum(copy.nbytes for copy in copies._copies.values()) == 64
+    assert torch.equal(copies.tensors()["b"], large[100:108].view(2, 4))
+
+
 def test_a_state_dict_comes_back_as_it_was() -> None:
     shared = torch.arange(3)
     tree = {"state": {0: {"step": 3, "m": shared, "v": (shared, [1.5, None, True])}}, "groups": [{"lr": 1e-3}]}

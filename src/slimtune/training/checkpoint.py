@@ -20,6 +20,7 @@ import errno
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -58,7 +59,15 @@ class OffDevice:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+        wanted: Counter[int] = Counter()
+        for tensor in tensors.values():
+            wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+        # A small part of something large (some initialisations leave that) is cut out first.
+        self._tensors = {
+            name: tensor.detach().clone() if storage.nbytes() > 2 * wanted[storage.data_ptr()] else tensor
+            for name, tensor in tensors.items()
+            for storage in [tensor.untyped_storage()]
+        }
         self._copies: dict[int, Tensor] = {}
         on_gpu = False
         for tensor in self._tensors.values():
