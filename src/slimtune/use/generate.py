@@ -1,10 +1,10 @@
 """Answer many prompts fast: batched by length, with room in the cache, and rows that leave when they are done.
 
-What it gains over ``model.generate`` in file order, on a CPU and on a GPU alike: prompts of one length share a batch,
-so little is padded; batches are as large as memory allows, so each pass over the weights makes more tokens; what all
-prompts of a batch begin with, a system text mostly, is computed once; keys and values are written into room that was
-set aside, where Transformers' dynamic cache copies all of them for every token; and rows that ended leave the batch
-instead of being computed until the longest one ends.
+What it gains over ``model.generate`` in file order, on a CPU and on a GPU alike: prompts of one length are read
+together, so little is padded; batches are as large as memory allows, so each pass over the weights makes more tokens;
+what all prompts of a batch begin with, a system text mostly, is computed once; keys and values are written into room
+that was set aside, where Transformers' dynamic cache copies all of them for every token; and rows that ended leave the
+batch instead of being computed until the longest one ends.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _CACHE_SHARE = 0.2
 # Rows leave when this fraction of the batch has ended: leaving copies the cache of those that stay.
 _LEAVE_SHARE = 8
 _WORTH_SHARING = 8
+_PADDING = 0.1
+"""Most of a group of prompts that may be padding while they are read."""
 
 
 @dataclass(frozen=True)
@@ -119,37 +121,68 @@ def _batch(
     width = ids.shape[1]
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     layers = [_RoomyLayer(mask.shape[1]) for _ in range(_layers(model))]
+    logits = _read(model, ids, mask, positions, layers, shared)
     cache = Cache(layers=list(layers))
-    if shared:
-        with any_length():
-            model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        for layer in layers:
-            layer.batch_select_indices(torch.zeros(len(batch), dtype=torch.int64, device=device))
-        ids, positions = ids[:, shared:], positions[:, shared:]
     stops = torch.tensor(opened.stop_ids, device=device)
     draws = Draws(sampling, [numbers[index] for index in batch])
     rows = _Rows(opened, batch, limits)
-    for length in range(width, mask.shape[1]):
-        with any_length():
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask[:, :length],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+    positions = positions[:, -1:]
+    for length in range(width + 1, mask.shape[1] + 1):
         ids = draws.choose(logits).unsqueeze(1)
         yield from rows.take(ids[:, 0], torch.isin(ids[:, 0], stops))
         if not rows.alive:
             return
-        positions = positions[:, -1:] + 1
+        positions = positions + 1
         if rows.dead * _LEAVE_SHARE >= len(rows.index):
             keep = rows.leave().to(device)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
             for layer in layers:
                 layer.batch_select_indices(keep)
             draws.keep(keep)
+        if length < mask.shape[1]:
+            logits = _forward(model, ids, mask[:, :length], positions, cache)
+
+
+def _read(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, layers: Sequence[_RoomyLayer], shared: int
+) -> Tensor:
+    """Fill the layers with the prompts' keys and values; the logits of what follows each prompt, [rows, vocabulary].
+
+    The prompts, longest first, are read in groups of nearly one length.
+    """
+    width = ids.shape[1]
+    prefix = [_RoomyLayer(shared) for _ in layers]
+    if shared:
+        _forward(model, ids[:1, :shared], mask[:1, :shared], positions[:1, :shared], Cache(layers=list(prefix)))
+    padding = (mask[:, shared:width] == 0).sum(1).tolist()
+    logits = []
+    start = 0
+    while start < len(padding):
+        read = width - shared - padding[start]
+        end = start + 1
+        while end < len(padding) and width - shared - padding[end] >= (1 - _PADDING) * read:
+            end += 1
+        rows, first = slice(start, end), width - read
+        group = [_RoomyLayer(shared + read) for _ in layers]
+        for layer, common in zip(group, prefix, strict=True):
+            if shared:
+                layer.update(*(x.expand(end - start, -1, -1, -1) for x in common.pair))
+        seen = torch.cat([mask[rows, :shared], mask[rows, first:width]], dim=1)
+        logits.append(_forward(model, ids[rows, first:], seen, positions[rows, first:], Cache(layers=list(group))))
+        for layer, read_layer in zip(layers, group, strict=True):
+            layer.place(read_layer, rows, len(padding), shared, width)
+        start = end
+    return torch.cat(logits)
+
+
+def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """The logits of what follows each row, [rows, vocabulary]; keys and values go into the cache."""
+    with any_length():
+        made: Tensor = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+    return made
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:
@@ -244,9 +277,33 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         end = self.length + key_states.shape[-2]
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
-        self.length = end
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-        return self.keys, self.values
+        self._grow(end)
+        return self.pair
+
+    def place(self, read: _RoomyLayer, rows: slice, of: int, shared: int, width: int) -> None:
+        """Take over what ``read`` holds of some of ``of`` rows: ``shared`` tokens in front, the rest before ``width``.
+
+        What lies between is padding: zeros, as NaN would pass through a mask.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(*read.pair)
+            self._keys, self._values = (x.new_zeros(of, x.shape[1], self.room, x.shape[3]) for x in read.pair)
+            self._grow(width)
+        for mine, theirs in zip((self._keys, self._values), read.pair, strict=True):
+            mine[rows, :, :shared] = theirs[:, :, :shared]
+            mine[rows, :, width - (read.length - shared) : width] = theirs[:, :, shared:]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values so far, [rows, heads, tokens, head size]; there must be some."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
+
+    def _grow(self, length: int) -> None:
+        self.length = length
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -259,7 +316,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             new = old.new_empty(len(indices), *old.shape[1:])
             new[:, :, : self.length] = old[indices, :, : self.length]
             setattr(self, name, new)
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        self._grow(self.length)
 
 
 def _layers(model: Any) -> int:
