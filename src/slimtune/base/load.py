@@ -167,7 +167,7 @@ def load_base(
     if misread is not None:
         raise UserError(
             f"bitsandbytes misreads {misread} of {model} in 4 bits on this CPU",
-            rule="Its rows aren't whole blocks of 64 weights, and the kernel for this CPU takes them for such.",
+            rule="Its rows aren't whole blocks of weights, and the kernel for this CPU takes them for such.",
             way_out="Leave the base as it is (--quantization none), or take a GPU.",
         )
     loaded.config.use_cache = False

@@ -44,13 +44,13 @@ def keep_trainable_layout(model: nn.Module) -> None:
 def misread_weight(model: nn.Module) -> str | None:
     """The name of a 4-bit weight that bitsandbytes unpacks wrongly on this machine; None if it reads all of them right.
 
-    Scales belong to blocks of :data:`NF4_BLOCK` weights, counted through the whole matrix. bitsandbytes' kernel for
-    CPUs with AVX512 begins a new block at each row (0.50, ``cdequantize_blockwise_cpu_nf4``), so a matrix whose rows
+    Scales belong to blocks of weights, mostly :data:`NF4_BLOCK`, counted through the whole matrix. bitsandbytes' kernel
+    for CPUs with AVX512 begins a new block at each row (0.50, ``cdequantize_blockwise_cpu_nf4``): a matrix whose rows
     aren't whole blocks gets scales of other weights, without an error. Models in use have whole blocks.
     """
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        if state is not None and parameter.device.type == "cpu" and state.shape[-1] % NF4_BLOCK:
+        if state is not None and parameter.device.type == "cpu" and state.shape[-1] % state.blocksize:
             return name if _misreads_partial_blocks() else None
     return None
 

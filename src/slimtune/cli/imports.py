@@ -19,12 +19,13 @@ def fast_imports() -> Iterator[None]:
     What libraries have to say while they are imported (bitsandbytes, on some CPUs, that it lacks a kernel which it
     can't fetch here) is no person's business.
     """
+    before = logging.root.manager.disable
     gc.disable()
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # for the libraries that count what is left at the end

@@ -62,12 +62,11 @@ class OffDevice:
         wanted: Counter[int] = Counter()
         for tensor in tensors.values():
             wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
-        # A small part of something large (some initialisations leave that) is cut out first.
-        self._tensors = {
-            name: tensor.detach().clone() if storage.nbytes() > 2 * wanted[storage.data_ptr()] else tensor
-            for name, tensor in tensors.items()
-            for storage in [tensor.untyped_storage()]
-        }
+        self._tensors: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            storage, part = tensor.untyped_storage(), tensor.detach()
+            # A small part of something large (some initialisations leave that) is cut out first.
+            self._tensors[name] = part.clone() if storage.nbytes() > 2 * wanted[storage.data_ptr()] else part
         self._copies: dict[int, Tensor] = {}
         on_gpu = False
         for tensor in self._tensors.values():

@@ -49,10 +49,10 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
         model: Its trainable parameters and their gradients are looked at.
         optimizer: Its floating-point state is looked at.
     """
-    flat = _flat(optimizer)
-    if flat is not None:  # the fused optimizer's tensors are few: no walk over the model while all is well
-        state = [tensor for _, tensor in _optimizer_tensors([], optimizer)]
-        if _all_finite([*([] if loss is None else [loss.detach().float()]), flat.grad, flat.data, *state]):
+    fused = _fused(optimizer)
+    if fused is not None:  # its tensors are few: no walk over the model while all is well
+        losses = [] if loss is None else [loss.detach().float()]
+        if _all_finite([*losses, fused.flat.grad, fused.flat.data, *fused.float_state()]):
             return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[list[Tensor]] = [
@@ -80,8 +80,8 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> NonFinite | None:
     """Look at what a save would write: parameters and optimizer state."""
-    flat = _flat(optimizer)
-    if flat is not None and _all_finite([flat.data, *(tensor for _, tensor in _optimizer_tensors([], optimizer))]):
+    fused = _fused(optimizer)
+    if fused is not None and _all_finite([fused.flat.data, *fused.float_state()]):
         return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     state = [tensor for _, tensor in _optimizer_tensors(named, optimizer)]
@@ -98,18 +98,19 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.isfinite(total).item())
 
 
-def _flat(optimizer: torch.optim.Optimizer) -> Any:
-    """The fused optimizer's flat parameters; None if it is another."""
-    return getattr(getattr(optimizer, "optimizer", optimizer), "flat", None)  # accelerate wraps optimizers
+def _fused(optimizer: torch.optim.Optimizer) -> Any:
+    """The fused optimizer, which keeps all parameters and their state in a few flat tensors; None if it is another."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    return inner if hasattr(inner, "float_state") else None
 
 
 def _optimizer_tensors(
     named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """The floating-point state of each parameter. 8-bit states are codes; their scales (absmax) tell."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if hasattr(inner, "float_state"):  # the fused optimizer keeps all parameters' state in a few flat tensors
-        yield from (("all parameters", tensor) for tensor in inner.float_state())
+    fused = _fused(optimizer)
+    if fused is not None:
+        yield from (("all parameters", tensor) for tensor in fused.float_state())
         return
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
