@@ -4,8 +4,8 @@
     python benchmarks/save_cost.py OUT.json --size 1.8b    a random model on a GPU, workload W1, a save every 4 steps
 
 On a GPU a wait is from the moment the device has nothing left to do until it can be given the next step, the copies
-off it done; beside it stands what copying the same tensors one by one takes, and how much longer the steps after a
-save are.
+off it done; beside it stands what the copies alone take, what copying the same tensors one by one does, and how much
+longer the steps after a save are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from slimtune.demo import DEMO_SETTINGS, rows  # noqa: E402
 from slimtune.hardware import detect  # noqa: E402
 from slimtune.recipes import finetune  # noqa: E402
 from slimtune.run.environment import library_versions  # noqa: E402
-from slimtune.training.checkpoint import Checkpoints, to_plain  # noqa: E402
+from slimtune.training.checkpoint import Checkpoints, OffDevice, to_plain  # noqa: E402
 from slimtune.training.resumable import ResumableTrainer  # noqa: E402
 
 STEPS, EVERY = 36, 4
@@ -76,6 +76,14 @@ def the_workload(folder: Path, size: str) -> Config:
     )  # fmt: skip
 
 
+def copy_alone(trainer: ResumableTrainer) -> float:
+    """Seconds to copy the storages of adapter and optimizer off the device, as a save does it."""
+    tensors = trainer._trained()
+    began = device_clock()
+    OffDevice(tensors).of({})
+    return device_clock() - began
+
+
 def copy_one_by_one(trainer: ResumableTrainer) -> float:
     """Seconds to copy adapter and optimizer off the device tensor by tensor, as saving a state dict does."""
     tensors = [*trainer._adapter.values(), *to_plain(trainer.optimizer.state_dict())[1].values()]
@@ -93,13 +101,14 @@ def main() -> None:
     waits: list[float] = []
     behind: list[float] = []
     processor: list[float] = []
-    copies: list[float] = []
+    copies: dict[str, list[float]] = {}
     save = timed(ResumableTrainer._save_checkpoint, device_clock, waits)
 
     def save_and_compare(trainer: ResumableTrainer, *arguments: Any) -> None:
         save(trainer, *arguments)
         if torch.cuda.is_available() and trainer.state.global_step == trainer.state.max_steps:
-            copies.append(copy_one_by_one(trainer))
+            for copy in (copy_alone, copy_one_by_one):
+                copies[f"{copy.__name__}_seconds"] = [round(copy(trainer), 5) for _ in range(len(waits))]
 
     ResumableTrainer._save_checkpoint = save_and_compare
     Checkpoints._save = timed(timed(Checkpoints._save, time.thread_time, processor), time.perf_counter, behind)
@@ -128,7 +137,8 @@ def main() -> None:
         others = [seconds for step, seconds in steps.items() if step > EVERY and step % EVERY != 1]
         result |= {
             "all_waits_seconds": [round(wait, 5) for wait in waits],
-            "copy_one_by_one_seconds": round(copies[0], 5),
+            **{name: median(seconds) for name, seconds in copies.items()},
+            "all_copies_seconds": copies,
             "step_after_a_save_seconds": round(median(after), 4),
             "other_steps_seconds": round(median(others), 4),
         }

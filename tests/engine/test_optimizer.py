@@ -75,6 +75,17 @@ def test_goes_on_from_its_own_state_exactly() -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
+def test_its_storage_holds_every_tensor_of_it() -> None:
+    params = parameters()
+    optimizer = FusedAdamW8bit(FlatParameters(params), lr=1e-2)
+    run(optimizer, params, range(1))
+    storages = {tensor.untyped_storage().data_ptr() for tensor in optimizer.storage()}
+    state = optimizer.state_dict()["state"].values()
+    tensors = [*params, *(t for entry in state for t in entry["__bnb_optimizer_quant_state__"].values())]
+    assert len(tensors) == 4 + 2 * 6 + 2 * 2
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} <= storages
+
+
 @pytest.mark.parametrize("mine_first", [True, False])
 def test_either_goes_on_from_the_others_state(mine_first: bool) -> None:
     params = parameters()

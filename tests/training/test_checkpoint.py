@@ -26,10 +26,10 @@ def test_copies_are_of_their_moment(device: str) -> None:
         "empty": torch.empty(0, 3, device=device),
     }
     before = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-    copies = OffDevice(tensors)
+    copies = OffDevice([flat, *tensors.values()])
     flat.zero_()
     codes.fill_(255)
-    made = copies.tensors()
+    made = copies.of(tensors)
     assert made.keys() == before.keys()
     for name, tensor in made.items():
         assert tensor.device.type == "cpu"
@@ -42,14 +42,11 @@ def test_copies_are_of_their_moment(device: str) -> None:
 
 def test_views_of_one_storage_are_one_copy() -> None:
     flat = torch.zeros(1024)
-    assert len(OffDevice({str(at): flat[at : at + 8] for at in range(0, 1024, 8)})._copies) == 1
-
-
-def test_a_part_of_something_large_is_copied_alone() -> None:
-    large = torch.arange(4096.0)
-    copies = OffDevice({"a": large[8:16], "b": large[100:108].view(2, 4)})
-    assert sum(copy.nbytes for copy in copies._copies.values()) == 64
-    assert torch.equal(copies.tensors()["b"], large[100:108].view(2, 4))
+    views = {str(at): flat[at : at + 8] for at in range(0, 1024, 8)}
+    assert len(OffDevice(views.values())._copies) == 1
+    assert OffDevice([flat]).of(views).keys() == views.keys()
+    with pytest.raises(KeyError):
+        OffDevice([flat]).of({"another": torch.zeros(8)})
 
 
 def test_a_state_dict_comes_back_as_it_was() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from slimtune.adapter.files import ADAPTER_WEIGHTS, adapter_config, find_adapter
 from slimtune.adapter.passport import check_base, read_passport
 from slimtune.errors import UserError
 
-__all__ = ["adapter_config_bytes", "adapter_tensors", "restore_adapter", "start_from"]
+__all__ = ["adapter_config_bytes", "adapter_tensors", "own_storage_", "restore_adapter", "start_from"]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -36,6 +37,17 @@ def adapter_config_bytes(model: Any) -> bytes:
     values["base_model_name_or_path"] = values["base_model_name_or_path"] or model.base_model.model.name_or_path
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
     return (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()
+
+
+def own_storage_(tensors: Collection[Tensor]) -> None:
+    """Give parts of something much larger memory of their own, as PiSSA's and OLoRA's factors are: it is let go."""
+    wanted: Counter[int] = Counter()
+    for tensor in tensors:
+        wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > 2 * wanted[storage.data_ptr()]:
+            tensor.data = tensor.detach().clone()
 
 
 def restore_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -140,6 +140,11 @@ class FusedAdamW8bit(torch.optim.Optimizer):
         moments = self._moments
         return [moments.absmax1, moments.absmax2, moments.exact1, moments.exact2]
 
+    def storage(self) -> list[Tensor]:
+        """The few tensors that the parameters and all of the state are views of, not copies."""
+        moments = self._moments
+        return [self.flat.data, moments.codes1, moments.codes2, moments.map1, moments.map2, *self.float_state()]
+
     def state_dict(self) -> dict[str, Any]:
         """bitsandbytes' state of each parameter; waits for the device (the step count)."""
         packed = super().state_dict()

@@ -20,8 +20,7 @@ import errno
 import json
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,24 +51,16 @@ _SLACK = 1 << 20
 
 
 class OffDevice:
-    """Tensors on their way to the CPU, as they are now.
+    """The bytes of some tensors on their way to the CPU, as they are now.
 
-    Whole storages are copied: hundreds of views of one flat tensor are one copy. Copies off a GPU aren't waited for;
-    what it is given to do afterwards, it does after them.
+    Whole storages are copied: hundreds of views of one flat tensor are one copy, and naming the flat tensor is enough
+    to have them all. Copies off a GPU aren't waited for; what it is given to do afterwards, it does after them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        wanted: Counter[int] = Counter()
-        for tensor in tensors.values():
-            wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
-        self._tensors: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            storage, part = tensor.untyped_storage(), tensor.detach()
-            # A small part of something large (some initialisations leave that) is cut out first.
-            self._tensors[name] = part.clone() if storage.nbytes() > 2 * wanted[storage.data_ptr()] else part
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._copies: dict[int, Tensor] = {}
         on_gpu = False
-        for tensor in self._tensors.values():
+        for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() in self._copies:
                 continue
@@ -80,11 +71,15 @@ class OffDevice:
         if self._copied is not None:
             self._copied.record()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The copies, contiguous; waits until all have come."""
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tensors in the copied storages held, contiguous; waits until all copies have come.
+
+        Raises:
+            KeyError: A tensor's storage wasn't copied.
+        """
         if self._copied is not None:
             self._copied.synchronize()
-        return {name: self._view(tensor).contiguous() for name, tensor in self._tensors.items()}
+        return {name: self._view(tensor).contiguous() for name, tensor in tensors.items()}
 
     def _view(self, tensor: Tensor) -> Tensor:
         copy = self._copies[tensor.untyped_storage().data_ptr()].untyped_storage()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Divergence", "DivergenceGuard", "NonFinite", "find_nonfinite", "trained_state"]
+__all__ = ["Divergence", "DivergenceGuard", "NonFinite", "find_nonfinite", "fused_optimizer", "trained_state"]
 
 WINDOW = 100
 """Losses that the running median is taken over."""
@@ -49,7 +49,7 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
         model: Its trainable parameters and their gradients are looked at.
         optimizer: Its floating-point state is looked at.
     """
-    fused = _fused(optimizer)
+    fused = fused_optimizer(optimizer)
     if fused is not None:  # its tensors are few: no walk over the model while all is well
         losses = [] if loss is None else [loss.detach().float()]
         if _all_finite([*losses, fused.flat.grad, fused.flat.data, *fused.float_state()]):
@@ -80,7 +80,7 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> NonFinite | None:
     """Look at what a save would write: parameters and optimizer state."""
-    fused = _fused(optimizer)
+    fused = fused_optimizer(optimizer)
     if fused is not None and _all_finite([fused.flat.data, *fused.float_state()]):
         return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -98,7 +98,7 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.isfinite(total).item())
 
 
-def _fused(optimizer: torch.optim.Optimizer) -> Any:
+def fused_optimizer(optimizer: torch.optim.Optimizer) -> Any:
     """The fused optimizer, which keeps all parameters and their state in a few flat tensors; None if it is another."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     return inner if hasattr(inner, "float_state") else None
@@ -108,7 +108,7 @@ def _optimizer_tensors(
     named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """The floating-point state of each parameter. 8-bit states are codes; their scales (absmax) tell."""
-    fused = _fused(optimizer)
+    fused = fused_optimizer(optimizer)
     if fused is not None:
         yield from (("all parameters", tensor) for tensor in fused.float_state())
         return

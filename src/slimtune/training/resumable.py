@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimtune.adapter.files import ADAPTER_CONFIG
-from slimtune.adapter.state import adapter_config_bytes, adapter_tensors, restore_adapter
+from slimtune.adapter.state import adapter_config_bytes, adapter_tensors, own_storage_, restore_adapter
 from slimtune.config import Config
 from slimtune.errors import GuardStop
 from slimtune.run.identity import Identity
@@ -36,7 +36,7 @@ from slimtune.training.checkpoint import (
     read_checkpoint,
     to_plain,
 )
-from slimtune.training.guard import DivergenceGuard, find_nonfinite, trained_state
+from slimtune.training.guard import DivergenceGuard, NonFinite, find_nonfinite, fused_optimizer, trained_state
 from slimtune.training.halving import split_micro_batch
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.stop import StopSignals, Watchdog
@@ -119,6 +119,7 @@ class ResumableTrainer(Trainer):
         self._cancelled = False
         self._restored: Snapshot | None = None
         self._adapter = adapter_tensors(self.model)  # the parameters themselves: the walk over the model is made once
+        own_storage_(self._adapter.values())
         checkpoint = safety.checkpoints.newest_valid()
         if checkpoint is not None:
             self._restored = read_checkpoint(checkpoint)
@@ -144,50 +145,67 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
         self.store_flos()
-        bad = trained_state(self.model, self.optimizer)
-        if bad is not None:
-            raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
         self.safety.checkpoints.best_step = self.progress.best_step
         self.safety.checkpoints.wait()
         self._see_last_save()
-        self._save_snapshot(self._draws(), self._logs_so_far())
+        bad = self._save_snapshot(self._draws(), self._logs_so_far())
+        if bad is not None:
+            raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
 
-    def _save_snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> None:
-        """Take what the next step will change; all else is done by the thread that saves."""
-        scaler = getattr(self.accelerator, "scaler", None)
-        parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
-        plain, tensors = to_plain(parts | ({} if scaler is None else {"scaler": scaler.state_dict()}))
+    def _save_snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> NonFinite | None:
+        """Take what the next step will change; all else is done by the thread that saves.
+
+        The copies off the device are started first, and the rest is taken while they are under way. Nothing is saved
+        if a value is no number; it is given back.
+        """
+        copies = OffDevice(self._trained())
+        state_dicts = self._state_dicts()
         self.progress.divergence = self.divergence.state()
-        self.progress.logs = {**logs, "loss": float(logs["loss"])}
-        adapter, optimizer = OffDevice(self._adapter), OffDevice(tensors)
-        random, engine = draws
-        state = {
-            "progress": dataclasses.asdict(self.progress),
-            "position": self._position(),
-            "engine": engine,
-            "plain": plain,
-        }
         # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
-        values = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
-        step = self.state.global_step
+        trainer_state = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
+        step, position, progress = self.state.global_step, self._position(), dataclasses.asdict(self.progress)
+        random, engine = draws
+        progress["logs"] = {**logs, "loss": float(logs["loss"])}
+        bad = trained_state(self.model, self.optimizer)
+        if bad is not None:
+            return bad
 
         def snapshot() -> Snapshot:
+            plain, tensors = to_plain(state_dicts)
+            state = {"progress": progress, "position": position, "engine": engine, "plain": plain}
             return Snapshot(
                 step,
                 {
-                    "adapter_model": adapter.tensors(),
-                    "optimizer": optimizer.tensors(),
+                    "adapter_model": copies.of(self._adapter),
+                    "optimizer": copies.of(tensors),
                     "random": random.to_tensors(),
                 },
                 {
                     ADAPTER_CONFIG: adapter_config_bytes(self.model),
                     STATE: json_bytes(state),
-                    TRAINER_STATE: json_bytes(values),
+                    TRAINER_STATE: json_bytes(trainer_state),
                     IDENTITY: self.safety.identity.to_bytes(),
                 },
             )
 
         self.safety.checkpoints.save(step, snapshot)
+        return None
+
+    def _trained(self) -> Iterable[Tensor]:
+        """Tensors in whose storages the adapter and the optimizer's state lie."""
+        fused = fused_optimizer(self.optimizer)
+        if fused is not None:
+            storage: list[Tensor] = fused.storage()
+            return storage
+        return [*self._adapter.values(), *to_plain(self.optimizer.state_dict())[1].values()]
+
+    def _state_dicts(self) -> dict[str, Any]:
+        """Of optimizer, schedule and loss scale: the tensors themselves, the numbers as they are now."""
+        optimizer, scaler = self.optimizer.state_dict(), getattr(self.accelerator, "scaler", None)
+        # The inner dicts of some optimizers are those that they count their steps in.
+        optimizer["state"] = {index: dict(entry) for index, entry in optimizer["state"].items()}
+        parts = {"optimizer": optimizer, "schedule": self.lr_scheduler.state_dict()}
+        return parts if scaler is None else {**parts, "scaler": scaler.state_dict()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del resume_from_checkpoint, model
@@ -267,8 +285,7 @@ class ResumableTrainer(Trainer):
         checkpoints = self.safety.checkpoints
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
-        if trained_state(self.model, self.optimizer) is None:
-            self._save_snapshot(self._step_random, self._step_logs)
+        self._save_snapshot(self._step_random, self._step_logs)
 
     def _take_best(self) -> None:
         step = self.progress.best_step
