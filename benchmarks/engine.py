@@ -1,7 +1,7 @@
-"""Times slimtune's engine alone (no trainer): python benchmarks/engine.py [W1 W1-3.9 W2 ...] [--profile]
+"""Times slimtune's engine alone (no trainer): python benchmarks/engine.py [W1 W1@3.9 W2 ...] [--profile] [--as-a-t4]
 
-A workload's name may end in -G, a memory budget in GB: W1-3.9 is W1 within 3.9 GB. Prints one JSON line each and a
-table last; with $OUT set, writes them there too.
+A workload's name may end in @G, a memory budget in GB: W1@3.9 is W1 within 3.9 GB. --as-a-t4 computes in fp16 with the
+attention that a T4 gets. Prints one JSON line each and a table last; with $OUT set, writes them there too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from workloads import WORKLOADS, add_lora, make_model, packs
@@ -23,7 +24,7 @@ from slimtune.engine import Engine, FusedAdamW8bit
 STEPS = 12
 
 
-def measure(name: str, profile: bool) -> dict[str, Any]:
+def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
     base, _, budget = name.partition("@")
     workload = WORKLOADS[base]
     cuda = torch.cuda.is_available()
@@ -37,7 +38,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     engine = Engine(
         model,
-        dtype=torch.bfloat16 if cuda else torch.float32,
+        dtype=dtype,
         tokens=workload.rows * workload.length,
         longest=workload.length,
         memory=memory,
@@ -61,6 +62,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     real = sum(batch["real_tokens"] for batch in batches) / len(batches)
     result = {
         "workload": name,
+        "dtype": str(dtype).removeprefix("torch."),
         "step_ms": round(step * 1e3, 2),
         "tokens_s": round(real / step),
         "first_step_s": round(first, 2),
@@ -103,9 +105,13 @@ def _profile(engine: Engine, batch: dict[str, Any]) -> list[tuple[str, float, in
 def main() -> None:
     names = [word for word in sys.argv[1:] if not word.startswith("--")] or ["W1", "W2", "W3"]
     results = []
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if "--as-a-t4" in sys.argv:
+        dtype = torch.float16
+        mock.patch("slimtune.engine.graph.choose", return_value="efficient").start()
     for name in names:
         try:
-            results.append(measure(name, "--profile" in sys.argv))
+            results.append(measure(name, "--profile" in sys.argv, dtype))
         except Exception as error:  # noqa: BLE001 - the other workloads still count
             import traceback
 

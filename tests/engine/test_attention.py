@@ -151,6 +151,28 @@ def test_the_memory_efficient_kernel_is_right_here(dtype: torch.dtype, head_dim:
     assert efficient_is_right(torch.device("cuda"), dtype, head_dim)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ((130,), [(130,)]),
+        ((64, 64, 64, 64), [(64, 64, 64, 64)]),
+        ((16,) * 16, [(16,) * 8, (16,) * 8]),  # each takes a block of 64
+        ((1000, *[24] * 42, 16), [(1000, 24, 24), (*[24] * 40, 16)]),
+        ((*[8] * 4, 500, 500), [(8,) * 4, (500, 500)]),
+    ],
+)
+def test_runs_of_documents_take_no_more_than_twice_the_tokens(
+    lengths: tuple[int, ...], runs: list[tuple[int, ...]]
+) -> None:
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = Documents(lengths, ends, max(lengths))
+    made = documents.runs
+    assert [tuple(run.boundaries.diff().tolist()) for run in made] == runs
+    assert [run.longest for run in made] == [max(run) for run in runs]
+    assert [run.tokens.start for run in made] == [0, *[run.tokens.stop for run in made[:-1]]]
+    assert [run.tokens.stop - run.tokens.start for run in made] == [sum(run) for run in runs]
+
+
 def test_no_document_sees_another() -> None:
     q, k, v = inputs(2, torch.float32)
     documents = Documents(LENGTHS, torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from slimtune.engine.attention import Way
 from slimtune.engine.decoder import Keep, LayerComputation, computations
 from slimtune.engine.memory import layer_bytes, plan_memory
 from slimtune.engine.structure import read_decoder
@@ -36,12 +37,13 @@ def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
     assert plan.part_tokens == TOKENS
 
 
+@pytest.mark.parametrize("way", ["varlen", "efficient"])
 @pytest.mark.parametrize("gigabytes", [1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0])
-def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: float) -> None:
-    plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST)
+def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: float, way: Way) -> None:
+    plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
     assert plan.nbytes <= gigabytes * 1e9
     assert plan.part_tokens >= LONGEST
-    kept = sum(layer_bytes(layers[0], plan.part_tokens, level) for level in plan.keep)
+    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way) for level in plan.keep)
     assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
 
 

@@ -7,8 +7,9 @@ Four ways to compute it, chosen by :func:`choose`:
   every step.
 - ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
   it reads on the device, so a CUDA graph follows new lengths.
-- ``efficient``: as ``varlen``, by PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and
-  its like, 32 bits. It is compared with plain products once, on the device itself (:func:`efficient_is_right`).
+- ``efficient``: PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and its like, 32 bits.
+  It is compared with plain products once, on the device itself (:func:`efficient_is_right`). Its memory grows with
+  documents x the longest one, so the host gives it a few neighbours at a time (:attr:`Documents.runs`).
 - ``torch``: anything else (a CPU, 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain matrix
   products where a sliding window is shorter than a document. The host goes over the documents, so no CUDA graph can
   follow new lengths.
@@ -21,18 +22,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["ROUND", "Attention", "Documents", "Way", "choose", "efficient_is_right"]
+__all__ = ["RECORDABLE", "ROUND", "Attention", "Documents", "Run", "Way", "choose", "efficient_is_right"]
 
 Way = Literal["cudnn", "varlen", "efficient", "torch"]
 
 ROUND = 64
 """Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
+RECORDABLE: frozenset[Way] = frozenset({"cudnn", "varlen"})
+"""Ways whose kernels read the documents' boundaries on the device: a CUDA graph of them holds for other documents."""
+_EFFICIENT_BLOCK = 64
 _CAUSAL_FROM_TOP_LEFT = 1
 """The memory-efficient kernel's ``custom_mask_type``."""
 
@@ -46,12 +50,46 @@ class Documents:
     boundaries: Tensor
     """int32 [n + 1 or more] on the device: 0, then each document's end; may go on repeating T."""
     longest: int
-    """At least the longest document's tokens, at most T; what the grids of varlen and efficient are made for."""
+    """At least the longest document's tokens, at most T; what varlen's grid is made for."""
 
     @property
     def tokens(self) -> int:
         """T."""
         return sum(self.lengths)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Neighbours in runs whose documents x longest one, in whole blocks, is at most 2 T, or of one document."""
+        limit, runs = 2 * self.tokens, []
+        start = first = longest = 0
+        at = 0
+        for index, length in enumerate(self.lengths):
+            if index > first and (index + 1 - first) * _blocks(max(longest, length)) > limit:
+                runs.append(self._run(first, index, slice(start, at), longest))
+                start, first, longest = at, index, 0
+            at, longest = at + length, max(longest, length)
+        runs.append(self._run(first, len(self.lengths), slice(start, at), longest))
+        return runs
+
+    def _run(self, first: int, end: int, tokens: slice, longest: int) -> Run:
+        return Run(tokens, self.boundaries[first : end + 1] - self.boundaries[first], longest)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring documents."""
+
+    tokens: slice
+    """Where they lie."""
+    boundaries: Tensor
+    """int32 [n + 1] on the device: 0, then each document's end within the run."""
+    longest: int
+    """The longest one's tokens."""
+
+
+def _blocks(length: int) -> int:
+    """Tokens in whole blocks of the memory-efficient kernel."""
+    return -(-length // _EFFICIENT_BLOCK) * _EFFICIENT_BLOCK
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...]) -> Way:
@@ -140,30 +178,37 @@ class Attention:
 
     # -- the memory-efficient kernel over cumulative lengths ----------------------------------------------------------
 
-    def _efficient_options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "window_size": self.window if self._windowed(self.documents.longest) else None}
+    def _efficient_options(self, run: Run) -> dict[str, Any]:
+        return {"scale": self.scale, "window_size": self.window if self._windowed(run.longest) else None}
 
     def _efficient_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        ends, longest = self.documents.boundaries, self.documents.longest
-        q, k, v = (_as_many_heads(x, q.shape[1])[None] for x in (q, k, v))
-        o, logsumexp, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
-            q, k, v, None, ends, ends, longest, longest, 0.0, _CAUSAL_FROM_TOP_LEFT, True, **self._efficient_options()
-        )
-        return o[0], (logsumexp, seed, offset)
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        saved = []
+        for run in self.documents.runs:
+            parts = [_as_many_heads(x[run.tokens], q.shape[1])[None] for x in (q, k, v)]
+            piece, logsumexp, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
+                *parts, None, run.boundaries, run.boundaries, run.longest, run.longest, 0.0, _CAUSAL_FROM_TOP_LEFT,
+                True, **self._efficient_options(run),
+            )  # fmt: skip
+            o[run.tokens] = piece[0]
+            saved.append((logsumexp, seed, offset))
+        return o, tuple(saved)
 
     def _efficient_backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ends, longest = self.documents.boundaries, self.documents.longest
-        logsumexp, seed, offset = saved
-        kv_heads = k.shape[1]
-        # The kernel takes o for contiguous without a look at its strides (torch 2.11, kernel_backward.h, o_strideM).
-        do, q, k, v, o = (_as_many_heads(x, q.shape[1])[None] for x in (do, q, k, v, o.contiguous()))
-        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            do, q, k, v, None, o, ends, ends, longest, longest, logsumexp, 0.0, seed, offset, _CAUSAL_FROM_TOP_LEFT,
-            False, **self._efficient_options(),
-        )  # fmt: skip
-        return dq[0], _summed_heads(dk[0], kv_heads), _summed_heads(dv[0], kv_heads)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        for run, (logsumexp, seed, offset) in zip(self.documents.runs, saved, strict=True):
+            do_, q_, k_, v_ = (_as_many_heads(x[run.tokens], q.shape[1])[None] for x in (do, q, k, v))
+            # The kernel takes o for contiguous without a look at its strides (torch 2.11, kernel_backward.h).
+            o_ = o[run.tokens].contiguous()[None]
+            *pieces, _ = torch.ops.aten._efficient_attention_backward(
+                do_, q_, k_, v_, None, o_, run.boundaries, run.boundaries, run.longest, run.longest, logsumexp, 0.0,
+                seed, offset, _CAUSAL_FROM_TOP_LEFT, False, **self._efficient_options(run),
+            )  # fmt: skip
+            for grad, piece in zip(grads, pieces, strict=True):
+                grad[run.tokens] = _summed_heads(piece[0], grad.shape[1])
+        return grads[0], grads[1], grads[2]
 
     # -- cuDNN over rows of one length --------------------------------------------------------------------------------
 

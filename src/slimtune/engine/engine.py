@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.attention import ROUND
+from slimtune.engine.attention import RECORDABLE, ROUND
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -89,12 +89,12 @@ class Engine:
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
+        self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
         self._rotary = RotaryTable.of(self.decoder, tokens, self.device, dtype)
         self.plan: MemoryPlan = plan_memory(
-            self.layers, tokens, self._head.shape[0], self._budget(memory), longest=longest
+            self.layers, tokens, self._head.shape[0], self._budget(memory), longest=longest, way=self._inputs.packs_way
         )
         self.graphs = graphs and self.device.type == "cuda"
-        self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         self._recorded: dict[ShapeKey, _Recorded] = {}
         self._warm: set[str] = set()
@@ -185,7 +185,7 @@ class Engine:
         self.draws += 1
         key = self._inputs.load(micro, (self.seed + self.draws * _SEED_STRIDE) % 2**63)
         recorded = self._recorded.get(key)
-        if recorded is None and self.graphs and key.way in self._warm and key.way != "torch":
+        if recorded is None and self.graphs and key.way in self._warm and key.way in RECORDABLE:
             recorded = self._recorded[key] = self._record(micro, key)
         if recorded is not None:
             recorded.forward.replay()

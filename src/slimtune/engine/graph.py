@@ -27,7 +27,7 @@ class ShapeKey:
     tokens: int
     way: Way
     documents: int
-    """Rows (``cudnn``), or the most documents (``varlen``, ``efficient``)."""
+    """How many; with ``varlen`` the most that the graph takes."""
     longest: int
     """The row length, or at least the longest document's."""
 
@@ -45,6 +45,11 @@ class Inputs:
         self._pinned = device.type == "cuda"
         self._free: deque[tuple[Tensor, Tensor]] = deque()
         self._busy: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    @property
+    def packs_way(self) -> Way:
+        """How attention over documents of any lengths is computed."""
+        return choose(self._device, self._dtype, self._head_dim, (1, 2))
 
     @property
     def seed(self) -> Tensor:
@@ -116,7 +121,7 @@ class Inputs:
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)
         way = choose(self._device, self._dtype, self._head_dim, micro.lengths)
-        if way in ("varlen", "efficient"):
+        if way == "varlen":
             count = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
             longest = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
         return ShapeKey(micro.tokens, way, count, longest)

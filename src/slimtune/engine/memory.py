@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from slimtune.engine.attention import Way
 from slimtune.engine.decoder import Keep, LayerComputation
 
 __all__ = ["MemoryPlan", "layer_bytes", "plan_memory", "working_bytes"]
@@ -42,14 +43,15 @@ class MemoryPlan:
     """What all of this is predicted to take, besides the model itself."""
 
 
-def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep) -> int:
-    """Bytes that a layer keeps from its forward to its backward."""
+def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen") -> int:
+    """Bytes that a layer keeps from its forward to its backward, attention computed by ``way``."""
     size = layer.dtype.itemsize
     columns = layer.down.outputs
     floats = 0
     if keep >= Keep.ATTENTION:
         columns += layer.qkv.outputs + layer.o.inputs + layer.o.extra + layer.down.outputs
-        floats = layer.heads + 2
+        # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
+        floats = layer.heads * (4 if way == "efficient" else 1) + 2
         if layer.layer.q_norm is not None:
             columns += (layer.heads + layer.kv_heads) * layer.head_dim
             floats += layer.heads + layer.kv_heads
@@ -60,16 +62,19 @@ def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep) -> int:
     return tokens * (columns * size + 4 * floats)
 
 
-def working_bytes(layer: LayerComputation, tokens: int, mlp_tokens: int) -> int:
+def working_bytes(layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen") -> int:
     """Bytes that one layer's backward takes at its peak beside what was kept, all of it computed again."""
     size = layer.dtype.itemsize
     hidden, qkv = layer.down.outputs, layer.qkv.outputs
     q = layer.heads * layer.head_dim
-    again = layer_bytes(layer, tokens, Keep.ATTENTION) + tokens * (layer.qkv.inputs + layer.qkv.extra) * size
+    again = layer_bytes(layer, tokens, Keep.ATTENTION, way) + tokens * (layer.qkv.inputs + layer.qkv.extra) * size
     n2 = tokens * (layer.gate_up.inputs + layer.gate_up.extra) * size
     mlp = n2 + tokens * hidden * size + min(tokens, mlp_tokens) * 3 * layer.gate_up.outputs * size
     # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
     attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
+    if way == "efficient":
+        # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with as many heads as q, and o.
+        attention += tokens * (4 * q + 5 * q * size)
     gradient_stream = 2 * tokens * hidden * size
     return again + gradient_stream + max(mlp, attention)
 
@@ -87,6 +92,7 @@ class _Shape:
     layers: int
     tokens: int
     vocabulary: int
+    way: Way
 
     @property
     def weights(self) -> int:
@@ -118,15 +124,19 @@ class _Shape:
     def filled(self, part_tokens: int, mlp_tokens: int, head_tokens: int, budget: float) -> MemoryPlan:
         """The plan with these sizes that keeps as much as the budget has room for."""
         first, count = self.layer, self.layers
+
+        def kept_by(level: Keep) -> int:
+            return layer_bytes(first, part_tokens, level, self.way)
+
         scratch = sum(site.kept_bytes for site in first.sites)
-        work = working_bytes(first, part_tokens, mlp_tokens)
+        work = working_bytes(first, part_tokens, mlp_tokens, self.way)
         fixed = max(work, _head_bytes(first, part_tokens, head_tokens, self.vocabulary)) + scratch
-        room = budget - fixed - count * layer_bytes(first, part_tokens, Keep.INPUT)
+        room = budget - fixed - count * kept_by(Keep.INPUT)
         keep = [Keep.INPUT] * count
 
         def raise_layers(level: Keep) -> None:
             nonlocal room
-            cost = layer_bytes(first, part_tokens, level) - layer_bytes(first, part_tokens, Keep(level - 1))
+            cost = kept_by(level) - kept_by(Keep(level - 1))
             # The last layers' backward comes first, so what they keep is given back soonest.
             for index in reversed(range(count)):
                 if keep[index] == level - 1 and cost <= room:
@@ -138,7 +148,7 @@ class _Shape:
         room -= kept_weights * self.weights
         raise_layers(Keep.GATES)
         raise_layers(Keep.ALL)
-        kept = sum(layer_bytes(first, part_tokens, level) for level in keep)
+        kept = sum(map(kept_by, keep))
         nbytes = fixed + kept + kept_weights * self.weights
         return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, nbytes)
 
@@ -160,6 +170,7 @@ def plan_memory(
     budget: float = math.inf,
     *,
     longest: int | None = None,
+    way: Way = "varlen",
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -169,8 +180,9 @@ def plan_memory(
         vocabulary: Rows of the head.
         budget: Bytes for everything but the model's own tensors.
         longest: Tokens in the longest document; a part can't be smaller.
+        way: How attention is computed.
     """
-    shape = _Shape(layers[0], len(layers), tokens, vocabulary)
+    shape = _Shape(layers[0], len(layers), tokens, vocabulary, way)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens)))
     plans = [shape.filled(*size, budget) for size in sizes]
     fitting = [plan for plan in plans if plan.nbytes <= budget]
