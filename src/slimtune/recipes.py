@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS
@@ -253,8 +254,17 @@ def _verify(
         GuardStop: It isn't what was trained, or does nothing.
     """
     gc.collect()
+    if hardware.device == "cuda":
+        torch.cuda.empty_cache()  # libraries ask the driver itself for their workspaces
     tokens, _ = data.documents[0]
-    found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
+    try:
+        found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
+    except torch.OutOfMemoryError as error:
+        raise GuardStop(
+            f"no memory is left on the GPU to read {run.adapter} back into a fresh base: {str(error).splitlines()[0]}",
+            rule="The adapter is saved, and not yet proven.",
+            way_out=f"Free the GPU of other programs, then: slimtune resume {run.path}",
+        ) from None
     if found.problem:
         raise GuardStop(
             f"the adapter in {run.adapter} is bad: {found.problem}",

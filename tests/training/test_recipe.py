@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from slimtune.config import Config
-from slimtune.errors import StopRequested, UserError
+from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.recipes import finetune, resume
 from slimtune.run.lock import lock_run
 from slimtune.training.resumable import ResumableTrainer
@@ -194,6 +195,23 @@ def test_a_finished_run_is_finished_again(small: Path, rows: Path, tmp_path: Pat
     before = campaign.adapter_sha256(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     resume(tmp_path / "run")
+    assert campaign.adapter_sha256(tmp_path / "run") == before
+
+
+def test_a_gpu_too_full_to_read_the_adapter_back_is_said_and_not_the_end(
+    small: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimtune.recipes.read_back", full)
+        with pytest.raises(GuardStop, match="not yet proven") as stopped:
+            finetune(config(str(small), rows, tmp_path / "run"))
+    assert "slimtune resume" in str(stopped.value)
+    before = campaign.adapter_sha256(tmp_path / "run")
+    run = resume(tmp_path / "run")
+    assert json.loads(run.facts_file.read_bytes())["verified"]["keys_match"]
     assert campaign.adapter_sha256(tmp_path / "run") == before
 
 

@@ -71,6 +71,11 @@ class OffDevice:
         if self._copied is not None:
             self._copied.record()
 
+    @property
+    def from_gpu(self) -> bool:
+        """Whether there was something to bring off a GPU."""
+        return self._copied is not None
+
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What tensors in the copied storages held, contiguous; waits until all copies have come.
 
@@ -147,24 +152,39 @@ class Checkpoints:
         self.failure: SaveFailure | None = None
         """The last save's failure; None once a save succeeds."""
         self._thread: threading.Thread | None = None
+        self._launched = threading.Event()
         self._fault: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
 
     # -- writing
 
-    def save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way."""
+    def save(self, step: int, snapshot: Callable[[], Snapshot], *, hold: float = 0.0) -> None:
+        """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way.
+
+        Args:
+            step: The step.
+            snapshot: Makes it, in the thread that saves.
+            hold: Seconds that the thread lets pass at most before it begins, unless :meth:`launched` ends them. Beside
+                its Python, the training's would be slow to give the GPU the next step.
+        """
         self.wait()
         self.beat("save")
-        self._thread = threading.Thread(target=self._save, args=(step, snapshot), name="checkpoint", daemon=True)
+        self._launched.clear()
+        arguments = (step, snapshot, hold)
+        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def launched(self) -> None:
+        """The GPU has the next step's work, and the training only waits for it."""
+        self._launched.set()
 
     def wait(self) -> int | None:
         """Wait until no save is under way, and tell the step of the newest checkpoint that was read back whole.
 
         A fault of the code itself (not of the disk) comes up here.
         """
+        self.launched()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -182,7 +202,8 @@ class Checkpoints:
         """The folder of the checkpoint at ``step``."""
         return self.folder / f"checkpoint-{step}"
 
-    def _save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
+    def _save(self, step: int, snapshot: Callable[[], Snapshot], hold: float = 0.0) -> None:
+        self._launched.wait(hold)
         try:
             self._write(snapshot())
             self.last_saved, self.failure = step, None

@@ -36,7 +36,7 @@ from slimtune.training.checkpoint import (
     read_checkpoint,
     to_plain,
 )
-from slimtune.training.guard import DivergenceGuard, NonFinite, find_nonfinite, fused_optimizer, trained_state
+from slimtune.training.guard import DivergenceGuard, NonFinite, find_nonfinite, fused_optimizer, trained_norm
 from slimtune.training.halving import split_micro_batch
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.stop import StopSignals, Watchdog
@@ -44,6 +44,8 @@ from slimtune.training.stop import StopSignals, Watchdog
 __all__ = ["Progress", "ResumableTrainer", "Safety"]
 
 STATE = "state.json"
+HOLD = 0.25
+"""Seconds at most that a save waits for the GPU to have the next step's work."""
 PATIENCE = 60.0
 """Seconds that the end of a run waits for room to save in."""
 SMALLER = "Give a smaller --max-length, or a GPU with more memory."
@@ -144,29 +146,35 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
-        self.store_flos()
         self.safety.checkpoints.best_step = self.progress.best_step
         self.safety.checkpoints.wait()
         self._see_last_save()
-        bad = self._save_snapshot(self._draws(), self._logs_so_far())
+        bad = self._save_snapshot()
         if bad is not None:
             raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
 
-    def _save_snapshot(self, draws: tuple[RandomState, Any], logs: dict[str, Any]) -> NonFinite | None:
+    def _save_snapshot(self, *, before_step: bool = False) -> NonFinite | None:
         """Take what the next step will change; all else is done by the thread that saves.
 
         The copies off the device are started first, and the rest is taken while they are under way. Nothing is saved
         if a value is no number; it is given back.
+
+        Args:
+            before_step: A step is under way, and not applied: random generators and logs are taken as it began.
         """
+        norm = trained_norm(self.model, self.optimizer)
         copies = OffDevice(self._trained())
-        state_dicts = self._state_dicts()
+        draws, logs = (self._step_random, self._step_logs) if before_step else (self._draws(), self._logs_so_far())
+        assert draws is not None
+        random, engine = draws
+        self.store_flos()
         self.progress.divergence = self.divergence.state()
         # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
         trainer_state = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
-        step, position, progress = self.state.global_step, self._position(), dataclasses.asdict(self.progress)
-        random, engine = draws
+        step, position, progress = self.state.global_step, self._position(), dict(vars(self.progress))
+        state_dicts = self._state_dicts()
         progress["logs"] = {**logs, "loss": float(logs["loss"])}
-        bad = trained_state(self.model, self.optimizer)
+        bad = None if bool(norm.isfinite()) else find_nonfinite(None, self.model, self.optimizer)
         if bad is not None:
             return bad
 
@@ -188,7 +196,7 @@ class ResumableTrainer(Trainer):
                 },
             )
 
-        self.safety.checkpoints.save(step, snapshot)
+        self.safety.checkpoints.save(step, snapshot, hold=HOLD if copies.from_gpu else 0.0)
         return None
 
     def _trained(self) -> Iterable[Tensor]:
@@ -285,7 +293,7 @@ class ResumableTrainer(Trainer):
         checkpoints = self.safety.checkpoints
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
-        self._save_snapshot(self._step_random, self._step_logs)
+        self._save_snapshot(before_step=True)
 
     def _take_best(self) -> None:
         step = self.progress.best_step
@@ -320,6 +328,7 @@ class ResumableTrainer(Trainer):
             reason = str(error).splitlines()[0]
         else:
             self._step_losses.append(loss)
+            self.safety.checkpoints.launched()
             return loss
         # Outside the except block, so that the failed pass's tensors aren't held by the exception.
         return self._run_again(model, num_items_in_batch, reason)
@@ -368,6 +377,7 @@ class ResumableTrainer(Trainer):
 
     def _begin(self) -> None:
         """The Trainer has set itself up: put back what it doesn't remember by itself."""
+        OffDevice(self._trained())  # asking for pinned memory takes 15 ms, and what was asked for once is kept
         if self._restored is None:
             return
         self.divergence.load(self.progress.divergence)
