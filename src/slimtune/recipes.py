@@ -199,7 +199,13 @@ def _train(
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         if reason_unfused is None:
-            trainer.use_engine(make_engine(config, trainer.model))
+            engine = make_engine(config, trainer.model)
+            trainer.use_engine(engine)
+            if engine.least_memory is not None and hardware.device == "cuda":
+                screen.warn(
+                    f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
+                    f"{engine.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
+                )
         else:
             screen.say("engine", f"plain: {reason_unfused}")
         # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.

@@ -237,6 +237,13 @@ def test_the_real_model(model_folder: Path) -> None:
         assert models.worst_error(actual, expected) < 1e-4
 
 
+def test_a_memory_that_no_plan_keeps_is_said() -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    engine = Engine(model, dtype=torch.float32, tokens=64, memory=1)
+    assert engine.least_memory == engine.plan.nbytes > 1
+    assert Engine(model, dtype=torch.float32, tokens=64, memory=engine.plan.nbytes).least_memory is None
+
+
 @pytest.mark.parametrize("part_tokens", [30, 40])
 def test_parts_of_documents_give_the_same_gradients(part_tokens: int) -> None:
     model = models.add_lora(models.make_base("qwen2"))

@@ -57,6 +57,11 @@ class Engine:
         seed: Seed of the dropout masks.
         graphs: Record CUDA graphs; only on CUDA.
 
+    Attributes:
+        flat: The LoRA parameters and their gradients.
+        plan: How the memory is used.
+        least_memory: The bytes that it will take if ``memory`` is too little for any plan; None if it is kept.
+
     Raises:
         CannotFuse: The model, or one of its layers, is none that the engine computes.
     """
@@ -91,9 +96,11 @@ class Engine:
             self._head = self._head.to(dtype)
         self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
         self._rotary = RotaryTable.of(self.decoder, tokens, self.device, dtype)
+        budget = self._budget(memory)
         self.plan: MemoryPlan = plan_memory(
-            self.layers, tokens, self._head.shape[0], self._budget(memory), longest=longest, way=self._inputs.packs_way
+            self.layers, tokens, self._head.shape[0], budget, longest=longest, way=self._inputs.packs_way
         )
+        self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         self._recorded: dict[ShapeKey, _Recorded] = {}
@@ -153,10 +160,11 @@ class Engine:
         return self._sums[start : start + size].view(site.outputs, site.rank)
 
     def _budget(self, memory: int | None) -> float:
-        if memory is None:
-            return math.inf
-        used = torch.cuda.memory_allocated(self.device) + _WORKSPACES if self.device.type == "cuda" else 0
-        return memory - used
+        return math.inf if memory is None else memory - self._used()
+
+    def _used(self) -> int:
+        """Bytes on the device besides the plan's."""
+        return torch.cuda.memory_allocated(self.device) + _WORKSPACES if self.device.type == "cuda" else 0
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------
 
