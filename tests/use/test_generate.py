@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch
 from slimtune.errors import UserError
 from slimtune.use.generate import Reply, generate
 from slimtune.use.load import Opened
+from slimtune.use.lookup import Lookup
 from slimtune.use.sampling import Draws, Sampling
 
+generate_module = importlib.import_module("slimtune.use.generate")
 ASKED = (
     "Hi",
     "What is the capital of France?",
@@ -62,6 +66,32 @@ def test_rows_that_end_early_leave_without_changing_the_others(opened: Opened) -
     expected = [list(itertools.takewhile(lambda token: token not in stops, reply)) for reply in whole]
     assert len({len(reply) for reply in expected}) > 3
     assert _in_order(list(generate(early, prompts, Sampling(max_new_tokens=12)))) == expected
+
+
+def test_what_a_reply_repeats_takes_fewer_passes_and_changes_nothing(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts that hold, that fail at every place, and that are cut by the end."""
+    words = "tea, milk, bread, eggs, rice, salt"
+    prompt = opened.prompt_ids([{"role": "user", "content": f"Repeat this list ten times: {words}; {words}; {words}"}])
+    passes: list[int] = []
+    forward = generate_module._forward
+
+    def counted(model: Any, ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        passes.append(ids.shape[1])
+        return forward(model, ids, *arguments)
+
+    monkeypatch.setattr(generate_module, "_forward", counted)
+    greedy = Sampling(max_new_tokens=70)
+    assert _in_order(list(generate(opened, [prompt], greedy))) == [_alone(opened, prompt, 70)]
+    assert len(passes) < 50
+    assert max(passes[1:]) > 7
+    drawn = Sampling(temperature=0.6, max_new_tokens=40, seed=5)
+    with_drafts = _in_order(list(generate(opened, [prompt], drawn)))
+    wrong = (lambda self, history, most: [1, history[-1], 2][:most]), (lambda self, history, most: [])
+    for draft in wrong:
+        monkeypatch.setattr(Lookup, "draft", draft)
+        assert _in_order(list(generate(opened, [prompt], drawn))) == with_drafts
 
 
 def test_a_row_is_drawn_alike_in_any_batch(opened: Opened) -> None:

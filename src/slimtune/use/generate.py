@@ -3,8 +3,9 @@
 What it gains over ``model.generate`` in file order, on a CPU and on a GPU alike: prompts of one length are read
 together, so little is padded; batches are as large as memory allows, so each pass over the weights makes more tokens;
 what all prompts of a batch begin with, a system text mostly, is computed once; keys and values are written into room
-that was set aside, where Transformers' dynamic cache copies all of them for every token; and rows that ended leave the
-batch instead of being computed until the longest one ends.
+that was set aside, where Transformers' dynamic cache copies all of them for every token; rows that ended leave the
+batch instead of being computed until the longest one ends; and what the last row repeats is guessed, and checked
+several tokens at a time (:mod:`slimtune.use.lookup`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from slimtune.errors import UserError
 from slimtune.hardware import detect
 from slimtune.use.attention import any_length
 from slimtune.use.load import Opened
+from slimtune.use.lookup import Lookup
 from slimtune.use.sampling import Draws, Sampling
 
 __all__ = ["Reply", "generate"]
@@ -126,27 +128,40 @@ def _batch(
     stops = torch.tensor(opened.stop_ids, device=device)
     draws = Draws(sampling, [numbers[index] for index in batch])
     rows = _Rows(opened, batch, limits)
-    positions = positions[:, -1:]
-    for length in range(width + 1, mask.shape[1] + 1):
-        ids = draws.choose(logits).unsqueeze(1)
-        yield from rows.take(ids[:, 0], torch.isin(ids[:, 0], stops))
-        if not rows.alive:
-            return
-        positions = positions + 1
+    positions, length = positions[:, -1:], width
+    lookup, draft = Lookup(), list[int]()
+    while True:
+        # The logits follow each row's last token and, in the last row of all, a draft of the next ones: as far as the
+        # draft is what is chosen, it counts; behind that, it is forgotten.
+        for held in range(len(draft) + 1):
+            ids = draws.choose(logits[:, held]).unsqueeze(1)
+            yield from rows.take(ids[:, 0], torch.isin(ids[:, 0], stops))
+            if not rows.alive:
+                return
+            if held == len(draft) or int(ids) != draft[held]:
+                break
+        lookup.learn(len(draft), held)
+        positions = positions + held + 1
+        length -= len(draft) - held
+        for layer in layers:
+            layer.cut(length)
         if rows.dead * _LEAVE_SHARE >= len(rows.index):
             keep = rows.leave().to(device)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
             for layer in layers:
                 layer.batch_select_indices(keep)
             draws.keep(keep)
-        if length < mask.shape[1]:
-            logits = _forward(model, ids, mask[:, :length], positions, cache)
+        draft = lookup.draft(prompts[rows.index[0]] + rows.said[0], rows.left - 1) if len(rows.index) == 1 else []
+        ids = torch.cat([ids, torch.tensor([draft], dtype=ids.dtype, device=device)], dim=1) if draft else ids
+        length += ids.shape[1]
+        steps = torch.arange(ids.shape[1], device=device)
+        logits = _forward(model, ids, mask[:, :length], positions + steps, cache, ids.shape[1])
 
 
 def _read(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, layers: Sequence[_RoomyLayer], shared: int
 ) -> Tensor:
-    """Fill the layers with the prompts' keys and values; the logits of what follows each prompt, [rows, vocabulary].
+    """Fill the layers with the prompts' keys and values; the logits of what follows each prompt, [rows, 1, vocabulary].
 
     The prompts, longest first, are read in groups of nearly one length.
     """
@@ -168,20 +183,21 @@ def _read(
             if shared:
                 layer.update(*(x.expand(end - start, -1, -1, -1) for x in common.pair))
         seen = torch.cat([mask[rows, :shared], mask[rows, first:width]], dim=1)
-        logits.append(_forward(model, ids[rows, first:], seen, positions[rows, first:], Cache(layers=list(group))))
+        cache = Cache(layers=list(group))
+        logits.append(_forward(model, ids[rows, first:], seen, positions[rows, first:], cache))
         for layer, read_layer in zip(layers, group, strict=True):
             layer.place(read_layer, rows, len(padding), shared, width)
         start = end
     return torch.cat(logits)
 
 
-def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """The logits of what follows each row, [rows, vocabulary]; keys and values go into the cache."""
+def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
+    """The logits of what follows each of the last ``keep`` tokens, [rows, keep, vocabulary]; fills the cache."""
     with any_length():
         made: Tensor = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            logits_to_keep=keep,
+        ).logits  # fmt: skip
     return made
 
 
@@ -226,6 +242,11 @@ class _Rows:
     def dead(self) -> int:
         """Rows that are computed for nothing."""
         return sum(self.done)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the first row may still say."""
+        return self.limits[0] - len(self.said[0])
 
     @property
     def alive(self) -> int:
@@ -304,6 +325,11 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _grow(self, length: int) -> None:
         self.length = length
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        if length < self.length:
+            self._grow(length)
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
