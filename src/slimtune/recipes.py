@@ -199,12 +199,11 @@ def _train(
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         if reason_unfused is None:
-            engine = make_engine(config, trainer.model)
-            trainer.use_engine(engine)
-            if engine.least_memory is not None and hardware.device == "cuda":
+            trainer.use_engine(make_engine(config, trainer.model))
+            if trainer.least_memory is not None and hardware.device == "cuda":
                 screen.warn(
                     f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
-                    f"{engine.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
+                    f"{trainer.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
                 )
         else:
             screen.say("engine", f"plain: {reason_unfused}")

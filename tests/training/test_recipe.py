@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from slimtune import recipes
 from slimtune.config import Config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.recipes import finetune, resume
@@ -196,6 +198,31 @@ def test_a_finished_run_is_finished_again(small: Path, rows: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "run" / "adapter")
     resume(tmp_path / "run")
     assert campaign.adapter_sha256(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_what_training_held_is_let_go_before_the_fresh_base_takes_its_room(
+    small: Path, rows: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    alive: list[Any] = []
+    original, fit = recipes.read_back, ResumableTrainer.fit
+
+    def watched_fit(self: ResumableTrainer) -> None:
+        held.extend(
+            weakref.ref(thing) for thing in (self, self.model, self.optimizer, self.engine) if thing is not None
+        )
+        fit(self)
+
+    def read_back(*arguments: Any) -> Any:
+        alive.extend(type(thing()).__name__ for thing in held if thing() is not None)
+        return original(*arguments)
+
+    monkeypatch.setattr(ResumableTrainer, "fit", watched_fit)
+    monkeypatch.setattr(recipes, "read_back", read_back)
+    finetune(config(str(small), rows, tmp_path / "run", engine=engine))
+    assert len(held) >= 2
+    assert alive == []
 
 
 def test_a_gpu_too_full_to_read_the_adapter_back_is_said_and_not_the_end(

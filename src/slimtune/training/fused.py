@@ -37,6 +37,11 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         # The Trainer's zero_grad walks over all of the model's modules at every step; the engine's is one launch.
         self.model.zero_grad = lambda set_to_none=True: engine.flat.grad.zero_()
 
+    @property
+    def least_memory(self) -> int | None:
+        """:attr:`Engine.least_memory`; None without an engine."""
+        return None if self.engine is None else self.engine.least_memory
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """8-bit AdamW over the engine's flat parameters; any other optimizer as SFTTrainer makes it."""
         if self.engine is None or self.optimizer is not None or self.args.optim not in EIGHT_BIT_ADAMW:
