@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -43,11 +42,11 @@ def stopped_before_a_save(folder: Path) -> tuple[Path, Snapshot]:
     taken: list[Snapshot] = []
     save = run.safety.checkpoints.save
 
-    def keep(step: int, snapshot: Callable[[], Snapshot], **options: Any) -> None:
+    def keep(step: int, snapshot: Callable[[], Snapshot]) -> None:
         if step == 9:
             taken.append(snapshot())
             raise InterruptedError
-        save(step, snapshot, **options)
+        save(step, snapshot)
 
     run.safety.checkpoints.save = keep  # type: ignore[method-assign]
     with pytest.raises(InterruptedError):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from slimtune.training.checkpoint import Checkpoints, OffDevice, Snapshot, from_plain, to_plain
+from slimtune.training.checkpoint import OffDevice, from_plain, to_plain
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -63,19 +61,3 @@ def test_a_state_dict_comes_back_as_it_was() -> None:
     assert back["groups"] == [{"lr": 1e-3}]
     with pytest.raises(TypeError, match="without pickle"):
         to_plain({"what": object()})
-
-
-def test_a_held_save_begins_once_the_next_step_is_launched_or_someone_waits(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    for step, go_on in enumerate((checkpoints.launched, checkpoints.wait), start=1):
-        made = threading.Event()
-
-        def snapshot(step: int = step, made: threading.Event = made) -> Snapshot:
-            made.set()
-            return Snapshot(step, {}, {"state.json": b"{}"})
-
-        checkpoints.save(step, snapshot, hold=600)
-        assert not made.wait(0.1)
-        go_on()
-        assert made.wait(30)
-        assert checkpoints.wait() == step

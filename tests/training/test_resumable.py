@@ -20,6 +20,13 @@ from slimtune.errors import GuardStop, StopRequested
 from slimtune.training import checkpoint as checkpoint_module
 
 
+@pytest.fixture(params=["handed over at once", "handed over late"], autouse=True)
+def as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything must hold as well where a save waits until the next step's work is with the GPU."""
+    if "late" in request.param:
+        monkeypatch.setattr(checkpoint_module.OffDevice, "from_gpu", True)
+
+
 class At(TrainerCallback):
     """Do something once, at the beginning of a step."""
 

@@ -20,8 +20,8 @@ import errno
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ class OffDevice:
     def from_gpu(self) -> bool:
         """Whether there was something to bring off a GPU."""
         return self._copied is not None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within this, reading a value off the device waits for the copies, not for what came behind them."""
+        if self._copied is None:
+            yield
+            return
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_event(self._copied)
+        with torch.cuda.stream(beside):
+            yield
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What tensors in the copied storages held, contiguous; waits until all copies have come.
@@ -152,39 +163,24 @@ class Checkpoints:
         self.failure: SaveFailure | None = None
         """The last save's failure; None once a save succeeds."""
         self._thread: threading.Thread | None = None
-        self._launched = threading.Event()
         self._fault: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
 
     # -- writing
 
-    def save(self, step: int, snapshot: Callable[[], Snapshot], *, hold: float = 0.0) -> None:
-        """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way.
-
-        Args:
-            step: The step.
-            snapshot: Makes it, in the thread that saves.
-            hold: Seconds that the thread lets pass at most before it begins, unless :meth:`launched` ends them. Beside
-                its Python, the training's would be slow to give the GPU the next step.
-        """
+    def save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way."""
         self.wait()
         self.beat("save")
-        self._launched.clear()
-        arguments = (step, snapshot, hold)
-        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(step, snapshot), name="checkpoint", daemon=True)
         self._thread.start()
-
-    def launched(self) -> None:
-        """The GPU has the next step's work, and the training only waits for it."""
-        self._launched.set()
 
     def wait(self) -> int | None:
         """Wait until no save is under way, and tell the step of the newest checkpoint that was read back whole.
 
         A fault of the code itself (not of the disk) comes up here.
         """
-        self.launched()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -202,8 +198,7 @@ class Checkpoints:
         """The folder of the checkpoint at ``step``."""
         return self.folder / f"checkpoint-{step}"
 
-    def _save(self, step: int, snapshot: Callable[[], Snapshot], hold: float = 0.0) -> None:
-        self._launched.wait(hold)
+    def _save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
         try:
             self._write(snapshot())
             self.last_saved, self.failure = step, None

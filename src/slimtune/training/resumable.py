@@ -36,7 +36,7 @@ from slimtune.training.checkpoint import (
     read_checkpoint,
     to_plain,
 )
-from slimtune.training.guard import DivergenceGuard, NonFinite, find_nonfinite, fused_optimizer, trained_norm
+from slimtune.training.guard import DivergenceGuard, find_nonfinite, fused_optimizer, trained_norm
 from slimtune.training.halving import split_micro_batch
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.stop import StopSignals, Watchdog
@@ -44,8 +44,6 @@ from slimtune.training.stop import StopSignals, Watchdog
 __all__ = ["Progress", "ResumableTrainer", "Safety"]
 
 STATE = "state.json"
-HOLD = 0.25
-"""Seconds at most that a save waits for the GPU to have the next step's work."""
 PATIENCE = 60.0
 """Seconds that the end of a run waits for room to save in."""
 SMALLER = "Give a smaller --max-length, or a GPU with more memory."
@@ -91,6 +89,21 @@ class Progress:
     """What the Trainer has added up since the last line of the log."""
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A run at the end of a step, on its way to a checkpoint."""
+
+    copies: OffDevice
+    norm: Tensor
+    """Of all that is saved, on the device: no number if a value is none."""
+    step: int
+    position: int
+    draws: tuple[RandomState, Any]
+    logs: dict[str, Any]
+    progress: dict[str, Any]
+    trainer_state: dict[str, Any]
+
+
 class ResumableTrainer(Trainer):
     """The mixin. ``safety`` must be set before :meth:`fit`."""
 
@@ -120,6 +133,7 @@ class ResumableTrainer(Trainer):
         self._alarmed: tuple[int, int | None] | None = None
         self._cancelled = False
         self._restored: Snapshot | None = None
+        self._taken: _Taken | None = None
         self._adapter = adapter_tensors(self.model)  # the parameters themselves: the walk over the model is made once
         own_storage_(self._adapter.values())
         checkpoint = safety.checkpoints.newest_valid()
@@ -147,17 +161,15 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
         self.safety.checkpoints.best_step = self.progress.best_step
+        self._hand_over()
         self.safety.checkpoints.wait()
         self._see_last_save()
-        bad = self._save_snapshot()
-        if bad is not None:
-            raise self._stop_by_guard(f"{bad} after step {self.state.global_step}", [])
+        self._taken = self._take()
+        if not self._taken.copies.from_gpu:
+            self._hand_over()
 
-    def _save_snapshot(self, *, before_step: bool = False) -> NonFinite | None:
-        """Take what the next step will change; all else is done by the thread that saves.
-
-        The copies off the device are started first, and the rest is taken while they are under way. Nothing is saved
-        if a value is no number; it is given back.
+    def _take(self, *, before_step: bool = False) -> _Taken:
+        """What the run is now; the copies off the device are under way.
 
         Args:
             before_step: A step is under way, and not applied: random generators and logs are taken as it began.
@@ -166,38 +178,62 @@ class ResumableTrainer(Trainer):
         copies = OffDevice(self._trained())
         draws, logs = (self._step_random, self._step_logs) if before_step else (self._draws(), self._logs_so_far())
         assert draws is not None
-        random, engine = draws
         self.store_flos()
-        self.progress.divergence = self.divergence.state()
-        # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
-        trainer_state = {**vars(self.state), "log_history": [], "stateful_callbacks": {}}
-        step, position, progress = self.state.global_step, self._position(), dict(vars(self.progress))
-        state_dicts = self._state_dicts()
-        progress["logs"] = {**logs, "loss": float(logs["loss"])}
-        bad = None if bool(norm.isfinite()) else find_nonfinite(None, self.model, self.optimizer)
-        if bad is not None:
-            return bad
+        return _Taken(
+            copies=copies,
+            norm=norm,
+            step=self.state.global_step,
+            position=self._position(),
+            draws=draws,
+            logs=logs,
+            progress={**vars(self.progress), "divergence": self.divergence.state()},
+            # The history of logs is the run's metrics.jsonl; kept here too it would grow with every step.
+            trainer_state={**vars(self.state), "log_history": [], "stateful_callbacks": {}},
+        )
+
+    def _hand_over(self) -> None:
+        """Give what was taken, if anything is, to the thread that saves; before the next optimizer step.
+
+        On a GPU that is when it has the next step's work: nothing here keeps it, nor does the Python of the thread.
+
+        Raises:
+            GuardStop: A value is no number; nothing is saved.
+        """
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        with taken.copies.reading():
+            bad = None if bool(taken.norm.isfinite()) else find_nonfinite(None, self.model, self.optimizer)
+            if bad is not None:
+                raise self._stop_by_guard(f"{bad} after step {taken.step}", [])
+            state_dicts = self._state_dicts()
+            logs = {**taken.logs, "loss": float(taken.logs["loss"])}
+        random, engine = taken.draws
 
         def snapshot() -> Snapshot:
             plain, tensors = to_plain(state_dicts)
-            state = {"progress": progress, "position": position, "engine": engine, "plain": plain}
+            state = {
+                "progress": {**taken.progress, "logs": logs},
+                "position": taken.position,
+                "engine": engine,
+                "plain": plain,
+            }
             return Snapshot(
-                step,
+                taken.step,
                 {
-                    "adapter_model": copies.of(self._adapter),
-                    "optimizer": copies.of(tensors),
+                    "adapter_model": taken.copies.of(self._adapter),
+                    "optimizer": taken.copies.of(tensors),
                     "random": random.to_tensors(),
                 },
                 {
                     ADAPTER_CONFIG: adapter_config_bytes(self.model),
                     STATE: json_bytes(state),
-                    TRAINER_STATE: json_bytes(trainer_state),
+                    TRAINER_STATE: json_bytes(taken.trainer_state),
                     IDENTITY: self.safety.identity.to_bytes(),
                 },
             )
 
-        self.safety.checkpoints.save(step, snapshot, hold=HOLD if copies.from_gpu else 0.0)
-        return None
+        self.safety.checkpoints.save(taken.step, snapshot)
 
     def _trained(self) -> Iterable[Tensor]:
         """Tensors in whose storages the adapter and the optimizer's state lie."""
@@ -275,6 +311,7 @@ class ResumableTrainer(Trainer):
         """
         checkpoints, signals = self.safety.checkpoints, self.safety.signals
         deadline = time.monotonic() + self.safety.patience
+        self._hand_over()
         while checkpoints.wait() != self.state.global_step:
             if checkpoints.failure is not None:
                 self._alarm()
@@ -286,14 +323,18 @@ class ResumableTrainer(Trainer):
                 time.sleep(min(1.0, self.safety.patience))
             self.safety.watchdog.beat("step")
             self._save_checkpoint(self.model, None)
+            self._hand_over()
         self._see_last_save()
 
     def _save_before_step(self) -> None:
         """A guard stopped a step before it was applied: save the run as it was before, if it is sound and unsaved."""
+        self._hand_over()
         checkpoints = self.safety.checkpoints
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
-        self._save_snapshot(before_step=True)
+        if bool(trained_norm(self.model, self.optimizer).isfinite()):
+            self._taken = self._take(before_step=True)
+            self._hand_over()
 
     def _take_best(self) -> None:
         step = self.progress.best_step
@@ -328,7 +369,7 @@ class ResumableTrainer(Trainer):
             reason = str(error).splitlines()[0]
         else:
             self._step_losses.append(loss)
-            self.safety.checkpoints.launched()
+            self._hand_over()
             return loss
         # Outside the except block, so that the failed pass's tensors aren't held by the exception.
         return self._run_again(model, num_items_in_batch, reason)
@@ -406,6 +447,7 @@ class ResumableTrainer(Trainer):
 
     def _before_optimizer(self) -> None:
         """Nothing that is no number is ever applied."""
+        self._hand_over()
         loss = torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
         bad = find_nonfinite(loss, self.model, self.optimizer)
         scaler = getattr(self.accelerator, "scaler", None)
