@@ -79,6 +79,26 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(make_run: Any, st
     assert second.digest() == whole.digest()
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_what_is_handed_over_late_is_what_was_taken(make_run: Any, optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[dict[str, bytes]] = []
+    for late in (False, True):
+        monkeypatch.setattr(checkpoint_module.OffDevice, "from_gpu", late)
+        run = make_run(str(late), save_steps=1, optim=optim)
+        original, files = run.safety.checkpoints._write, {}
+
+        def write(snapshot: Any, original: Any = original, files: dict[str, bytes] = files) -> None:
+            files.update({f"{snapshot.step}/{name}": data for name, data in snapshot.files().items()})
+            original(snapshot)
+
+        monkeypatch.setattr(run.safety.checkpoints, "_write", write)
+        run.fit()
+        saved.append(files)
+    at_once, late_ones = saved
+    assert len(at_once) > 4 * 5
+    assert [name for name in at_once if at_once[name] != late_ones.get(name)] == []
+
+
 def test_logs_that_span_the_stop_are_the_same(make_run: Any) -> None:
     whole = make_run("whole", logging_steps=5)
     whole.fit()
