@@ -29,6 +29,40 @@ def slimtune(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+STOPPED = """
+import os, signal, sys
+from slimtune import cli
+from slimtune.training.stop import StopSignals
+
+def run(**options):
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def run_and_unwind(**options):
+    try:
+        run()
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def say(error, said=cli.say_error):
+    os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
+    said(error)
+
+cli.slimtune_command.main = globals()[sys.argv.pop()]
+cli.say_error = say
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("where", ["run", "run_and_unwind"])
+def test_a_second_signal_while_the_first_is_being_told_changes_nothing(where: str, second: str) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED, second, where], capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert "stopped by SIGTERM" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_names_every_verb() -> None:
     done = slimtune("--help")
     assert done.returncode == 0

@@ -9,6 +9,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -16,7 +17,8 @@ from typing import Any, NoReturn
 import click
 
 import slimtune
-from slimtune.errors import SlimtuneError, UserError
+from slimtune.errors import SlimtuneError, StopRequested, UserError
+from slimtune.training.stop import STOP_SIGNALS
 
 __all__ = ["main", "nobody_reads", "say_error", "slimtune_command"]
 
@@ -97,14 +99,13 @@ def main() -> NoReturn:
         code: Any = slimtune_command.main(args=arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except SlimtuneError as error:
-        if debug:
-            traceback.print_exc()
-        say_error(error)
-        sys.exit(error.exit_code)
+        end(error, debug=debug)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__context__, StopRequested):  # a second Ctrl-C, on the way here
+            end(error.__context__, debug=debug)
         click.echo("\nslimtune: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
@@ -120,6 +121,17 @@ def main() -> NoReturn:
         click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
         click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
         sys.exit(1)
+
+
+def end(error: SlimtuneError, *, debug: bool) -> NoReturn:
+    """Say the error and end with its code; a run that was asked to stop isn't kept from that by another signal."""
+    if isinstance(error, StopRequested):
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if debug:
+        traceback.print_exc()
+    say_error(error)
+    sys.exit(error.exit_code)
 
 
 def nobody_reads() -> None:
