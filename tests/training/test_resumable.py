@@ -99,6 +99,17 @@ def test_what_is_handed_over_late_is_what_was_taken(make_run: Any, optim: str, m
     assert [name for name in at_once if at_once[name] != late_ones.get(name)] == []
 
 
+def test_a_crash_right_after_a_save_keeps_it(make_run: Any) -> None:
+    def crash(**_: Any) -> None:
+        raise RuntimeError("something broke")
+
+    run = make_run("crashed", save_steps=2)
+    run.add_callback(At(5, crash))
+    with pytest.raises(RuntimeError, match="something broke"):
+        run.fit()
+    assert run.safety.checkpoints.steps() == [4, 2]
+
+
 def test_logs_that_span_the_stop_are_the_same(make_run: Any) -> None:
     whole = make_run("whole", logging_steps=5)
     whole.fit()

@@ -152,6 +152,7 @@ class ResumableTrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 raise self._stop_by_guard(f"out of memory: {str(error).splitlines()[0]}", [], SMALLER) from error
             finally:
+                self._hand_over()
                 safety.checkpoints.wait()
         if safety.config.early_stopping and self.progress.best_step is not None:
             self._take_best()
