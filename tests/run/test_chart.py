@@ -9,7 +9,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
@@ -35,6 +35,8 @@ def coordinates(svg: ElementTree.Element) -> list[tuple[float, float]]:
 
 @settings(deadline=None)
 @given(curve=curves, zero=st.booleans())
+@example(curve=[(1, 5e-324), (2, 1.0)], zero=False)
+@example(curve=[(1, 5e-324), (2, 0.0)], zero=False)
 def test_any_curve_stays_inside_its_frame(curve: Curve, zero: bool) -> None:
     if all(value is None for _, value in curve):
         assert line_chart([Line(curve, "smooth")], title="", width=WIDTH, height=HEIGHT, zero=zero) == ""

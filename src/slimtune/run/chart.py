@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from slimtune.run.history import Curve
@@ -19,6 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 64.0, 12.0, 26.0
 _LABEL_HEIGHT = 14.0
 _HOVER_POINTS = 60
 """Most points that get a hover text of their own."""
+_LEAST = 1e-100
+"""Smaller values are drawn as 0."""
 _LOG_FROM = 100.0
 """Values that span more than this factor are drawn on a logarithmic axis."""
 
@@ -70,6 +72,7 @@ def line_chart(
         marks: Vertical marks.
         zero: Let the value axis begin at 0.
     """
+    lines = [replace(line, curve=[(step, _flushed(value)) for step, value in line.curve]) for line in lines]
     values = [value for line in lines for _, value in line.curve if value is not None]
     if not values:
         return ""
@@ -92,6 +95,11 @@ def line_chart(
     parts += _last_values([line for line in lines if line.label_last], x, y)
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _flushed(value: float | None) -> float | None:
+    """0 for what is next to nothing: the space between two ticks would be no float any more."""
+    return 0.0 if value is not None and abs(value) < _LEAST else value
 
 
 def _marked(mark: Mark, at: float, height: int) -> str:
