@@ -63,6 +63,25 @@ def test_a_second_signal_while_the_first_is_being_told_changes_nothing(where: st
     assert "Traceback" not in done.stderr
 
 
+INTERRUPTED = """
+import atexit, os, signal
+from slimtune import cli
+
+def interrupted(**options):
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    raise KeyboardInterrupt
+
+cli.slimtune_command.main = interrupted
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_on_the_way_out_says_no_more() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "\nslimtune: interrupted\n"
+
+
 def test_help_names_every_verb() -> None:
     done = slimtune("--help")
     assert done.returncode == 0

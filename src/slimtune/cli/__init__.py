@@ -106,6 +106,7 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__context__, StopRequested):  # a second Ctrl-C, on the way here
             end(error.__context__, debug=debug)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # people press it twice; the process is on its way out
         click.echo("\nslimtune: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
