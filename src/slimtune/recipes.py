@@ -198,15 +198,7 @@ def _train(
         trainer.safety = safety
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
-        if reason_unfused is None:
-            trainer.use_engine(make_engine(config, trainer.model))
-            if trainer.least_memory is not None and hardware.device == "cuda":
-                screen.warn(
-                    f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
-                    f"{trainer.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
-                )
-        else:
-            screen.say("engine", f"plain: {reason_unfused}")
+        _use_engine(config, hardware, trainer, reason_unfused, screen)
         # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
         facts.base.fingerprint_before = fingerprint(trainer.model)
         facts.adapter = _adapter_facts(config, trainer)
@@ -239,6 +231,21 @@ def _train(
             write_report(run)
 
 
+def _use_engine(
+    config: Config, hardware: Hardware, trainer: SlimTrainer, reason_unfused: str | None, screen: Screen
+) -> None:
+    """Let the engine run the trainer's steps, unless there is a reason against it, which is said."""
+    if reason_unfused is not None:
+        screen.say("engine", f"plain: {reason_unfused}")
+        return
+    trainer.use_engine(make_engine(config, trainer.model))
+    if trainer.least_memory is not None and hardware.device == "cuda":
+        screen.warn(
+            f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
+            f"{trainer.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
+        )
+
+
 def _export(config: Config, run: RunFolder, screen: Screen) -> None:
     """The exports that the config names, of a run that is done and whole whatever becomes of them."""
     for kind in config.export:
@@ -262,14 +269,7 @@ def _verify(
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # libraries ask the driver itself for their workspaces
     tokens, _ = data.documents[0]
-    try:
-        found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
-    except torch.OutOfMemoryError as error:
-        raise GuardStop(
-            f"no memory is left on the GPU to read {run.adapter} back into a fresh base: {str(error).splitlines()[0]}",
-            rule="The adapter is saved, and not yet proven.",
-            way_out=f"Free the GPU of other programs, then: slimtune resume {run.path}",
-        ) from None
+    found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
     if found.problem:
         raise GuardStop(
             f"the adapter in {run.adapter} is bad: {found.problem}",

@@ -333,8 +333,9 @@ class ResumableTrainer(Trainer):
         checkpoints = self.safety.checkpoints
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
-        if bool(trained_norm(self.model, self.optimizer).isfinite()):
-            self._taken = self._take(before_step=True)
+        taken = self._take(before_step=True)
+        if bool(taken.norm.isfinite()):
+            self._taken = taken
             self._hand_over()
 
     def _take_best(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.passport import template_hash, tokenizer_hash
@@ -115,7 +116,7 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
     """Writing the results must not lose the run: whatever fails here leaves the last checkpoint to go on from.
 
     Raises:
-        GuardStop: The disk failed.
+        GuardStop: The disk failed, or no memory is left on the GPU for a fresh base's proof of the adapter.
         UserError: Something else that the person can mend; how to go on is added.
         StopRequested: A signal came, whatever a library made of it.
     """
@@ -126,6 +127,13 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
         signals.check()
         way_out = f"{error.way_out} Then: {goes_on}".strip()
         raise UserError(error.what, rule=f"{error.rule} {done}".strip(), way_out=way_out) from error
+    except torch.OutOfMemoryError as error:
+        signals.check()
+        raise GuardStop(
+            f"no memory is left on the GPU to read the adapter back into a fresh base: {str(error).splitlines()[0]}",
+            rule=f"{done} The adapter is not yet proven.",
+            way_out=f"Free the GPU of other programs, then: {goes_on}",
+        ) from error
     except Exception as error:
         signals.check()
         what = _refused(error)
