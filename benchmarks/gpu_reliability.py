@@ -29,7 +29,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from slimtune.hardware import detect  # noqa: E402
 from slimtune.run.environment import library_versions  # noqa: E402
-from slimtune.training.checkpoint import finite  # noqa: E402
+from slimtune.training.checkpoint import nonfinite  # noqa: E402
 from tests.campaigns import campaign  # noqa: E402
 from tests.campaigns.campaign import Process  # noqa: E402
 from tests.campaigns.test_kill import kill_at_random  # noqa: E402
@@ -106,7 +106,7 @@ class Bench:
         )
         code = process.wait()
         good = code == 3 and "in step 5" in process.output() and max(campaign.trajectory(run)) == 4
-        good = good and not any(finite(load_file(file)) for file in run.rglob("*.safetensors"))
+        good = good and not any(nonfinite(load_file(file)) for file in run.rglob("*.safetensors"))
         good = good and ("rows.jsonl:" in process.output()) == (where in ("loss", "gradient"))
         self.expect(good, f"{where} on {engine}, exit {code}", process)
         return f"{where} ({engine}): {'same step, exit 3, no bad file' if good else 'FAILED'}"
@@ -166,7 +166,7 @@ def main(out: Path) -> int:
         numbers += [pool.submit(bench.skipped, engine) for engine in ("fused", "plain")]
         recording = pool.submit(bench.saved_while_recording)
         kills = sum((future.result() for future in killed), Counter[str]())
-        nonfinite = [future.result() for future in numbers]
+        stopped = [future.result() for future in numbers]
         result = {
             "date": date.today().isoformat(),
             "gpu": hardware.name,
@@ -175,7 +175,7 @@ def main(out: Path) -> int:
             "kills_in_a_save": kills["in a save"],
             "killed_runs": kills["runs"],
             "killed_runs_equal": kills["equal"],
-            "nonfinite": nonfinite,
+            "nonfinite": stopped,
             "saves_while_graphs_are_recorded": recording.result(),
             "out_of_memory": [bench.starved(engine) for engine in ("fused", "plain")],
             "failures": bench.failures,

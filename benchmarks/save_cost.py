@@ -78,7 +78,7 @@ def the_workload(folder: Path, size: str) -> Config:
 
 def copy_alone(trainer: ResumableTrainer) -> float:
     """Seconds to copy the storages of adapter and optimizer off the device, as a save does it."""
-    tensors = trainer._trained()
+    tensors = trainer._trained().storages()
     began = device_clock()
     OffDevice(tensors).of({})
     return device_clock() - began

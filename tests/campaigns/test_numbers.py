@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from slimtune.training.checkpoint import Checkpoints, finite
+from slimtune.training.checkpoint import Checkpoints, nonfinite
 from tests.campaigns import campaign
 from tests.campaigns.campaign import Process
 
@@ -19,7 +19,7 @@ POISON, REFUSE = "tests.campaigns.faults:poison", "tests.campaigns.faults:refuse
 
 
 def no_bad_file(run: Path) -> bool:
-    return not any(finite(load_file(file)) for file in run.rglob("*.safetensors"))
+    return not any(nonfinite(load_file(file)) for file in run.rglob("*.safetensors"))
 
 
 def events(run: Path, kind: str) -> list[dict[str, object]]:

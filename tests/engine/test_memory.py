@@ -17,17 +17,28 @@ from slimtune.engine.structure import read_decoder
 VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
 
 
-@pytest.fixture(scope="module")
-def layers() -> list[LayerComputation]:
-    """Qwen1.5-1.8B's shape, without weights."""
+def layers_of(hidden: int, intermediate: int, count: int, heads: int) -> list[LayerComputation]:
+    """A model's layers, without weights."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=16,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=count,
+        num_attention_heads=heads, num_key_value_heads=heads,
     )  # fmt: skip
     with torch.device("meta"):
         model = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
     made = computations(read_decoder(model), torch.bfloat16, torch.device("meta"))
     return [layer for layer in made if layer is not None]
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[LayerComputation]:
+    """Qwen1.5-1.8B's shape."""
+    return layers_of(2048, 5504, 24, 16)
+
+
+@pytest.fixture(scope="module")
+def small_layers() -> list[LayerComputation]:
+    """SmolLM2-135M's shape, but for shared kv heads."""
+    return layers_of(576, 1536, 30, 9)
 
 
 def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
@@ -43,7 +54,7 @@ def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: floa
     plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
     assert plan.nbytes <= gigabytes * 1e9
     assert plan.part_tokens >= LONGEST
-    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way) for level in plan.keep)
+    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way, plan.padded_tokens) for level in plan.keep)
     assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
 
 
@@ -57,3 +68,17 @@ def test_keeps_the_inputs_alone_when_there_is_no_more_room(layers: list[LayerCom
 def test_documents_are_never_cut(layers: list[LayerComputation]) -> None:
     assert plan_memory(layers, TOKENS, VOCABULARY, 2e9).part_tokens == TOKENS
     assert plan_memory(layers, 3000, VOCABULARY, 1e9, longest=2000).part_tokens >= 2000
+
+
+def test_a_small_model_gives_the_memory_efficient_kernel_room_for_all_documents(
+    small_layers: list[LayerComputation],
+) -> None:
+    """A graph needs it, and a host takes longer to launch so small a model's kernels than they do."""
+    plenty, tight = (
+        plan_memory(small_layers, 2048, 49152, budget, longest=1024, way="efficient") for budget in (14e9, 0.3e9)
+    )
+    assert plenty.padded_tokens >= 64 * 1024
+    assert plenty.nbytes <= 14e9
+    assert tight.padded_tokens == 0
+    assert tight.nbytes <= 0.3e9
+    assert plan_memory(small_layers, 2048, 49152, 14e9, longest=1024).padded_tokens == 0

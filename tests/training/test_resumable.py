@@ -18,13 +18,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from slimtune.errors import GuardStop, StopRequested
 from slimtune.training import checkpoint as checkpoint_module
+from slimtune.training.saving import Moment
 
 
 @pytest.fixture(params=["handed over at once", "handed over late"], autouse=True)
 def as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything must hold as well where a save waits until the next step's work is with the GPU."""
     if "late" in request.param:
-        monkeypatch.setattr(checkpoint_module.OffDevice, "from_gpu", True)
+        monkeypatch.setattr(Moment, "can_wait", True)
 
 
 class At(TrainerCallback):
@@ -83,7 +84,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(make_run: Any, st
 def test_what_is_handed_over_late_is_what_was_taken(make_run: Any, optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, bytes]] = []
     for late in (False, True):
-        monkeypatch.setattr(checkpoint_module.OffDevice, "from_gpu", late)
+        monkeypatch.setattr(Moment, "can_wait", late)
         run = make_run(str(late), save_steps=1, optim=optim)
         original, files = run.safety.checkpoints._write, {}
 
@@ -271,7 +272,29 @@ def test_every_place_is_watched(make_run: Any, where: str, value: float, optim: 
         run.fit()
     for step in run.safety.checkpoints.steps():
         for file in run.safety.checkpoints.path(step).glob("*.safetensors"):
-            assert checkpoint_module.finite(load_file(file)) == []
+            assert checkpoint_module.nonfinite(load_file(file)) == []
+
+
+@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_an_optimizer_that_makes_a_nan_has_it_neither_saved_nor_called_done(
+    make_run: Any, step: int, optim: str
+) -> None:
+    """After the last step no other looks at its parameters: what is to be written is looked at."""
+    run = make_run("run", optim=optim)
+
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            if state.global_step + 1 == step:
+                next(p for p in run.model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+
+    run.add_callback(Spoil())
+    with pytest.raises(GuardStop, match=rf"lora_A.* (is no number after step {step}|in step {step + 1})") as stop:
+        run.fit()
+    assert run.safety.checkpoints.steps()[0] == step - 3
+    assert str(run.safety.checkpoints.path(step - 3)) in str(stop.value)
 
 
 def test_a_diverging_loss_warns_or_stops(make_run: Any) -> None:

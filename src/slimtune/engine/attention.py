@@ -9,7 +9,8 @@ Four ways to compute it, chosen by :func:`choose`:
   it reads on the device, so a CUDA graph follows new lengths.
 - ``efficient``: PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and its like, 32 bits.
   It is compared with plain products once, on the device itself (:func:`efficient_is_right`). Its memory grows with
-  documents x the longest one, so the host gives it a few neighbours at a time (:attr:`Documents.runs`).
+  documents x the longest one: where there is room for that it takes all of them, and reads their boundaries on the
+  device, as FlashAttention-2 does; else the host gives it a few neighbours at a time (:attr:`Documents.runs`).
 - ``torch``: anything else (a CPU, 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain matrix
   products where a sliding window is shorter than a document. The host goes over the documents, so no CUDA graph can
   follow new lengths.
@@ -28,14 +29,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["RECORDABLE", "ROUND", "Attention", "Documents", "Run", "Way", "choose", "efficient_is_right"]
+__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "efficient_is_right", "padded_tokens"]
 
 Way = Literal["cudnn", "varlen", "efficient", "torch"]
 
 ROUND = 64
 """Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
-RECORDABLE: frozenset[Way] = frozenset({"cudnn", "varlen"})
-"""Ways whose kernels read the documents' boundaries on the device: a CUDA graph of them holds for other documents."""
 _EFFICIENT_BLOCK = 64
 _CAUSAL_FROM_TOP_LEFT = 1
 """The memory-efficient kernel's ``custom_mask_type``."""
@@ -50,7 +49,9 @@ class Documents:
     boundaries: Tensor
     """int32 [n + 1 or more] on the device: 0, then each document's end; may go on repeating T."""
     longest: int
-    """At least the longest document's tokens, at most T; what varlen's grid is made for."""
+    """At least the longest document's tokens, at most T; what the grid of ``varlen`` and ``efficient`` is made for."""
+    room: int = 0
+    """:func:`padded_tokens` that the memory-efficient kernel may take at once, if that is more than 2 T."""
 
     @property
     def tokens(self) -> int:
@@ -59,12 +60,15 @@ class Documents:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Neighbours in runs whose documents x longest one, in whole blocks, is at most 2 T, or of one document."""
+        """All documents, as the device sees them, if there is room; else neighbours that take at most 2 T, or one."""
+        count = len(self.boundaries) - 1
+        if padded_tokens(count, self.longest) <= self.room:
+            return [Run(slice(0, self.tokens), self.boundaries, self.longest)]
         limit, runs = 2 * self.tokens, []
         start = first = longest = 0
         at = 0
         for index, length in enumerate(self.lengths):
-            if index > first and (index + 1 - first) * _blocks(max(longest, length)) > limit:
+            if index > first and padded_tokens(index + 1 - first, max(longest, length)) > limit:
                 runs.append(self._run(first, index, slice(start, at), longest))
                 start, first, longest = at, index, 0
             at, longest = at + length, max(longest, length)
@@ -82,14 +86,14 @@ class Run:
     tokens: slice
     """Where they lie."""
     boundaries: Tensor
-    """int32 [n + 1] on the device: 0, then each document's end within the run."""
+    """int32 [n + 1 or more] on the device: 0, then each document's end within the run; may go on repeating the last."""
     longest: int
-    """The longest one's tokens."""
+    """At least the longest one's tokens."""
 
 
-def _blocks(length: int) -> int:
-    """Tokens in whole blocks of the memory-efficient kernel."""
-    return -(-length // _EFFICIENT_BLOCK) * _EFFICIENT_BLOCK
+def padded_tokens(documents: int, longest: int) -> int:
+    """What the memory-efficient kernel's sums are as large as: documents x the longest one in whole blocks."""
+    return documents * -(-longest // _EFFICIENT_BLOCK) * _EFFICIENT_BLOCK
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...]) -> Way:
@@ -317,7 +321,7 @@ def efficient_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) 
     # Rows of wider buffers, as the engine's are.
     q, k, v, do = (x[:, :columns].view(tokens, heads, head_dim) for x in wide)
     ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
-    documents = Documents(lengths, ends, tokens)
+    documents = Documents(lengths, ends, tokens, room=padded_tokens(len(ends), tokens))
 
     def computed(way: Way, dtype: torch.dtype) -> list[Tensor]:
         attention = Attention(documents, way, head_dim**-0.5)

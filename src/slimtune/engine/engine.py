@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.attention import RECORDABLE, ROUND
+from slimtune.engine.attention import ROUND
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -100,9 +100,11 @@ class Engine:
         self.plan: MemoryPlan = plan_memory(
             self.layers, tokens, self._head.shape[0], budget, longest=longest, way=self._inputs.packs_way
         )
+        self._inputs.padded_room = self.plan.padded_tokens
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
+        self._recording = self.graphs
         self._recorded: dict[ShapeKey, _Recorded] = {}
         self._warm: set[str] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -193,7 +195,9 @@ class Engine:
         self.draws += 1
         key = self._inputs.load(micro, (self.seed + self.draws * _SEED_STRIDE) % 2**63)
         recorded = self._recorded.get(key)
-        if recorded is None and self.graphs and key.way in self._warm and key.way in RECORDABLE:
+        if not key.recordable:
+            self._record_no_more()
+        if recorded is None and self._recording and key.way in self._warm:
             recorded = self._recorded[key] = self._record(micro, key)
         if recorded is not None:
             recorded.forward.replay()
@@ -292,6 +296,11 @@ class Engine:
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             self._backward(g, saved, on)
         return _Recorded(forward, backward, x, residual, g)
+
+    def _record_no_more(self) -> None:
+        """A micro-batch that no graph can take: graphs beside passes as they are would take the plan's memory twice."""
+        self._recording = False
+        self._recorded.clear()
 
     def _g(self, like: Tensor) -> Tensor:
         """The buffer for the gradient of the last layer's result, at an address that stays."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimtune.engine.attention import Documents, Way, choose
+from slimtune.engine.attention import Documents, Way, choose, padded_tokens
 from slimtune.engine.microbatch import MicroBatch
 from slimtune.errors import UserError
 
@@ -27,9 +27,11 @@ class ShapeKey:
     tokens: int
     way: Way
     documents: int
-    """How many; with ``varlen`` the most that the graph takes."""
+    """How many, or the most that a graph takes."""
     longest: int
     """The row length, or at least the longest document's."""
+    recordable: bool
+    """Whether the device alone reads where the documents end, so that a graph holds for others of this key."""
 
 
 class Inputs:
@@ -39,6 +41,8 @@ class Inputs:
         self._head_dim, self._dtype, self._device = head_dim, dtype, device
         self.room = tokens
         """Tokens that there is room for."""
+        self.padded_room = 0
+        """:attr:`slimtune.engine.memory.MemoryPlan.padded_tokens`."""
         # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
         self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
         self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
@@ -74,7 +78,7 @@ class Inputs:
 
     def documents(self, micro: MicroBatch, key: ShapeKey) -> Documents:
         """The micro-batch's documents; what the device reads of them lies at a fixed address."""
-        return Documents(micro.lengths, self._boundaries[: key.documents + 1], key.longest)
+        return Documents(micro.lengths, self._boundaries[: key.documents + 1], key.longest, self.padded_room)
 
     def load(self, micro: MicroBatch, seed: int) -> ShapeKey:
         """Bring a micro-batch to the device.
@@ -121,7 +125,9 @@ class Inputs:
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)
         way = choose(self._device, self._dtype, self._head_dim, micro.lengths)
-        if way == "varlen":
-            count = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
-            longest = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
-        return ShapeKey(micro.tokens, way, count, longest)
+        if way in ("varlen", "efficient"):
+            most = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
+            rounded = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
+            if way == "varlen" or padded_tokens(most, rounded) <= self.padded_room:
+                return ShapeKey(micro.tokens, way, most, rounded, recordable=True)
+        return ShapeKey(micro.tokens, way, count, longest, recordable=way == "cudnn")

@@ -23,6 +23,9 @@ _HEAD_CHUNKS = (4096, 2048, 1024, 512, 256)
 _FLOPS = 700e12  # of a large 16-bit product
 _DEQUANTIZED = 1.5e12  # bytes of 16-bit weights written in a second, their 4 bits read
 _FILL = 160  # tokens at which a product runs at half its rate
+_LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
+_SUMS = 512 << 20
+"""Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class MemoryPlan:
     """Tokens that the MLP takes at once."""
     head_tokens: int
     """Supervised tokens that the head takes at once."""
+    padded_tokens: int
+    """What :func:`slimtune.engine.attention.padded_tokens` may be in one call; a CUDA graph needs it."""
     nbytes: int
     """What all of this is predicted to take, besides the model itself."""
 
 
-def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen") -> int:
+def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen", padded_tokens: int = 0) -> int:
     """Bytes that a layer keeps from its forward to its backward, attention computed by ``way``."""
     size = layer.dtype.itemsize
     columns = layer.down.outputs
@@ -51,30 +56,34 @@ def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "va
     if keep >= Keep.ATTENTION:
         columns += layer.qkv.outputs + layer.o.inputs + layer.o.extra + layer.down.outputs
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
-        floats = layer.heads * (4 if way == "efficient" else 1) + 2
+        sums = max(4 * tokens, padded_tokens) if way == "efficient" else tokens
+        floats = layer.heads * sums + 2 * tokens
         if layer.layer.q_norm is not None:
             columns += (layer.heads + layer.kv_heads) * layer.head_dim
-            floats += layer.heads + layer.kv_heads
+            floats += (layer.heads + layer.kv_heads) * tokens
     if keep >= Keep.GATES:
         columns += layer.gate_up.outputs
     if keep >= Keep.ALL:
         columns += sum(site.inputs + site.extra for site in (layer.qkv, layer.gate_up) if site.groups)
-    return tokens * (columns * size + 4 * floats)
+    return tokens * columns * size + 4 * floats
 
 
-def working_bytes(layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen") -> int:
+def working_bytes(
+    layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen", padded_tokens: int = 0
+) -> int:
     """Bytes that one layer's backward takes at its peak beside what was kept, all of it computed again."""
     size = layer.dtype.itemsize
     hidden, qkv = layer.down.outputs, layer.qkv.outputs
     q = layer.heads * layer.head_dim
-    again = layer_bytes(layer, tokens, Keep.ATTENTION, way) + tokens * (layer.qkv.inputs + layer.qkv.extra) * size
+    again = layer_bytes(layer, tokens, Keep.ATTENTION, way, padded_tokens)
+    again += tokens * (layer.qkv.inputs + layer.qkv.extra) * size
     n2 = tokens * (layer.gate_up.inputs + layer.gate_up.extra) * size
     mlp = n2 + tokens * hidden * size + min(tokens, mlp_tokens) * 3 * layer.gate_up.outputs * size
     # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
     attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
     if way == "efficient":
         # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with as many heads as q, and o.
-        attention += tokens * (4 * q + 5 * q * size)
+        attention += 4 * q * (max(2 * tokens, padded_tokens) - tokens) + tokens * 5 * q * size
     gradient_stream = 2 * tokens * hidden * size
     return again + gradient_stream + max(mlp, attention)
 
@@ -119,17 +128,23 @@ class _Shape:
         mlp = 2 * products * self.layers * (gate_up + down) * _FILL / min(plan.mlp_tokens, plan.part_tokens)
         hidden = self.layer.down.outputs
         head = 2 * products * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
-        return added + attention + mlp + head
+        added += attention + mlp + head
+        if self.way == "efficient" and not plan.padded_tokens:  # no graph: the device may wait for the host
+            device = 2 * products * self.layers * (qkv + o + gate_up + down) + added
+            added += max(0.0, parts * self.layers * _LAUNCHES - device)
+        return added
 
-    def filled(self, part_tokens: int, mlp_tokens: int, head_tokens: int, budget: float) -> MemoryPlan:
+    def filled(
+        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_tokens: int, budget: float
+    ) -> MemoryPlan:
         """The plan with these sizes that keeps as much as the budget has room for."""
         first, count = self.layer, self.layers
 
         def kept_by(level: Keep) -> int:
-            return layer_bytes(first, part_tokens, level, self.way)
+            return layer_bytes(first, part_tokens, level, self.way, padded_tokens)
 
         scratch = sum(site.kept_bytes for site in first.sites)
-        work = working_bytes(first, part_tokens, mlp_tokens, self.way)
+        work = working_bytes(first, part_tokens, mlp_tokens, self.way, padded_tokens)
         fixed = max(work, _head_bytes(first, part_tokens, head_tokens, self.vocabulary)) + scratch
         room = budget - fixed - count * kept_by(Keep.INPUT)
         keep = [Keep.INPUT] * count
@@ -150,17 +165,18 @@ class _Shape:
         raise_layers(Keep.ALL)
         kept = sum(map(kept_by, keep))
         nbytes = fixed + kept + kept_weights * self.weights
-        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, nbytes)
+        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_tokens, nbytes)
 
 
-def _sizes(tokens: int, longest: int) -> Iterator[tuple[int, int, int]]:
-    """Parts of 1, 1/2, 1/4, … of the documents, and chunks within them: (part, MLP, head) tokens."""
+def _sizes(tokens: int, longest: int, padded: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Parts of 1, 1/2, 1/4, … of the documents, and chunks within them: (part, MLP, head, attention's) tokens."""
     documents = max(1, tokens // longest)
     parts = {tokens} | {max(1, documents >> shift) * longest for shift in range(1, 12)}
     for part in parts:
         for chunk in _CHUNKS:
             for head in _HEAD_CHUNKS:
-                yield min(part, tokens), min(chunk, part), head
+                for padded_tokens in padded:
+                    yield min(part, tokens), min(chunk, part), head, padded_tokens
 
 
 def plan_memory(
@@ -183,7 +199,8 @@ def plan_memory(
         way: How attention is computed.
     """
     shape = _Shape(layers[0], len(layers), tokens, vocabulary, way)
-    sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens)))
+    padded = (_SUMS // (4 * layers[0].heads * layers[0].head_dim), 0) if way == "efficient" else (0,)
+    sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
     plans = [shape.filled(*size, budget) for size in sizes]
     fitting = [plan for plan in plans if plan.nbytes <= budget]
     if not fitting:

@@ -11,7 +11,8 @@
 =============================  =======================================================================================
 
 The training thread only starts the copies off the device (:class:`OffDevice`); a thread behind it waits for them,
-serialises, writes, syncs, reads back and prunes. A save that fails is told and tried again; the older checkpoints stay.
+looks for values that are no numbers, serialises, writes, syncs, reads back and prunes. A save that fails is told and
+tried again; the older checkpoints stay.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import errno
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from slimtune.run.durable import (
 
 __all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoint", "to_plain"]
 
+STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
 IDENTITY = "identity.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -70,22 +72,6 @@ class OffDevice:
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
-
-    @property
-    def from_gpu(self) -> bool:
-        """Whether there was something to bring off a GPU."""
-        return self._copied is not None
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Within this, reading a value off the device waits for the copies, not for what came behind them."""
-        if self._copied is None:
-            yield
-            return
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_event(self._copied)
-        with torch.cuda.stream(beside):
-            yield
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What tensors in the copied storages held, contiguous; waits until all copies have come.
@@ -122,6 +108,10 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
     texts: dict[str, bytes] = field(default_factory=dict)
 
+    def nonfinite(self) -> str | None:
+        """The name of a tensor that holds a NaN or an infinity, or None if none does."""
+        return next((name for named in self.tensors.values() for name in nonfinite(named)), None)
+
     def files(self) -> dict[str, bytes]:
         """The files' names and contents."""
         made = {f"{stem}.safetensors": save(named, {"format": "pt"}) for stem, named in self.tensors.items()}
@@ -134,6 +124,15 @@ class SaveFailure:
 
     step: int
     error: OSError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A save that would have written a value that is no number."""
+
+    step: int
+    name: str
+    """The tensor's."""
 
 
 class Checkpoints:
@@ -162,6 +161,8 @@ class Checkpoints:
         """Step of the newest checkpoint that was read back whole."""
         self.failure: SaveFailure | None = None
         """The last save's failure; None once a save succeeds."""
+        self.refused: Refusal | None = None
+        """A snapshot that was not written, as it isn't sound."""
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,12 @@ class Checkpoints:
 
     def _save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
         try:
-            self._write(snapshot())
+            made = snapshot()
+            bad = made.nonfinite()
+            if bad is not None:
+                self.refused = Refusal(step, bad)
+                return
+            self._write(made)
             self.last_saved, self.failure = step, None
             self._prune()
         except OSError as error:
@@ -322,6 +328,6 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the floating tensors that hold a NaN or an infinity."""
     return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]

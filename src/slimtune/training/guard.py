@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Divergence", "DivergenceGuard", "NonFinite", "find_nonfinite", "fused_optimizer", "trained_norm"]
+__all__ = ["Divergence", "DivergenceGuard", "NonFinite", "find_nonfinite", "fused_optimizer"]
 
 WINDOW = 100
 """Losses that the running median is taken over."""
@@ -78,32 +78,11 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
     return None  # every value is finite; only the sum of their squares isn't
 
 
-def trained_norm(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """The norm of what a save would write, parameters and optimizer state: a scalar on the device, not waited for.
-
-    It is finite only if all of them are; :func:`find_nonfinite` finds the culprit.
-    """
-    fused = fused_optimizer(optimizer)
-    if fused is not None:
-        return _norm([fused.flat.data, *fused.float_state()])
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state = [tensor for _, tensor in _optimizer_tensors(named, optimizer)]
-    return _norm([*(parameter.detach() for _, parameter in named), *state])
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all values: in one launch for tensors of one kind."""
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
-        norms: list[Tensor] = list(torch._foreach_norm(tensors))
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
-    total: Tensor = torch.nn.utils.get_total_norm(tensors)
-    return total
-
-
 def _all_finite(tensors: list[Tensor]) -> bool:
     """Whether all values are finite: one norm, and one read. An overflowing norm says no."""
-    return bool(_norm(tensors).isfinite())
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:  # one launch for all of them
+        return bool(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).isfinite())
+    return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
 
 
 def fused_optimizer(optimizer: torch.optim.Optimizer) -> Any:

@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,30 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from slimtune.adapter.files import ADAPTER_CONFIG
-from slimtune.adapter.state import adapter_config_bytes, adapter_tensors, own_storage_, restore_adapter
+from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapter
 from slimtune.config import Config
 from slimtune.errors import GuardStop
 from slimtune.run.identity import Identity
-from slimtune.training.checkpoint import (
-    IDENTITY,
-    TRAINER_STATE,
-    Checkpoints,
-    OffDevice,
-    Snapshot,
-    from_plain,
-    json_bytes,
-    read_checkpoint,
-    to_plain,
-)
-from slimtune.training.guard import DivergenceGuard, find_nonfinite, fused_optimizer, trained_norm
+from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
+from slimtune.training.guard import DivergenceGuard, find_nonfinite
 from slimtune.training.halving import split_micro_batch
 from slimtune.training.rng import RandomState, rng_preserved
+from slimtune.training.saving import Moment, Trained, snapshot
 from slimtune.training.stop import StopSignals, Watchdog
 
 __all__ = ["Progress", "ResumableTrainer", "Safety"]
 
-STATE = "state.json"
 PATIENCE = 60.0
 """Seconds that the end of a run waits for room to save in."""
 SMALLER = "Give a smaller --max-length, or a GPU with more memory."
@@ -89,21 +78,6 @@ class Progress:
     """What the Trainer has added up since the last line of the log."""
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A run at the end of a step, on its way to a checkpoint."""
-
-    copies: OffDevice
-    norm: Tensor
-    """Of all that is saved, on the device: no number if a value is none."""
-    step: int
-    position: int
-    draws: tuple[RandomState, Any]
-    logs: dict[str, Any]
-    progress: dict[str, Any]
-    trainer_state: dict[str, Any]
-
-
 class ResumableTrainer(Trainer):
     """The mixin. ``safety`` must be set before :meth:`fit`."""
 
@@ -133,7 +107,7 @@ class ResumableTrainer(Trainer):
         self._alarmed: tuple[int, int | None] | None = None
         self._cancelled = False
         self._restored: Snapshot | None = None
-        self._taken: _Taken | None = None
+        self._unsaved: Moment | None = None
         self._adapter = adapter_tensors(self.model)  # the parameters themselves: the walk over the model is made once
         own_storage_(self._adapter.values())
         checkpoint = safety.checkpoints.newest_valid()
@@ -165,24 +139,20 @@ class ResumableTrainer(Trainer):
         self._hand_over()
         self.safety.checkpoints.wait()
         self._see_last_save()
-        self._taken = self._take()
-        if not self._taken.copies.from_gpu:
+        self._unsaved = self._moment()
+        if not self._unsaved.can_wait:
             self._hand_over()
 
-    def _take(self, *, before_step: bool = False) -> _Taken:
-        """What the run is now; the copies off the device are under way.
+    def _moment(self, *, before_step: bool = False) -> Moment:
+        """The run as it is now, but for what is trained.
 
         Args:
             before_step: A step is under way, and not applied: random generators and logs are taken as it began.
         """
-        norm = trained_norm(self.model, self.optimizer)
-        copies = OffDevice(self._trained())
         draws, logs = (self._step_random, self._step_logs) if before_step else (self._draws(), self._logs_so_far())
         assert draws is not None
         self.store_flos()
-        return _Taken(
-            copies=copies,
-            norm=norm,
+        return Moment(
             step=self.state.global_step,
             position=self._position(),
             draws=draws,
@@ -193,64 +163,17 @@ class ResumableTrainer(Trainer):
         )
 
     def _hand_over(self) -> None:
-        """Give what was taken, if anything is, to the thread that saves; before the next optimizer step.
+        """Give the last step's end, if it is to be saved, to the thread that saves; before the next optimizer step.
 
         On a GPU that is when it has the next step's work: nothing here keeps it, nor does the Python of the thread.
-
-        Raises:
-            GuardStop: A value is no number; nothing is saved.
         """
-        taken, self._taken = self._taken, None
-        if taken is None:
-            return
-        with taken.copies.reading():
-            bad = None if bool(taken.norm.isfinite()) else find_nonfinite(None, self.model, self.optimizer)
-            if bad is not None:
-                raise self._stop_by_guard(f"{bad} after step {taken.step}", [])
-            state_dicts = self._state_dicts()
-            logs = {**taken.logs, "loss": float(taken.logs["loss"])}
-        random, engine = taken.draws
+        moment, self._unsaved = self._unsaved, None
+        if moment is not None:
+            self.safety.checkpoints.save(moment.step, snapshot(moment, self._trained(), self.safety.identity))
 
-        def snapshot() -> Snapshot:
-            plain, tensors = to_plain(state_dicts)
-            state = {
-                "progress": {**taken.progress, "logs": logs},
-                "position": taken.position,
-                "engine": engine,
-                "plain": plain,
-            }
-            return Snapshot(
-                taken.step,
-                {
-                    "adapter_model": taken.copies.of(self._adapter),
-                    "optimizer": taken.copies.of(tensors),
-                    "random": random.to_tensors(),
-                },
-                {
-                    ADAPTER_CONFIG: adapter_config_bytes(self.model),
-                    STATE: json_bytes(state),
-                    TRAINER_STATE: json_bytes(taken.trainer_state),
-                    IDENTITY: self.safety.identity.to_bytes(),
-                },
-            )
-
-        self.safety.checkpoints.save(taken.step, snapshot)
-
-    def _trained(self) -> Iterable[Tensor]:
-        """Tensors in whose storages the adapter and the optimizer's state lie."""
-        fused = fused_optimizer(self.optimizer)
-        if fused is not None:
-            storage: list[Tensor] = fused.storage()
-            return storage
-        return [*self._adapter.values(), *to_plain(self.optimizer.state_dict())[1].values()]
-
-    def _state_dicts(self) -> dict[str, Any]:
-        """Of optimizer, schedule and loss scale: the tensors themselves, the numbers as they are now."""
-        optimizer, scaler = self.optimizer.state_dict(), getattr(self.accelerator, "scaler", None)
-        # The inner dicts of some optimizers are those that they count their steps in.
-        optimizer["state"] = {index: dict(entry) for index, entry in optimizer["state"].items()}
-        parts = {"optimizer": optimizer, "schedule": self.lr_scheduler.state_dict()}
-        return parts if scaler is None else {**parts, "scaler": scaler.state_dict()}
+    def _trained(self) -> Trained:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return Trained(self.model, self._adapter, self.optimizer, self.lr_scheduler, scaler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del resume_from_checkpoint, model
@@ -260,11 +183,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         saved = self._saved()
-        parts = from_plain(json.loads(saved.texts[STATE])["plain"], saved.tensors["optimizer"])
-        self.optimizer.load_state_dict(parts["optimizer"])
-        self.lr_scheduler.load_state_dict(parts["schedule"])
-        if "scaler" in parts:
-            self.accelerator.scaler.load_state_dict(parts["scaler"])
+        self._trained().load(json.loads(saved.texts[STATE])["plain"], saved.tensors["optimizer"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Done with the optimizer."""
@@ -314,8 +233,8 @@ class ResumableTrainer(Trainer):
         deadline = time.monotonic() + self.safety.patience
         self._hand_over()
         while checkpoints.wait() != self.state.global_step:
+            self._see_last_save()
             if checkpoints.failure is not None:
-                self._alarm()
                 if signals.requested is not None:
                     return  # asked to stop: the run goes on from the last good checkpoint
                 if time.monotonic() >= deadline:
@@ -333,10 +252,8 @@ class ResumableTrainer(Trainer):
         checkpoints = self.safety.checkpoints
         if self._step_random is None or checkpoints.wait() == self.state.global_step:
             return
-        taken = self._take(before_step=True)
-        if bool(taken.norm.isfinite()):
-            self._taken = taken
-            self._hand_over()
+        self._unsaved = self._moment(before_step=True)
+        self._hand_over()
 
     def _take_best(self) -> None:
         step = self.progress.best_step
@@ -420,7 +337,8 @@ class ResumableTrainer(Trainer):
 
     def _begin(self) -> None:
         """The Trainer has set itself up: put back what it doesn't remember by itself."""
-        OffDevice(self._trained())  # asking for pinned memory takes 15 ms, and what was asked for once is kept
+        # Asking for pinned memory takes 15 ms, and what was asked for once is kept.
+        OffDevice([*self._trained().storages(), self._tr_loss])
         if self._restored is None:
             return
         self.divergence.load(self.progress.divergence)
@@ -486,7 +404,14 @@ class ResumableTrainer(Trainer):
         )
 
     def _see_last_save(self) -> None:
-        """Once a save is over: sound the alarm if it failed, or end the alarm if it is the first to succeed again."""
+        """Once a save is over: sound the alarm if it failed, or end the alarm if it is the first to succeed again.
+
+        Raises:
+            GuardStop: It was to hold a value that is no number, and was not written.
+        """
+        refused = self.safety.checkpoints.refused
+        if refused is not None:
+            raise self._stop_by_guard(f"{refused.name} is no number after step {refused.step}", [])
         if self.safety.checkpoints.failure is not None:
             self._alarm()
         elif self._alarmed is not None:
