@@ -3,8 +3,8 @@
 Both sides answer the same 64 prompts, greedily, with the same adapter on the same base; both are warmed up first. Two
 baselines: the base in 4 bits as training loads it, and the same values unpacked, as slimtune computes on a CPU, so
 that the gain of unpacking and the gain of the engine are seen apart. In 16 bits the shape of a batch changes how sums
-are rounded, in Transformers as well: so its replies in batches of 4 are compared with its own in batches of 8, and
-where two replies part, the two tokens' logits are.
+are rounded, in Transformers as well: so its replies in batches of 4 are compared with its own in batches of 8, all of
+them with its replies in fp32, and where two replies part, the two tokens' logits are.
 
     python benchmarks/generate.py ADAPTER -o benchmarks/results/DATE-generate-MACHINE.json
 """
@@ -138,6 +138,8 @@ def main() -> None:
         if dtype != "fp32":
             baseline = next(name for name in outputs if name.startswith("transformers"))
             again = plain(opened, sides[baseline][2], prompts, options.new, BATCH // 2)
+            exact_model = open_model(options.target, dtype="fp32")
+            exact = plain(exact_model, exact_model.model, prompts, options.new)
             apart = [
                 steps_apart(opened, prompt, a, b)
                 for prompt, a, b in zip(prompts, mine, outputs[baseline], strict=True)
@@ -145,6 +147,10 @@ def main() -> None:
             ]
             in_16_bits = {
                 "transformers_in_batches_of_4_equal_to_8": equal(again, outputs[baseline]),
+                "equal_to_transformers_in_fp32": {
+                    **{name: equal(replies, exact) for name, replies in outputs.items()},
+                    "transformers in batches of 4": equal(again, exact),
+                },
                 "where_replies_part_bf16_steps_apart": sorted(round(distance, 2) for distance in apart),
             }
     record = {

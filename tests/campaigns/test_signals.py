@@ -52,13 +52,13 @@ def test_signals_in_every_phase(train: Callable[..., list[str]], tmp_path: Path)
         trial += 1
         number = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
         twice = chance.random() < (0.5 if phase == "save" else 0.2)
-        run, log = tmp_path / f"run{trial}", tmp_path / f"run{trial}.log"
-        process = Process(train(run, *more), log)
+        run, log, over = (tmp_path / f"run{trial}{suffix}" for suffix in ("", ".log", ".steps"))
+        process = Process(train(run, *more), log, "tests.campaigns.faults:count_steps", file=str(over))
         if not into(phase, process, run, chance):
             assert process.wait() == 0, process.output()
             continue
         process.send(signal.SIGSTOP)  # so that no step ends between the look at the file and the signal
-        before, began = last_step(run), time.monotonic()
+        before, began = int(over.read_text() or 0) if over.exists() else 0, time.monotonic()
         process.send(number)
         process.send(signal.SIGCONT)
         if twice:
