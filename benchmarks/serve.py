@@ -2,10 +2,11 @@
 
 `throughput`: clients that each ask one question after the other, greedily, through `slimtune serve` on loopback.
 
-`load`: half of the clients ask and check what they get: every greedy answer must equal the one that
-`slimtune.use.generate` computes for that prompt alone, before the server starts. The other half read slowly, send
-slowly, break off while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with
-Retry-After may come), answers that differ, connections that break without a reason, and the server's memory.
+`load`: half of the clients ask and check what they get: every greedy answer must equal the one that the server gives
+to that prompt alone, before the others come. How many of those are what `slimtune.use.generate` says to the prompt
+alone is told too: in fp32 all, in 16 bits the two round otherwise. The other half read slowly, send slowly, break off
+while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with Retry-After may come),
+answers that differ, connections that break without a reason, and the server's memory.
 
     python benchmarks/serve.py RUN --minutes 10 -o benchmarks/results/DATE-serve.json
 """
@@ -113,9 +114,10 @@ def text_of(content: bytes, stream: bool) -> str:
 # -- the server and what it must answer -------------------------------------------------------------------------------
 
 
-def expected(target: str, tokens: int) -> list[str]:
+def generated(target: str, tokens: int, dtype: str) -> list[str]:
+    """What `generate` answers to each question alone."""
     with upstream_to_log(None):
-        opened = open_model(target)
+        opened = open_model(target, dtype=dtype)
         texts = []
         for question in QUESTIONS:
             reply = next(iter(generate(opened, [opened.prompt_ids(question)], Sampling(max_new_tokens=tokens))))
@@ -123,12 +125,25 @@ def expected(target: str, tokens: int) -> list[str]:
     return texts
 
 
+async def served(address: tuple[str, int]) -> list[str]:
+    """What the server answers to each question when nobody else asks."""
+    texts = []
+    for question in QUESTIONS:
+        async with Http(address) as http:
+            http.send(body("tuned", question))
+            _, headers = await http.head()
+            texts.append(text_of(await http.rest(headers), stream=False))
+    return texts
+
+
 @asynccontextmanager
-async def server(target: str) -> AsyncIterator[tuple[tuple[str, int], psutil.Process]]:
-    command = [Path(sys.executable).with_name("slimtune"), "serve", f"tuned={target}", "--port", "0", "--log"]
+async def server(target: str, dtype: str) -> AsyncIterator[tuple[tuple[str, int], psutil.Process]]:
+    command = [Path(sys.executable).with_name("slimtune"), "serve", f"tuned={target}", "--port", "0"]
     with (
         tempfile.NamedTemporaryFile(suffix=".log") as log,
-        subprocess.Popen([*command, log.name], stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            [*command, "--compute-dtype", dtype, "--log", log.name], stdout=subprocess.PIPE, text=True
+        ) as process,
     ):
         assert process.stdout is not None
         line = await asyncio.to_thread(process.stdout.readline)
@@ -307,9 +322,9 @@ def weighed(samples: list[tuple[float, int, int]], minutes: float) -> dict[str, 
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    answers = expected(options.target, TOKENS) if options.minutes else []
+    by_generate = generated(options.target, TOKENS, options.dtype) if options.minutes else []
     made: dict[str, Any] = {}
-    async with server(options.target) as (address, process):
+    async with server(options.target, options.dtype) as (address, process):
         if options.rounds:
             await throughput(address, 16, 1.0, 8)  # warm up
             rounds = []
@@ -319,25 +334,30 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             made["throughput"] = {"rounds": rounds, "one": one, "sixteen": many, "ratio": round(many / one, 2)}
             print(made["throughput"], flush=True)
         if options.minutes:
+            answers = await served(address)
+            equal = sum(a == b for a, b in zip(answers, by_generate, strict=True))
+            made["alone_as_generate_says"] = f"{equal} of {len(answers)}"
             made["load"] = await load(address, process, answers, options.clients, options.minutes)
     return made
 
 
 def main() -> None:
+    hardware = detect()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default=hardware.compute_dtype)
     parser.add_argument("--rounds", type=int, default=3, help="of the throughput; 0: none")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer of the throughput")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the load test; 0: none")
     options = parser.parse_args()
-    hardware = detect()
     record = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": hardware.name,
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
+        "dtype": options.dtype,
         **asyncio.run(measure(options)),
     }
     print(json.dumps(record, indent=2))

@@ -31,6 +31,7 @@ def command(
     system: str | None,
     base: str | None,
     quantization: str | None,
+    compute_dtype: str | None,
     trust_remote_code: bool,
     temperature: float,
     top_p: float,
@@ -52,7 +53,9 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     with upstream_to_log(None):
-        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
         torch.manual_seed(seed)
         session = ChatSession(opened, sampling, system)
         if prompt is not None:

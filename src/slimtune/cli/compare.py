@@ -33,6 +33,7 @@ def command(
     as_json: bool,
     base: str | None,
     quantization: str | None,
+    compute_dtype: str | None,
     trust_remote_code: bool,
     temperature: float,
     top_p: float,
@@ -59,7 +60,9 @@ def command(
     check = load_checker(checker) if checker else None
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     with upstream_to_log(None):
-        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
         made = compare(opened, data, checker=check, general=general, sampling=sampling)
     folder = output or Path(target)
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ def command(
     as_json: bool,
     base: str | None,
     quantization: str | None,
+    compute_dtype: str | None,
     trust_remote_code: bool,
 ) -> None:
     """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows."""
@@ -43,7 +44,9 @@ def command(
 
     made: dict[str, Any] = {}
     with upstream_to_log(None):
-        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
         if data:
             documents = documents_of(opened, data)
             made["documents"], made["supervised_tokens"] = len(documents), documents.supervised_tokens

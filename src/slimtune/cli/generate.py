@@ -26,6 +26,7 @@ def command(
     with_base: bool,
     base: str | None,
     quantization: str | None,
+    compute_dtype: str | None,
     trust_remote_code: bool,
     temperature: float,
     top_p: float,
@@ -51,7 +52,9 @@ def command(
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     questions = read_questions(prompts)
     with upstream_to_log(None):
-        opened = open_model(target, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("answering", total=None)

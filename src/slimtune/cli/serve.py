@@ -45,6 +45,7 @@ def command(
     dry_run: bool,
     base: str | None,
     quantization: str | None,
+    compute_dtype: str | None,
     trust_remote_code: bool,
     **limits: Any,
 ) -> None:
@@ -82,7 +83,7 @@ def command(
         from slimtune.use.attention import any_length
 
         found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
-        models = open_all(found, quantization=quantization)
+        models = open_all(found, quantization=quantization, dtype=compute_dtype)
         with any_length():
             run(Api(models, bounds, key), listening, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
 

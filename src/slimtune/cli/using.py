@@ -13,13 +13,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """How the model is opened: base, quantisation, remote code."""
+    """How the model is opened: base, quantisation, dtype, remote code."""
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         click.option(
             "--quantization",
             type=click.Choice(["nf4", "none"]),
             help="The base's quantisation.  [as in training; nf4 for a bare model]",
+        ),
+        click.option(
+            "--compute-dtype",
+            type=click.Choice(["bf16", "fp16", "fp32"]),
+            help="What is computed in; in fp32 replies depend least on the machine.  [what is fastest here]",
         ),
         click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved."),
     ):
