@@ -2,11 +2,11 @@
 
 `throughput`: clients that each ask one question after the other, greedily, through `slimtune serve` on loopback.
 
-`load`: half of the clients ask and check what they get: every greedy answer must equal the one that the server gives
-to that prompt alone, before the others come. How many of those are what `slimtune.use.generate` says to the prompt
-alone is told too: in fp32 all, in 16 bits the two round otherwise. The other half read slowly, send slowly, break off
-while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with Retry-After may come),
-answers that differ, connections that break without a reason, and the server's memory.
+`load`: half of the clients ask and check what they get: every greedy answer must equal the one that
+`slimtune.use.generate` computes for that prompt alone, before the server starts; in 16 bits, where the two round
+otherwise, the one that the server gives to the prompt before the others come. The other half read slowly, send
+slowly, break off while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with
+Retry-After may come), answers that differ, connections that break without a reason, and the server's memory.
 
     python benchmarks/serve.py RUN --minutes 10 -o benchmarks/results/DATE-serve.json
 """
@@ -334,9 +334,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             made["throughput"] = {"rounds": rounds, "one": one, "sixteen": many, "ratio": round(many / one, 2)}
             print(made["throughput"], flush=True)
         if options.minutes:
-            answers = await served(address)
-            equal = sum(a == b for a, b in zip(answers, by_generate, strict=True))
-            made["alone_as_generate_says"] = f"{equal} of {len(answers)}"
+            alone = await served(address)
+            equal = sum(a == b for a, b in zip(alone, by_generate, strict=True))
+            made["alone_as_generate_says"] = f"{equal} of {len(alone)}"
+            answers = by_generate if options.dtype == "fp32" else alone
             made["load"] = await load(address, process, answers, options.clients, options.minutes)
     return made
 

@@ -54,7 +54,7 @@ def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: floa
     plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
     assert plan.nbytes <= gigabytes * 1e9
     assert plan.part_tokens >= LONGEST
-    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way, plan.padded_tokens) for level in plan.keep)
+    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way, plan.padded_room) for level in plan.keep)
     assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
 
 
@@ -77,8 +77,8 @@ def test_a_small_model_gives_the_memory_efficient_kernel_room_for_all_documents(
     plenty, tight = (
         plan_memory(small_layers, 2048, 49152, budget, longest=1024, way="efficient") for budget in (14e9, 0.3e9)
     )
-    assert plenty.padded_tokens >= 64 * 1024
+    assert plenty.padded_room >= 64 * 1024
     assert plenty.nbytes <= 14e9
-    assert tight.padded_tokens == 0
+    assert tight.padded_room == 0
     assert tight.nbytes <= 0.3e9
-    assert plan_memory(small_layers, 2048, 49152, 14e9, longest=1024).padded_tokens == 0
+    assert plan_memory(small_layers, 2048, 49152, 14e9, longest=1024).padded_room == 0

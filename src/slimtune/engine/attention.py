@@ -50,7 +50,7 @@ class Documents:
     """int32 [n + 1 or more] on the device: 0, then each document's end; may go on repeating T."""
     longest: int
     """At least the longest document's tokens, at most T; what the grid of ``varlen`` and ``efficient`` is made for."""
-    room: int = 0
+    padded_room: int = 0
     """:func:`padded_tokens` that the memory-efficient kernel may take at once, if that is more than 2 T."""
 
     @property
@@ -62,7 +62,7 @@ class Documents:
     def runs(self) -> list[Run]:
         """All documents, as the device sees them, if there is room; else neighbours that take at most 2 T, or one."""
         count = len(self.boundaries) - 1
-        if padded_tokens(count, self.longest) <= self.room:
+        if padded_tokens(count, self.longest) <= self.padded_room:
             return [Run(slice(0, self.tokens), self.boundaries, self.longest)]
         limit, runs = 2 * self.tokens, []
         start = first = longest = 0
@@ -321,7 +321,7 @@ def efficient_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) 
     # Rows of wider buffers, as the engine's are.
     q, k, v, do = (x[:, :columns].view(tokens, heads, head_dim) for x in wide)
     ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
-    documents = Documents(lengths, ends, tokens, room=padded_tokens(len(ends), tokens))
+    documents = Documents(lengths, ends, tokens, padded_room=padded_tokens(len(ends), tokens))
 
     def computed(way: Way, dtype: torch.dtype) -> list[Tensor]:
         attention = Attention(documents, way, head_dim**-0.5)

@@ -100,7 +100,7 @@ class Engine:
         self.plan: MemoryPlan = plan_memory(
             self.layers, tokens, self._head.shape[0], budget, longest=longest, way=self._inputs.packs_way
         )
-        self._inputs.padded_room = self.plan.padded_tokens
+        self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)

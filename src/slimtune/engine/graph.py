@@ -42,7 +42,7 @@ class Inputs:
         self.room = tokens
         """Tokens that there is room for."""
         self.padded_room = 0
-        """:attr:`slimtune.engine.memory.MemoryPlan.padded_tokens`."""
+        """:attr:`slimtune.engine.memory.MemoryPlan.padded_room`."""
         # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
         self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
         self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)

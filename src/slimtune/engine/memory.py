@@ -42,13 +42,13 @@ class MemoryPlan:
     """Tokens that the MLP takes at once."""
     head_tokens: int
     """Supervised tokens that the head takes at once."""
-    padded_tokens: int
+    padded_room: int
     """What :func:`slimtune.engine.attention.padded_tokens` may be in one call; a CUDA graph needs it."""
     nbytes: int
     """What all of this is predicted to take, besides the model itself."""
 
 
-def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen", padded_tokens: int = 0) -> int:
+def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen", padded_room: int = 0) -> int:
     """Bytes that a layer keeps from its forward to its backward, attention computed by ``way``."""
     size = layer.dtype.itemsize
     columns = layer.down.outputs
@@ -56,7 +56,7 @@ def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "va
     if keep >= Keep.ATTENTION:
         columns += layer.qkv.outputs + layer.o.inputs + layer.o.extra + layer.down.outputs
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
-        sums = max(4 * tokens, padded_tokens) if way == "efficient" else tokens
+        sums = max(4 * tokens, padded_room) if way == "efficient" else tokens
         floats = layer.heads * sums + 2 * tokens
         if layer.layer.q_norm is not None:
             columns += (layer.heads + layer.kv_heads) * layer.head_dim
@@ -69,13 +69,13 @@ def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "va
 
 
 def working_bytes(
-    layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen", padded_tokens: int = 0
+    layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen", padded_room: int = 0
 ) -> int:
     """Bytes that one layer's backward takes at its peak beside what was kept, all of it computed again."""
     size = layer.dtype.itemsize
     hidden, qkv = layer.down.outputs, layer.qkv.outputs
     q = layer.heads * layer.head_dim
-    again = layer_bytes(layer, tokens, Keep.ATTENTION, way, padded_tokens)
+    again = layer_bytes(layer, tokens, Keep.ATTENTION, way, padded_room)
     again += tokens * (layer.qkv.inputs + layer.qkv.extra) * size
     n2 = tokens * (layer.gate_up.inputs + layer.gate_up.extra) * size
     mlp = n2 + tokens * hidden * size + min(tokens, mlp_tokens) * 3 * layer.gate_up.outputs * size
@@ -83,7 +83,7 @@ def working_bytes(
     attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
     if way == "efficient":
         # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with as many heads as q, and o.
-        attention += 4 * q * (max(2 * tokens, padded_tokens) - tokens) + tokens * 5 * q * size
+        attention += 4 * q * (max(2 * tokens, padded_room) - tokens) + tokens * 5 * q * size
     gradient_stream = 2 * tokens * hidden * size
     return again + gradient_stream + max(mlp, attention)
 
@@ -129,22 +129,22 @@ class _Shape:
         hidden = self.layer.down.outputs
         head = 2 * products * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
         added += attention + mlp + head
-        if self.way == "efficient" and not plan.padded_tokens:  # no graph: the device may wait for the host
+        if self.way == "efficient" and not plan.padded_room:  # no graph: the device may wait for the host
             device = 2 * products * self.layers * (qkv + o + gate_up + down) + added
             added += max(0.0, parts * self.layers * _LAUNCHES - device)
         return added
 
     def filled(
-        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_tokens: int, budget: float
+        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_room: int, budget: float
     ) -> MemoryPlan:
         """The plan with these sizes that keeps as much as the budget has room for."""
         first, count = self.layer, self.layers
 
         def kept_by(level: Keep) -> int:
-            return layer_bytes(first, part_tokens, level, self.way, padded_tokens)
+            return layer_bytes(first, part_tokens, level, self.way, padded_room)
 
         scratch = sum(site.kept_bytes for site in first.sites)
-        work = working_bytes(first, part_tokens, mlp_tokens, self.way, padded_tokens)
+        work = working_bytes(first, part_tokens, mlp_tokens, self.way, padded_room)
         fixed = max(work, _head_bytes(first, part_tokens, head_tokens, self.vocabulary)) + scratch
         room = budget - fixed - count * kept_by(Keep.INPUT)
         keep = [Keep.INPUT] * count
@@ -165,7 +165,7 @@ class _Shape:
         raise_layers(Keep.ALL)
         kept = sum(map(kept_by, keep))
         nbytes = fixed + kept + kept_weights * self.weights
-        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_tokens, nbytes)
+        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes)
 
 
 def _sizes(tokens: int, longest: int, padded: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -175,8 +175,8 @@ def _sizes(tokens: int, longest: int, padded: Sequence[int]) -> Iterator[tuple[i
     for part in parts:
         for chunk in _CHUNKS:
             for head in _HEAD_CHUNKS:
-                for padded_tokens in padded:
-                    yield min(part, tokens), min(chunk, part), head, padded_tokens
+                for padded_room in padded:
+                    yield min(part, tokens), min(chunk, part), head, padded_room
 
 
 def plan_memory(

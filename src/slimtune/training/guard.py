@@ -41,22 +41,22 @@ class NonFinite:
         return self.where in ("parameter", "optimizer state")
 
 
-def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> NonFinite | None:
+def find_nonfinite(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> NonFinite | None:
     """Look at a step before it is applied. Waits for the device once if all is well.
 
     Args:
-        loss: Sum of the step's micro-batch losses, a scalar on the device; None if there is none yet.
+        loss: Sum of the step's micro-batch losses, a scalar on the device.
         model: Its trainable parameters and their gradients are looked at.
         optimizer: Its floating-point state is looked at.
     """
     fused = fused_optimizer(optimizer)
-    if fused is not None:  # its tensors are few: no walk over the model while all is well
-        losses = [] if loss is None else [loss.detach().float()]
-        if _all_finite([*losses, fused.flat.grad, fused.flat.data, *fused.float_state()]):
-            return None
+    total = loss.detach().float()
+    # The fused optimizer's tensors are few: no walk over the model while all is well.
+    if fused is not None and _all_finite([total, fused.flat.grad, fused.flat.data, *fused.float_state()]):
+        return None
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[list[Tensor]] = [
-        [] if loss is None else [loss.detach().float()],
+        [total],
         [parameter.grad for _, parameter in named if parameter.grad is not None],
         [parameter.detach() for _, parameter in named],
         [tensor for _, tensor in _optimizer_tensors(named, optimizer)],
@@ -70,7 +70,7 @@ def find_nonfinite(loss: Tensor | None, model: nn.Module, optimizer: torch.optim
     for name, tensor in _optimizer_tensors(named, optimizer):
         if not torch.isfinite(tensor).all():
             return NonFinite("optimizer state", name, _worst(tensor))
-    if loss is not None and not torch.isfinite(loss).all():
+    if not torch.isfinite(loss).all():
         return NonFinite("loss", "", _worst(loss))
     for name, parameter in named:
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
