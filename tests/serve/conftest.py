@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,9 @@ def serving(models: dict[str, Opened]) -> Callable[..., object]:
 
     @contextmanager
     def started(limits: Limits | None = None, key: str | None = None) -> Iterator[Served]:
-        api = Api(models, limits or Limits(output_tokens=1024), key)
         ready = threading.Event()
-        with listen("127.0.0.1", 0) as listening:
+        with listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as computing:
+            api = Api(models, limits or Limits(output_tokens=1024), computing, key)
             server = WebServer(api, ready.set)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
             thread.start()

@@ -80,12 +80,15 @@ def command(
     with listen(host, port) as listening, upstream_to_log(log):
         from slimtune.serve.api import Api
         from slimtune.serve.server import run
+        from slimtune.serve.thread import CallingThread
         from slimtune.use.attention import any_length
 
         found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
         models = open_all(found, quantization=quantization, dtype=compute_dtype)
+        computing = CallingThread()
+        api = Api(models, bounds, computing, key)
         with any_length():
-            run(Api(models, bounds, key), listening, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
+            run(api, listening, computing, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
 
 
 def _key(given: str | None, file: Path | None) -> str | None:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from importlib.resources import files
@@ -50,12 +50,13 @@ class Api:
     Args:
         models: By the name that clients ask for.
         limits: What one request, and all together, may take.
+        computing: What does the engines' sums, one after another.
         key: The API key, or None for a server that only this machine reaches.
     """
 
-    def __init__(self, models: dict[str, Opened], limits: Limits, key: str | None = None) -> None:
+    def __init__(self, models: dict[str, Opened], limits: Limits, computing: Executor, key: str | None = None) -> None:
         self.limits = limits
-        self.engines = {name: Engine(opened, limits) for name, opened in models.items()}
+        self.engines = {name: Engine(opened, limits, computing) for name, opened in models.items()}
         self.gate = Gate(limits.batch + limits.waiting)
         self.metrics = Metrics()
         self.metrics.inside.set_function(lambda: self.gate.inside)

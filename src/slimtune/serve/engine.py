@@ -6,7 +6,8 @@ import asyncio
 import math
 import threading
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,12 @@ class Engine:
     Args:
         opened: The model. The engine computes on a copy of its modules, which shares the tensors.
         limits: Batch size and cache.
+        computing: What does the sums, one after another (why: :mod:`slimtune.serve.thread`).
     """
 
-    def __init__(self, opened: Opened, limits: Limits) -> None:
+    def __init__(self, opened: Opened, limits: Limits, computing: Executor) -> None:
         self.opened = opened
+        self._computing = computing
         self.longest_prompt = min(limits.prompt_tokens, opened.context - 1)
         longest = min(limits.prompt_tokens + limits.output_tokens, opened.context)
         # One page more than the longest request fills, for the engine takes whole pages.
@@ -78,6 +81,7 @@ class Engine:
         # Not for models that compute their attention otherwise (sinks, softcaps), and not measured on a GPU.
         if opened.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not OLD_TRANSFORMERS:
             attend_by_request(model)
+        self._manager._create_batch_processor = self._created(self._manager._create_batch_processor)
         self._chooser = self._manager.logit_processor = Chooser()
         self._tickets: dict[str, _Ticket] = {}
         self._reader: threading.Thread | None = None
@@ -135,6 +139,20 @@ class Engine:
             if not ticket.done:
                 self._manager.cancel_request(identity)
             self._chooser.choices.pop(identity, None)
+
+    def _created(self, create: Callable[[], Any]) -> Callable[[], Any]:
+        """``create``, whose processor leaves all that touches the model or the cache to the thread that computes."""
+
+        def created() -> Any:
+            processor = self._computed(create)()
+            processor.prepare_next_batch = self._computed(processor.prepare_next_batch)
+            processor._generation_step = self._computed(processor._generation_step)
+            return processor
+
+        return created
+
+    def _computed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: self._computing.submit(work, *args).result()
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         for output in self._manager:

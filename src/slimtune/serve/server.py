@@ -5,27 +5,36 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
 from slimtune.serve.address import url_of
 from slimtune.serve.api import Api
+from slimtune.serve.thread import CallingThread
 
 __all__ = ["WebServer", "run"]
 
 
-def run(api: Api, listening: socket.socket, ready: Callable[[str], None]) -> None:
+def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then end what is under way (5 s at most) and return.
+
+    The server has a thread of its own; this one computes.
 
     Args:
         api: The application.
         listening: From :func:`slimtune.serve.address.listen`.
+        computing: The application's.
         ready: Called with the URL when requests are answered.
     """
-    # uvicorn raises the signal that stopped it once more, for whoever was there before. Here nobody was: it is done.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    web = WebServer(api, lambda: ready(url_of(listening)))
+    before = {number: signal.signal(number, web.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        WebServer(api, lambda: ready(url_of(listening))).run(sockets=[listening])
+        with ThreadPoolExecutor(1, thread_name_prefix="slimtune-web") as thread:
+            serving = thread.submit(web.run, sockets=[listening])
+            serving.add_done_callback(lambda _: computing.shutdown())
+            computing.run()
+        serving.result()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
