@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from slimtune.adapter.passport import read_passport
@@ -49,6 +51,15 @@ def test_a_folder_gets_what_the_hub_would(run: Path, adapter: Path, tmp_path: Pa
         assert part in text
     assert "/home/someone" not in text
     assert ET.parse(out / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = free.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="the hub did not take owner/name"):
+        push(find(str(run)), "owner/name")
 
 
 def test_the_passport_holds_no_folders_of_the_machine(run: Path) -> None:

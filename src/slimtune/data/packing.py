@@ -36,6 +36,8 @@ IGNORE = -100
 """The label that Transformers' losses leave out."""
 
 _WINDOW = 2**16
+_TILE = 64
+"""Kernels take rows in tiles of this many."""
 _DEAL_ROOM = 4
 """With more, packs are less alike; with less, dealing leaves gaps that best fit can't close: up to 3 % more packs."""
 
@@ -174,11 +176,14 @@ class PaddedBatches(MicroBatches):
 
 
 def micro_batches(documents: Documents, config: Config, pad_id: int) -> MicroBatches:
-    """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded batches."""
+    """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded batches.
+
+    Packs of a file that doesn't fill one have its size: what is padded is computed like any token.
+    """
     if config.packing:
-        return PackedBatches(
-            documents, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed, longest=config.max_length
-        )
+        whole = -(-documents.tokens // _TILE) * _TILE
+        tokens = min(config.batch_tokens, whole)
+        return PackedBatches(documents, tokens=tokens, pad_id=pad_id, seed=config.seed, longest=config.max_length)
     return PaddedBatches(documents, batch_size=config.micro_batch, pad_id=pad_id, seed=config.seed)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
 from slimtune.adapter.passport import PASSPORT_FILE, Passport
 from slimtune.errors import UserError
@@ -43,7 +43,7 @@ def push(found: Found, target: str, *, private: bool = True) -> str:
         Where it is now.
 
     Raises:
-        UserError: There is no adapter, or the hub refuses.
+        UserError: There is no adapter, or the hub refuses or can't be reached.
     """
     if found.adapter is None:
         raise UserError(f"{found.name} is a bare model: there is no adapter to publish")
@@ -66,10 +66,11 @@ def push(found: Found, target: str, *, private: bool = True) -> str:
             api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=target)
         for name, text in texts.items():
             api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=target)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"the hub did not take {target}: {str(error).strip().splitlines()[0]}",
-            way_out="Log in with a token that may write (hf auth login), and check the name.",
+            way_out="Check the network and the name, and log in with a token that may write (hf auth login); "
+            f"for a folder, give ./{target}",
         ) from None
     return f"https://huggingface.co/{target}"
 
