@@ -41,7 +41,7 @@ def test_json_has_the_facts_and_the_sample(run_here: RunHere, rows: Path) -> Non
     assert (facts["rows"], facts["rows_trained"], facts["refused"]) == (3, 3, None)
     assert facts["sample"]["place"] == "rows.jsonl:2"
     assert [s["text"] for s in facts["sample"]["segments"] if s["supervised"]] == ["It is 1.<|im_end|>"]
-    assert facts["packs"]["tokens"] == 2048
+    assert facts["packs"]["tokens"] == 192  # three rows are less than the 2,048 of --max-length
 
 
 def test_refused_data_is_shown_and_exits_with_2(run_here: RunHere, rows: Path) -> None:
