@@ -29,7 +29,7 @@ ROWS, LENGTH = 8, 128
 def chats() -> tuple[Any, list[list[int]]]:
     """The tokenizer, and each chat's tokens."""
     from slimtune.base.embedded import EMBEDDED
-    from slimtune.base.load import load_tokenizer
+    from slimtune.base.tokenizer import load_tokenizer
     from slimtune.demo import rows
 
     tokenizer = load_tokenizer(EMBEDDED)

@@ -69,7 +69,7 @@ class Meter:
 
 
 def run_slimtune(file: str, options: dict[str, Any]) -> dict[str, Any]:
-    from slimtune.base.load import load_tokenizer
+    from slimtune.base.tokenizer import load_tokenizer
     from slimtune.config import Config
     from slimtune.data import PackedBatches, examine, micro_batches
 
@@ -91,7 +91,7 @@ def run_trl(file: str, masked: bool) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from slimtune.base.load import load_tokenizer
+    from slimtune.base.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m")
     if masked:

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.base.embedded import EMBEDDED, embedded_model_folder
-from slimtune.base.load import Base, load_base, load_tokenizer
+from slimtune.base.load import Base, load_base
+from slimtune.base.tokenizer import load_tokenizer
 from slimtune.demo import rows
 from slimtune.hardware import Hardware, detect
 

@@ -27,8 +27,10 @@ from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
 from slimtune.base.embedded import EMBEDDED
-from slimtune.base.load import Base, load_base, load_tokenizer, model_source, torch_dtype
+from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint
+from slimtune.base.source import model_source
+from slimtune.base.tokenizer import load_tokenizer
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches

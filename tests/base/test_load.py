@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import PreTrainedTokenizerBase
 
-from slimtune.base.load import Base, load_base, load_tokenizer, model_source
+from slimtune.base.load import Base, load_base
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
@@ -69,35 +68,6 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(base: Base) -> No
     assert torch.equal(gradient(), first)
 
 
-def test_padding_is_not_the_turns_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tokenizer.pad_token_id is not None
-    assert tokenizer.pad_token != "<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "absent", "does not exist"),
-        (lambda folder: _write(folder / "model.bin", "x"), "is a file"),
-        (lambda folder: folder, "has no config.json"),
-        (lambda folder: _write(folder / "adapter_config.json", '{"base_model_name_or_path": "a/b"}').parent, "(a/b)"),
-        (lambda folder: _write(folder / "adapter" / "adapter_config.json", "{}").parents[1], "is a run of slimtune"),
-    ],
-)
-def test_a_path_that_is_no_base_is_named(tmp_path: Path, make: object, message: str) -> None:
-    path = make(tmp_path)  # type: ignore[operator]
-    with pytest.raises(UserError) as caught:
-        model_source(str(path))
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert caught.value.way_out
-
-
-def test_an_unknown_name_is_refused_without_the_network() -> None:
-    with pytest.raises(UserError, match="unknown model 'smollm'"):
-        model_source("smollm")
-
-
 def test_a_damaged_model_folder_is_named(tmp_path: Path, model_folder: Path, hardware: Hardware) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_bytes((model_folder / name).read_bytes())
@@ -120,20 +90,3 @@ def test_a_model_with_code_of_its_own_is_refused_and_not_run(
     with pytest.raises(UserError):
         load_base(str(tmp_path), hardware, compute_dtype="fp32")
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: Path, model_folder: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
-    with pytest.raises(UserError, match="has no chat template"):
-        load_tokenizer(str(tmp_path))
-    given = _write(tmp_path / "own.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert load_tokenizer(str(tmp_path), template=given).chat_template == given.read_text()
-    with pytest.raises(UserError, match=r"chat template .*absent\.jinja can't be read"):
-        load_tokenizer(str(tmp_path), template=tmp_path / "absent.jinja")
-
-
-def _write(file: Path, text: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    return file

@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import adapter_config, attach_adapter
-from slimtune.base.load import load_base, load_tokenizer
+from slimtune.base.load import load_base
+from slimtune.base.tokenizer import load_tokenizer
 from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware

@@ -57,7 +57,7 @@ def command(
     with fast_imports():
         from rich.console import Console
 
-        from slimtune.base.load import load_tokenizer
+        from slimtune.base.tokenizer import load_tokenizer
         from slimtune.cli.page import Page
         from slimtune.data import examine, micro_batches
         from slimtune.data.page import page

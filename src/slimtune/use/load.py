@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.adapter.files import adapter_config, attach_adapter, find_adapter
 from slimtune.adapter.passport import Passport, check_base, check_tokenizer, local_base, read_passport
-from slimtune.base.load import load_base, load_tokenizer, model_source
+from slimtune.base.load import load_base
+from slimtune.base.source import model_source
+from slimtune.base.tokenizer import load_tokenizer
 from slimtune.data.conversation import Conversation
 from slimtune.data.render import prompt_ids, renderer_for
 from slimtune.errors import UserError
