@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,3 +96,33 @@ def test_ids_are_those_of_the_tokenizer_on_the_templates_text(make_tokenizer: Ma
         messages = [m if "tool_calls" not in m else {**m, "content": None} for m in messages]
     text = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False)
     assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+
+
+NEMO_LIKE = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}"
+    "{%- else %}{%- set turns = messages %}{%- endif %}{{- bos_token }}{%- for turn in turns %}"
+    "{%- if turn['role'] == 'user' %}{{- '[INST]' }}{%- if loop.last and system is defined %}"
+    "{{- system + '\\n\\n' }}{%- endif %}{{- turn['content'] + '[/INST]' }}"
+    "{%- else %}{{- turn['content'] + eos_token }}{%- endif %}{%- endfor %}"
+)
+"""A system prompt that stands in the last user turn, and only while that turn ends the messages."""
+
+
+@pytest.mark.parametrize("turns", [ONE, MANY])
+def test_a_system_prompt_that_only_prompts_show_is_trained_as_it_will_be_asked(
+    make_tokenizer: Make, turns: list[dict[str, str]]
+) -> None:
+    tokenizer = copy.deepcopy(make_tokenizer("mistral3"))
+    tokenizer.chat_template = NEMO_LIKE
+    messages = [SYSTEM, *turns]
+    made, repairs = documents(tokenizer, {"messages": messages})
+    assert repairs == []
+    replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(made) == len(replies)
+    for (ids, mask, _), at in zip(made, replies, strict=True):
+        [(start, stop)] = spans(mask)
+        asked = tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
+        assert SYSTEM["content"] in asked
+        assert ids[:start].tolist() == prompt_ids(tokenizer, messages[:at])
+        assert ids.tolist() == tokenizer(asked + messages[at]["content"] + "</s>", add_special_tokens=False).input_ids
+        assert stop == len(ids)

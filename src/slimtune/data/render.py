@@ -120,7 +120,9 @@ class ChatRenderer:
             raise _bad_template("it ends no reply with a control token, so a model trained on it never learns to stop")
         self._end_marks = {marks[0]}
         system = {"role": "system", "content": "qzsystem"}
-        self._has_system = "qzsystem" in (self._try([system, ask, answer]) or "")
+        shown = "qzsystem" in (self._try([system, ask, answer]) or "")
+        self._system_in_prompt = not shown and "qzsystem" in (self._try([system, ask], prompt=True) or "")
+        self._has_system = shown or self._system_in_prompt
         twice = self._try([ask, {"role": "user", "content": "qzagain"}, answer])
         self._alternates = twice is None or "qzagain" not in twice
         self._tools_probed = False
@@ -161,9 +163,11 @@ class ChatRenderer:
                 self._call_style = style
                 return
 
-    def _try(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str | None:
+    def _try(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, *, prompt: bool = False
+    ) -> str | None:
         try:
-            return self._text(messages, tools, prompt=False)
+            return self._text(messages, tools, prompt=prompt)
         except TemplateRefused:
             return None
 
@@ -272,11 +276,26 @@ class ChatRenderer:
         spans = self._reply_spans(full, messages, tools)
         span = spans[at]
         notes = ["own-document"]
+        if span is None and self._system_in_prompt and messages[0]["role"] == "system":
+            full, span = self._behind_system(messages, tools)
         if span is None:
             full, span = self._with_thought(full, messages, tools)
             notes = ["thought-opened"]
         cuts = [(*s, False) for a, s in spans.items() if s is not None and a != at and s[1] <= span[0]]
         return Draft(self._pieces(full, [*cuts, (*span, True)], everything=False), 1, notes)
+
+    def _behind_system(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[str, tuple[int, int] | None]:
+        """The training text where the template shows the system turn only while a question ends the messages, as
+        Mistral Nemo's does: the prompt with it, and the reply as it is rendered without."""
+        prompt = self._text(messages[:-1], tools, prompt=True)
+        bare = self._text(messages[1:-1], tools, prompt=True)
+        full = self._text(messages[1:], tools, prompt=False)
+        if not full.startswith(bare):
+            return full, None
+        text = prompt + full[len(bare) :]
+        return text, (len(prompt), self._reply_end(text, len(prompt), len(text), len(messages) - 1, messages, tools))
 
     def _with_thought(
         self, full: str, messages: list[Message], tools: list[dict[str, Any]] | None
