@@ -198,3 +198,10 @@ def numbers(text: str) -> set[str]:
 def test_a_name_cannot_forge_code_or_lines(facts: Facts) -> None:
     facts["base"]["model"] = "a`b\n# c"
     assert "`a'b # c`" in texts(explain(facts), "base")
+
+
+def test_a_model_whose_work_cant_be_counted_has_no_speed_to_measure_it_by(facts: Facts) -> None:
+    facts["training"]["floor_share"] = facts["training"]["model_flops_per_second"] = None
+    assert "TFLOP" not in texts(explain(facts), "training")
+    assert "how much work a token is" in texts(explain(facts), "training")
+    assert explain(facts).count("broken") == 0

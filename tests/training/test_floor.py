@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slimtune.training.floor import Floor, Work
 
@@ -12,25 +15,73 @@ CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "qwen3_moe": SIZES | EXPERTS,
+    "gemma3_text": SIZES | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "deepseek_v3": SIZES
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    | {"num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "gemma4_text": SIZES
+    | {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16, "sliding_window": 8}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0},
+}
 
 
-def test_a_frozen_models_work_is_what_torch_counts_for_its_products() -> None:
-    model = LlamaForCausalLM(CONFIG).requires_grad_(False)
+def tiny(family: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_models_work_is_what_torch_counts_for_its_products(family: str) -> None:
+    model = tiny(family).requires_grad_(False).eval()
+    model.set_experts_implementation("eager")  # the counter knows no grouped products
     embedded = torch.randn(1, 24, 32, requires_grad=True)
+    # Gemma 4 looks its tokens up a second time.
+    ids = {"per_layer_inputs": torch.zeros(1, 24, 2, 8)} if family == "gemma4_text" else {}
     with FlopCounterMode(display=False) as counter:
-        model(inputs_embeds=embedded).logits.sum().backward()
+        model(inputs_embeds=embedded, use_cache=False, **ids).logits.sum().backward()
     counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for name, flops in counted.items() if name in ("aten.mm", "aten.addmm"))
     work = Work.of(model)
-    assert work.flops([24], supervised=24) - 7.0 * work.attention * 24**2 == products
+    assert work is not None
+    linear = Work(work.linear, work.head, {}).flops([24], supervised=24)
+    assert linear == pytest.approx(products, rel=1e-3)
 
 
-def test_attention_counts_each_document_by_its_square() -> None:
-    work = Work(linear=0, head=0, attention=10)
+def test_attention_counts_each_document_by_its_square_less_what_a_window_leaves_out() -> None:
+    work = Work(linear=0, head=0, attention={None: 10})
     assert work.flops([6, 8], supervised=0) == 7.0 * 10 * (36 + 64)
+    windowed = Work(linear=0, head=0, attention={None: 10, 4: 2})
+    seen = sum(min(token + 1, 4) - 0.5 for token in range(8))  # the token itself counts half, as in a square's half
+    assert windowed.flops([8], supervised=0) == pytest.approx(7.0 * (10 * 64 + 2 * 2 * seen), rel=0.05)
+
+
+def test_layers_of_different_heads_count_each_its_own() -> None:
+    assert Work.of(tiny("gemma4_text")).attention == {8: 4 * 8, None: 4 * 16}  # type: ignore[union-attr]
+    assert Work.of(tiny("deepseek_v3")).attention == {None: 2 * 4 * (16 + 8) // 2}  # type: ignore[union-attr]
+
+
+def test_a_model_whose_experts_dont_say_how_many_a_token_takes_has_no_floor() -> None:
+    model = tiny("qwen3_moe")
+    del model.config.num_experts_per_tok
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            del module.top_k
+    assert Work.of(model) is None
+    assert Floor.measure(model, torch.float32, tokens=64) is None
 
 
 def test_the_floor_is_the_work_at_the_measured_rate() -> None:
     floor = Floor.measure(LlamaForCausalLM(CONFIG), torch.float32, tokens=64)
+    assert floor is not None
     assert floor.flops_per_second > 0
     assert floor.seconds([24], 24) == floor.work.flops([24], 24) / floor.flops_per_second

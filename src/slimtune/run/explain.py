@@ -147,6 +147,12 @@ def _training(facts: Facts, say: Say) -> Section | None:
     ]
     if training.get("floor_share"):
         told.insert(1, Statement(_speed(training, say)))
+    elif "floor_share" in training:
+        text = say(
+            "how near the steps came to what this machine can do: the model doesn't say how much work a token is.",
+            "训练速度离本机极限有多远，因为从这个模型的模块数不出每个词元的运算量。",
+        )
+        told.append(Statement(text, "unmeasured"))
     if "repeats" in training:
         told.append(Statement(_repeats(training["repeats"], say)))
     if training.get("eval_loss") is None:

@@ -88,9 +88,10 @@ class TrainingFacts:
     """Tokens that went through the model, padding left out."""
     supervised_tokens: int
     tokens_per_second: float
-    model_flops_per_second: float
-    """The model's own work done in a second, forward and backward; nothing that was computed again counts."""
-    floor_share: float
+    model_flops_per_second: float | None
+    """The model's own work done in a second, forward and backward; nothing that was computed again counts. None where
+    the model's modules don't say what its work is."""
+    floor_share: float | None
     """The least time that this work can take on this machine, over the time that it took."""
     peak_memory_bytes: int
     memory_kind: str

@@ -21,13 +21,18 @@ class MetricsCallback(TrainerCallback):
     """Turns the Trainer's logs into records with speed, time left and memory.
 
     A record has ``step``, ``steps``, ``epoch``, ``loss``, ``grad_norm``, ``learning_rate``, ``tokens`` (padding left
-    out) and ``supervised_tokens`` since the last record, ``tokens_per_second``, ``model_flops`` of these tokens,
-    ``floor_share`` (the least time that they can take here, over the time that they took), ``seconds`` since the
-    start, ``seconds_left`` and ``memory_bytes`` (peak allocated on the GPU; resident on a CPU).
+    out) and ``supervised_tokens`` since the last record, ``tokens_per_second``, ``seconds`` since the start,
+    ``seconds_left`` and ``memory_bytes`` (peak allocated on the GPU; resident on a CPU). With a ``floor`` also
+    ``model_flops`` of these tokens, and ``floor_share`` (the least time that they can take here, over the time that
+    they took).
     """
 
     def __init__(
-        self, data: MicroBatches, gradient_accumulation: int, floor: Floor, *sinks: Callable[[dict[str, Any]], None]
+        self,
+        data: MicroBatches,
+        gradient_accumulation: int,
+        floor: Floor | None,
+        *sinks: Callable[[dict[str, Any]], None],
     ) -> None:
         self.data, self.accumulation, self.floor = data, gradient_accumulation, floor
         self.sinks = sinks
@@ -63,8 +68,9 @@ class MetricsCallback(TrainerCallback):
             record["epoch"] = round(state.global_step * self.accumulation / self.data.per_epoch, 4)
             record["tokens"], record["supervised_tokens"] = tokens, supervised
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
-            record["model_flops"] = self.floor.work.flops(lengths, supervised)
-            record["floor_share"] = round(self.floor.seconds(lengths, supervised) / max(elapsed, 1e-9), 4)
+            if self.floor is not None:
+                record["model_flops"] = self.floor.work.flops(lengths, supervised)
+                record["floor_share"] = round(self.floor.seconds(lengths, supervised) / max(elapsed, 1e-9), 4)
             done = state.global_step - self.first_step
             record["seconds"] = round(now - self.started, 3)
             record["logged_steps"] = steps
@@ -103,6 +109,7 @@ def training_facts(records: list[dict[str, Any]], engine: str, *, repeats: bool)
     tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
     evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     seconds = sum(map(_seconds, steps))
+    spent, counted = max(seconds, 1e-9), all("floor_share" in record for record in steps)
     return TrainingFacts(
         engine=engine,
         repeats=repeats,
@@ -114,8 +121,8 @@ def training_facts(records: list[dict[str, Any]], engine: str, *, repeats: bool)
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
-        model_flops_per_second=sum(record["model_flops"] for record in steps) / max(seconds, 1e-9),
-        floor_share=round(sum(record["floor_share"] * _seconds(record) for record in steps) / max(seconds, 1e-9), 4),
+        model_flops_per_second=sum(record["model_flops"] for record in steps) / spent if counted else None,
+        floor_share=round(sum(r["floor_share"] * _seconds(r) for r in steps) / spent, 4) if counted else None,
         peak_memory_bytes=max((int(record["memory_bytes"]) for record in steps), default=0),
         memory_kind="gpu peak allocated" if torch.cuda.is_available() else "process resident",
         eval_loss=evaluations[-1] if evaluations else None,
