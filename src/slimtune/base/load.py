@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimtune.base.classes import language_class
 from slimtune.base.quantize import keep_trainable_layout, misread_weight, quantization_config
 from slimtune.base.source import from_pretrained, local_revision, model_source
 from slimtune.base.tokenizer import load_tokenizer
@@ -67,7 +68,7 @@ def load_base(
     if quantization == "nf4" and not prequantized:
         options["quantization_config"] = quantization_config(double_quant=double_quant, compute_dtype=dtype)
     loaded: PreTrainedModel = from_pretrained(
-        AutoModelForCausalLM,
+        language_class(already, source),
         source,
         revision=local_revision(source, revision),
         trust_remote_code=trust_remote_code,

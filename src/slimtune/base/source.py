@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from slimtune.base.embedded import embedded_model_folder, is_embedded
 from slimtune.base.trust import check_model_folder
 from slimtune.errors import UserError
 
-__all__ = ["check_folder", "from_pretrained", "local_revision", "model_source"]
+__all__ = ["check_folder", "from_pretrained", "local_revision", "model_source", "upstream_errors"]
 
 
 def model_source(model: str) -> str:
@@ -87,14 +89,21 @@ def from_pretrained(loader: Any, source: str, **options: Any) -> Any:
     """Call an Auto class; what a person can mend becomes a UserError."""
     if options.get("revision") is None:
         options.pop("revision", None)
-    try:
+    with upstream_errors(source):
         return loader.from_pretrained(source, **options)
+
+
+@contextmanager
+def upstream_errors(source: str) -> Iterator[None]:
+    """Within this, what a library says of the model from ``source`` that a person can mend becomes a UserError."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise UserError(
             f"{source} does not fit this GPU's memory",
             way_out="Take a smaller model, or free memory that other programs hold (nvidia-smi shows them).",
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _load_error(source, error) from error
 
 
@@ -112,6 +121,18 @@ def _load_error(source: str, error: BaseException) -> UserError:
             f"model {source} can't be loaded: {first}",
             rule="A hub id needs the network once, or the hub's cache from an earlier download.",
             way_out="Check the name and the network, or give a local folder.",
+        )
+    if isinstance(error, ImportError):
+        return UserError(
+            f"{source} needs packages that aren't installed: {first}",
+            rule="Transformers imports what a model's images or audio need when it makes the model.",
+            way_out="Install what it names, or take the family's text-only checkpoint.",
+        )
+    if "does not recognize this architecture" in text:
+        return UserError(
+            f"model folder {source} can't be loaded: {first}",
+            rule="Its family must be one that the installed Transformers knows.",
+            way_out="Install a newer Transformers, or take another model.",
         )
     return UserError(
         f"model folder {source} can't be loaded: {first}",

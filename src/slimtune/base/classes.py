@@ -1,0 +1,98 @@
+"""Which of Transformers' classes a base is, and why some are none that slimtune can train.
+
+A checkpoint with images is loaded as the class that its own config names, tower and all, and trained on text alone:
+its modules then have the names that vLLM, llama.cpp's converters and plain PEFT look for, and merged files stay whole
+(docs/decisions/0055-image-text-whole.md).
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from slimtune.base.source import from_pretrained, upstream_errors
+from slimtune.errors import UserError
+
+__all__ = ["language_class", "skeleton"]
+
+_NEEDED = "slimtune trains models that continue text: causal language models, with or without images as input."
+
+
+def language_class(config: PreTrainedConfig, source: str) -> Any:
+    """The Auto class that loads a base as a model that continues text.
+
+    Args:
+        config: The base's config.
+        source: Its folder or hub id, for messages.
+
+    Raises:
+        UserError: The model is of another kind: encoder, sequence to sequence, audio, diffusion.
+    """
+    automatic = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in automatic:
+        return AutoModelForCausalLM
+    if "AutoModelForImageTextToText" in automatic:
+        return AutoModelForImageTextToText
+    if kind := _other_kind(config):
+        raise UserError(f"{source} is {kind}", rule=_NEEDED, way_out="Take a chat model.")
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base in ``folder`` without its weights: every module and parameter, on the meta device.
+
+    Raises:
+        UserError: The config can't be read, or isn't that of a model that continues text.
+    """
+    config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
+    # A quantised base's modules are those of its 16-bit original.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader = language_class(config, str(folder))
+    with torch.device("meta"), upstream_errors(str(folder)):
+        model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _other_kind(config: PreTrainedConfig) -> str:
+    """What the model is instead of a causal language model; empty if it is one, or can be used as one."""
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        return f"a sequence-to-sequence model ({name})"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        return f"an encoder ({name}): it fills gaps and continues nothing"
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        model: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        return _why_not_on_text(model, name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"a model of type {name}, for which Transformers has no class that continues text"
+    return ""
+
+
+def _why_not_on_text(model: type[PreTrainedModel], name: str) -> str:
+    forward = inspect.signature(model.forward).parameters
+    if "labels" not in forward or "input_ids" not in forward:
+        return f"a model of type {name}: {model.__name__} has no loss on text"
+    needed = [
+        key
+        for key, parameter in forward.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key != "self"
+    ]
+    if needed and needed != ["input_ids"]:
+        return f"a model of type {name}: {model.__name__} takes no text without {' and '.join(needed)}"
+    return ""
