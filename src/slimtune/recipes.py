@@ -28,7 +28,7 @@ from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
-from slimtune.base.quantize import bytes_by_part, fingerprint
+from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.config import Config
@@ -214,7 +214,7 @@ def _train(
         with results_written(run, signals), watchdog.watching("writing the results"):
             with atomic_folder(run.adapter) as folder:
                 trainer.save_model(str(folder))
-                stamp(folder, issue_passport(config, base.source, tokenizer))
+                stamp(folder, issue_passport(config, base.source, tokenizer, packed_format(trainer.model)))
             screen.say("saved", f"{run.adapter} ({megabytes(_adapter_bytes(run))})")
 
             # What happened, measured.
@@ -376,8 +376,8 @@ def _facts(
             model=config.model,
             source=base.source,
             class_name=type(base.model).__name__,
-            quantization="nf4" if base.quantized else "none",
-            double_quant=base.quantized and config.double_quant,
+            quantization=base.format,
+            double_quant="nf4" in base.format and config.double_quant,
             compute_dtype=config.compute_dtype,
             parameters=sum(part.parameters for part in parts),
             parts=[asdict(part) for part in parts],
@@ -425,9 +425,10 @@ def _data_line(proof: Proof, data: MicroBatches) -> str:
 
 
 def _base_line(base: BaseFacts) -> str:
+    parts = ", ".join(f"{part['part']} {megabytes(part['bytes_now'])} {part['format']}" for part in base.parts[:4])
     return (
         f"{base.parameters / 1e6:,.1f} M parameters, {megabytes(base.bytes_16bit)} in 16 bits → "
-        f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype})"
+        f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
     )
 
 

@@ -53,7 +53,7 @@ class Passport:
     fingerprint: str
     """SHA-256 over the base's 16-bit weights (:meth:`slimtune.adapter.files.WeightFiles.fingerprint`)."""
     quantization: dict[str, Any]
-    """``method`` (nf4 or none), ``double_quant``, ``compute_dtype``."""
+    """``method`` (nf4 or none), ``double_quant``, ``compute_dtype``; ``packed``: how experts lie, if any."""
     tokenizer: str
     """:func:`tokenizer_hash`."""
     template: str
@@ -63,13 +63,16 @@ class Passport:
     wherever they were trained. Of files only their names, for the passport is published with the adapter."""
 
 
-def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBase) -> Passport:
+def issue_passport(
+    config: Config, source: str, tokenizer: PreTrainedTokenizerBase, packed: str | None = None
+) -> Passport:
     """The passport of the adapter that this run trains.
 
     Args:
         config: The run's resolved config.
         source: The folder or hub id that the base was loaded from.
         tokenizer: The tokenizer that the data was rendered with, with the run's chat template.
+        packed: The format of the experts, packed one by one (:func:`slimtune.base.quantize.packed_format`).
 
     Raises:
         UserError: The base has no weight files.
@@ -83,7 +86,8 @@ def issue_passport(config: Config, source: str, tokenizer: PreTrainedTokenizerBa
             "method": config.quantization,
             "double_quant": config.double_quant,
             "compute_dtype": config.compute_dtype,
-        },
+        }
+        | ({} if packed is None else {"packed": f"{packed}, each matrix by itself"}),
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
         config=_without_folders(config.model_dump(mode="json", exclude=set(FREE_KEYS))),

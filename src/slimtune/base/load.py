@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.classes import language_class
-from slimtune.base.quantize import keep_trainable_layout, misread_weight, quantization_config
+from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight
+from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.source import from_pretrained, local_revision, model_source
+from slimtune.base.stored import stored_format
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.base.trust import check_attention
 from slimtune.errors import UserError
@@ -31,6 +34,9 @@ class Base:
     source: str
     """The local folder or hub id that was loaded."""
     quantized: bool
+    """Weights lie in 4 bits."""
+    format: str
+    """What they lie in: nf4, fp4, mxfp4, mxfp4+nf4; none if they are plain."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -64,11 +70,19 @@ def load_base(
     )
     if not trust_remote_code:
         check_attention(source, getattr(already, "_attn_implementation", None))
-    prequantized = getattr(already, "quantization_config", None) is not None
-    if quantization == "nf4" and not prequantized:
-        options["quantization_config"] = quantization_config(double_quant=double_quant, compute_dtype=dtype)
+    auto = language_class(already, source)
+    stored = stored_format(model, already)
+    if stored == "mxfp4":
+        _forget_stored_format(already)
+        options["config"] = already
+    elif stored == "bitsandbytes":
+        _check_stored_experts(model, already, auto)
+    if stored == "mxfp4" or (quantization == "nf4" and stored == "plain"):
+        options["quantization_config"] = four_bit_config(
+            double_quant=double_quant, compute_dtype=dtype, mxfp4=stored == "mxfp4", linears=quantization == "nf4"
+        )
     loaded: PreTrainedModel = from_pretrained(
-        language_class(already, source),
+        auto,
         source,
         revision=local_revision(source, revision),
         trust_remote_code=trust_remote_code,
@@ -84,4 +98,28 @@ def load_base(
             way_out="Leave the base as it is (--quantization none), or take a GPU.",
         )
     loaded.config.use_cache = False
-    return Base(loaded, tokenizer, source, quantized=quantization == "nf4" or prequantized)
+    formats = four_bit_formats(loaded)
+    return Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
+
+
+def _check_stored_experts(model: str, config: Any, auto: Any) -> None:
+    """bitsandbytes' files hold linear layers in 4 bits, and experts in 16.
+
+    Raises:
+        UserError: The model has experts.
+    """
+    with torch.device("meta"):
+        skeleton = auto.from_config(copy.deepcopy(config))
+    if policy_of(skeleton).packed:
+        raise UserError(
+            f"{model} is stored in bitsandbytes' 4 bits, which leave its experts in 16",
+            rule="slimtune packs the experts of a mixture too, from the 16-bit original.",
+            way_out="Give the 16-bit original that it was made from.",
+        )
+
+
+def _forget_stored_format(config: Any) -> None:
+    """Transformers would unpack MXFP4 to 16 bits, or ask for a kernel that can't train; slimtune reads it itself."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config

@@ -1,31 +1,28 @@
-"""The 4-bit policy: how a base is quantised, what it weighs, and the fingerprint that proves it stayed frozen."""
+"""What a base weighs in 4 bits, how it is kept trainable there, and the fingerprint that proves it stayed frozen."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+
+from slimtune.base.packed import NF4_BLOCK, PackedTensor
+from slimtune.base.quantizer import policy_of
 
 __all__ = [
-    "PartBytes", "bytes_by_part", "fingerprint", "keep_trainable_layout", "misread_weight", "quantization_config",
-]  # fmt: skip
-
-NF4_BLOCK = 64
-"""Weights to one scale (QLoRA, arXiv:2305.14314, section 3)."""
-
-
-def quantization_config(*, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 as QLoRA has it (arXiv:2305.14314): 4-bit NormalFloat, scales quantised again if ``double_quant``."""
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    "PartBytes",
+    "bytes_by_part",
+    "fingerprint",
+    "four_bit_formats",
+    "four_bit_share",
+    "keep_trainable_layout",
+    "misread_weight",
+    "packed_format",
+]
 
 
 def keep_trainable_layout(model: nn.Module) -> None:
@@ -74,22 +71,51 @@ class PartBytes:
     parameters: int
     bytes_16bit: int
     bytes_now: int
+    format: str
+    """What most of its bytes are in: nf4, fp4, mxfp4, bf16, …"""
 
 
 def bytes_by_part(model: nn.Module) -> list[PartBytes]:
-    """What the base weighs, measured from its tensors: attention, MLP, norms, embedding, head; largest first.
+    """What the base weighs, measured from its tensors: experts, attention, MLP, embedding, …; largest first.
 
     A tied head is no tensor of its own and so counts once, with the embedding.
     """
     sums: dict[str, list[int]] = {}
-    for name, tensors, parameters in _base_tensors(model):
+    formats: dict[str, Counter[str]] = {}
+    for name, parameter in _base_parameters(model):
+        tensors, weights = _tensors_of(parameter)
         now = sum(tensor.nbytes for tensor in tensors)
         entry = sums.setdefault(_part_of(name), [0, 0, 0])
-        entry[0] += parameters
-        entry[1] += 2 * parameters
+        entry[0] += weights
+        entry[1] += 2 * weights
         entry[2] += now
-    parts = [PartBytes(part, *numbers) for part, numbers in sums.items()]
+        formats.setdefault(_part_of(name), Counter())[_format_of(parameter)] += now
+    parts = [
+        PartBytes(part, weights, wide, now, formats[part].most_common(1)[0][0])
+        for part, (weights, wide, now) in sums.items()
+    ]
     return sorted(parts, key=lambda part: -part.bytes_now)
+
+
+def four_bit_formats(model: nn.Module) -> list[str]:
+    """The formats that the base's 4-bit weights lie in, in alphabetical order: nf4, fp4, mxfp4."""
+    formats = {_format_of(parameter) for _, parameter in _base_parameters(model)}
+    return sorted(formats & {"nf4", "fp4", "mxfp4"})
+
+
+def packed_format(model: nn.Module) -> str | None:
+    """The format of what slimtune packed itself, experts above all, matrix by matrix; None if there is no such."""
+    packed = [parameter for _, parameter in _base_parameters(model) if isinstance(parameter, PackedTensor)]
+    return packed[0].format if packed else None
+
+
+def four_bit_share(model: nn.Module) -> float:
+    """The share of a plain model's weights, besides embeddings and head, that the policy puts into 4 bits.
+
+    Args:
+        model: As Transformers makes it; the meta device will do.
+    """
+    return policy_of(model).share
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -100,8 +126,8 @@ def fingerprint(model: nn.Module) -> str:
     Adapter tensors don't count: the fingerprint is the same before and after wrapping.
     """
     digest = hashlib.sha256()
-    for name, tensors, _ in sorted(_base_tensors(model), key=lambda item: item[0]):
-        for tensor in tensors:
+    for name, parameter in sorted(_base_parameters(model), key=lambda item: item[0]):
+        for tensor in _tensors_of(parameter)[0]:
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{_checksum(tensor)}\n".encode())
     return digest.hexdigest()
 
@@ -122,30 +148,54 @@ def _checksum(tensor: Tensor) -> int:
     return (total + int.from_bytes(tail, "little")) % 2**64
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor], int]]:
-    """(name, its tensors, number of parameters) of every base parameter; names without PEFT's wrapping."""
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every base parameter, by its name without PEFT's wrapping."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
             continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
-            yield plain, [parameter.data], parameter.numel()
-        else:
-            tensors = [parameter.data, state.absmax]
-            if state.nested:
-                tensors += [state.offset, state.state2.absmax]
-            yield plain, tensors, int(torch.Size(state.shape).numel())
+        plain = name.removeprefix("base_model.model.")
+        while ".base_layer." in plain:  # PEFT wraps a module with two adapted parameters twice
+            plain = plain.replace(".base_layer.", ".")
+        yield plain.replace(".original_module.", "."), parameter
+
+
+def _tensors_of(parameter: Tensor) -> tuple[list[Tensor], int]:
+    """The tensors that hold a parameter, scales included, and how many weights it stands for."""
+    if isinstance(parameter, PackedTensor):
+        return list(parameter.parts.values()), parameter.numel()
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return [parameter.data], parameter.numel()
+    tensors = [parameter.data, state.absmax]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax]
+    return tensors, int(torch.Size(state.shape).numel())
+
+
+def _format_of(parameter: Tensor) -> str:
+    if isinstance(parameter, PackedTensor):
+        return parameter.format
+    state = getattr(parameter, "quant_state", None)
+    return state.quant_type if state is not None else _SHORT.get(parameter.dtype, str(parameter.dtype)[6:])
+
+
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+_PARTS = {
+    "vision": ("vision", "visual", "image_", "audio", "multi_modal_projector"),
+    "router": (".router", "mlp.gate.", "moe.gate."),
+    "experts": (".experts.", "moe."),
+    "attention": ("self_attn", "attention", ".attn.", "linear_attn", "mamba", "mixer"),
+    "MLP": ("mlp", "feed_forward"),
+    "embedding": ("embed_tokens", "wte", "word_embeddings"),
+    "head": ("lm_head",),
+    "norms": ("norm", "ln_"),
+}
+"""Parts of a base by marks in the names of their parameters; the first that fits."""
 
 
 def _part_of(name: str) -> str:
-    for part, marks in {
-        "attention": ("self_attn", "attention"),
-        "MLP": ("mlp", "feed_forward"),
-        "embedding": ("embed_tokens", "wte"),
-        "head": ("lm_head",),
-        "norms": ("norm", "ln_"),
-    }.items():
-        if any(mark in name for mark in marks) and not (part == "attention" and "norm" in name.rsplit(".", 2)[-2]):
-            return part
-    return "other"
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return "norms"
+    return next((part for part, marks in _PARTS.items() if any(mark in name for mark in marks)), "other")

@@ -21,12 +21,12 @@ class BaseFacts:
     """The folder or hub id that was loaded."""
     class_name: str
     quantization: str
-    """nf4 or none."""
+    """nf4, fp4, mxfp4, mxfp4+nf4, or none."""
     double_quant: bool
     compute_dtype: str
     parameters: int
     parts: list[dict[str, Any]]
-    """One entry a part (attention, MLP, embedding, head, norms): part, parameters, bytes_16bit, bytes_now."""
+    """One entry a part (experts, attention, MLP, embedding, …): part, parameters, bytes_16bit, bytes_now, format."""
     bytes_16bit: int
     bytes_now: int
     fingerprint_before: str

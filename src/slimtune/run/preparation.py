@@ -116,9 +116,10 @@ def _left_alone(base: Facts, rest: list[Facts], say: Say) -> Statement:
         grown_zh = f"，比 16 位还大，因为本次运行以 {base['compute_dtype']} 计算"
     return Statement(
         say(
-            f"{sentence(names)} stayed as they are ({bits:.0f} bits a parameter): 4-bit quantisation replaces linear "
-            f"layers only. They take {megabytes(now)}{grown_en}.",
-            f"{names}保持原样（每个参数 {bits:.0f} 位），4 位量化只替换线性层；这部分占 {megabytes(now)}{grown_zh}。",
+            f"{sentence(names)} stayed as they are ({bits:.0f} bits a parameter): 4-bit quantisation packs linear "
+            f"layers and experts only. They take {megabytes(now)}{grown_en}.",
+            f"{names}保持原样（每个参数 {bits:.0f} 位），4 位量化只作用于线性层和专家；"
+            f"这部分占 {megabytes(now)}{grown_zh}。",
         )
     )
 
@@ -233,7 +234,10 @@ def _rules(data: Facts, say: Say) -> tuple[Table, ...]:
 
 
 def _part(name: str, say: Say) -> str:
-    chinese = {"attention": "注意力", "embedding": "词嵌入", "head": "输出头", "norms": "归一化层", "other": "其余"}
+    chinese = {
+        "attention": "注意力", "embedding": "词嵌入", "experts": "专家", "head": "输出头", "norms": "归一化层",
+        "other": "其余", "router": "路由", "vision": "视觉",
+    }  # fmt: skip
     return say(name, chinese.get(name, name))
 
 

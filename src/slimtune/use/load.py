@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from slimtune.adapter.files import adapter_config, attach_adapter, find_adapter
 from slimtune.adapter.passport import Passport, check_base, check_tokenizer, local_base, read_passport
 from slimtune.base.load import load_base
+from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.data.conversation import Conversation
@@ -225,4 +226,5 @@ def _unpacked(model: PreTrainedModel, memory_bytes: int) -> PreTrainedModel:
     if parameters * model.dtype.itemsize > memory_bytes / 2:
         return model
     unpacked: PreTrainedModel = model.dequantize(dtype=model.dtype)  # type: ignore[no-untyped-call]
+    unpack_(unpacked)
     return unpacked

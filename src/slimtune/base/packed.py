@@ -1,0 +1,301 @@
+"""Frozen weights that lie in 4 bits and become numbers where they are used.
+
+bitsandbytes has 4-bit linear layers. What is no ``nn.Linear`` it leaves in 16 bits: the experts of a mixture, which
+Transformers holds as one parameter [experts, rows, columns] for all of them, and linear layers with a forward of their
+own. :class:`PackedTensor` is a parameter for these. To everybody else it is a tensor of its logical shape and dtype; an
+operation that needs numbers gets them, computed for that operation alone. What autograd keeps of it for the backward is
+the packed tensor, so a layer's 16-bit weights live no longer than one product, with gradient checkpointing or without.
+Taking an expert, or turning the matrix around, stays packed: a loop over experts unpacks one at a time.
+
+Two formats: NF4 as bitsandbytes packs each matrix (QLoRA, arXiv:2305.14314), and MXFP4 as gpt-oss is published in (OCP
+Microscaling Formats 1.0, section 5.2). The packed bytes are never written to.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    create_dynamic_map,
+    dequantize_4bit,
+    dequantize_blockwise,
+    quantize_4bit,
+)
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "unpack_"]
+
+NF4_BLOCK = 64
+"""Weights to one scale (QLoRA, section 3)."""
+_SCALE_BLOCK = 256
+"""Scales to one scale of scales, where these are quantised again."""
+_MXFP4_BLOCK = 32
+"""Weights to one exponent (OCP Microscaling Formats 1.0, section 5.2)."""
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Of the codes 0 to 15 of E2M1."""
+
+aten = torch.ops.aten
+
+
+class PackedTensor(Tensor):
+    """A matrix [rows, columns], or a stack of them [stack, rows, columns], in packed parts; frozen.
+
+    Attributes:
+        parts: The packed tensors, by name; the first dimension of each counts the stack (1 for a matrix).
+        turned: The matrices are read transposed: what is packed is [..., columns, rows].
+    """
+
+    format: ClassVar[str]
+    """nf4 or mxfp4."""
+    parts: dict[str, Tensor]
+    turned: bool
+
+    @staticmethod
+    def __new__(
+        cls, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, *, turned: bool = False
+    ) -> Self:
+        """Make one of its parts; ``shape`` is that of the packed matrices, before they are turned."""
+        logical = (*shape[:-2], shape[-1], shape[-2]) if turned else tuple(shape)
+        strides = torch.empty(tuple(shape), device="meta").stride()
+        if turned:
+            strides = (*strides[:-2], strides[-1], strides[-2])
+        device = next(iter(parts.values())).device
+        # torch's own way to make a tensor without storage of its own.
+        made: Self = Tensor._make_wrapper_subclass(cls, logical, strides=strides, dtype=dtype, device=device)
+        made.parts, made.turned = dict(parts), turned
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @abstractmethod
+    def unpack(self) -> Tensor:
+        """The numbers, in the logical shape and dtype."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that it takes, scales included."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def packed_shape(self) -> torch.Size:
+        """The shape before it was turned."""
+        shape = self.shape
+        return torch.Size((*shape[:-2], shape[-1], shape[-2])) if self.turned else shape
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self._with({name: part.clone() for name, part in self.parts.items()})
+        return torch.nn.Parameter(copied, requires_grad=False) if isinstance(self, torch.nn.Parameter) else copied
+
+    def _with(
+        self,
+        parts: Mapping[str, Tensor] | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        turned: bool | None = None,
+    ) -> Self:
+        return type(self)(
+            self.parts if parts is None else parts,
+            self.packed_shape if shape is None else shape,
+            dtype or self.dtype,
+            turned=self.turned if turned is None else turned,
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Stay packed where that is possible, refuse to be written to, and else compute with the numbers."""
+        kwargs = kwargs or {}
+        stays = _STAYS_PACKED.get(func)
+        if stays is not None:
+            result = stays(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, PackedTensor):
+                raise TypeError(f"{func} would write to a packed weight, which is frozen")
+        unpacked: Callable[[PackedTensor], Tensor] = lambda packed: packed.unpack()  # noqa: E731 - tree_map_only takes one
+        return func(*pytree.tree_map_only(PackedTensor, unpacked, args), **kwargs)
+
+
+def _turn(x: PackedTensor, dim0: int = -2, dim1: int = -1) -> Any:
+    if {dim0 % x.dim(), dim1 % x.dim()} != {x.dim() - 2, x.dim() - 1}:
+        return NotImplemented
+    return x._with(turned=not x.turned)
+
+
+def _permute(x: PackedTensor, dims: Sequence[int]) -> Any:
+    order = [dim % x.dim() for dim in dims]
+    last = x.dim() - 1
+    return _turn(x) if order == [*range(last - 1), last, last - 1] else NotImplemented
+
+
+def _take(x: PackedTensor, dim: int, index: int) -> Any:
+    if dim % x.dim() != 0 or x.dim() != 3:
+        return NotImplemented
+    at = int(index) % x.shape[0]
+    parts = {name: part[at : at + 1] for name, part in x.parts.items()}
+    return x._with(parts, shape=x.packed_shape[1:])
+
+
+def _gather(x: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
+    (index, *rest) = indices
+    if rest or x.dim() != 3 or index is None or index.dtype == torch.bool or index.dim() > 1:
+        return NotImplemented
+    if index.dim() == 0:
+        return _take(x, 0, int(index))
+    parts = {name: part[index] for name, part in x.parts.items()}
+    return x._with(parts, shape=(index.shape[0], *x.packed_shape[1:]))
+
+
+def _move(x: PackedTensor, **options: Any) -> Any:
+    dtype, device = options.get("dtype"), options.get("device")
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    blocking = {"non_blocking": options.get("non_blocking", False)}
+    moved = {name: part.to(device=device, **blocking) for name, part in x.parts.items()} if device else None
+    return x._with(moved, dtype=dtype)
+
+
+def _set_to_itself(x: PackedTensor, source: Tensor) -> Any:
+    """torch's parametrisations, which PEFT adapts expert stacks by, set a parameter to what it is already."""
+    same = isinstance(source, PackedTensor) and all(source.parts[name] is part for name, part in x.parts.items())
+    return x if same else NotImplemented
+
+
+def _copy(x: PackedTensor, **_: Any) -> PackedTensor:
+    return x._with({name: part.clone() for name, part in x.parts.items()})
+
+
+_STAYS_PACKED: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda x: x._with(),
+    aten.alias.default: lambda x: x._with(),
+    aten.lift_fresh.default: lambda x: x._with(),
+    aten.clone.default: _copy,
+    aten._to_copy.default: _move,
+    aten.t.default: _turn,
+    aten.transpose.int: _turn,
+    aten.permute.default: _permute,
+    aten.select.int: _take,
+    aten.index.Tensor: _gather,
+    aten.set_.source_Tensor: _set_to_itself,
+}
+
+
+class Nf4Tensor(PackedTensor):
+    """NF4, each matrix of a stack packed by itself: its bytes are those that bitsandbytes makes of that matrix alone.
+
+    Parts, for n weights a matrix in b = ceil(n / 64) blocks: ``codes`` uint8 [stack, 32 b], the last block filled up
+    with zeros; ``absmax`` float32 [stack, b], the blocks' scales. Double quantisation makes of the scales ``absmax``
+    uint8 [stack, b], ``scale`` float32 [stack, ceil(b / 256)] and ``offset`` float32 [stack].
+    """
+
+    format = "nf4"
+
+    @classmethod
+    def quantize(cls, matrices: Tensor, *, double_quant: bool) -> Nf4Tensor:
+        """Pack [rows, columns] or [stack, rows, columns]; one matrix at a time is read.
+
+        Args:
+            matrices: In 16 or 32 bits, on the device where it is to lie.
+            double_quant: Quantise the scales too.
+        """
+        stack = matrices if matrices.dim() == 3 else matrices[None]
+        made = [cls._quantize_one(matrix, double_quant=double_quant) for matrix in stack]
+        parts = {name: torch.stack([one[name] for one in made]) for name in made[0]}
+        return cls(parts, matrices.shape, matrices.dtype)
+
+    @staticmethod
+    def _quantize_one(matrix: Tensor, *, double_quant: bool) -> dict[str, Tensor]:
+        flat = matrix.detach().contiguous().reshape(-1)
+        missing = -flat.shape[0] % NF4_BLOCK
+        if missing:  # zeros don't change the last block's scale
+            flat = torch.nn.functional.pad(flat, (0, missing))
+        codes, state = quantize_4bit(
+            flat.view(-1, NF4_BLOCK), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
+        )
+        parts = {"codes": codes.reshape(-1), "absmax": state.absmax}
+        if double_quant:
+            parts |= {"scale": state.state2.absmax, "offset": state.offset}
+        return parts
+
+    def unpack(self) -> Tensor:  # noqa: D102 - the base says it
+        absmax = self._scales().reshape(-1)
+        # Rows of one block: bitsandbytes' kernel for some CPUs takes each row for a whole number of blocks.
+        state = QuantState(
+            absmax, torch.Size((absmax.shape[0], NF4_BLOCK)), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype
+        )
+        shape = self.packed_shape
+        codes = self.parts["codes"]
+        values: Tensor = dequantize_4bit(codes.reshape(-1, 1), state).view(codes.shape[0], -1)
+        numbers = values[:, : shape[-2] * shape[-1]].reshape(shape)
+        return numbers.transpose(-1, -2) if self.turned else numbers
+
+    def _scales(self) -> Tensor:
+        """The blocks' scales, float32 [stack, blocks]."""
+        codes = self.parts["absmax"]
+        if "scale" not in self.parts:
+            return codes
+        scale, blocks, values = self.parts["scale"], codes.shape[1], _scale_values(codes.device)
+        if blocks % _SCALE_BLOCK == 0:
+            state = QuantState(scale.reshape(-1), code=values, blocksize=_SCALE_BLOCK, dtype=torch.float32)
+            plain: Tensor = dequantize_blockwise(codes.reshape(-1), state).view(codes.shape)
+        else:
+            # A block of scales would reach into the next matrix's, so the same is computed here.
+            plain = values[codes.int()] * scale.repeat_interleave(_SCALE_BLOCK, 1)[:, :blocks]
+        return plain + self.parts["offset"].view(-1, 1)
+
+
+@lru_cache
+def _scale_values(device: torch.device) -> Tensor:
+    """What the 8-bit codes of scales stand for, float32 [256] (8-bit optimizers, arXiv:2110.02861, section 2.1)."""
+    values: Tensor = create_dynamic_map().to(device)
+    return values
+
+
+class Mxfp4Tensor(PackedTensor):
+    """MXFP4: two E2M1 codes a byte, the lower first, and one exponent to 32 of them.
+
+    Parts: ``blocks`` uint8 [stack, rows, columns / 2] and ``exponents`` uint8 [stack, rows, columns / 32], biased by
+    127. Each weight is value x 2^exponent: exact in bfloat16 and float32.
+    """
+
+    format = "mxfp4"
+
+    @classmethod
+    def of_files(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Mxfp4Tensor:
+        """From tensors as gpt-oss is published: ``blocks`` [stack, rows, groups, 16], ``scales`` [stack, rows, groups].
+
+        The parameter that Transformers holds is that stack turned: [stack, columns, rows].
+        """
+        stack, rows, groups, half = blocks.shape
+        if half * 2 != _MXFP4_BLOCK or scales.shape != blocks.shape[:-1]:
+            raise ValueError(f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are no MXFP4")
+        parts = {"blocks": blocks.reshape(stack, rows, groups * half), "exponents": scales}
+        return cls(parts, (stack, rows, groups * _MXFP4_BLOCK), dtype, turned=True)
+
+    def unpack(self) -> Tensor:  # noqa: D102 - the base says it
+        blocks, exponents = self.parts["blocks"], self.parts["exponents"]
+        table = torch.tensor(_FP4_VALUES, dtype=self.dtype, device=blocks.device)
+        values = torch.stack([table[(blocks & 0xF).int()], table[(blocks >> 4).int()]], dim=-1)
+        groups = values.view(*exponents.shape, _MXFP4_BLOCK)
+        numbers = torch.ldexp(groups, exponents.int()[..., None] - 127).to(self.dtype).view(self.packed_shape)
+        return numbers.transpose(-1, -2) if self.turned else numbers
+
+
+def unpack_(model: torch.nn.Module) -> None:
+    """Put the numbers in the place of every packed weight of a model: for answering, where there is room for them."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, PackedTensor):
+                setattr(module, name, torch.nn.Parameter(parameter.unpack(), requires_grad=False))

@@ -1,0 +1,253 @@
+"""The 4-bit policy: which weights of a model lie in 4 bits, and the quantiser that packs each as it is read.
+
+Transformers' own quantiser for bitsandbytes packs ``nn.Linear`` and nothing else. In a mixture of experts that is a
+tenth of the weights: the experts are one parameter for all of them, and stay in 16 bits without a word. This one packs
+them too (:mod:`slimtune.base.packed`), and what it can't pack it names with its size before a weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from slimtune.base.packed import Mxfp4Tensor, Nf4Tensor
+from slimtune.errors import UserError
+
+__all__ = ["FourBitConfig", "FourBitQuantizer", "Policy", "four_bit_config", "policy_of"]
+
+_METHOD = "slimtune_4bit"
+LEAST_SHARE = 0.8
+"""Of the weights besides embeddings and head. With less in 4 bits, most of the bytes would be of the other weights."""
+WHOLE_SHARE = 0.97
+"""What stays in 16 bits is named if the share is smaller."""
+_LEAST_SIDE = 16
+"""Rows and columns of a matrix worth packing: smaller ones are scales, biases and decays."""
+_ROUTER = re.compile(r"(^|[._])(gate|router|wg)([._]|$)")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of a model's parameters, by their names."""
+
+    linears: frozenset[str]
+    """Weights of linear layers that bitsandbytes packs."""
+    packed: frozenset[str]
+    """Weights that slimtune packs: expert stacks, and linear layers with a forward of their own."""
+    routers: frozenset[str]
+    """Modules that choose experts: small, and left as they are."""
+    sizes: dict[str, int]
+    """Weights of every parameter besides embeddings and head."""
+
+    @property
+    def share(self) -> float:
+        """Of the weights besides embeddings and head: how many lie in 4 bits."""
+        four_bit = sum(size for name, size in self.sizes.items() if name in self.linears or name in self.packed)
+        return four_bit / max(1, sum(self.sizes.values()))
+
+    @property
+    def rest(self) -> list[tuple[str, int]]:
+        """What stays in 16 bits, as (name without layer numbers, weights), the largest first."""
+        sums: dict[str, int] = {}
+        for name, size in self.sizes.items():
+            if name not in self.linears and name not in self.packed:
+                plain = re.sub(r"\.\d+\.", ".*.", name)
+                sums[plain] = sums.get(plain, 0) + size
+        return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def policy_of(model: nn.Module) -> Policy:
+    """The policy for a model as Transformers makes it; on the meta device too.
+
+    4 bits: linear layers, expert stacks, and subclasses of ``nn.Linear``. As they are: embeddings, head, routers,
+    norms, convolutions, and whatever is no matrix.
+    """
+    owned = _owners(model)
+    outside = {id(parameter) for parameter in _embeddings_and_head(model)}
+    linears: set[str] = set()
+    packed: set[str] = set()
+    routers: set[str] = set()
+    counts = _expert_counts(model)
+    for name, (module, parameter) in owned.items():
+        path, _, kind = name.rpartition(".")
+        if id(parameter) in outside or not parameter.is_floating_point():
+            continue
+        if parameter.dim() == 2 and parameter.shape[0] in counts and _ROUTER.search(path):
+            routers.add(path)
+        elif isinstance(module, nn.Linear | Conv1D):
+            if kind == "weight":
+                (linears if type(module) is nn.Linear or isinstance(module, Conv1D) else packed).add(name)
+        elif _is_stack(module, parameter):
+            packed.add(name)
+    sizes = {name: parameter.numel() for name, (_, parameter) in owned.items() if id(parameter) not in outside}
+    return Policy(frozenset(linears), frozenset(packed), frozenset(routers), sizes)
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    return {
+        f"{path}.{name}" if path else name: (module, parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _embeddings_and_head(model: Any) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        yield from head.parameters()
+
+
+def _expert_counts(model: Any) -> frozenset[int]:
+    """Outputs that a router may have: one for each expert, or one for the shared expert's gate."""
+    config = model.config.get_text_config()
+    return frozenset({1, *(count for key in _EXPERT_COUNTS if isinstance(count := getattr(config, key, None), int))})
+
+
+def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
+    """Several matrices in one parameter. A convolution's weight has three dimensions too."""
+    if isinstance(module, nn.modules.conv._ConvNd) or parameter.dim() != 3:
+        return False
+    return parameter.shape[0] > 1 and min(parameter.shape[1:]) >= _LEAST_SIDE
+
+
+class FourBitConfig(BitsAndBytesConfig):
+    """bitsandbytes' configuration, by which Transformers finds slimtune's quantiser.
+
+    Args:
+        mxfp4: The files hold expert stacks in MXFP4, which stay what they are.
+        linears: Pack the linear layers; off, only stacks that are packed in the files stay so.
+        options: As ``BitsAndBytesConfig`` takes them.
+    """
+
+    def __init__(self, *, mxfp4: bool = False, linears: bool = True, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self.mxfp4, self.linears = mxfp4, linears
+        self.quant_method = _METHOD  # type: ignore[assignment]  # a string is what the registry takes
+
+
+def four_bit_config(
+    *, double_quant: bool, compute_dtype: torch.dtype, mxfp4: bool = False, linears: bool = True
+) -> FourBitConfig:
+    """NF4 as QLoRA has it (arXiv:2305.14314): 4-bit NormalFloat, scales quantised again if ``double_quant``.
+
+    What is given to Transformers' ``from_pretrained`` as ``quantization_config``.
+    """
+    # Transformers' own registry of quantisers; an entry of its own name changes nothing for other models.
+    AUTO_QUANTIZER_MAPPING.setdefault(_METHOD, FourBitQuantizer)
+    return FourBitConfig(
+        mxfp4=mxfp4,
+        linears=linears,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+class FourBitQuantizer(Bnb4BitHfQuantizer):
+    """Transformers' hooks for the policy: on the skeleton, on each tensor as it is read, and at the end."""
+
+    quantization_config: FourBitConfig
+    policy: Policy
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:  # type: ignore[override]
+        self.policy = policy_of(model)
+        if not self.quantization_config.linears:
+            self.policy = replace(self.policy, linears=frozenset())
+            return
+        _check_share(model, self.policy)
+        self.quantization_config.llm_int8_skip_modules = [*_output_names(model), *sorted(self.policy.routers)]
+        super()._process_model_before_weight_loading(model, **options)
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        # To PEFT, TRL and the Trainer it is a model of bitsandbytes'.
+        self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        return super()._process_model_after_weight_loading(model, **options)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        """Whether ``param_name`` is to be packed once it is read."""
+        return param_name in self.policy.packed or bool(super().param_needs_quantization(model, param_name, **options))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What packs a tensor that was read."""
+        return _Pack(self)  # type: ignore[no-untyped-call]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *of_model: Any) -> list[Any]:
+        """Transformers' conversions from the files' tensors to the model's, and MXFP4's if the files hold such."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *of_model)  # type: ignore[no-untyped-call]
+        if not self.quantization_config.mxfp4:
+            return conversions
+        stacks = ("gate_up_proj", "down_proj")
+        return [*conversions, *(_mxfp4_conversion(stack) for stack in stacks)]
+
+
+def _mxfp4_conversion(stack: str) -> WeightConverter:
+    return WeightConverter(
+        source_patterns=[f"{stack}_blocks", f"{stack}_scales"], target_patterns=stack, operations=[_TakeMxfp4(stack)]
+    )
+
+
+class _Pack(Bnb4bitQuantize):
+    """NF4 for what the policy names; bitsandbytes' linear layers as Transformers packs them."""
+
+    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        policy, config = self.hf_quantizer.policy, self.hf_quantizer.quantization_config
+        made: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if isinstance(tensor, Mxfp4Tensor):
+                made[name] = nn.Parameter(tensor, requires_grad=False)
+            elif name in policy.packed:
+                packed = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
+                made[name] = nn.Parameter(packed, requires_grad=False)
+            else:
+                made |= super().convert({name: tensor}, **options)
+        return made
+
+
+class _TakeMxfp4(ConversionOps):
+    """One stack's blocks and scales as they are in the files."""
+
+    def __init__(self, stack: str) -> None:
+        self.stack = stack
+
+    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        blocks, scales = (input_dict[f"{self.stack}_{part}"] for part in ("blocks", "scales"))
+        name: str = options["full_layer_name"]
+        dtype = options["model"].get_parameter(name).dtype
+        # The loader casts what it reads to the compute dtype, in which a byte's numbers up to 255 are exact.
+        blocks, scales = ((part[0] if isinstance(part, list) else part).to(torch.uint8) for part in (blocks, scales))
+        return {name: Mxfp4Tensor.of_files(blocks, scales, dtype)}
+
+
+def _output_names(model: Any) -> list[str]:
+    """The head's name, which bitsandbytes leaves as it is."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def _check_share(model: Any, policy: Policy) -> None:
+    if policy.share >= LEAST_SHARE:
+        return
+    rest = ", ".join(f"{name} ({2 * size / 1e6:,.0f} MB)" for name, size in policy.rest[:4])
+    raise UserError(
+        f"only {policy.share:.0%} of {type(model).__name__}'s weights can lie in 4 bits",
+        rule=f"What stays in 16 bits: {rest}.",
+        way_out="Train it as it is: --quantization none.",
+    )
