@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slimtune.data.render import renderer_for
+from slimtune.data.conversation import normalise
+from slimtune.data.render import prompt_ids, renderer_for
 from slimtune.data.tokens import Piece, TokenEncoder
+from slimtune.errors import UserError
+from tests.data.tokenizers import BUILT, CODE, Built
 
 Make = Callable[[str], PreTrainedTokenizerBase]
 
@@ -66,3 +72,90 @@ def test_control_pieces_and_text_pieces_alternate_as_the_tokenizer_would_cut(
 def test_the_fingerprint_changes_with_the_tokenizer(make_tokenizer: Make) -> None:
     prints = {renderer_for(make_tokenizer(family)).encoder.fingerprint for family in BY_WORD}
     assert len(prints) == len(BY_WORD)
+
+
+PLAIN = (
+    {"role": "user", "content": "What floats? "},
+    {"role": "assistant", "content": "A boat floats."},
+    {"role": "user", "content": " And   what sinks?\nSay it."},
+    {"role": "assistant", "content": "An anchor.\n\nThat is it"},
+)
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def built(request: pytest.FixtureRequest) -> tuple[Built, PreTrainedTokenizerBase]:
+    kind = BUILT[request.param]
+    return kind, kind.make()
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    renderer = renderer_for(tokenizer)
+    [draft] = renderer.drafts(normalise({"messages": list(messages)}))
+    ids, mask = renderer.encoder.encode([draft.pieces])[0]
+    return ids.tolist(), mask.tolist()
+
+
+def test_trained_ids_are_transformers_own(built: tuple[Built, PreTrainedTokenizerBase]) -> None:
+    kind, tokenizer = built
+    text = str(tokenizer.apply_chat_template(list(PLAIN), tokenize=False))
+    ids, mask = encoded(tokenizer, PLAIN)
+    assert ids == tokenizer(text, add_special_tokens=kind.bos == "post").input_ids
+    assert sum(mask) > 8
+
+
+@pytest.mark.parametrize("reply", ["A boat floats.", CODE, " it", "\n\nit"])
+def test_a_reply_stands_behind_its_prompt_and_decodes_to_itself(
+    built: tuple[Built, PreTrainedTokenizerBase], reply: str
+) -> None:
+    kind, tokenizer = built
+    messages = [{"role": "user", "content": "What floats?"}, {"role": "assistant", "content": reply}]
+    ids, mask = encoded(tokenizer, messages)
+    prompt = prompt_ids(tokenizer, messages[:1])
+    start = mask.index(True)
+    assert ids[:start] == prompt
+    if "船" in reply and not kind.byte_fallback and kind.prefix != "none":
+        return  # its vocabulary has no such character
+    lost = tokenizer.backend_tokenizer.normalizer
+    wanted = reply if lost is None or kind.prefix == "prepend" else _normalised(kind, reply)
+    before = tokenizer.decode(prompt, skip_special_tokens=False)
+    after = tokenizer.decode(ids, skip_special_tokens=False)
+    assert after.startswith(before)
+    said = after[len(before) :].removesuffix("<|end|>")
+    behind_control = prompt[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    # There the tokenizer writes its prefix space; Metaspace only where the text doesn't begin with one.
+    if behind_control and (kind.prefix == "prepend" or (kind.prefix == "always" and not reply.startswith(" "))):
+        said = said.removeprefix(" ")
+    assert said == wanted
+
+
+def _normalised(kind: Built, reply: str) -> str:
+    return reply if kind.normalizer is None else str(kind.normalizer.normalize_str(reply))
+
+
+def test_raw_text_begins_as_the_tokenizer_begins_it(built: tuple[Built, PreTrainedTokenizerBase]) -> None:
+    _, tokenizer = built
+    renderer = renderer_for(tokenizer)
+    [draft] = renderer.drafts(normalise({"text": "The quick brown fox"}))
+    ids, _ = renderer.encoder.encode([draft.pieces])[0]
+    assert ids[:-1].tolist() == tokenizer("The quick brown fox").input_ids
+
+
+def test_a_token_that_transformers_reads_as_text_is_text() -> None:
+    tokenizer = BUILT["byte-level"].make()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": "|"}, "content": "/"}
+    spec["added_tokens"].append({**spec["added_tokens"][-1], "id": 800, "content": "<|odd|>", "normalized": True})
+    spec["normalizer"] = {"type": "Prepend", "prepend": "_"}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
+    encoder = TokenEncoder(made)
+    assert encoder.read_as_text == ("<|odd|>",)
+    assert not encoder.pattern.search("a<|odd|>b")
+    assert encoder.text_ids("a<|odd|>b").tolist() == made("a<|odd|>b", add_special_tokens=False).input_ids
+
+
+def test_a_template_that_writes_a_token_read_both_ways_is_refused() -> None:
+    tokenizer = dataclasses.replace(BUILT["prepend"], normalized=True).make()
+    assert "<|end|>" in TokenEncoder(tokenizer).wavering
+    with pytest.raises(UserError, match="as a control token in some places") as caught:
+        renderer_for(tokenizer)
+    assert '"normalized": false' in caught.value.way_out

@@ -112,6 +112,13 @@ class ChatRenderer:
             self._text([ask], None, prompt=True)
         except TemplateRefused as error:
             raise _bad_template(f"it can't render a question and its answer: {error}") from None
+        wavering = sorted(token for token in self.encoder.wavering if token in text)
+        if wavering:
+            raise UserError(
+                f"the tokenizer reads {wavering[0]!r} as a control token in some places and as text in others",
+                rule="The chat template writes it, and it has normalized: true beside a normaliser that adds a space.",
+                way_out='Set "normalized": false for it in tokenizer.json.',
+            )
         if "qzuser" not in text or "qzreply" not in text:
             raise _bad_template("it leaves out what the user or the assistant said")
         after = text.rindex("qzreply") + len("qzreply")
@@ -423,7 +430,7 @@ class ChatRenderer:
         at = 0
         for start, end, supervised in sorted(cuts):
             pieces += self._cut(text[at:start], everything, False)
-            pieces += self._cut(text[start:end], everything or supervised, bool(pieces) and pieces[-1].control < 0)
+            pieces += self._cut(text[start:end], everything or supervised, True)
             at = end
         pieces += self._cut(text[at:], everything, bool(pieces) and pieces[-1].control < 0)
         return pieces
@@ -431,12 +438,12 @@ class ChatRenderer:
     def _cut(self, text: str, supervised: bool, joined: bool) -> list[Piece]:
         """Text cut at its control tokens; marks inside guarded text go."""
         controls = self.encoder.controls
-        pieces = []
+        pieces: list[Piece] = []
         for number, part in enumerate(self.encoder.pattern.split(text)):
             if not part:
                 continue
             if number % 2:
-                pieces.append(Piece(part, controls[part], supervised, False))
+                pieces.append(Piece(part, controls[part], supervised, joined and not pieces))
             else:
                 pieces.append(Piece(part.replace(NONCHARACTER, ""), -1, supervised, joined and not pieces))
         return pieces

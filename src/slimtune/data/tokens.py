@@ -28,17 +28,23 @@ Ids = npt.NDArray[np.int32]
 
 _KEPT_TEXT = 48
 _KEPT_TEXTS = 20_000
+_WHITE = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What control tokens swallow beside them: Unicode's White_Space. Python's strip takes more."""
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation: one control token, or text that is encoded on its own."""
+    """A stretch of a rendered conversation: one control token, or text that is encoded on its own.
+
+    A control token without text was put in by slimtune: it stands for no character of the rendered conversation.
+    """
 
     text: str
     control: int
     """Id of the control token, or -1 for text."""
     supervised: bool
     joined: bool
-    """Whether text goes on right behind other text: a reply that begins mid-text gets no prefix space of its own."""
+    """Whether this goes on from what stands before, as a reply does from what a model is asked with. Neither takes
+    from the other: no white space is swallowed, and text behind text gets no prefix space of its own."""
 
 
 _Plan = list[tuple[Ids | int, bool]]
@@ -93,7 +99,10 @@ class TokenEncoder:
         self.fingerprint = hashlib.sha256(serialised.encode()).hexdigest()
         """SHA-256 of the whole tokenizer."""
         spec = json.loads(serialised)
-        added = spec["added_tokens"]
+        as_text, self.wavering = _read_as_text(backend, spec)
+        self.read_as_text: tuple[str, ...] = tuple(sorted(as_text | self.wavering))
+        """Special tokens that the tokenizer itself doesn't find in text, or only in some places. They are text."""
+        added = [token for token in spec["added_tokens"] if token["content"] not in self.read_as_text]
         self.controls: dict[str, int] = {token["content"]: token["id"] for token in added if token["content"]}
         self.special: frozenset[str] = frozenset(t["content"] for t in added if t["special"] and t["content"])
         self._eats_left = {token["id"] for token in added if token["lstrip"]}
@@ -131,21 +140,23 @@ class TokenEncoder:
 
     def _plan(self, pieces: Sequence[Piece], texts: dict[tuple[str, int], int]) -> _Plan:
         plan: _Plan = []
-        start, eat = True, False
+        start, eat, behind_text = True, False, False
         last = len(pieces) - 1
         for at, (text, control, supervised, joined) in enumerate(pieces):
             if control >= 0:
                 plan.append((np.array([control], np.int32), supervised))
-                start, eat = False, control in self._eats_right
+                start = start and not text
+                eat, behind_text = bool(text) and control in self._eats_right, False
                 continue
             if eat and not joined:
-                text = text.lstrip()
-            if self._eats_left and at < last and pieces[at + 1].control in self._eats_left:
-                text = text.rstrip()
+                text = text.lstrip(_WHITE)
+            behind = pieces[at + 1] if at < last else None
+            if behind is not None and behind.control in self._eats_left and not behind.joined:
+                text = text.rstrip(_WHITE)
             if not text:
                 continue
-            kind = 2 if joined else 0 if start else 1
-            start = eat = False
+            kind = 2 if joined and behind_text else 0 if start else 1
+            start, eat, behind_text = False, False, True
             key = (text, kind)
             known = self._kept.get(key)
             plan.append((texts.setdefault(key, len(texts)) if known is None else known, supervised))
@@ -171,6 +182,29 @@ class TokenEncoder:
     def text_ids(self, text: str) -> Ids:
         """Ids of a text alone, no added token recognised."""
         return self.encode([[Piece(text, -1, False, False)]])[0][0]
+
+
+def _read_as_text(backend: Tokenizer, spec: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Added tokens that the tokenizer finds nowhere in text, and those that it finds in some places only.
+
+    A token with ``normalized: true`` is looked for in the normalised text, in its own normalised form. A normaliser
+    that prepends a space gives it one, and then it is found behind a space and nowhere else.
+    """
+    if spec["normalizer"] is None:
+        return set(), set()
+    texts = [token["content"] for token in spec["added_tokens"] if token["normalized"] and token["content"]]
+    places = ("{}", "a{}", "\n{}", " {}b")
+    found = backend.encode_batch_fast(
+        [place.format(text) for text in texts for place in places], add_special_tokens=False
+    )
+    nowhere: set[str] = set()
+    somewhere: set[str] = set()
+    for number, text in enumerate(texts):
+        wanted = backend.token_to_id(text)
+        times = sum(wanted in e.ids for e in found[number * len(places) : (number + 1) * len(places)])
+        if times < len(places):
+            (somewhere if times else nowhere).add(text)
+    return nowhere, somewhere
 
 
 def _without_added(spec: dict[str, Any], *, prefix: bool) -> Tokenizer:
