@@ -102,6 +102,8 @@ class Config(BaseModel):
     """The rows' shape; auto detects it."""
     map: dict[str, str] = {}
     """field=column, for files whose columns have other names."""
+    prefer: Literal["chosen"] | None = None
+    """Of preference data (chosen and rejected, or a label) take the better replies; unless set, it is refused."""
     template: Path | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
     max_length: PositiveInt = 2048
@@ -325,7 +327,8 @@ def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
 def _merged_nodes(root: yaml.MappingNode) -> set[int]:
     """The mappings that a merge key names, by identity."""
     found: set[int] = set()
-    waiting, seen = [root], {id(root)}
+    waiting: list[yaml.Node] = [root]
+    seen = {id(root)}
     while waiting:
         node = waiting.pop()
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
