@@ -70,6 +70,8 @@ def test_the_facts_are_the_runs(run: RunFolder) -> None:
     assert facts["adapter"]["class_after"].startswith("PeftModel")
     assert facts["adapter"]["wrapped_by"] == "trl.SFTTrainer"
     assert facts["adapter"]["modules"] == {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2}
+    assert (facts["adapter"]["adapted_layers"], facts["adapter"]["layers"]) == (2, 2)
+    assert facts["adapter"]["adapted_weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64)
     tensors = load_file(run.adapter / "adapter_model.safetensors")
     assert facts["adapter"]["trainable_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert facts["adapter"]["file_bytes"] == (run.adapter / "adapter_model.safetensors").stat().st_size
@@ -83,7 +85,8 @@ def test_the_facts_are_the_runs(run: RunFolder) -> None:
 
 def test_the_recorded_config_is_what_ran(run: RunFolder) -> None:
     config = run.config()
-    assert "auto" not in (config.compute_dtype, config.optim, config.save_steps)
+    assert "auto" not in (config.compute_dtype, config.optim, config.save_steps, config.targets)
+    assert config.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert config.output == run.path
     assert (config.max_steps, config.learning_rate) == (3, 1e-2)
 

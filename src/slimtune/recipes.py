@@ -22,15 +22,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS
-from slimtune.adapter.lora import check_names, lora_config
+from slimtune.adapter.lora import Coverage, check_names, coverage, give_dropout_, lora_config
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
+from slimtune.adapter.targets import default_targets, find_targets
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.source import model_source
-from slimtune.base.tokenizer import load_tokenizer, remarks
+from slimtune.base.tokenizer import load_tokenizer
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
@@ -157,14 +158,15 @@ def _train(
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
         with screen.working("reading the data"):
             tokenizer, proof, data, held_out = _read(config, run, watchdog, formatting_func)
-        for line in remarks(tokenizer):
-            screen.warn(line)
         screen.say("data", _data_line(proof, data))
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
         with screen.working("loading the base"):
             base = _load(config, hardware, watchdog)
         check_names(config, base.model)
+        config, more = _resolve_targets(config, base)
+        choices += more
+        targets = find_targets(config, base.model)
         facts = _facts(config, base, run, proof.facts | _batch_facts(data), choices, hardware)
         screen.say("base", _base_line(facts.base))
         identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
@@ -178,7 +180,7 @@ def _train(
             observe(base.model, tokenizer)
 
         # 2. The adapter.
-        lora = lora_config(config)
+        lora = lora_config(config, targets)
 
         # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
         reason_unfused = why_unfused(config, base.model)
@@ -200,13 +202,17 @@ def _train(
             callbacks=[MetricsCallback(data, config.gradient_accumulation, floor, run.append_metrics, screen.record)],
         )
         trainer.safety = safety
+        if targets.parameters:
+            give_dropout_(trainer.model, config)
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         _use_engine(config, hardware, trainer, reason_unfused, screen)
         # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
         facts.base.fingerprint_before = fingerprint(trainer.model)
-        facts.adapter = _adapter_facts(config, trainer)
+        facts.adapter = _adapter_facts(config, trainer, coverage(trainer.model, targets))
         screen.say("adapter", _adapter_line(facts.adapter))
+        if targets.stacks:
+            screen.say("experts", _experts_line(facts.adapter, len(targets.stacks)))
 
         # 4. Train, and save the adapter alone.
         with screen.training():
@@ -394,13 +400,22 @@ def _facts(
     )
 
 
-def _adapter_facts(config: Config, trainer: SlimTrainer) -> AdapterFacts:
+def _resolve_targets(config: Config, base: Base) -> tuple[Config, list[Choice]]:
+    """Decide what depends on the model's family."""
+    if config.targets != "auto":
+        return config, []
+    names, reason = default_targets(base.model)
+    return config.model_copy(update={"targets": names}), [Choice("targets", ", ".join(names), reason)]
+
+
+def _adapter_facts(config: Config, trainer: SlimTrainer, covered: Coverage) -> AdapterFacts:
     return AdapterFacts(
         r=config.lora_r,
         alpha=config.alpha,
         dropout=config.lora_dropout,
         targets=[config.targets] if isinstance(config.targets, str) else list(config.targets),
         **asdict(trainer.wrapping),
+        **asdict(covered),
     )
 
 
@@ -436,7 +451,18 @@ def _base_line(base: BaseFacts) -> str:
 
 def _adapter_line(adapter: AdapterFacts) -> str:
     share = adapter.trainable_parameters / adapter.total_parameters
-    return f"{adapter.trainable_parameters:,} parameters train ({share:.2%}) in {sum(adapter.modules.values())} modules"
+    weights = adapter.adapted_weights / (adapter.total_parameters - adapter.trainable_parameters)
+    return (
+        f"{adapter.trainable_parameters:,} parameters train ({share:.2%}) in {sum(adapter.modules.values())} modules: "
+        f"{adapter.adapted_layers} of {adapter.layers} layers, {weights:.0%} of the weights"
+    )
+
+
+def _experts_line(adapter: AdapterFacts, stacks: int) -> str:
+    return (
+        f"{adapter.expert_parameters:,} of these parameters are for all experts, in {stacks} stacks, without dropout; "
+        "--targets attention,mlp leaves them out"
+    )
 
 
 def _adapter_bytes(run: RunFolder) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -39,3 +40,11 @@ def test_vllm_gets_the_same_models(runs: list[Path], tiny_model: Path, tmp_path:
     assert f'{{"name": "odd", "path": "{odd / "adapter"}"}}' in vllm_command(
         find_all([f"odd={odd}"]), "127.0.0.1", 8000, 16
     )
+
+
+def test_vllm_is_not_given_experts(runs: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    file = run / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": ["gate_up_proj"]}))
+    with pytest.raises(UserError, match="Merge it"):
+        vllm_command(find_all([str(run)]), "127.0.0.1", 8000, 16)

@@ -2,60 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from slimtune.adapter.targets import Targets
 from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 
-__all__ = ["check_names", "lora_config"]
+__all__ = ["Coverage", "check_names", "coverage", "give_dropout_", "lora_config"]
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """PEFT's ``LoraConfig`` for this run (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353)."""
+def lora_config(config: Config, targets: Targets) -> LoraConfig:
+    """PEFT's ``LoraConfig`` for this run (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353).
+
+    Raises:
+        UserError: Experts are among the targets, and an option that PEFT doesn't have for them.
+    """
+    if targets.parameters:
+        _check_options(config, targets)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
+        # PEFT has no dropout for weights adapted as tensors and refuses a config that has one; see give_dropout_.
+        lora_dropout=0.0 if targets.parameters else config.lora_dropout,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
+        exclude_modules=targets.exclude,
         bias=config.lora_bias,
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_rslora=config.rslora,
         use_dora=config.dora,
         modules_to_save=list(config.modules_to_save) or None,
-        layers_to_transform=None if config.layers is None else list(config.layers),
+        layers_to_transform=None if config.layers is None or not targets.modules else list(config.layers),
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
     )
 
 
-def check_names(config: Config, model: nn.Module) -> None:
-    """See that the modules and layers that the config names are the model's.
+def _check_options(config: Config, targets: Targets) -> None:
+    options = {
+        "dora: true": config.dora,
+        f"lora_init: {config.lora_init}": config.lora_init not in ("default", "gaussian"),
+    }
+    for option, is_set in options.items():
+        if is_set:
+            raise UserError(
+                f"{option} can't be had with {targets.parameters[0]} among the targets",
+                rule="PEFT adapts it as a tensor, and has plain LoRA alone for these.",
+                way_out="Leave the option, or name other targets: --targets attention",
+            )
+
+
+def give_dropout_(model: nn.Module, config: Config) -> None:
+    """Give the wrapped model's linear layers the dropout that the PEFT config couldn't have beside expert stacks.
+
+    Dropout is no part of an adapter's files but a number that nothing reads after training; these say 0.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and config.lora_dropout:
+            for name in module.lora_A:
+                module.lora_dropout[name] = nn.Dropout(config.lora_dropout)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of the base an adapter stands beside."""
+
+    layers: int
+    """Decoder layers of the model."""
+    adapted_layers: int
+    adapted_weights: int
+    """Weights of the base in the modules and stacks that carry an adapter."""
+    expert_parameters: int
+    """Parameters of the adapter that belong to expert stacks."""
+
+
+def coverage(model: nn.Module, targets: Targets) -> Coverage:
+    """Count on the wrapped model."""
+    layers: set[str] = set()
+    weights = expert_parameters = 0
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or not (module.lora_A or module.lora_embedding_A):
+            continue
+        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        layers |= {layer for layer in targets.layers if name.startswith(f"{layer}.")}
+        stack = f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
+        weights += module.get_param().numel() if stack else module.in_features * module.out_features
+        if stack in targets.stacks:
+            own: Sequence[Any] = [*module.lora_A.parameters(), *module.lora_B.parameters()]
+            expert_parameters += sum(parameter.numel() for parameter in own)
+    return Coverage(len(targets.layers), len(layers), weights, expert_parameters)
+
+
+def check_names(config: Config, model: Any) -> None:
+    """See that the modules to save and the layers that the config names are the model's.
 
     Raises:
         UserError: A name matches no module, or a layer isn't there; the nearest name is proposed.
     """
-    endings = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     paths = [name for name, _ in model.named_modules()]
-    for key, names in (("targets", config.targets), ("modules_to_save", config.modules_to_save)):
-        for name in () if names == "all-linear" else names:
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
-                linear = sorted(
-                    {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if _is_linear(module)}
-                )
-                raise UserError(
-                    f"{key} {name!r} is the name of no module of {type(model).__name__}",
-                    rule=did_you_mean(name, sorted(endings)) or f"Its linear layers are {', '.join(linear)}.",
-                    way_out="Name modules by the end of their names, or take --targets all-linear.",
-                )
-    layers = getattr(model.config, "num_hidden_layers", None)
+    endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    for name in config.modules_to_save:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise UserError(
+                f"modules_to_save {name!r} is the name of no module of {type(model).__name__}",
+                rule=did_you_mean(name, endings),
+                way_out="Name modules by the end of their names.",
+            )
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if config.layers is not None and layers is not None and max(config.layers) >= layers:
         raise UserError(
             f"layers {max(config.layers)} is not there: {type(model).__name__} has {layers}",
             rule=f"Layers count from 0 to {layers - 1}.",
         )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)

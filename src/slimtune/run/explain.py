@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from slimtune.config import TARGET_WORDS
 from slimtune.run.preparation import tell_base, tell_data
 from slimtune.run.reasons import reason_in_chinese
 from slimtune.run.screen import megabytes, time_left
@@ -101,7 +102,9 @@ def _wrapping(facts: Facts, say: Say) -> Section | None:
         )
     modules, trainable, total = adapter["modules"], adapter["trainable_parameters"], adapter["total_parameters"]
     counted = listed((f"{code(name)} × {number:,}" for name, number in modules.items()), say)
-    missing = [name for name in adapter["targets"] if name != "all-linear" and name.rsplit(".", 1)[-1] not in modules]
+    endings = {name.rsplit(".", 1)[-1] for name in modules}
+    asked = [name for name in adapter["targets"] if name != "all-linear" and name not in TARGET_WORDS]
+    missing = [name for name in asked if name.rsplit(".", 1)[-1] not in endings]
     found = say(
         f"Counted on the model afterwards, {sum(modules.values()):,} modules carry an adapter: {counted}.",
         f"事后在模型上逐个清点，共有 {sum(modules.values()):,} 个模块带适配器：{counted}。",
@@ -118,11 +121,38 @@ def _wrapping(facts: Facts, say: Say) -> Section | None:
                 f"全部 {total:,} 个参数中，只有 {trainable:,} 个参与训练，占 {share(trainable, total)}。",
             )
         ),
+        *_covered(adapter, say),
     )
     pieces = ((say("trained", "训练"), float(trainable)), (say("frozen", "冻结"), float(total - trainable)))
     bars = (Bar(say("parameters", "参数"), f"{total:,}", pieces),)
     title = say("The wrapping, by SFTTrainer", "模型封装：SFTTrainer 的幕后工作")
     return Section("wrapping", part_name(3, say), title, told, bars)
+
+
+def _covered(adapter: Facts, say: Say) -> list[Statement]:
+    """What of the base the adapter stands beside; runs before it was counted don't tell."""
+    if "adapted_layers" not in adapter:
+        return []
+    layers, of = adapter["adapted_layers"], adapter["layers"]
+    weights = share(adapter["adapted_weights"], adapter["total_parameters"] - adapter["trainable_parameters"])
+    told = [
+        Statement(
+            say(
+                f"They stand in {layers:,} of {of:,} layers, beside {weights} of the base's weights.",
+                f"它们分布在 {of:,} 层中的 {layers:,} 层，覆盖基座权重的 {weights}。",
+            )
+        )
+    ]
+    if experts := adapter["expert_parameters"]:
+        told.append(
+            Statement(
+                say(
+                    f"{experts:,} of them are for the experts, adapted as whole stacks and without dropout.",
+                    f"其中 {experts:,} 个属于专家：整组专家权重一并适配，不用 dropout。",
+                )
+            )
+        )
+    return told
 
 
 def _training(facts: Facts, say: Say) -> Section | None:

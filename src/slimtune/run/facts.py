@@ -51,6 +51,13 @@ class AdapterFacts:
     """Wrapped modules by name: {"q_proj": 30, …}."""
     trainable_parameters: int
     total_parameters: int
+    layers: int
+    """Decoder layers of the model."""
+    adapted_layers: int
+    adapted_weights: int
+    """Weights of the base in the modules and stacks that carry an adapter."""
+    expert_parameters: int
+    """Parameters of the adapter that belong to expert stacks."""
     file_bytes: int | None = None
     """Bytes of adapter_model.safetensors."""
     folder_files: list[str] = field(default_factory=list)

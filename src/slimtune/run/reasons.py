@@ -18,6 +18,7 @@ _REASONS = (
     ),
     (r"(\d+%) of what (.+) has", r"\2 显存的 \1"),
     (r"(\d+) optimizer steps, so about (\d+) checkpoints", r"共 \1 个优化器步，约存 \2 个检查点"),
+    (r"the projections of what mixes tokens: (.+)", r"混合词元的投影层：\1"),
     (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
 )
 

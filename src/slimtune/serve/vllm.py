@@ -34,7 +34,7 @@ def vllm_command(models: Sequence[Named], host: str, port: int, batch: int) -> l
         batch: Most requests computed together.
 
     Raises:
-        UserError: A rank is larger than vLLM takes, or the adapters have different chat templates.
+        UserError: A rank is larger than vLLM takes, an adapter is on experts, or the chat templates differ.
     """
     first = models[0].found
     tuned = [model for model in models if model.found.adapter is not None]
@@ -91,6 +91,12 @@ def _rank(tuned: Sequence[Named]) -> int:
     for model in tuned:
         assert model.found.adapter is not None
         config = adapter_config(model.found.adapter)
+        if config.get("target_parameters"):
+            raise UserError(
+                f"the adapter {model.name} has target_parameters: {', '.join(config['target_parameters'])}",
+                rule="Experts are adapted so, and vLLM leaves such adapters out or refuses them.",
+                way_out="Merge it (slimtune merge) and serve the merged model.",
+            )
         ranks.append(max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]))
     highest = max(ranks)
     fitting = [rank for rank in _RANKS if rank >= highest]

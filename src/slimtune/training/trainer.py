@@ -17,7 +17,6 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from slimtune.base.tokenizer import save_tokenizer
 from slimtune.data.packing import MicroBatches
 from slimtune.training.fused import FusedTrainer
 from slimtune.training.resumable import ResumableTrainer
@@ -104,7 +103,7 @@ class SlimTrainer(ResumableTrainer, FusedTrainer):
         self.model.save_pretrained(folder, save_embedding_layers=False)
         # PEFT's card is an empty form; slimtune writes a filled one when the adapter is published.
         (folder / "README.md").unlink(missing_ok=True)
-        save_tokenizer(self.processing_class, folder)
+        self.processing_class.save_pretrained(folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # A position is the micro-batch's place in the whole run; the data's own order is in there already.
@@ -131,6 +130,15 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _adapted_modules(model: torch.nn.Module) -> dict[str, int]:
-    return dict(
-        Counter(name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "lora_A", None))
-    )
+    return dict(Counter(_own_name(name, module) for name, module in model.named_modules() if _is_adapted(module)))
+
+
+def _is_adapted(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "lora_A", None) or getattr(module, "lora_embedding_A", None))
+
+
+def _own_name(path: str, module: torch.nn.Module) -> str:
+    """q_proj of a layer; experts.gate_up_proj of a parameter, around which PEFT's wrappers are nested."""
+    name = path.replace(".base_layer", "").rsplit(".", 1)[-1]
+    parameter = getattr(module, "parameter_name", "weight")
+    return name if parameter == "weight" else f"{name}.{parameter}"
