@@ -129,7 +129,7 @@ def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, An
 
 
 def run_peer(peer: str, workload: Workload, folder: Path) -> dict[str, Any]:
-    """TRL's SFTTrainer, plain or with Liger, Axolotl's LoRA kernels, or slimtune's fuse; or Unsloth."""
+    """TRL's SFTTrainer, plain, unquantised, with Liger, Axolotl's LoRA kernels or slimtune's fuse; or Unsloth."""
     flags = set(peer.replace("-", "+").split("+"))
     checkpointing = "nogc" not in flags
     if "unsloth" in flags:
@@ -159,7 +159,7 @@ def run_peer(peer: str, workload: Workload, folder: Path) -> dict[str, Any]:
         lora = None
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        quantization = BitsAndBytesConfig(
+        quantization = None if "16bit" in flags else BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip

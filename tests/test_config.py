@@ -82,9 +82,57 @@ def test_a_refused_value_names_key_and_rule(values: dict[str, object], message: 
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: &d\n  lora_r: 16\n  seed: 7\n<<: *d\nseed: 9\n",
+        "a: &a {lora_r: 16}\nb: &b {<<: *a, seed: 9}\n<<: [*b, *a]\n",
+        "a: &a {lora_r: 16, seed: 1}\n<<: *a\nseed: 9\n<<: *a\n",
+    ],
+)
+def test_merge_keys_work_and_what_they_merge_is_no_key(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert load_config(file) == Config(lora_r=16, seed=9)
+
+
+def test_a_mapping_that_is_merged_and_has_a_keys_name_stays_that_key(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank_pattern: &r {q_proj: 4}\nalpha_pattern: {<<: *r, v_proj: 8}\n", encoding="utf-8")
+    assert load_config(file) == Config(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4, "v_proj": 8})
+
+
+def _bomb(line: str) -> str:
+    return line.format(at=0, inside="x") + "".join(
+        line.format(at=at, inside=",".join([f"*a{at - 1}"] * 9)) for at in range(1, 20)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _bomb("a{at}: &a{at} [{inside}]\n"),
+        _bomb("a{at}: &a{at} {{k{at}: 1, <<: [{inside}]}}\n").replace("<<: [x]", "y: 1") + "<<: *a19\n",
+        "a: &a\n  b: *a\n",
+        "a: &a {<<: *a}\n<<: *a\n",
+    ],
+    ids=["lists", "merges", "a mapping in itself", "merged with itself"],
+)
+def test_aliases_without_bound_are_refused_before_they_grow(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.yaml is too large with its aliases"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a\n- b\n", "holds a list"),
+        ("five", "holds a single value"),
+        ("seed: 2026-13-41\n", "month must be in 1..12"),
+        ("? [a, b]\n: 1\n", "found unhashable key"),
+        ("<<: 5\n", "expected a mapping or list of mappings for merging"),
+        ("a: " + "[" * 1500, "is nested too deeply"),
         ("lora_r: [\n", "is no valid YAML"),
         ("lora_r: 4\nlora_r: 8\n", "key 'lora_r' stands twice"),
     ],

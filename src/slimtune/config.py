@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from slimtune.errors import UserError
 
-__all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config"]
+__all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config", "read_yaml"]
 
 FREE_KEYS = frozenset(
     {
@@ -107,6 +107,8 @@ class Config(BaseModel):
     """The rows' shape; auto detects it."""
     map: dict[str, str] = {}
     """field=column, for files whose columns have other names."""
+    prefer: Literal["chosen"] | None = None
+    """Of preference data (chosen and rejected, or a label) take the better replies; unless set, it is refused."""
     template: Path | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
     max_length: PositiveInt = 2048
@@ -262,11 +264,84 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE or not isinstance(key_node, yaml.ScalarNode):
+                continue  # merged keys give way to the mapping's own, and may come twice
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_MOST_NODES = 10_000
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, merge keys (``<<``) carried out.
+
+    A mapping that is merged somewhere is not itself a key, unless it has a key's name: ``defaults: &d {…}`` beside
+    ``<<: *d`` only holds what is merged.
+
+    Raises:
+        UserError: The file can't be read, is no mapping, has a key twice, or grows without bound by its aliases.
+    """
+    try:
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            kind = {yaml.SequenceNode: "list", yaml.ScalarNode: "single value"}[type(root)]
+            raise UserError(f"config file {path} holds a {kind}", rule="It must hold key: value lines.")
+        if _expanded_size(root, {}) > _MOST_NODES:
+            raise UserError(
+                f"config file {path} is too large with its aliases (*name) written out",
+                rule=f"A config has at most {_MOST_NODES:,} values.",
+            )
+        merged = _merged_nodes(root)
+        root.value = [
+            (key, value)
+            for key, value in root.value
+            if id(value) not in merged or key.tag == _MERGE or str(key.value) in Config.model_fields
+        ]
+        loaded: dict[Any, Any] = loader.construct_document(root)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} can't be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that doesn't exist is a ValueError
+        raise UserError(f"config file {path} is no valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"config file {path} is nested too deeply", rule="It must hold key: value lines.") from None
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values under a node with each alias written out; each node is looked at once. A node within itself is endless."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in _children(node))
+    return known[id(node)]
+
+
+def _merged_nodes(root: yaml.MappingNode) -> set[int]:
+    """The mappings that a merge key names, by identity."""
+    found: set[int] = set()
+    waiting: list[yaml.Node] = [root]
+    seen = {id(root)}
+    while waiting:
+        node = waiting.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == _MERGE:
+                found.update(id(part) for part in (value.value if isinstance(value, yaml.SequenceNode) else [value]))
+        waiting += (new := [child for child in _children(node) if id(child) not in seen])
+        seen.update(map(id, new))
+    return found
 
 
 def load_config(path: Path | None, **flags: Any) -> Config:
@@ -275,17 +350,5 @@ def load_config(path: Path | None, **flags: Any) -> Config:
     Raises:
         UserError: The file is missing or isn't a mapping, or a key or value is refused.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config file {path} can't be read: {error}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"config file {path} is no valid YAML: {error}") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise UserError(
-                f"config file {path} holds a {type(loaded).__name__}", rule="It must hold key: value lines."
-            )
-        values = {str(key): value for key, value in (loaded or {}).items()}
+    values = {} if path is None else read_yaml(path)
     return Config.make(**{**values, **flags})

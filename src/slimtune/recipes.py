@@ -31,7 +31,7 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.source import model_source
-from slimtune.base.tokenizer import load_tokenizer
+from slimtune.base.tokenizer import load_tokenizer, remarks
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
@@ -158,6 +158,8 @@ def _train(
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
         with screen.working("reading the data"):
             tokenizer, proof, data, held_out = _read(config, run, watchdog, formatting_func)
+        for line in remarks(tokenizer):
+            screen.warn(line)
         screen.say("data", _data_line(proof, data))
         config, more = resolve_steps(config, data.per_epoch)
         choices += more

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
-from slimtune.adapter.passport import Passport, read_passport, stamp
+from slimtune.adapter.passport import (
+    Passport,
+    check_tokenizer,
+    is_hashed_whole,
+    read_passport,
+    stamp,
+    template_hash,
+    tokenizer_hash,
+)
 from slimtune.config import FREE_KEYS, Config
+from slimtune.errors import UserError
+from tests.data.tokenizers import BUILT
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -43,3 +57,29 @@ def test_an_older_passport_with_the_whole_config_is_read(tmp_path: Path) -> None
     passport = stamped(tmp_path / "old", config)
     assert read_passport(tmp_path / "old") == passport
     assert passport.config.keys() >= FREE_KEYS
+
+
+def _old_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """As passports of version 1 have it: the vocabulary and the ids of one text."""
+    probe = "It's 12345.678 -- don't\n\n\tdef f(x):  x**2 # Grüße, 你好世界，こんにちは, Привет, مرحبا 👩‍💻   end "
+    what = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(probe, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def test_the_hash_sees_what_stands_behind_a_control_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    always, first = BUILT["llama, legacy"].make(), BUILT["llama, not legacy"].make()
+    first.chat_template = always.chat_template
+    assert _old_hash(always) == _old_hash(first)
+    assert tokenizer_hash(always) != tokenizer_hash(first)
+    passport = Passport("base", None, "f" * 64, {}, tokenizer_hash(always), template_hash(always), {})
+    check_tokenizer(passport, always, "here")
+    with pytest.raises(UserError, match="the tokenizer of here"):
+        check_tokenizer(passport, first, "here")
+
+
+def test_an_old_passports_tokenizer_is_accepted(tokenizer: PreTrainedTokenizerBase) -> None:
+    passport = Passport("base", None, "f" * 64, {}, _old_hash(tokenizer), template_hash(tokenizer), {})
+    assert not is_hashed_whole(passport)
+    check_tokenizer(passport, tokenizer, "here")
+    with pytest.raises(UserError, match="the tokenizer of there"):
+        check_tokenizer(passport, BUILT["first"].make(), "there")

@@ -44,7 +44,7 @@ def alpaca(**changed: Any) -> dict[str, Any]:
 
 ROLES = (
     "user, human, assistant, gpt, model, bot, chatgpt, bing, bard, system, developer, tool, function, observation, "
-    "function_response, tool_response, function_call, tool_call"
+    "function_response, tool_response, function_call, tool_call, chatbot, ai, prompter, ipython"
 )
 
 # name: (file, bytes, what the ledger says of the bad row)
@@ -141,9 +141,54 @@ ROWS: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl", jsonl({"conversations": [{"from": "human"}]}),
         "a.jsonl:1, field 'conversations[0]': a turn must have 'from' and 'value'",
     ),
-    "wrong columns": (
-        "a.jsonl", jsonl({"question": "a", "answer": "b"}),
-        "a.jsonl:1: its columns (question, answer) make no known shape",
+    "columns that nobody knows": (
+        "a.jsonl", jsonl({"story": "a", "moral": "b", "id": "c"}),
+        "a.jsonl:1: its columns (story, moral, id) make no known shape; say which columns hold question and reply: "
+        "--map instruction=story --map output=moral",
+    ),
+    "two columns that may be the reply": (
+        "a.jsonl", jsonl({"question": "a", "answer": "b", "response": "c"}),
+        "a.jsonl:1: its columns (question, answer, response) make no known shape; say which columns hold question and "
+        "reply: --map instruction=question --map output=answer",
+    ),
+    "a multiple-choice question without its choices": (
+        "a.jsonl", jsonl({"question": "a", "choices": ["b", "c"], "answer": "B"}),
+        "a.jsonl:1: its columns (question, choices, answer) make a multiple-choice question; write the choices into "
+        "the question, and give the reply as text",
+    ),
+    "an answer of no text": (
+        "a.jsonl", jsonl({"question": "a", "answer": True}),
+        "a.jsonl:1, field 'answer': true or false where text belongs",
+    ),
+    "a list of turns under a name of its own": (
+        "a.jsonl", jsonl({"thread": [{"role": "user", "content": "Hi"}]}),
+        "a.jsonl:1: its columns (thread) make no known shape; if 'thread' holds the turns, try --map messages=thread",
+    ),
+    "pictures": (
+        "a.jsonl", jsonl({**turns(("user", "<image>Who?"), ("assistant", "Ann.")), "images": ["a.jpg"]}),
+        "a.jsonl:1, field 'images': a column of images; only text is trained on",
+    ),
+    "preference data": (
+        "a.jsonl", jsonl({"prompt": "Key?", "chosen": "Pot.", "rejected": "No."}),
+        "a.jsonl:1: preference data (a better reply in 'chosen', a worse one in 'rejected'): --prefer chosen takes the "
+        "better one",
+    ),
+    "a reply that isn't wanted": (
+        "a.jsonl", jsonl({"prompt": "Key?", "completion": "No.", "label": False}),
+        "a.jsonl:1: preference data (whether the reply is wanted stands in 'label'): --prefer chosen takes the better "
+        "one",
+    ),
+    "token ids": (
+        "a.jsonl", jsonl({"input_ids": [1, 2], "labels": [1, 2]}),
+        "a.jsonl:1, field 'input_ids': the row is token ids already; give the text that they were made from",
+    ),
+    "a table in one row": (
+        "a.json", json.dumps({"instruction": ["a", "b"], "output": ["c", "d"]}).encode(),
+        "a.json:1: its columns (instruction, output) hold lists: a whole table in one row; write a row a line",
+    ),
+    "one message of a tree": (
+        "a.jsonl", jsonl({"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"}),
+        "a.jsonl:1: one message of a tree in each row; the file of whole trees (…trees.jsonl) is read",
     ),
     "a row that is text": (
         "a.jsonl", jsonl("hello"),
@@ -327,10 +372,12 @@ def test_more_than_one_percent_dropped_stops_the_run_unless_allowed(
     file.write_bytes(jsonl(*[alpaca(instruction=f"{n}?") for n in range(98)], alpaca(output=""), alpaca(output=None)))
     with pytest.raises(UserError) as refused:
         prove(Config.make(data=str(file)), tokenizer)
+    ledger = examine(Config.make(data=str(file)), tokenizer).ledger
+    assert ledger.is_file()
     assert str(refused.value) == (
         "2 of 100 rows can't be trained on (empty 1, not-text 1); the first: a.jsonl:99, field 'output': empty\n"
         "At most 1% of the rows may be dropped (max_dropped).\n"
-        "Mend the rows (ledger.jsonl names each); or allow it by --max-dropped 0.02."
+        f"Mend the rows ({ledger} names each); or allow it by --max-dropped 0.02."
     )
     assert len(prove(Config.make(data=str(file), max_dropped=0.02), tokenizer).train) == 98
 

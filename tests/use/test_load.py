@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from slimtune.adapter.passport import read_passport
+from slimtune.adapter.passport import Passport, read_passport, template_hash, tokenizer_hash
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.quantize import keep_trainable_layout
+from slimtune.base.tokenizer import save_tokenizer
 from slimtune.errors import UserError
-from slimtune.use.load import Opened, find, turn_end
+from slimtune.use.load import Found, Opened, find, turn_end
+from tests.data.tokenizers import BUILT
 
 
 @pytest.fixture
@@ -115,3 +117,16 @@ def test_the_turns_end_stops_a_model_whose_config_does_not_know_it(
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn_end(tokenizer) == end
     assert end in opened.stop_ids
+
+
+def test_where_an_old_passport_cant_see_what_saving_lost_the_bases_own_tokenizer_is_taken(tmp_path: Path) -> None:
+    trained = BUILT["llama, legacy"].make()
+    save_tokenizer(trained, tmp_path / "base")
+    trained.save_pretrained(tmp_path / "adapter")  # as slimtune once did: without `legacy`
+    copy = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    text = "<s>it"
+    assert copy(text).input_ids != trained(text).input_ids
+    old = tokenizer_hash(trained, like="")
+    passport = Passport("base", None, "f" * 64, {}, old, template_hash(trained), {})
+    found = Found("run", tmp_path / "base", tmp_path / "adapter", passport)
+    assert found.tokenizer()(text).input_ids == trained(text).input_ids

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS, TensorSpec, WeightFiles, write_safetensors
+from slimtune.base.tokenizer import probe_ids
 from slimtune.config import FREE_KEYS, Config
 from slimtune.errors import UserError
 
@@ -27,6 +28,7 @@ __all__ = [
     "Passport",
     "check_base",
     "check_tokenizer",
+    "is_hashed_whole",
     "issue_passport",
     "local_base",
     "read_passport",
@@ -37,8 +39,8 @@ __all__ = [
 
 PASSPORT_FILE = "passport.json"
 _KEY = "slimtune"
-# Scripts, digits, runs of spaces, contractions, code, an emoji of several code points.
-_PROBE = "It's 12345.678 -- don't\n\n\tdef f(x):  x**2 # Grüße, 你好世界，こんにちは, Привет, مرحبا 👩‍💻   end "
+_HASHED = "2:"
+"""What a tokenizer's hash begins with. One without it is of a slimtune that looked at less (version 1)."""
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -181,24 +183,36 @@ def check_tokenizer(passport: Passport, tokenizer: PreTrainedTokenizerBase, orig
         UserError: A hash differs.
     """
     for what, found, expected in (
-        ("tokenizer", tokenizer_hash(tokenizer), passport.tokenizer),
+        ("tokenizer", tokenizer_hash(tokenizer, like=passport.tokenizer), passport.tokenizer),
         ("chat template", template_hash(tokenizer), passport.template),
     ):
         if found != expected:
             raise UserError(
                 f"the {what} of {origin} is not the one this adapter was trained with",
-                rule=f"Its hash is {found[:12]}, the training's was {expected[:12]}; prompts would be other tokens.",
+                rule=f"Its hash is {found[:14]}, the training's was {expected[:14]}; prompts would be other tokens.",
                 way_out="Copy the run's adapter folder whole, with its tokenizer and chat template.",
             )
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what turns text into ids: the vocabulary, and the ids of a text that no two tokenizers agree on.
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, like: str = _HASHED) -> str:
+    """SHA-256 over what turns text into ids: the vocabulary, and the ids of texts that no two tokenizers agree on.
 
     Files aren't compared: another version of Transformers may write the same tokenizer in other words.
+
+    Args:
+        tokenizer: What is hashed.
+        like: Another hash that this one is to be compared with; it is made as that one was.
     """
-    what = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE, add_special_tokens=False)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    probed = probe_ids(tokenizer)
+    old = not like.startswith(_HASHED)
+    what = [sorted(tokenizer.get_vocab().items()), probed[0] if old else probed]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return digest if old else _HASHED + digest
+
+
+def is_hashed_whole(passport: Passport) -> bool:
+    """Whether the tokenizer's hash sees all of it; that of an old passport doesn't see text behind control tokens."""
+    return passport.tokenizer.startswith(_HASHED)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

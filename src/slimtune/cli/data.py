@@ -31,8 +31,8 @@ _SHOWN_CHARACTERS = 1500
     "--ledger", "ledger_file", type=click.Path(path_type=Path), help="Write the account of every changed row."
 )
 @some_config_options(
-    "revision", "trust_remote_code", "format", "map", "template", "max_length", "overlong", "train_on", "packing",
-    "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
+    "revision", "trust_remote_code", "format", "map", "prefer", "template", "max_length", "overlong", "train_on",
+    "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
 )  # fmt: skip
 def command(
     data: tuple[str, ...],
@@ -57,7 +57,7 @@ def command(
     with fast_imports():
         from rich.console import Console
 
-        from slimtune.base.tokenizer import load_tokenizer
+        from slimtune.base.tokenizer import load_tokenizer, remarks
         from slimtune.cli.page import Page
         from slimtune.data import examine, micro_batches
         from slimtune.data.page import page
@@ -74,7 +74,7 @@ def command(
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
         batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)
-    lines, said = table(proof, config, batches), hints(proof, config)
+    lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config)]
     refusal = proof.refusal
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))

@@ -35,6 +35,7 @@ Encoded = list[tuple[Ids, Mask]]
 
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 2**20
+_COLUMNS_NAMED = 20
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class Builder:
         self.config, self.renderer, self.writer, self.ledger = config, renderer, writer, ledger
         self.formatting_func, self.on_progress = formatting_func, on_progress
         self.shapes: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
         self.overlong: Counter[int] = Counter()
         self._longest_text = config.max_length * renderer.encoder.longest_token
 
@@ -137,7 +139,9 @@ class Builder:
             if isinstance(value, list):
                 value = {"messages": value}
             return normalise(value)
-        return normalise(value, shape=self.config.format, mapping=self.config.map, seen=self.shapes)
+        config = self.config
+        return normalise(value, shape=config.format, mapping=config.map, prefer=config.prefer, table=row.table,
+                         seen=self.shapes, unread=self.unread)  # fmt: skip
 
     def _finish(self, source: int, batch: _Batch, half: HalfEncoded, asked: Future[None]) -> None:
         asked.result()
@@ -230,8 +234,8 @@ def build(
     formatting_func: FormattingFunc | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Fill a store from the sources; returns what was detected: how many rows of each shape,
-    and how many were too long, by length rounded up.
+    """Fill a store from the sources; returns what was detected: how many rows of each shape, how many have each column
+    that isn't read, and how many were too long, by length rounded up.
 
     Raises:
         UserError: A file can't be read, or a row is too long and ``overlong`` is ``error``.
@@ -240,5 +244,6 @@ def build(
     builder.run(sources)
     return {
         "shapes": dict(builder.shapes.most_common()),
+        "unread": dict(builder.unread.most_common(_COLUMNS_NAMED)),
         "overlong": {str(length): count for length, count in sorted(builder.overlong.items())},
     }

@@ -8,11 +8,14 @@ from the text itself.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from slimtune.data.preference import chosen_row
+from slimtune.data.rows import RowRefused, from_text, kind_of, listed, without_absent
+from slimtune.data.shapes import Standard, check_media, standard_row, unknown_shape
 
 __all__ = [
     "NONCHARACTER",
@@ -36,6 +39,9 @@ SHAPES: dict[str, str] = {
     "messages": "messages of role and content, tools",
     "prompt-completion": "prompt and completion, as text or messages",
     "text": "text",
+    "question-answer": "a question (question, query, problem, …), its reply (answer, response, …), context, history",
+    "moss": "MOSS's chat of turn_1, turn_2, …",
+    "tree": "OASST's trees: the best-ranked reply at each turn",
 }
 """Each shape that is read, with the columns that make it up."""
 
@@ -46,29 +52,28 @@ REPAIRS: dict[str, str] = {
     "system-into-user": "the template has no system turn: the system text was put before the first user turn",
     "merged-turns": "the template wants user and assistant to alternate: turns of one role in a row were joined",
     "tools-as-text": "the template has no place for tools: tools, calls and results were written as text",
+    "encoded-twice": "a list, or a call's arguments, stood in a text within a text: it was read",
+    "python-notation": "a list, or a call's arguments, stood in Python's notation in place of JSON: it was read",
+    "absent-keys": "nulls in tools and calls were left out: in a table they stand for absent keys, and for nulls alike",
     "cut-left": "the start of the first user turn was cut to fit into max_length (overlong: keep-end)",
     "oldest-dropped": "the oldest exchanges were left out to fit into max_length (overlong: keep-end)",
     "split": "the conversation was split into several (overlong: split)",
 }
 """Each rule that may change a row, and what it does."""
 
+_ALIKE = dict.fromkeys(("messages", "sharegpt"), ("messages", "sharegpt"))
+"""Shapes that are told apart by their turns: the name of either stands for both."""
+
 _ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
     "developer": "system", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-    "tool_response": "tool", "function_call": "call", "tool_call": "call",
+    "tool_response": "tool", "function_call": "call", "tool_call": "call", "chatbot": "assistant", "ai": "assistant",
+    "prompter": "user", "ipython": "tool",
 }  # fmt: skip
 
 NONCHARACTER = "\ufdd0"
 """What the renderer marks text with; it is taken out of what people write."""
-
-
-class RowRefused(Exception):
-    """A row can't be trained on: the field, the rule it breaks, and the rule's short name."""
-
-    def __init__(self, field: str, rule: str, name: str = "shape") -> None:
-        self.field, self.rule, self.name = field, rule, name
-        super().__init__(f"{field}: {rule}" if field else rule)
 
 
 @dataclass(slots=True)
@@ -90,23 +95,8 @@ class Conversation:
 
 def detect_shape(value: Mapping[str, Any]) -> str | None:
     """The shape that a row's keys make up, or None."""
-    keys = value.keys()
-    if "messages" in keys and not _is_sharegpt(value["messages"]):
-        return "messages"
-    if "conversations" in keys or "conversation" in keys or "messages" in keys:
-        return "sharegpt"
-    if "prompt" in keys and "completion" in keys:
-        return "prompt-completion"
-    if "instruction" in keys and "output" in keys:
-        return "alpaca"
-    if "text" in keys:
-        return "text"
-    return None
-
-
-def _is_sharegpt(turns: Any) -> bool:
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return isinstance(first, dict) and "from" in first and "role" not in first
+    found = standard_row(value, [])
+    return None if found is None else found.shape
 
 
 def apply_map(value: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
@@ -118,7 +108,7 @@ def apply_map(value: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str,
     made = {key: item for key, item in value.items() if key not in mapping.values()}
     for target, column in mapping.items():
         if column not in value:
-            raise RowRefused(column, f"the row has no such column; it has {_listed(value)}")
+            raise RowRefused(column, f"the row has no such column; it has {listed(value)}")
         made[target] = value[column]
     return made
 
@@ -128,7 +118,10 @@ def normalise(
     *,
     shape: str = "auto",
     mapping: Mapping[str, str] | None = None,
+    prefer: str | None = None,
+    table: bool = False,
     seen: Counter[str] | None = None,
+    unread: Counter[str] | None = None,
 ) -> Conversation:
     """Bring one row into the normal form.
 
@@ -136,62 +129,49 @@ def normalise(
         value: The row as the reader gives it.
         shape: A key of :data:`SHAPES`, or ``auto``.
         mapping: Field to column, for files whose columns have other names.
+        prefer: ``chosen`` takes the better reply of preference data, which is refused otherwise.
+        table: The row comes from a table (parquet, Arrow, a hub data set), where null stands for an absent key too.
         seen: Counts the rows of each shape.
+        unread: Counts the rows that have a column which isn't read.
 
     Raises:
         RowRefused: The row breaks a rule; the field and the rule are in it.
     """
     if not isinstance(value, Mapping):
-        raise RowRefused("", f"the row is {_kind(value)}, not an object with named fields")
+        raise RowRefused("", f"the row is {kind_of(value)}, not an object with named fields")
     if mapping:
         value = apply_map(value, mapping)
-    if shape == "auto":
-        found = detect_shape(value)
-        if found is None:
-            raise RowRefused("", f"its columns ({_listed(value)}) make no known shape{_hint(value)}")
-        shape = found
+    repairs: list[str] = []
+    if table:
+        absent: list[str] = []
+        value = without_absent(value, absent)
+        repairs += ["absent-keys"] * bool(absent)
+    check_media(value)
+    value = chosen_row(value, prefer)
+    found = standard_row(value, repairs)
+    if shape != "auto" and (found is None or shape not in _ALIKE.get(found.shape, (found.shape,))):
+        found = Standard(shape, value, frozenset(value))
+    if found is None:
+        raise unknown_shape(value)
     if seen is not None:
-        seen[shape] += 1
-    read = {
-        "alpaca": _alpaca,
-        "sharegpt": _sharegpt,
-        "messages": _messages,
-        "prompt-completion": _prompt_completion,
-        "text": _text_row,
-    }[shape]
-    made = read(value)
+        seen[found.shape] += 1
+    if unread is not None:
+        unread.update(name for name in value if name not in found.read)
+    read = {"alpaca": _alpaca, "sharegpt": _sharegpt, "prompt-completion": _prompt_completion, "text": _text_row}
+    try:
+        made = read.get(found.shape, _messages)(found.row)
+    except RowRefused as refused:
+        raise RowRefused(found.fields.get(refused.field, refused.field), refused.rule, refused.name) from None
+    made.repairs[:0] = repairs
     if made.text is None:
         _check_order(made)
     return made
 
 
-def _listed(value: Mapping[str, Any]) -> str:
-    names = [str(key)[:40] for key in value]
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
-
-
-def _hint(value: Mapping[str, Any]) -> str:
-    known = ["instruction", "output", "conversations", "messages", "prompt", "completion", "text"]
-    for name in value:
-        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.75)
-        if near and near[0] != name:
-            return f": did you mean {near[0]!r} by {name!r}?"
-    return ""
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and value != value:
-        return "NaN"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
 def _string(where: str, value: Any, repairs: list[str]) -> str:
     """Text that a tokenizer can take, or RowRefused."""
     if not isinstance(value, str):
-        raise RowRefused(where, f"{_kind(value)} where text belongs", "not-text")
+        raise RowRefused(where, f"{kind_of(value)} where text belongs", "not-text")
     if value.isascii():
         if "\0" in value:
             raise RowRefused(where, "the text holds a NUL character", "encoding")
@@ -214,12 +194,16 @@ def _string(where: str, value: Any, repairs: list[str]) -> str:
 
 def _content(where: str, value: Any, repairs: list[str]) -> str:
     """Text, or OpenAI's list of text parts."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         texts = []
         for number, part in enumerate(value):
-            if part["type"] not in ("text", "input_text", "output_text"):
-                raise RowRefused(f"{where}[{number}]", f"a part of type {part['type']!r}; only text is trained on")
-            texts.append(_string(f"{where}[{number}].text", part.get("text"), repairs))
+            kind = part.get("type") or "text"  # Gemini's and Bedrock's parts name no type
+            if kind not in ("text", "input_text", "output_text"):
+                raise RowRefused(f"{where}[{number}]", f"a part of type {kind!r}; only text is trained on")
+            key = next((key for key in ("text", "value", "content") if part.get(key) is not None), "text")
+            if key not in part:
+                raise RowRefused(f"{where}[{number}]", f"a part of {listed(part)}; only text is trained on")
+            texts.append(_string(f"{where}[{number}].{key}", part[key], repairs))
         return "".join(texts)
     return _string(where, value, repairs)
 
@@ -236,10 +220,8 @@ def _filled(where: str, value: str) -> str:
 def _alpaca(value: Mapping[str, Any]) -> Conversation:
     made = Conversation()
     _need(value, "instruction", "output")
-    system, history = value.get("system"), value.get("history")
-    if system is not None and (text := _string("system", system, made.repairs)).strip():
-        made.messages.append({"role": "system", "content": text})
-    for number, pair in enumerate(_as_list("history", history)):
+    made.messages += _system_turn(value, made.repairs)
+    for number, pair in enumerate(_as_list("history", value.get("history"), made.repairs)):
         where = f"history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowRefused(where, "must be a pair: what the user said, what the assistant replied")
@@ -263,11 +245,9 @@ def _sharegpt(value: Mapping[str, Any]) -> Conversation:
     made = Conversation()
     name = next((n for n in ("conversations", "conversation", "messages") if n in value), "conversations")
     _need(value, name)
-    turns = _as_list(name, value[name])
+    turns = _as_list(name, value[name], made.repairs)
     made.tools = read_tools(value.get("tools"), made.repairs)
-    system = value.get("system")
-    if system is not None and (text := _string("system", system, made.repairs)).strip():
-        made.messages.append({"role": "system", "content": text})
+    made.messages += _system_turn(value, made.repairs)
     if turns and isinstance(turns[0], dict) and "role" in turns[0] and "from" not in turns[0]:
         made.messages.extend(read_messages(turns, where=name, repairs=made.repairs))
         return made
@@ -291,8 +271,17 @@ def _messages(value: Mapping[str, Any]) -> Conversation:
     made = Conversation()
     _need(value, "messages")
     made.tools = read_tools(value.get("tools"), made.repairs)
-    made.messages = read_messages(_as_list("messages", value["messages"]), where="messages", repairs=made.repairs)
+    turns = _as_list("messages", value["messages"], made.repairs)
+    made.messages = _system_turn(value, made.repairs) + read_messages(turns, where="messages", repairs=made.repairs)
     return made
+
+
+def _system_turn(value: Mapping[str, Any], repairs: list[str]) -> list[Message]:
+    """The system turn of a row that has its text in a column of its own."""
+    system = value.get("system")
+    if system is None or not (text := _string("system", system, repairs)).strip():
+        return []
+    return [{"role": "system", "content": text}]
 
 
 def _prompt_completion(value: Mapping[str, Any]) -> Conversation:
@@ -302,15 +291,16 @@ def _prompt_completion(value: Mapping[str, Any]) -> Conversation:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowRefused("completion", "prompt and completion must both be text or both be messages")
+    made.messages = _system_turn(value, made.repairs)
     if isinstance(prompt, list):
-        made.messages = read_messages(prompt, where="prompt", repairs=made.repairs)
+        made.messages += read_messages(prompt, where="prompt", repairs=made.repairs)
         made.completion_from = len(made.messages)
         made.messages += read_messages(completion, where="completion", repairs=made.repairs)
         return made
     prompt = _filled("prompt", _string("prompt", prompt, made.repairs))
     completion = _filled("completion", _string("completion", completion, made.repairs))
-    made.messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    made.completion_from = 1
+    made.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    made.completion_from = len(made.messages) - 1
     return made
 
 
@@ -325,19 +315,16 @@ def _need(value: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if name not in value:
             near = difflib.get_close_matches(name, [str(key) for key in value], n=1)
-            raise RowRefused(name, f"missing; the row has {_listed(value)}{f': is it {near[0]!r}?' if near else ''}")
+            raise RowRefused(name, f"missing; the row has {listed(value)}{f': is it {near[0]!r}?' if near else ''}")
 
 
-def _as_list(where: str, value: Any) -> Sequence[Any]:
+def _as_list(where: str, value: Any, repairs: list[str]) -> Sequence[Any]:
     if value is None and where == "history":
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)  # csv and some parquet files hold lists as JSON text
-        except ValueError:
-            raise RowRefused(where, "text that is no JSON list") from None
+        value = from_text(where, value, repairs)  # csv and some parquet files hold lists as text
     if not isinstance(value, list):
-        raise RowRefused(where, f"{_kind(value)} where a list belongs")
+        raise RowRefused(where, f"{kind_of(value)} where a list belongs")
     if not value and where != "history":
         raise RowRefused(where, "empty", "empty")
     return value
@@ -348,7 +335,7 @@ def _as_list(where: str, value: Any) -> Sequence[Any]:
 
 def _role(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise RowRefused(where, f"{_kind(value)} where a role belongs", "role")
+        raise RowRefused(where, f"{kind_of(value)} where a role belongs", "role")
     role = _ROLES.get(value) or _ROLES.get(value.strip().lower())
     if role is None:
         near = difflib.get_close_matches(value.lower(), list(_ROLES), n=1)
@@ -365,17 +352,17 @@ def read_messages(turns: Any, *, where: str = "messages", repairs: list[str] | N
     """
     repairs = [] if repairs is None else repairs
     if not isinstance(turns, list):
-        raise RowRefused(where, f"{_kind(turns)} where a list belongs")
+        raise RowRefused(where, f"{kind_of(turns)} where a list belongs")
     return [_message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
 
 
 def _message(where: str, turn: Any, repairs: list[str]) -> Message:
     if not isinstance(turn, Mapping):
-        raise RowRefused(where, f"{_kind(turn)} where a message belongs")
+        raise RowRefused(where, f"{kind_of(turn)} where a message belongs")
     if "role" not in turn:
         near = difflib.get_close_matches("role", [str(key) for key in turn], n=1)
         raise RowRefused(
-            f"{where}.role", f"missing; the message has {_listed(turn)}{f': is it {near[0]!r}?' if near else ''}"
+            f"{where}.role", f"missing; the message has {listed(turn)}{f': is it {near[0]!r}?' if near else ''}"
         )
     role = _role(f"{where}.role", turn["role"])
     calls = turn.get("tool_calls")
@@ -390,7 +377,7 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
     if content is None and role == "assistant" and calls:
         content = ""
     elif "content" not in turn:
-        raise RowRefused(f"{where}.content", f"missing; the message has {_listed(turn)}")
+        raise RowRefused(f"{where}.content", f"missing; the message has {listed(turn)}")
     made["content"] = _content(f"{where}.content", content, repairs)
     if reasoning is not None:
         made["reasoning_content"] = _string(f"{where}.reasoning_content", reasoning, repairs)
@@ -407,20 +394,22 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
 
 def _calls(where: str, value: Any, repairs: list[str]) -> list[dict[str, Any]]:
     """Tool calls as ``{"id", "type": "function", "function": {"name", "arguments": object}}``."""
-    value = _from_json(where, value)
+    if isinstance(value, str):
+        value = from_text(where, value, repairs, "tools")
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise RowRefused(where, "empty", "empty")
     made = []
     for number, call in enumerate(calls):
         at = f"{where}[{number}]" if isinstance(value, list) else where
-        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowRefused(at, "a tool call must be an object with a name and arguments", "tools")
-        arguments = function.get("arguments", function.get("parameters", {}))
-        arguments = {} if arguments is None or arguments == "" else _from_json(f"{at}.arguments", arguments)
+        arguments = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), "")
+        if isinstance(arguments, str):
+            arguments = from_text(f"{at}.arguments", arguments, repairs, "tools") if arguments else {}
         if not isinstance(arguments, Mapping):
-            raise RowRefused(f"{at}.arguments", f"{_kind(arguments)} where an object belongs", "tools")
+            raise RowRefused(f"{at}.arguments", f"{kind_of(arguments)} where an object belongs", "tools")
         name = _filled(f"{at}.name", _string(f"{at}.name", function["name"], repairs))
         identity = call.get("id")
         made.append(
@@ -442,29 +431,21 @@ def read_tools(value: Any, repairs: list[str] | None = None) -> list[dict[str, A
     repairs = [] if repairs is None else repairs
     if value is None or value == "" or value == []:
         return []
-    value = _from_json("tools", value)
+    if isinstance(value, str):
+        value = from_text("tools", value, repairs, "tools")
     tools = value if isinstance(value, list) else [value]
     made = []
     for number, tool in enumerate(tools):
         where = f"tools[{number}]"
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowRefused(where, "a tool must be an object with a name", "tools")
         made.append({"type": "function", "function": _clean(where, function, repairs)})
     return made
 
 
-def _from_json(where: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise RowRefused(where, "text that is no JSON", "tools") from None
-
-
 def _clean(where: str, value: Any, repairs: list[str]) -> Any:
-    """A JSON value whose strings a tokenizer can take. Nulls that parquet writes for absent keys go."""
+    """A JSON value whose strings a tokenizer can take."""
     if isinstance(value, str):
         return _string(where, value, repairs)
     if isinstance(value, Mapping):
@@ -475,7 +456,7 @@ def _clean(where: str, value: Any, repairs: list[str]) -> Any:
         return value
     if isinstance(value, float) and value == value and abs(value) != float("inf"):
         return value
-    raise RowRefused(where, f"{_kind(value)} where a JSON value belongs", "tools")
+    raise RowRefused(where, f"{kind_of(value)} where a JSON value belongs", "tools")
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from slimtune.errors import UserError
 
 __all__ = ["Proof", "cache_folder", "examine", "prove"]
 
-_OPTIONS = ("format", "map", "max_length", "overlong", "train_on", "allow_control_tokens", "seed")
+_OPTIONS = ("format", "map", "prefer", "max_length", "overlong", "train_on", "allow_control_tokens", "seed")
 
 
 @dataclass
@@ -247,35 +247,39 @@ def _refusal(proof: Proof, config: Config) -> UserError | None:
         if facts is None:
             continue
         names = ", ".join(config.data if not part else config.eval)
-        rows, dropped, examples = facts["rows"], facts["rows_dropped"], facts["examples"]
+        rows, examples = facts["rows"], facts["examples"]
+        dropped = facts["rows_dropped"] - facts["dropped"].get("not-preferred", 0)  # left out as asked
         if rows == 0:
             return UserError(f"{part}data {names} holds no rows", rule="A data file holds at least one row.")
-        first = next(iter(facts["dropped"]), None)
+        first = next((rule for rule in facts["dropped"] if rule != "not-preferred"), None)
         shown = examples[first] if first else ""
         if facts["documents"] == 0 or dropped > config.max_dropped * rows:
             by_rule = ", ".join(f"{rule} {count:,}" for rule, count in facts["dropped"].items())
             return UserError(
                 f"{dropped:,} of {rows:,} {part}rows can't be trained on ({by_rule}); the first: {shown}",
                 rule=f"At most {config.max_dropped:.0%} of the rows may be dropped (max_dropped).",
-                way_out=_way_out(facts, config, dropped / rows),
+                way_out=_way_out(proof.facts | facts, config, dropped, proof.ledger),
             )
     if not len(proof.train):
         return UserError("no document is left to train on", rule="eval_share and weights leave at least one.")
     return None
 
 
-def _way_out(facts: dict[str, Any], config: Config, share: float) -> str:
+def _way_out(facts: dict[str, Any], config: Config, dropped: int, ledger: Path) -> str:
     ways = []
-    too_long = facts["overlong"]
+    too_long, share = facts["overlong"], dropped / facts["rows"]
     if "too-long" in facts["dropped"] and too_long:
-        fits, left = 0, facts["rows_dropped"]
+        fits, left = 0, dropped
         for length, count in too_long.items():
             fits, left = int(length), left - count
             if left <= config.max_dropped * facts["rows"]:
                 break
         ways.append(f"raise --max-length to {fits}, or choose --overlong split or keep-end")
-    if set(facts["dropped"]) - {"too-long"}:
-        ways.append("mend the rows (ledger.jsonl names each)")
+    if "preference" in facts["dropped"]:
+        ways.append("take the better replies by --prefer chosen")
+    if set(facts["dropped"]) - {"too-long", "preference", "not-preferred"}:
+        named = f" ({ledger} names each)" if facts["key"] else ""  # what a function made isn't kept
+        ways.append(f"mend the rows{named}")
     if share < 1:
         ways.append(f"allow it by --max-dropped {min(0.99, np.ceil(share * 100) / 100):.2f}")
     text = "; or ".join(ways)

@@ -60,6 +60,8 @@ class Row:
     place: Place
     value: Any
     refused: str = ""
+    table: bool = False
+    """Whether it comes from a table (parquet, Arrow, a hub data set), where null stands for an absent key too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ def read_rows(source: Source, *, seed: int = 0) -> Iterator[Row]:
 def _all_rows(source: Source) -> Iterator[Row]:
     if not source.is_local:
         for number, value in hub_rows(source.name):
-            yield Row(Place(source.name, number, "row"), value)
+            yield Row(Place(source.name, number, "row"), value, table=True)
         return
     path, label = source.path, source.label
     kind = _format_of(path.name)
@@ -446,7 +448,7 @@ def _parquet_rows(stream: IO[bytes], label: str) -> Iterator[Row]:
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(Place(label, number, "row"), value)
+                yield Row(Place(label, number, "row"), value, table=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data {label} can't be read as parquet: {first}", way_out="Get the file again.") from None

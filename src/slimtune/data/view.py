@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +45,31 @@ def sample(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Sample |
     targets[:1] = False  # nothing predicts the first token
     edges = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
     segments = [
-        Segment(str(tokenizer.decode(ids[start:end].tolist())), bool(targets[start]), end - start)
-        for start, end in itertools.pairwise(edges)
+        Segment(text, bool(targets[start]), end - start)
+        for (start, end), text in zip(itertools.pairwise(edges), _texts(ids.tolist(), edges, tokenizer), strict=True)
     ]
     return Sample(str(documents.place(at)), segments)
+
+
+def _texts(ids: list[int], edges: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text between each two edges. The whole is decoded and then cut, so that a character whose tokens lie on both
+    sides of an edge is shown whole, behind it, and spaces stay that a tokenizer leaves out before a text's first token.
+    """
+    whole = str(tokenizer.decode(ids))
+    cuts = [0]
+    for edge in edges[1:-1]:
+        before = str(tokenizer.decode(ids[:edge]))
+        while not whole.startswith(before):  # it ends within a character
+            before = before[:-1]
+        cuts.append(len(before))
+    return (whole[start:end] for start, end in itertools.pairwise([*cuts, len(whole)]))
 
 
 def table(proof: Proof, config: Config, batches: MicroBatches | None) -> list[tuple[str, str]]:
     """(label, text) for each line of the table."""
     lines = [*_part(proof.facts), *_account(proof.facts)]
+    if any(proof.facts[action] for action in ("dropped", "repaired", "noted")):
+        lines.append(("each row", str(proof.ledger)))
     if isinstance(batches, PackedBatches) and batches.per_epoch:
         full = f"{batches.per_epoch:,} of {batches.tokens:,} tokens in an epoch, {batches.fill:.1%} full"
         lines.insert(5, ("packs", full))
@@ -82,6 +99,9 @@ def _part(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _account(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
+    if unread := facts.get("unread"):
+        shares = (f" ({count:,})" if count < facts["rows"] else "" for count in unread.values())
+        lines.append(("not read", ", ".join(map("".join, zip(unread, shares, strict=True)))))
     for action in ("dropped", "repaired", "noted"):
         for rule, count in facts.get(action, {}).items():
             lines.append((action, f"{rule} {count:,}, first {facts['examples'][rule]}"))

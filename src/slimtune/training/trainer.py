@@ -17,6 +17,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from slimtune.base.tokenizer import save_tokenizer
 from slimtune.data.packing import MicroBatches
 from slimtune.training.fused import FusedTrainer
 from slimtune.training.resumable import ResumableTrainer
@@ -103,7 +104,7 @@ class SlimTrainer(ResumableTrainer, FusedTrainer):
         self.model.save_pretrained(folder, save_embedding_layers=False)
         # PEFT's card is an empty form; slimtune writes a filled one when the adapter is published.
         (folder / "README.md").unlink(missing_ok=True)
-        self.processing_class.save_pretrained(folder)
+        save_tokenizer(self.processing_class, folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # A position is the micro-batch's place in the whole run; the data's own order is in there already.

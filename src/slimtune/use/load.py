@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.adapter.files import adapter_config, attach_adapter, find_adapter
-from slimtune.adapter.passport import Passport, check_base, check_tokenizer, local_base, read_passport
+from slimtune.adapter.passport import (
+    Passport,
+    check_base,
+    check_tokenizer,
+    is_hashed_whole,
+    local_base,
+    read_passport,
+    tokenizer_hash,
+)
 from slimtune.base.load import load_base
 from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
-from slimtune.base.tokenizer import load_tokenizer
+from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.conversation import Conversation
 from slimtune.data.render import prompt_ids, renderer_for
 from slimtune.errors import UserError
@@ -47,14 +55,25 @@ class Found:
         if self.adapter is None or not (self.adapter / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(self.base), template=self.template, trust_remote_code=self.trust_remote_code)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(self.adapter, trust_remote_code=self.trust_remote_code)
+            tokenizer = read_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
             if not tokenizer.chat_template:
                 raise UserError(f"the tokenizer in {self.adapter} has no chat template")
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            if self.passport is not None and not is_hashed_whole(self.passport):
+                tokenizer = self._trained_with(self.passport, tokenizer)
         if self.passport is not None:
             check_tokenizer(self.passport, tokenizer, str(self.adapter))
         return tokenizer
+
+    def _trained_with(self, passport: Passport, copy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """An old passport doesn't see where the copy beside the adapter has lost something in saving (Llama 2's
+        ``legacy``): the base's own tokenizer is what was trained with, if the passport knows it."""
+        if not any((self.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return copy
+        own = read_tokenizer(str(self.base), trust_remote_code=self.trust_remote_code)
+        if tokenizer_hash(own, like=passport.tokenizer) != passport.tokenizer:
+            return copy
+        own.chat_template = copy.chat_template
+        return own
 
     @property
     def template(self) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimtune.adapter.files import TensorSpec, write_safetensors
 from slimtune.adapter.merged import MergedWeights
+from slimtune.base.tokenizer import save_tokenizer
 from slimtune.errors import UserError
 from slimtune.use.load import Found, turn_end
 
@@ -48,7 +49,7 @@ def merge(found: Found, output: Path, *, shard_bytes: int = SHARD_BYTES) -> Path
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation = _generation_config(found.base, turn_end(tokenizer))
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return output
 
 

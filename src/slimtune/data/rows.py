@@ -1,0 +1,95 @@
+"""What is said of rows and values: the refusal of a row, a value's kind, a row's columns; values written as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["RowRefused", "from_text", "kind_of", "listed", "without_absent"]
+
+_MOST_NOTATION = 2**20
+"""Most characters that Python's own reader is given: it takes some hundred bytes for each."""
+_FREE_KEYS = ("tools", "arguments", "parameters")
+
+
+class RowRefused(Exception):
+    """A row can't be trained on: the field, the rule it breaks, and the rule's short name."""
+
+    def __init__(self, field: str, rule: str, name: str = "shape") -> None:
+        self.field, self.rule, self.name = field, rule, name
+        super().__init__(f"{field}: {rule}" if field else rule)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def listed(value: Mapping[str, Any]) -> str:
+    """The first names of a row's columns."""
+    names = [str(key)[:40] for key in value]
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
+
+
+def from_text(where: str, text: str, repairs: list[str], name: str = "shape") -> Any:
+    """The list or object that stands in a text, as JSON or as Python prints it.
+
+    Tables hold lists as JSON text; pandas writes them to csv in Python's notation, and some writers encode twice.
+
+    Args:
+        where: The field.
+        text: What stands in it.
+        repairs: Takes the name of the rule that read something else than JSON.
+        name: The rule's name where it can't be read.
+
+    Raises:
+        RowRefused: It is neither.
+    """
+    try:
+        value = json.loads(text)
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            value = json.loads(value)
+            repairs.append("encoded-twice")
+        return value
+    except (ValueError, RecursionError):
+        pass
+    try:
+        is_short = len(text) <= _MOST_NOTATION and text.lstrip()[:1] in ("{", "[")
+        value = ast.literal_eval(text.strip()) if is_short else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = None
+    if value is None:
+        raise RowRefused(where, "text that is no JSON", name)
+    repairs.append("python-notation")
+    return value
+
+
+def without_absent(value: Any, found: list[str], *, inside: bool = False) -> Any:
+    """A row out of a table without the nulls in its tools and calls: their objects' keys are anyone's.
+
+    A table gives each object of a column the same keys, with null for those that an object hasn't. Whether its writer
+    meant null can't be known there. Elsewhere readers take null for an absent key.
+
+    Args:
+        value: The row, or what stands in it.
+        found: Takes the names of the keys that were left out.
+        inside: Whether it stands in tools or a call's arguments.
+    """
+    if isinstance(value, Mapping):
+        made = {}
+        for key, item in value.items():
+            if inside and item is None:
+                found.append(str(key))
+            else:
+                made[key] = without_absent(item, found, inside=inside or key in _FREE_KEYS)
+        return made
+    if isinstance(value, list):
+        return [without_absent(item, found, inside=inside) for item in value]
+    return value

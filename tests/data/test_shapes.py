@@ -1,0 +1,190 @@
+"""Shapes that published files have: each is read as what it says, or refused with what to do. The rows are made up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from slimtune.data.conversation import normalise
+from slimtune.data.rows import RowRefused
+
+S, Q, A = ("system", "Be brief."), ("user", "Key?"), ("assistant", "Pot.")
+Q2, A2 = ("user", "Which?"), ("assistant", "Blue.")
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[role], "value": content} for role, content in said]
+
+
+# name: (row, its turns, the columns that aren't read)
+READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]], list[str]]] = {
+    "question, answer (GSM8K)": ({"question": "Key?", "answer": "Pot."}, [Q, A], []),
+    "query, response with history": (
+        {"query": "Which?", "response": "Blue.", "history": [["Key?", "Pot."]]}, [Q, A, Q2, A2], [],
+    ),
+    "system_prompt, question, response (OpenOrca)": (
+        {"id": "1", "system_prompt": "Be brief.", "question": "Key?", "response": "Pot."}, [S, Q, A], ["id"],
+    ),
+    "problem, solution, answer (MATH)": (
+        {"problem": "Key?", "solution": "Pot.", "answer": "4", "level": 5}, [Q, A], ["answer", "level"],
+    ),
+    "problem, generated_solution (OpenMathInstruct)": (
+        {"problem": "Key?", "generated_solution": "Pot.", "expected_answer": "4"}, [Q, A], ["expected_answer"],
+    ),
+    "instruction, context, response (Dolly)": (
+        {"instruction": "Key?", "context": "At home.", "response": "Pot.", "category": "x"},
+        [("user", "Key?\nAt home."), A], ["category"],
+    ),
+    "inputs, targets (FLAN)": ({"inputs": "Key?", "targets": "Pot.", "task": "x"}, [Q, A], ["task"]),
+    "kind, input, target (Firefly)": ({"kind": "x", "input": "Key?", "target": "Pot."}, [Q, A], ["kind"]),
+    "Question, Answer": ({"Question": "Key?", "Answer": "Pot."}, [Q, A], []),
+    "a column reasoning that holds no thought": (
+        {"input": messages(Q), "output": "Pot.", "reasoning": "on"}, [Q, A], ["reasoning"],
+    ),
+    "input_text, output_text": ({"input_text": "Key?", "output_text": "Pot."}, [Q, A], []),
+    "a list of texts (LIMA)": ({"conversations": ["Key?", "Pot."], "source": "x"}, [Q, A], ["source"]),
+    "data as texts (UltraChat)": ({"id": "1", "data": ["Key?", "Pot.", "Which?", "Blue."]}, [Q, A, Q2, A2], ["id"]),
+    "pairs of human and assistant": (
+        {"conversation": [{"human": "Key?", "assistant": "Pot."}, {"human": "Which?", "assistant": "Blue."}]},
+        [Q, A, Q2, A2], [],
+    ),
+    "pairs of input and output, a system text in the first (XTuner)": (
+        {"conversation": [{"system": "Be brief.", "input": "Key?", "output": "Pot."},
+                          {"input": "Which?", "output": "Blue."}]},
+        [S, Q, A, Q2, A2], [],
+    ),
+    "dialog": ({"dialog": messages(S, Q, A)}, [S, Q, A], []),
+    "turns of one key": ({"turns": [{"user": "Key?"}, {"assistant": "Pot."}]}, [Q, A], []),
+    "speaker and text": (
+        {"dialogue": [{"speaker": "user", "text": "Key?"}, {"speaker": "assistant", "text": "Pot."}]}, [Q, A], [],
+    ),
+    "pairs of texts": ({"conversation": [["Key?", "Pot."], ["Which?", "Blue."]]}, [Q, A, Q2, A2], []),
+    "contents of parts (Gemini)": (
+        {"systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+         "contents": [{"role": "user", "parts": [{"text": "Key?"}]}, {"role": "model", "parts": [{"text": "Pot."}]}]},
+        [S, Q, A], [],
+    ),
+    "system beside messages (Anthropic)": ({"system": "Be brief.", "messages": messages(Q, A)}, [S, Q, A], []),
+    "parts without a type (Bedrock)": (
+        {"system": [{"text": "Be brief."}],
+         "messages": [{"role": "user", "content": [{"text": "Key?"}]},
+                      {"role": "assistant", "content": [{"text": "Pot."}]}]},
+        [S, Q, A], [],
+    ),
+    "parts with value": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "value": "Key?"}]}, *messages(A)]}, [Q, A], [],
+    ),
+    "roles of Cohere's": ({"messages": messages(("System", S[1]), ("User", "Key?"), ("Chatbot", "Pot."))},
+                          [S, Q, A], []),
+    "prompt and completion of from and value": ({"prompt": turns(Q), "completion": turns(A)}, [Q, A], []),
+    "system beside prompt and completion": (
+        {"system": "Be brief.", "prompt": "Key?", "completion": "Pot."}, [S, Q, A], [],
+    ),
+    "MOSS": (
+        {"meta_instruction": "Be brief.", "num_turns": 1, "chat": {"turn_1": {
+            "Human": "<|Human|>: Key?<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+            "Commands": "<|Commands|>: None<eoc>\n", "MOSS": "<|MOSS|>: Pot.<eom>\n"}}},
+        [S, Q, A], ["num_turns"],
+    ),
+    "MOSS, older": ({"plain_text": "[Human]: Key?<eoh> [MOSS]: Pot.<eoa>"}, [Q, A], []),
+    "a tree (OASST)": (
+        {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "Key?", "replies": [
+            {"role": "assistant", "text": "No.", "rank": 1, "replies": []},
+            {"role": "assistant", "text": "Pot.", "rank": 0, "replies": [
+                {"role": "prompter", "text": "Which?", "replies": [
+                    {"role": "assistant", "text": "Green.", "deleted": True, "replies": []},
+                    {"role": "assistant", "text": "Blue.", "replies": []}]}]}]}},
+        [Q, A, Q2, A2], ["message_tree_id"],
+    ),
+    "a list as JSON text": ({"messages": json.dumps(messages(Q, A))}, [Q, A], []),
+    "a list as pandas prints it": ({"conversations": str(turns(Q, A))}, [Q, A], []),
+    "an empty column of pictures": ({"image": None, "conversations": turns(Q, A)}, [Q, A], ["image"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_published_shape_is_read(name: str) -> None:
+    row, expected, not_read = READ[name]
+    unread: Counter[str] = Counter()
+    made = normalise(row, unread=unread)
+    assert [(message["role"], message["content"]) for message in made.messages] == expected
+    assert sorted(unread) == sorted(not_read)
+
+
+def test_thoughts_and_calls_in_columns_of_their_own() -> None:
+    made = normalise({"Question": "Key?", "Complex_CoT": "They ask.", "Response": "Pot."})
+    assert made.messages[-1] == {"role": "assistant", "content": "Pot.", "reasoning_content": "They ask."}
+    tools = [{"name": "look", "parameters": {}}]
+    made = normalise({"query": "Key?", "answers": '[{"name": "look", "arguments": {"at": 1}}]', "tools": tools})
+    assert made.messages[-1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}
+    assert made.tools[0]["function"]["name"] == "look"
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    asked = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    return {"messages": [*messages(Q), asked, {"role": "tool", "content": "r"}, *messages(A)]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repairs"),
+    [
+        ({"at": 1}, []),
+        ('{"at": 1}', []),
+        (json.dumps('{"at": 1}'), ["encoded-twice"]),
+        ("{'at': 1}", ["python-notation"]),
+    ],
+)
+def test_arguments_in_any_coding_are_the_same_object(arguments: Any, repairs: list[str]) -> None:
+    made = normalise(call(arguments))
+    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": 1}
+    assert made.repairs == repairs
+
+
+def test_nulls_of_a_table_are_absent_keys_and_a_files_own_stay() -> None:
+    row = call({"lat": None, "at": {"x": 1, "y": None}, "all": [None]})
+    row["tools"] = [{"name": "f", "parameters": {"properties": {"lat": {"type": "number"}, "lon": None}}}]
+    row["messages"][1]["name"] = None
+    own = normalise(row)
+    assert own.messages[1]["tool_calls"][0]["function"]["arguments"]["lat"] is None
+    assert own.repairs == []
+    made = normalise(row, table=True)
+    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": {"x": 1}, "all": [None]}
+    assert made.tools[0]["function"]["parameters"] == {"properties": {"lat": {"type": "number"}}}
+    assert made.repairs == ["absent-keys"]
+    written = normalise(call('{"lat": null}'), table=True)
+    assert written.messages[1]["tool_calls"][0]["function"]["arguments"] == {"lat": None}
+    assert written.repairs == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a <image> here", "image": "a.jpg"}, "image: a column of images"),
+        ({"question": "a", "context": {"b": 1}, "answer": "c"}, "context: an object where text belongs"),
+        ({"segments": [{"label": True, "text": "a"}]}, "segments with a mask of their own"),
+        ({"instruction": {"0": "a"}, "output": {"0": "b"}}, "pandas wrote the table by columns"),
+        ({"my column": "a", "answer": "b"}, "--map 'instruction=my column' --map output=answer"),
+        ({"prompt": "a", "test": "b", "entry": "c"}, "--map instruction=prompt --map output=COLUMN"),
+        ({"chat": {"turn_1": {"Commands": "<|Commands|>: Search()<eoc>"}}}, "MOSS's own notation"),
+        ({"messages": "[{'role': array(1)}]"}, "messages: text that is no JSON"),
+        ({"conversations": "[" * 5000}, "conversations: text that is no JSON"),
+    ],
+)
+def test_what_cannot_be_read_says_what_to_do(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowRefused) as refused:
+        normalise(row)
+    assert message in str(refused.value)
+
+
+def test_a_picture_beside_raw_text_is_one_more_column_that_is_not_read() -> None:
+    unread: Counter[str] = Counter()
+    assert normalise({"text": "A page.", "image": "a.jpg"}, unread=unread).text == "A page."
+    assert list(unread) == ["image"]
