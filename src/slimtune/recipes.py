@@ -213,6 +213,8 @@ def _train(
         facts.base.fingerprint_before = fingerprint(trainer.model)
         facts.adapter = _adapter_facts(config, trainer, coverage(trainer.model, targets))
         screen.say("adapter", _adapter_line(facts.adapter))
+        for name, reason in targets.left_out.items():
+            screen.say("left out", f"{name}: {reason}")
         if targets.stacks:
             screen.say("experts", _experts_line(facts.adapter, len(targets.stacks)))
 

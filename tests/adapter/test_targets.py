@@ -85,6 +85,16 @@ def test_a_dense_layer_beside_experts_is_adapted() -> None:
     assert not any(".gate." in f"{name}." for name in names)  # the router
 
 
+def test_what_peft_would_lose_is_left_out() -> None:
+    """A rule for Laguna's weight files renames its shared experts' adapters too, and plain PEFT finds none there."""
+    model = skeleton("laguna")
+    targets = find_targets(config_of(), model)
+    assert {name: "PEFT" in reason for name, reason in targets.left_out.items()} == {
+        f"shared_experts.{name}_proj": True for name in ("gate", "up", "down")
+    }
+    assert not any("shared_experts" in name for name in adapted(wrapped(model, config_of())))
+
+
 def test_words_and_names_go_together() -> None:
     names = adapted(wrapped(skeleton("qwen3_moe"), config_of(targets="v_proj,experts")))
     assert {name.rsplit(".", 1)[-1] for name in names} == {"v_proj", "gate_up_proj", "down_proj"}

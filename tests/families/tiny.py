@@ -6,6 +6,7 @@ spaces and linear attention where the family has them, and takes no table of fam
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +35,39 @@ SIZES: dict[str, Any] = {
     "lru_width": HIDDEN, "word_embed_proj_dim": HIDDEN, "attention_hidden_size": 2 * HIDDEN,
     "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS,
     "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128, "ffn_hidden_size": 128, "ffn_hidden": 128,
-    "block_ff_dim": 128, "dim_ff": 128, "shared_intermediate_size": 32, "initializer_range": 0.1,
+    "block_ff_dim": 128, "dim_ff": 128, "shared_intermediate_size": 64, "initializer_range": 0.1,
     # attention
     "num_attention_heads": HEADS, "n_head": HEADS, "n_heads": HEADS, "num_key_value_heads": 2, "num_kv_heads": 2,
     "head_dim": 16, "attention_head_dim": 16, "attn_head_dim": 16, "dim_head": 16, "rotary_dim": 8,
     "sliding_window": 16, "attention_window_size": 16, "max_position_embeddings": 512, "n_positions": 512,
     "n_ctx": 512, "max_seq_len": 512,
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-    "qk_head_dim": 32, "o_lora_rank": 16, "o_groups": 2, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16,
+    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "qk_head_dim": 32, "o_lora_rank": 64, "o_groups": 2, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16,
     # linear attention, state spaces and convolutions
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_num_heads": 8,
-    "mamba_head_dim": 16, "mamba_d_ssm": 128, "mamba_dt_rank": 16, "n_mamba_heads": 2, "mamba_ngroups": 1,
+    "mamba_head_dim": 16, "mamba_d_ssm": 128, "mamba_dt_rank": 64, "n_mamba_heads": 2, "mamba_ngroups": 1,
     "mamba_n_groups": 1, "n_groups": 1, "ssm_state_size": 16, "state_size": 16, "num_heads": 8, "expand": 2,
-    "chunk_size": 16, "mamba_chunk_size": 16, "time_step_rank": 16, "conv_L_cache": 3, "num_mem_blocks": 2,
-    "adapter_rank": 16,
+    "chunk_size": 16, "mamba_chunk_size": 16, "time_step_rank": 64, "conv_L_cache": 3, "num_mem_blocks": 2,
+    "adapter_rank": 64,
     # mixtures of experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
-    "expert_ffn_hidden_size": 32, "n_shared_experts": 1, "num_shared_experts": 1, "zero_expert_num": 1,
-    "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "router_hidden_size": 16,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64,
+    "expert_ffn_hidden_size": 64, "n_shared_experts": 1, "num_shared_experts": 1, "zero_expert_num": 1,
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "router_hidden_size": 64,
     # inputs of each layer's own
-    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
+    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 64,
     "num_kv_shared_layers": 0, "num_nextn_predict_layers": 0, "mtp_num_hidden_layers": 0,
-    "ple_embed_dim": 16, "ple_lowrank": 8, "hc_lowrank": 8, "ngram_vocab_size_base": 100, "heads_per_ngram": 2,
+    "ple_embed_dim": 64, "ple_lowrank": 64, "hc_lowrank": 64, "ngram_vocab_size_base": 100, "heads_per_ngram": 2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 TOWER: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
-    "num_heads": 2, "embed_dim": 32, "image_size": 28, "patch_size": 14, "out_hidden_size": HIDDEN,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
+    "num_heads": 2, "embed_dim": 64, "image_size": 28, "patch_size": 14, "out_hidden_size": HIDDEN,
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0],
-    "num_key_value_heads": 2, "head_dim": 16, "hidden_dim": 32, "position_embedding_size": 16,
-    "projector_input_dim": 32, "projector_output_dim": HIDDEN, "vision_output_dim": 32, "projection_dim": HIDDEN,
+    "num_key_value_heads": 2, "head_dim": 32, "hidden_dim": 64, "position_embedding_size": 16,
+    "projector_input_dim": 64, "projector_output_dim": HIDDEN, "vision_output_dim": 64, "projection_dim": HIDDEN,
     "output_dim": HIDDEN, "initializer_range": 0.1,
 }
 HYBRID = ["sliding_attention", "full_attention"]
@@ -81,7 +82,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "logits_scaling": 4.0},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-        "mamba_dt_rank": 16,
+        "mamba_dt_rank": 64,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -145,6 +146,8 @@ def _shrunk(defaults: dict[str, Any], sizes: dict[str, Any], model_type: str) ->
             each = list(dict.fromkeys(kinds))
             values[key] = (each * LAYERS)[: max(LAYERS, len(each))]
             values["num_hidden_layers"] = len(values[key])
+    # What is compared must not be drawn: GPT-2's and others' bases drop by default.
+    values |= {key: 0.0 for key, value in defaults.items() if re.search("dropout|pdrop", key) and type(value) is float}
     return values | OWN.get(model_type, {})
 
 

@@ -7,18 +7,23 @@ matches ends of names too, but over the whole model, and takes some names of Tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from re import escape
 from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 
 from slimtune.config import TARGET_WORDS, Config, did_you_mean
 from slimtune.errors import UserError
 from slimtune.families import Family, read_family
 from slimtune.families.read import is_linear
+from slimtune.families.spec import CHOOSES, OTHER_SEQUENCE
 
 __all__ = ["Targets", "default_targets", "find_targets"]
 
@@ -41,6 +46,8 @@ class Targets:
     """The expert stacks among them, by their full names."""
     layers: tuple[str, ...]
     """The model's decoder layers, by their full names."""
+    left_out: dict[str, str]
+    """Linear layers of the text part, by the end of their names, that can't carry an adapter, with the reason."""
 
 
 def default_targets(model: nn.Module) -> tuple[tuple[str, ...], str]:
@@ -49,8 +56,8 @@ def default_targets(model: nn.Module) -> tuple[tuple[str, ...], str]:
     Raises:
         UserError: Nothing that mixes tokens was found.
     """
-    family = read_family(model)
-    wanted = family.names("attention")
+    family = _read(model)
+    wanted = _fit(family.names("attention"), family)
     if not wanted:
         raise UserError(
             f"no linear layers that mix tokens were found in {type(model).__name__}",
@@ -72,7 +79,7 @@ def find_targets(config: Config, model: nn.Module) -> Targets:
     Raises:
         UserError: A name means nothing, or something that an adapter can't be put on.
     """
-    family = read_family(model)
+    family = _read(model)
     wanted, stacks = _meant(config, model, family)
     ends = _ends(wanted, _paths(model, family))
     taken = _taken_for_experts(ends, model)
@@ -87,7 +94,36 @@ def find_targets(config: Config, model: nn.Module) -> Targets:
         exclude=_exclude(modules, model, family),
         stacks=tuple(stacks),
         layers=tuple(layer.path for layer in family.layers),
+        left_out={
+            ".".join(path.split(".")[-2:]): reason
+            for path, reason in family.unfit.items()
+            if reason not in (CHOOSES, OTHER_SEQUENCE)
+        },
     )
+
+
+def _read(model: nn.Module) -> Family:
+    """The model's family, with what PEFT would lose among what is unfit."""
+    family = read_family(model)
+    paths = [path for part in TARGET_WORDS for path in family.names(part)]
+    lost = dict.fromkeys(_lost(paths, model), "PEFT reads its adapter back under another name")
+    return replace(family, unfit={**family.unfit, **lost})
+
+
+def _lost(paths: Sequence[str], model: nn.Module) -> list[str]:
+    """Of linear layers and stacks: those whose adapter PEFT looks for elsewhere when it reads the file.
+
+    It renames an adapter's keys by the rules that Transformers has for a family's weight files, and some of these
+    match more than they were written for (Laguna's ``mlp.shared_expert.`` matches ``mlp.shared_experts``).
+    """
+    keys = {path: f"base_model.model.{path}.lora_A.weight" for path in paths}
+    tensors = {key: torch.empty(1, 1) for key in keys.values()}
+    kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return [path for path, key in keys.items() if key not in kept]
+
+
+def _fit(paths: Iterable[str], family: Family) -> list[str]:
+    return [path for path in paths if path not in family.unfit]
 
 
 def _meant(config: Config, model: nn.Module, family: Family) -> tuple[list[str], list[str]]:
@@ -97,7 +133,7 @@ def _meant(config: Config, model: nn.Module, family: Family) -> tuple[list[str],
     stacks: list[str] = []
     for name in names:
         if name in TARGET_WORDS:
-            (stacks if name == "experts" else modules).extend(family.names(name))
+            (stacks if name == "experts" else modules).extend(_fit(family.names(name), family))
             continue
         found = [path for path in _adaptable(model, family) if _ends_in(path, [name])]
         found_stacks = [path for path in family.names("experts") if _ends_in(path, [name])]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.families.spec import Family, Layer
+from slimtune.families.spec import CHOOSES, OTHER_SEQUENCE, Family, Layer
 
 __all__ = ["is_linear", "read_family"]
 
@@ -118,9 +118,9 @@ def _read_layer(layer: nn.Module, names: dict[int, str], unfit: dict[str, str]) 
 
 def _why_unfit(module: nn.Module, path: list[str], *, unreached: bool) -> str:
     if any(_CHOOSERS.search(part) for part in path):
-        return "it chooses tokens or experts"
+        return CHOOSES
     if any(_CROSS.search(part) for part in path):
-        return "it reads another sequence than the text"
+        return OTHER_SEQUENCE
     if unreached:
         return "the model's code takes its weight past it, where an adapter doesn't reach"
     return "" if is_linear(module) else "it multiplies groups of its input by other rows"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Family", "Layer"]
+__all__ = ["CHOOSES", "OTHER_SEQUENCE", "Family", "Layer"]
+
+CHOOSES = "it chooses tokens or experts"
+OTHER_SEQUENCE = "it reads another sequence than the text"
+"""Reasons against an adapter that are in the nature of a module; the others are in how it is computed."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""What is proven of a family, on a tiny model of it: one folder made, trained on, read back, merged and asked.
+
+The oracle is plain Transformers and PEFT: each document alone, unpadded, its loss by torch, its gradients by autograd.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from click.testing import CliRunner
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from slimtune.adapter.lora import lora_config
+from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.base.quantize import four_bit_share
+from slimtune.cli import slimtune_command
+from slimtune.config import Config
+from slimtune.data.preflight import prove
+from slimtune.errors import UserError
+from slimtune.recipes import finetune
+from slimtune.run.folder import RunFolder
+from slimtune.use.export import check_exportable
+from slimtune.use.load import find, open_model
+from tests.families.tiny import save, tokenizer
+
+__all__ = ["Proof", "check"]
+
+CHATS = (
+    ("Where is the key?", "Under the pot, as ever."),
+    ("And the lamp?", "It stands behind the green door."),
+    ("Is there tea?", "No."),
+    ("Who was here last?", "Nobody that I know of."),
+)
+ROOM = 128
+"""Tokens of a pack: these chats fill two."""
+GRADIENT: dict[str, Any] = {
+    "quantization": "none", "compute_dtype": "fp32", "targets": "all-linear", "lora_r": 2, "lora_dropout": 0.0,
+    "optim": "sgd", "learning_rate": 1.0, "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 1e9,
+    "max_steps": 1, "gradient_accumulation": len(CHATS), "max_length": ROOM, "micro_batch": 1,
+}  # fmt: skip
+"""One step of plain SGD at a rate of 1: what the adapter changes by is its gradient."""
+
+
+@dataclass
+class Proof:
+    """What was found. ``None`` where a refusal or a fault came first; faults say which."""
+
+    model_type: str
+    class_name: str = ""
+    four_bit_share: float | None = None
+    targets: str = ""
+    packed: str = ""
+    engine: str = ""
+    gradient: float | None = None
+    """Largest relative difference of a gradient (L2, each tensor to the oracle's, and the largest tensor's 1e-3)."""
+    unused: int = 0
+    """Adapter tensors that the oracle gives no gradient."""
+    reload: float | None = None
+    """Largest relative difference of a logit, plain PEFT to slimtune's own reading."""
+    trained_4bit: bool = False
+    merge: str = ""
+    chat: str = ""
+    gguf: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+    """UserErrors by step."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Everything else that a step ended with."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def check(model_type: str, folder: Path) -> Proof:
+    """All of it; no step stops the next unless it needs its result."""
+    proof = Proof(model_type)
+    steps = _Steps(proof)
+    base = folder / "base"
+    if not steps.run("make", lambda: save(model_type, base)):
+        return proof
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps({"prompt": ask, "completion": say}) + "\n" for ask, say in CHATS))
+    steps.run("describe", lambda: _describe(proof, base))
+    runs: dict[str, RunFolder] = {}
+    if steps.run("gradient", lambda: runs.update(fp32=_gradient(proof, base, data, folder))):
+        steps.run("reload", lambda: _reload(proof, base, runs["fp32"]))
+        steps.run("merge", lambda: _merge(proof, base, runs["fp32"], folder / "merged"))
+        steps.run("gguf", lambda: _gguf(proof, runs["fp32"]))
+    if steps.run("4 bits", lambda: runs.update(nf4=_four_bits(proof, base, data, folder))):
+        steps.run("chat", lambda: _chat(proof, runs["nf4"]))
+    return proof
+
+
+class _Steps:
+    def __init__(self, proof: Proof) -> None:
+        self.proof = proof
+
+    def run(self, name: str, step: Any) -> bool:
+        """Whether it went through; if not, the proof says why."""
+        try:
+            step()
+        except UserError as error:
+            self.proof.refused[name] = f"{error.what}. {error.rule}".strip()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the proof is a record of what went wrong
+            self.proof.faults[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        else:
+            return True
+        return False
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    wanted = (config.architectures or [""])[0]
+    auto = AutoModelForImageTextToText if wanted.endswith("ForConditionalGeneration") else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def _describe(proof: Proof, base: Path) -> None:
+    model = _load(base)
+    proof.class_name = type(model).__name__
+    proof.four_bit_share = four_bit_share(model)
+    proof.targets = ", ".join(default_targets(model)[0])
+
+
+def _config(base: Path, data: Path, output: Path, **values: Any) -> Config:
+    return Config.make(model=str(base), data=str(data), output=output, save_steps=1000, **values)
+
+
+def _gradient(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
+    """One step of slimtune's trainer against the oracle's gradients, from the same adapter."""
+    start = _start(base, folder / "start")
+    config = _config(base, data, folder / "run", start_from=start, **GRADIENT)
+    run = finetune(config)
+    facts = run.read_json(run.facts_file)
+    proof.packed = "yes" if facts["data"]["packed"] else str(facts["data"].get("unpacked") or "no")
+    proof.engine = facts["training"]["engine"]
+    before, after = load_file(start / "adapter_model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
+    expected = _oracle(base, start, config)
+    assert before.keys() == after.keys() == expected.keys()
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    proof.unused = sum(not bool(gradient.any()) for gradient in expected.values())
+    proof.gradient = max(
+        float((before[name] - after[name] - gradient).norm()) / (float(gradient.norm()) + 1e-3 * largest)
+        for name, gradient in expected.items()
+    )
+    return run
+
+
+def _start(base: Path, folder: Path) -> Path:
+    """An adapter whose both matrices are random: from B = 0 there would be no gradient for A."""
+    config = Config.make(**GRADIENT)
+    model = _load(base)
+    wrapped = get_peft_model(model, lora_config(config, find_targets(config, model)))
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.05)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def _oracle(base: Path, adapter: Path, config: Config) -> dict[str, Tensor]:
+    """Gradients of the mean loss over all supervised tokens, by the names in the adapter's file."""
+    model = PeftModel.from_pretrained(_load(base), adapter, is_trainable=True)
+    documents = prove(config, tokenizer()).train
+    supervised = 0
+    for at in range(len(documents)):
+        ids, trained = documents[at]
+        tokens, counts = torch.from_numpy(ids).long()[None], torch.from_numpy(trained)[1:]
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        losses[counts].sum().backward()
+        supervised += int(counts.sum())
+    return {
+        name.replace(".default", ""): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / supervised
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _reload(proof: Proof, base: Path, run: RunFolder) -> None:
+    """The adapter in plain PEFT on the plain base, and in slimtune."""
+    ids = torch.tensor([tokenizer().encode("Where is the lamp, and who was here?")])
+    with torch.no_grad():
+        bare = _load(base)(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(_load(base), run.adapter).eval()(input_ids=ids).logits
+        own = open_model(str(run.path), dtype="fp32").model(input_ids=ids).logits
+    if torch.equal(bare, plain):
+        raise AssertionError("plain PEFT's logits are the bare base's")
+    proof.reload = float((plain - own).abs().max() / plain.abs().max())
+
+
+def _merge(proof: Proof, base: Path, run: RunFolder, output: Path) -> None:
+    """The merged folder in plain Transformers, against plain PEFT."""
+    _called("merge", run.path, "-o", output, "--no-parity")
+    ids = torch.tensor([tokenizer().encode("Where is the lamp, and who was here?")])
+    with torch.no_grad():
+        merged = _load(output)(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(_load(base), run.adapter).eval()(input_ids=ids).logits
+    difference = float((merged - plain).abs().max() / plain.abs().max())
+    if difference > 1e-4:
+        raise AssertionError(f"the merged model's logits are {difference:.1e} off")
+    proof.merge = "yes"
+
+
+def _called(*words: Any) -> None:
+    """A verb of the command line."""
+    result = CliRunner().invoke(slimtune_command, [str(word) for word in words])
+    if result.exception is not None:
+        raise result.exception
+
+
+def _gguf(proof: Proof, run: RunFolder) -> None:
+    check_exportable(find(str(run.path)), ["f16"])
+    proof.gguf = "yes"
+
+
+def _four_bits(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
+    """Two steps as people take them: NF4, default targets, dropout, 8-bit AdamW."""
+    run = finetune(_config(base, data, folder / "run-nf4", max_steps=2, max_length=ROOM, learning_rate=1e-2, warmup=0.0))
+    proof.trained_4bit = True
+    return run
+
+
+def _chat(proof: Proof, run: RunFolder) -> None:
+    _called("chat", run.path, "--prompt", "Where is the key?", "--max-new-tokens", "4")
+    proof.chat = "yes"
