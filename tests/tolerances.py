@@ -38,3 +38,10 @@ def assert_close(actual: Tensor, expected: Tensor, *, dtype: torch.dtype, factor
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error, bound = relative_error(actual, expected), TOLERANCES[dtype] * factor
     assert error <= bound, f"relative error {error:.3g} over {bound:.3g} for {dtype}"
+
+
+FAMILY_GRADIENT = 1e-4
+"""A LoRA gradient of a tiny model in fp32, packed against document by document. Rounding alone gives up to 1e-5; a
+router that takes its experts by a near tie, or a state that is summed in another order, ten times that."""
+FAMILY_LOGITS = 1e-5
+"""A logit of the same adapter on the same base in fp32, read by slimtune and by plain PEFT."""

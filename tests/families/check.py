@@ -141,7 +141,6 @@ def _gradient(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
     run = finetune(config)
     facts = run.read_json(run.facts_file)
     proof.packed = "yes" if facts["data"]["packed"] else str(facts["data"].get("unpacked") or "no")
-    proof.engine = facts["training"]["engine"]
     before, after = load_file(start / "adapter_model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
     expected = _oracle(base, start, config)
     assert before.keys() == after.keys() == expected.keys()
@@ -181,7 +180,9 @@ def _oracle(base: Path, adapter: Path, config: Config) -> dict[str, Tensor]:
         losses[counts].sum().backward()
         supervised += int(counts.sum())
     return {
-        name.replace(".default", ""): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / supervised
+        name.replace(".default", ""): torch.zeros_like(parameter)
+        if parameter.grad is None
+        else parameter.grad / supervised
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
@@ -226,8 +227,11 @@ def _gguf(proof: Proof, run: RunFolder) -> None:
 
 def _four_bits(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
     """Two steps as people take them: NF4, default targets, dropout, 8-bit AdamW."""
-    run = finetune(_config(base, data, folder / "run-nf4", max_steps=2, max_length=ROOM, learning_rate=1e-2, warmup=0.0))
+    run = finetune(
+        _config(base, data, folder / "run-nf4", max_steps=2, max_length=ROOM, learning_rate=1e-2, warmup=0.0)
+    )
     proof.trained_4bit = True
+    proof.engine = run.read_json(run.facts_file)["training"]["engine"]
     return run
 
 

@@ -1,0 +1,158 @@
+"""``make families``: every text-generating architecture of the installed Transformers, each tried by itself.
+
+A process a family, so that a crash or a hang is that family's alone. What was proven lies in ``build/families``; a
+second run goes on with what is missing. The table is written into docs/models.md.
+
+usage: python -m tests.families.registry [TYPE...]    all, or these again
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "build" / "families"
+PAGE = ROOT / "docs" / "models.md"
+LIMIT_S = 300
+MARK = "<!-- the table below is written by `make families` -->\n"
+
+# fmt: off
+NO_CHAT_MODELS = frozenset({
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "git", "megatron-bert",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl",
+    "xlnet", "xmod", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus",
+    "plbart", "prophetnet", "trocr", "whisper", "musicgen", "musicgen_melody", "moshi", "reformer",
+    "gemma4_assistant", "gemma4_unified_assistant",
+})
+# fmt: on
+"""Causal classes of encoders, and decoders of something that isn't text alone: nobody chats with them."""
+IMAGE_TEXT = (
+    "gemma3",
+    "gemma4",
+    "qwen3_5",
+    "mistral3",
+    "qwen3_vl",
+    "qwen2_5_vl",
+    "internvl",
+    "llava",
+    "gemma3n",
+    "llama4",
+)
+
+
+def families() -> list[str]:
+    """Model types, the image-text ones behind the text ones."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    text = [name for name in NAMES if name not in NO_CHAT_MODELS]
+    return [*text, *(name for name in IMAGE_TEXT if name not in text)]
+
+
+def prove_one(model_type: str) -> None:
+    """In a process of its own: writes the family's proof."""
+    from tests.families.check import check
+
+    with tempfile.TemporaryDirectory(prefix="slimtune-family-") as folder:
+        proof = check(model_type, Path(folder)).as_dict()
+        text = json.dumps(proof, indent=1).replace(folder, "…")
+    (RESULTS / f"{model_type}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def prove_all(wanted: list[str]) -> None:
+    """Each family that has no proof yet; ``wanted`` ones again."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for model_type in wanted or families():
+        file = RESULTS / f"{model_type}.json"
+        if file.is_file() and not wanted:
+            continue
+        file.unlink(missing_ok=True)
+        words = [sys.executable, "-m", "tests.families.registry", "--one", model_type]
+        try:
+            subprocess.run(words, cwd=ROOT, env=environment, timeout=LIMIT_S, capture_output=True, check=False)
+        except subprocess.TimeoutExpired:
+            fault = {"time": f"no end after {LIMIT_S} s"}
+        else:
+            fault = {"process": "it died"}
+        if not file.is_file():
+            file.write_text(json.dumps({"model_type": model_type, "faults": fault}) + "\n", encoding="utf-8")
+        print(_short(json.loads(file.read_text(encoding="utf-8"))), flush=True)
+
+
+def _short(proof: dict[str, Any]) -> str:
+    ends = {**proof.get("refused", {}), **proof.get("faults", {})}
+    said = "; ".join(f"{step}: {text[:90]}" for step, text in ends.items())
+    gradient = proof.get("gradient")
+    return f"{proof['model_type']:24} gradient {'–' if gradient is None else format(gradient, '.0e')}  {said}"
+
+
+def table() -> str:
+    """All proofs as a Markdown table, with the date and the versions."""
+    proofs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+    made = [proof for proof in proofs if "make" not in proof.get("faults", {})]
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft", "trl", "torch")
+    )
+    head = "| family | 4 bits | default targets | packed | gradient | engine | merge | GGUF | chat | limits |"
+    lines = [
+        f"{date.today().isoformat()}, {versions}, on a CPU: {len(made)} families. ",
+        "",
+        head,
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(proof) for proof in made),
+    ]
+    without = [proof["model_type"] for proof in proofs if proof not in made]
+    if without:
+        lines += ["", f"No tiny model could be made of {', '.join(without)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(proof: dict[str, Any]) -> str:
+    refused, faults = proof.get("refused", {}), proof.get("faults", {})
+    share, gradient = proof.get("four_bit_share"), proof.get("gradient")
+    limits = [f"{step}: {_sentence(text)}" for step, text in refused.items() if step != "gguf"]
+    limits += [f"**{step}: {_sentence(text)}**" for step, text in faults.items()]
+    if gradient is not None and gradient > 1e-4:
+        limits.insert(0, "**gradients differ**")
+    cells = [
+        proof["model_type"],
+        "–" if share is None else f"{share:.0%}",
+        proof.get("targets") or "–",
+        proof.get("packed") or "–",
+        "–" if gradient is None else f"{gradient:.0e}",
+        (proof.get("engine") or "–").split(":")[0],
+        proof.get("merge") or "–",
+        proof.get("gguf") or "–",
+        proof.get("chat") or "–",
+        " · ".join(limits),
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _sentence(text: str) -> str:
+    return re.sub(r"\s+", " ", text).split(". ")[0][:140].rstrip(".")
+
+
+def write_page() -> None:
+    """Put the table into the page, below its mark."""
+    before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+    PAGE.write_text(before + MARK + "\n" + table(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        prove_one(sys.argv[2])
+    elif sys.argv[1:2] == ["--table"]:
+        write_page()
+    else:
+        prove_all(sys.argv[1:])
+        write_page()
