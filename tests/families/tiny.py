@@ -64,7 +64,7 @@ SIZES: dict[str, Any] = {
 }
 TOWER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
-    "num_heads": 2, "embed_dim": 64, "image_size": 28, "patch_size": 14, "out_hidden_size": HIDDEN,
+    "num_heads": 2, "embed_dim": 64, "image_size": 16, "patch_size": 4, "out_hidden_size": HIDDEN,
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0],
     "num_key_value_heads": 2, "head_dim": 32, "hidden_dim": 64, "position_embedding_size": 16,
     "projector_input_dim": 64, "projector_output_dim": HIDDEN, "vision_output_dim": 64, "projection_dim": HIDDEN,
