@@ -36,6 +36,7 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
 from slimtune.data.preflight import Proof, prove
+from slimtune.data.stdin import keep_stdin
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
@@ -91,6 +92,7 @@ def finetune(
     output = config.output or default_output(config.model, datetime.now())
     config = config.model_copy(update={"output": output})
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
+        config = keep_stdin(config, run.path / "stdin")
         _train(config, run, choices, signals, screen, formatting_func, observe)
     _export(config, run, screen)
     return run
