@@ -158,6 +158,8 @@ class Config(BaseModel):
     deterministic: bool = False
     """On CUDA, take deterministic kernels, some of them slower; the run is refused where it needs one that doesn't
     exist. On a CPU every run repeats to the bit anyway."""
+    router_aux_loss: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of the auxiliary loss that balances a mixture's experts; none: it isn't added, as routers are frozen."""
     engine: Literal["auto", "fused", "plain"] = "auto"
     """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model."""
     memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"
