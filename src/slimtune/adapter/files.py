@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -212,22 +212,55 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def attach_adapter(model: nn.Module, folder: Path) -> PeftModel:
+def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> PeftModel:
     """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does.
+
+    Args:
+        model: The base; or, ``on_meta``, its modules without weights, of which only the adapter's get some, on the CPU.
+        folder: The adapter's folder.
+        on_meta: The model lies on the meta device.
 
     Raises:
         UserError: The adapter doesn't fit the model, its file is damaged, or it could do more than hold an adapter.
     """
     adapter_config(folder)
+    device = {"torch_device": "cpu"} if on_meta else {}
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+        # PeftModel.from_pretrained, in its two steps, for it keeps the second one's result to itself: of names that
+        # don't fit it warns, and the model answers as its base.
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = not on_meta
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        wrapped: PeftModel = kind(model, config, "default", low_cpu_mem_usage=on_meta)
+        if on_meta:
+            _make_room(wrapped, folder)
+        loaded = wrapped.load_adapter(folder, "default", is_trainable=False, **device)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the adapter in {folder} does not fit its base: {first}",
-            rule="An adapter belongs to one base.",
-            way_out="Give the base it was trained on: --base PATH.",
-        ) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise _unfit(folder, " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])) from error
+    for problem, names in (("lacks", loaded.missing_keys), ("holds the unknown", loaded.unexpected_keys)):
+        if names:
+            raise _unfit(folder, f"it {problem} {names[0].removeprefix('base_model.model.')}")
+    return wrapped
+
+
+def _make_room(wrapped: nn.Module, folder: Path) -> None:
+    """Take what the adapter's file will fill off the meta device: all that trained, and what was saved beside it."""
+    with _opened(folder / ADAPTER_WEIGHTS) as handle:
+        saved = set(handle.keys())
+    for name, parameter in list(wrapped.named_parameters()):
+        if parameter.requires_grad or name in saved:
+            module, _, attribute = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            setattr(wrapped.get_submodule(module), attribute, empty)
+
+
+def _unfit(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the adapter in {folder} does not fit its base: {reason}",
+        rule="An adapter belongs to one base, and to the class that it was trained on.",
+        way_out="Give the base it was trained on: --base PATH.",
+    )
 
 
 def _opened(file: Path) -> Any:

@@ -20,7 +20,8 @@ __all__ = ["command"]
 def command(target: str, output: Path, base: str | None, parity: bool, trust_remote_code: bool) -> None:
     """Merge RUN's adapter into its 16-bit base, in Transformers' layout.
 
-    Memory is bounded by the largest tensor. The proof, parity.json, loads the model whole; --no-parity leaves it out.
+    Memory is bounded by the largest tensor, or by a layer's experts. The proof, parity.json, loads the model whole;
+    --no-parity leaves it out.
     """
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
@@ -30,10 +31,7 @@ def command(target: str, output: Path, base: str | None, parity: bool, trust_rem
 
     with upstream_to_log(None):
         found = find(target, base=base, trust_remote_code=trust_remote_code)
-        merge(found, output)
-        click.echo(f"merged into {output}")
-        if parity:
-            certificate = prove_merged(found, output)
-            certificate.write(output / "parity.json")
-            click.echo(certificate.line())
-            certificate.require()
+        certificate = merge(found, output, prove=prove_merged if parity else None)
+    click.echo(f"merged into {output}")
+    if certificate is not None:
+        click.echo(certificate.line())

@@ -64,17 +64,17 @@ def export_gguf(
 
     Args:
         found: The run, adapter or bare model.
-        output: The new folder; it appears whole, also when the certificate doesn't hold.
+        output: The new folder; it appears whole or not at all.
         kind: f16, q8_0 or q4_k_m.
         name: The model's name in the file and of the file; the output folder's unless given.
         parity: Compare what was written with the adapter on its base.
 
     Raises:
         UserError: A tool is missing, or the model can't be exported.
-        GuardStop: What was written doesn't say the same.
+        GuardStop: What was written doesn't say the same; nothing is left of it.
     """
     check_needs(kind)
-    weights = MergedWeights(found.base, found.adapter)
+    weights = MergedWeights(found.base, found.adapter, trust_remote_code=found.trust_remote_code)
     tokenizer = found.tokenizer()
     check_family(weights.config, tokenizer)
     name = name or output.name
@@ -93,16 +93,15 @@ def export_gguf(
         if parity:
             certificate = _prove(reference(_on_16_bits(found)), found, folder / file_name, kind)
             certificate.write(folder / "parity.json")
-    if certificate is not None:
-        certificate.require()
+            certificate.require()
     return certificate
 
 
 def prove_merged(found: Found, folder: Path) -> Certificate:
-    """The certificate of a merged folder: against the adapter on the same 16-bit base."""
+    """The certificate of a merged folder: against the adapter on the same base's own weights."""
     said = reference(_on_16_bits(found))
-    merged = open_model(str(folder), quantization="none", dtype="fp32")
-    copy = transformers_voice(merged, f"merged {folder.name}")
+    merged = open_model(str(folder), quantization="none", dtype="fp32", trust_remote_code=found.trust_remote_code)
+    copy = transformers_voice(merged, f"{found.name}, merged")
     return certify(said, copy, kl_mean_allowed=KL_ALLOWED["merged"], first_token_allowed=FIRST_TOKEN_ALLOWED["merged"])
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.utils import FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
 from slimtune.adapter.files import TensorSpec, write_safetensors
 from slimtune.adapter.merged import MergedWeights
 from slimtune.base.tokenizer import save_tokenizer
 from slimtune.errors import UserError
 from slimtune.use.load import Found, turn_end
+from slimtune.use.parity import Certificate
 
 __all__ = ["SHARD_BYTES", "free_room", "merge", "new_folder"]
 
@@ -24,33 +26,47 @@ SHARD_BYTES = 5 * 10**9
 """Most bytes of one weight file."""
 
 
-def merge(found: Found, output: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the merged model: weights in the base's own 16-bit dtype, config, tokenizer, chat template.
+def merge(
+    found: Found,
+    output: Path,
+    *,
+    prove: Callable[[Found, Path], Certificate] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Certificate | None:
+    """Write the merged model: weights in the base's own 16-bit dtype, names and form, config, tokenizer, chat template.
 
-    Memory is bounded by the largest tensor (twice, while it is merged), not by the model.
+    Memory is bounded by the largest tensor, or by the largest layer's experts where the files store them one by one
+    (twice, while they are merged), not by the model.
 
     Args:
         found: The run or adapter, as :func:`slimtune.use.load.find` gives it.
         output: The new folder; it appears whole or not at all.
+        prove: Makes the certificate that the written folder says the same; it lies there as ``parity.json``.
         shard_bytes: Most bytes of one weight file.
 
     Raises:
         UserError: There is nothing to merge, it can't be merged exactly, or there is no room.
+        GuardStop: What was written doesn't say the same; nothing is left of it.
     """
     if found.adapter is None:
         raise UserError(f"{found.name} is a bare model: there is nothing to merge", way_out="Give a run or an adapter.")
-    weights = MergedWeights(found.base, found.adapter)
+    weights = MergedWeights(found.base, found.adapter, trust_remote_code=found.trust_remote_code)
     tokenizer = found.tokenizer()
     with new_folder(output) as folder:
         free_room(folder, weights.nbytes)
         write_weights(weights, folder, shard_bytes)
-        _copy_code(found, folder)
+        _copy_companions(found, folder)
         config = {**weights.config, "_name_or_path": output.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation = _generation_config(found.base, turn_end(tokenizer))
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         save_tokenizer(tokenizer, folder)
-    return output
+        if prove is None:
+            return None
+        certificate = prove(found, folder)
+        certificate.write(folder / "parity.json")
+        certificate.require()
+    return certificate
 
 
 def write_weights(weights: MergedWeights, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -132,7 +148,9 @@ def _generation_config(base: Path, end: int) -> dict[str, Any]:
     return config
 
 
-def _copy_code(found: Found, folder: Path) -> None:
-    """A model with Python code of its own takes it along."""
-    for file in found.base.glob("*.py"):
-        shutil.copy2(file, folder / file.name)
+def _copy_companions(found: Found, folder: Path) -> None:
+    """What else makes a base whole goes along: how its images become input, and Python code of its own."""
+    processors = {PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME}
+    for file in (*found.base.glob("*.py"), *(found.base / name for name in sorted(processors))):
+        if file.is_file():
+            shutil.copy2(file, folder / file.name)
