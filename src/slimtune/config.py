@@ -50,8 +50,9 @@ class Config(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     data: tuple[str, ...] = ()
-    """Training data: local files (json, jsonl, csv, tsv, parquet, also .gz and .zst) or hub ids (owner/name:split).
-    `file#500` takes a seeded sample of 500 rows, `file*2` counts a source twice."""
+    """Training data: files (json, jsonl, csv, tsv, txt, parquet, arrow, also .gz and .zst), folders, patterns
+    (rows/*.jsonl), hub ids (owner/name:split), or - for standard input. `file#500` takes a seeded sample of 500 rows,
+    `file*2` counts a source twice, `folder:name` takes one part of a folder."""
     output: Path | None = None
     """The run's folder; runs/<time>-<model> when not given."""
     overwrite: bool = False
@@ -103,8 +104,11 @@ class Config(BaseModel):
     """Other alphas for some modules, by name or regular expression."""
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = "auto"
-    """The rows' shape; auto detects it."""
+    format: Literal[
+        "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "text-lines", "text-whole"
+    ] = "auto"
+    """The rows' shape; auto detects it. Of a text file (.txt) each stretch between blank lines is a row; text-lines
+    makes each line one, text-whole the whole file."""
     map: dict[str, str] = {}
     """field=column, for files whose columns have other names."""
     prefer: Literal["chosen"] | None = None
@@ -154,6 +158,8 @@ class Config(BaseModel):
     deterministic: bool = False
     """On CUDA, take deterministic kernels, some of them slower; the run is refused where it needs one that doesn't
     exist. On a CPU every run repeats to the bit anyway."""
+    router_aux_loss: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of the auxiliary loss that balances a mixture's experts; none: it isn't added, as routers are frozen."""
     engine: Literal["auto", "fused", "plain"] = "auto"
     """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model."""
     memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"
@@ -215,6 +221,11 @@ class Config(BaseModel):
         if self.lora_init.startswith(("pissa", "loftq")) and self.quantization != "none":
             raise ValueError(f"lora_init: {self.lora_init} starts from unquantised weights: set quantization: none")
         return self
+
+    @property
+    def shape(self) -> str:
+        """The rows' shape: format, without what one row of a text file is."""
+        return "text" if self.format.startswith("text") else self.format
 
     @property
     def alpha(self) -> int:

@@ -23,10 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS
 from slimtune.adapter.lora import Coverage, check_names, coverage, give_dropout_, lora_config
+from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.state import start_from
 from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
@@ -36,6 +38,7 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
 from slimtune.data.preflight import Proof, prove
+from slimtune.data.stdin import keep_stdin
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
@@ -48,11 +51,12 @@ from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
-from slimtune.training.arguments import check_arguments, sft_arguments
+from slimtune.training.arguments import check_arguments, check_model, sft_arguments
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
+from slimtune.training.proof import prove_loss
 from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
 from slimtune.training.stop import StopSignals, Watchdog
 from slimtune.training.trainer import SlimTrainer
@@ -91,6 +95,7 @@ def finetune(
     output = config.output or default_output(config.model, datetime.now())
     config = config.model_copy(update={"output": output})
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
+        config = keep_stdin(config, run.path / "stdin")
         _train(config, run, choices, signals, screen, formatting_func, observe)
     _export(config, run, screen)
     return run
@@ -166,6 +171,7 @@ def _train(
         with screen.working("loading the base"):
             base = _load(config, hardware, watchdog)
         check_names(config, base.model)
+        check_model(config, base.model)
         config, more = _resolve_targets(config, base)
         choices += more
         targets = find_targets(config, base.model)
@@ -185,7 +191,7 @@ def _train(
         lora = lora_config(config, targets)
 
         # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
-        reason_unfused = why_unfused(config, base.model)
+        reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
         floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
         trainer = SlimTrainer(
             model=base.model,
@@ -195,6 +201,7 @@ def _train(
                 run.checkpoints,
                 steps=steps_of_run(config, data.per_epoch),
                 fused=reason_unfused is None,
+                recompute=base.model.supports_gradient_checkpointing,
             ),
             data=data,
             micro_batches=micro_batches_of_run(config, data.per_epoch),
@@ -209,6 +216,9 @@ def _train(
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         _use_engine(config, hardware, trainer, reason_unfused, screen)
+        own_head = prove_loss(trainer, data.documents[0][0], torch_dtype(config.compute_dtype))
+        if own_head is not None:
+            screen.say("loss", own_head)
         # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
         facts.base.fingerprint_before = fingerprint(trainer.model)
         facts.adapter = _adapter_facts(config, trainer, coverage(trainer.model, targets))
@@ -235,6 +245,7 @@ def _train(
                 run.metrics(),
                 engine="fused" if reason_unfused is None else f"plain: {reason_unfused}",
                 repeats=repeats,
+                own_head=own_head,
             )
             facts.base.fingerprint_after = fingerprint(trainer.model)
             facts.adapter.file_bytes = _adapter_bytes(run)
@@ -251,6 +262,8 @@ def _use_engine(
     """Let the engine run the trainer's steps, unless there is a reason against it, which is said."""
     if reason_unfused is not None:
         screen.say("engine", f"plain: {reason_unfused}")
+        if hardware.device == "cuda" and not trainer.args.gradient_checkpointing:
+            screen.say("memory", "every layer's activations are kept: this class can't compute them again")
         return
     trainer.use_engine(make_engine(config, trainer.model))
     if trainer.least_memory is not None and hardware.device == "cuda":
@@ -335,6 +348,8 @@ def _check_inputs(config: Config) -> None:
     if not config.data:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
     check_arguments(config)
+    if config.engine == "fused" and (folder := Path(model_source(config.model))).is_dir():
+        why_unfused(config, skeleton(folder, trust_remote_code=config.trust_remote_code))
     if config.export:
         base = local_base(model_source(config.model), config.revision)
         check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export)

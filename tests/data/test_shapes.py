@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slimtune.data.conversation import normalise
-from slimtune.data.rows import RowRefused
+from slimtune.data.rows import RowRefused, without_absent
 
 S, Q, A = ("system", "Be brief."), ("user", "Key?"), ("assistant", "Pot.")
 Q2, A2 = ("user", "Which?"), ("assistant", "Blue.")
@@ -148,20 +148,19 @@ def test_arguments_in_any_coding_are_the_same_object(arguments: Any, repairs: li
     assert made.repairs == repairs
 
 
-def test_nulls_of_a_table_are_absent_keys_and_a_files_own_stay() -> None:
-    row = call({"lat": None, "at": {"x": 1, "y": None}, "all": [None]})
+def test_nulls_of_a_table_are_absent_keys_in_tools_and_calls_alone() -> None:
+    row = call({"lat": None, "at": {"x": 1, "y": None}, "all": [None], "text": '{"lat": null}'})
     row["tools"] = [{"name": "f", "parameters": {"properties": {"lat": {"type": "number"}, "lon": None}}}]
-    row["messages"][1]["name"] = None
+    row["messages"][0]["name"] = None
     own = normalise(row)
     assert own.messages[1]["tool_calls"][0]["function"]["arguments"]["lat"] is None
-    assert own.repairs == []
-    made = normalise(row, table=True)
-    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": {"x": 1}, "all": [None]}
-    assert made.tools[0]["function"]["parameters"] == {"properties": {"lat": {"type": "number"}}}
-    assert made.repairs == ["absent-keys"]
-    written = normalise(call('{"lat": null}'), table=True)
-    assert written.messages[1]["tool_calls"][0]["function"]["arguments"] == {"lat": None}
-    assert written.repairs == []
+    found: list[str] = []
+    made = without_absent(row, found)
+    assert found == ["lat", "y", "lon"]
+    assert made["messages"][0]["name"] is None
+    arguments = {"at": {"x": 1}, "all": [None], "text": '{"lat": null}'}
+    assert made["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert made["tools"][0]["parameters"] == {"properties": {"lat": {"type": "number"}}}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every kind of file gives the same rows, each with its place."""
+"""Every kind of file, folder and pattern gives the same rows, each with its place."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slimtune.data import sources
-from slimtune.data.sources import Place, parse_source, read_rows
+from slimtune.data import readers
+from slimtune.data.conversation import normalise
+from slimtune.data.rows import RowRefused
+from slimtune.data.sources import Place, content_hash, parse_source, read_rows
 from slimtune.errors import UserError
 
 ROWS = [{"instruction": f"Say {n},\nplease", "output": f'"{n}" — 船'} for n in range(5)]
@@ -40,6 +42,13 @@ def as_parquet() -> bytes:
     return sink.getvalue()
 
 
+def as_arrow(writer: Callable[..., Any]) -> bytes:
+    sink, table = io.BytesIO(), pa.Table.from_pylist(ROWS)
+    with writer(sink, table.schema) as file:
+        file.write_table(table)
+    return sink.getvalue()
+
+
 def zstd(content: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -54,12 +63,19 @@ KINDS: dict[str, tuple[Callable[[], bytes], list[int], str]] = {
     "rows.json": (lambda: json.dumps(ROWS, indent=1).encode(), [2, 6, 10, 14, 18], "line"),
     "rows.jsonl": (as_jsonl, [1, 2, 3, 4, 5], "line"),
     "lines.json": (as_jsonl, [1, 2, 3, 4, 5], "line"),
+    "wrapped.json": (
+        lambda: json.dumps({"version": [1, {"a": "]"}], "data": ROWS, "more": 1}, indent=1).encode(),
+        [9, 13, 17, 21, 25], "line",
+    ),
+    "one-line.json": (lambda: json.dumps({"rows": ROWS}).encode(), [1] * 5, "line"),
     "objects.json": (lambda: "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(), [1, 5, 9, 13, 17], "line"),
     "rows.csv": (lambda: as_csv(","), [2, 4, 6, 8, 10], "line"),
     "semicolons.csv": (lambda: as_csv(";"), [2, 4, 6, 8, 10], "line"),
     "rows.tsv": (lambda: as_csv("\t"), [2, 4, 6, 8, 10], "line"),
     "rows.parquet": (as_parquet, [1, 2, 3, 4, 5], "row"),
-}
+    "stream.arrow": (lambda: as_arrow(pa.ipc.new_stream), [1, 2, 3, 4, 5], "row"),
+    "file.feather": (lambda: as_arrow(pa.ipc.new_file), [1, 2, 3, 4, 5], "row"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -79,13 +95,13 @@ def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Mon
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     for chunk in (1, 7, 64):
-        monkeypatch.setattr(sources, "_CHUNK", chunk)
+        monkeypatch.setattr(readers, "_CHUNK", chunk)
         assert [row.value for row in read_rows(parse_source(str(file)))] == ROWS
         assert [row.place.number for row in read_rows(parse_source(str(file)))] == [2, 6, 10, 14, 18]
 
 
 def test_a_line_over_the_limit_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "ROW_LIMIT", 1000)
+    monkeypatch.setattr(readers, "ROW_LIMIT", 1000)
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"text": "x" * 5000}) + "\n" + json.dumps(ROWS[1]))
     rows = list(read_rows(parse_source(str(file))))
@@ -107,9 +123,9 @@ def test_a_sample_is_seeded_and_in_file_order(tmp_path: Path) -> None:
 def test_notation(tmp_path: Path) -> None:
     file = tmp_path / "a#b*c.jsonl"
     file.write_text("{}")
-    assert parse_source(str(file)).path == file
+    assert parse_source(str(file)).found.files[0].path == file
     source = parse_source(f"{file}#20*1.5")
-    assert (source.path, source.sample, source.weight) == (file, 20, 1.5)
+    assert (source.found.files[0].path, source.sample, source.weight) == (file, 20, 1.5)
     assert parse_source("owner/name:test").name == "owner/name:test"
     with pytest.raises(UserError, match=r"\*0 is no weight"):
         parse_source(f"{file}*0")
@@ -136,3 +152,193 @@ def test_a_hub_set_that_cant_be_had_is_one_message(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"^hub data 'owner/name' can't be loaded: no network\nA hub id is"):
         list(read_rows(parse_source("owner/name")))
+
+
+# -- raw text ---------------------------------------------------------------------------------------------------------
+
+BOOK = "\n\nThe old door\nstands by the river.\n \n\nIn winter the garden is white.\r\n"
+
+
+@pytest.mark.parametrize(
+    ("whole", "rows"),
+    [
+        ("text", [(3, "The old door\nstands by the river."), (7, "In winter the garden is white.")]),
+        ("text-lines", [(3, "The old door"), (4, "stands by the river."), (7, "In winter the garden is white.")]),
+        ("text-whole", [(3, "The old door\nstands by the river.\n \n\nIn winter the garden is white.")]),
+    ],
+)
+def test_a_text_file_by_stretches_by_lines_and_whole(tmp_path: Path, whole: str, rows: list[tuple[int, str]]) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text(BOOK, newline="")
+    found = list(read_rows(parse_source(str(file)), whole=whole))
+    assert [(row.place.number, row.value["text"]) for row in found] == rows
+
+
+def test_a_text_over_the_limit_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "ROW_LIMIT", 100)
+    file = tmp_path / "book.txt"
+    file.write_text("a\n\n" + "b" * 60 + "\n" + "c" * 60 + "\nd\n\ne\n\n" + "f" * 500 + "\n\ng\n")
+    found = list(read_rows(parse_source(str(file))))
+    assert [row.value and row.value["text"] for row in found] == ["a", None, "e", None, "g"]
+    assert found[1].refused == "the text has 124 characters; one row may have 100"
+
+
+# -- folders and patterns ---------------------------------------------------------------------------------------------
+
+
+def write(file: Path, *rows: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def places(name: str) -> list[str]:
+    return [str(row.place) for row in read_rows(parse_source(name))]
+
+
+def test_a_folders_files_are_rows_but_for_those_named_as_held_out(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "eval_1.jsonl", "x-test.jsonl", "contest.jsonl", ".hidden.jsonl"):
+        write(tmp_path / "rows" / name, {"text": name})
+    (tmp_path / "rows" / "LICENSE.txt").write_text("not data")
+    folder = str(tmp_path / "rows")
+    assert places(folder) == ["a.jsonl:1", "b.jsonl:1", "contest.jsonl:1"]
+    assert parse_source(folder).found.left_out == ("eval_1.jsonl", "x-test.jsonl")
+    assert places(f"{folder}:test") == ["x-test.jsonl:1"]
+    assert places(f"{folder}:valid*2") == ["eval_1.jsonl:1"]
+    with pytest.raises(UserError, match=r"has no part 'nope'\nIt has test, valid"):
+        parse_source(f"{folder}:nope")
+    for name in ("a", "b", "contest"):
+        (tmp_path / "rows" / f"{name}.jsonl").unlink()
+    with pytest.raises(UserError, match="has no part 'train'"):
+        parse_source(folder)
+
+
+def test_a_folder_as_hubs_have_it_holds_its_files_further_down(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "data" / "train-00000-of-00001.jsonl", {"text": "a"})
+    write(tmp_path / "set" / "data" / "test-00000-of-00001.jsonl", {"text": "b"})
+    (tmp_path / "set" / "README.md").write_text("about it")
+    assert places(str(tmp_path / "set")) == ["data/train-00000-of-00001.jsonl:1"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("One.\n\nTwo.")
+    assert places(str(tmp_path / "texts")) == ["a.txt:1", "a.txt:3"]
+
+
+def test_a_pattern_is_its_files_in_order_and_their_bytes_are_its_hash(tmp_path: Path) -> None:
+    for name in ("1/a.jsonl", "2/a.jsonl", "2/b.jsonl"):
+        write(tmp_path / name, {"text": name})
+    assert places(f"{tmp_path}/**/*.jsonl") == ["1/a.jsonl:1", "2/a.jsonl:1", "2/b.jsonl:1"]
+    assert places(f"{tmp_path}/?/a.jsonl#1*2")[0].endswith("a.jsonl:1")
+    pattern = f"{tmp_path}/2/[ab].jsonl"
+    before = content_hash(parse_source(pattern))
+    assert content_hash(parse_source(f"{tmp_path}/2/a.jsonl")) != before
+    write(tmp_path / "2" / "b.jsonl", {"text": "other"})
+    changed = content_hash(parse_source(pattern))
+    (tmp_path / "2" / "b.jsonl").unlink()
+    assert len({before, changed, content_hash(parse_source(pattern))}) == 3
+    with pytest.raises(UserError, match="no file matches"):
+        parse_source(f"{tmp_path}/*.csv")
+    with pytest.raises(UserError, match="is no pattern"):
+        parse_source(f"{tmp_path}/**a.csv")
+
+
+def test_a_sample_is_drawn_from_all_files_of_a_folder(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / f"{number}.jsonl", *({"text": str(row)} for row in range(20)))
+    taken = places(f"{tmp_path}#30")
+    assert len(taken) == 30
+    assert len({place.split(":")[0] for place in taken}) == 5
+
+
+def test_what_datasets_saved_is_read_and_its_json_columns_are_decoded(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                      {"role": "assistant", "content": None, "tool_calls": [
+                          {"function": {"name": "f", "arguments": {"at": None, "of": [1, "a"]}}}]},
+                      {"role": "tool", "content": "r"}, {"role": "assistant", "content": "Hello."}]},
+    ]  # fmt: skip
+    made = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "saved/train", "rows.parquet"):
+        assert [row.value for row in read_rows(parse_source(str(tmp_path / name)))] == rows
+    assert len(places(f"{tmp_path}/saved:test")) == 1
+    with pytest.raises(UserError, match=r"has no part 'valid'\nIt has train, test"):
+        parse_source(f"{tmp_path}/saved:valid")
+
+
+def test_a_tables_nulls_in_calls_are_absent_keys_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        asked = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
+        return {"messages": [{"role": "user", "content": "Hi", "tool_calls": None}, asked]}
+
+    rows = [call(lat=1.0), call(city="Brest")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    for name in (f"{tmp_path}/rows.parquet", "owner/name"):
+        found = list(read_rows(parse_source(name)))
+        calls = [normalise(row.value).messages[1]["tool_calls"][0]["function"]["arguments"] for row in found]
+        assert calls == [{"lat": 1.0}, {"city": "Brest"}]
+        assert [row.repairs for row in found] == [("absent-keys",)] * 2
+
+
+INFO = {
+    "plain": {"file_name": "plain.json"},
+    "mine": {"file_name": "mine.json", "columns": {"prompt": "frage", "response": "antwort", "history": "davor"}},
+    "chat": {
+        "file_name": "chat.json", "formatting": "sharegpt",
+        "columns": {"messages": "talk", "system": "rule"},
+        "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "guest", "assistant_tag": "host"},
+    },
+    "better": {"file_name": "better.json", "ranking": True,
+               "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+    "seen": {"file_name": "chat.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "pics"}},
+    "raw": {"file_name": "raw.jsonl", "columns": {"prompt": "body"}},
+    "far": {"hf_hub_url": "owner/name", "split": "extra"},
+    "gone": {"file_name": "gone.json"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> str:
+    write(tmp_path / "dataset_info.json", INFO)
+    write(tmp_path / "plain.json", {"instruction": "Hi", "input": "", "output": "Hello."})
+    write(tmp_path / "mine.json", {"frage": "Hi", "antwort": "Hello.", "davor": [["a", "b"]], "output": "another"})
+    talk = [{"who": "guest", "says": "Hi"}, {"who": "host", "says": "Hello."}]
+    write(tmp_path / "chat.json", {"rule": "Be brief.", "talk": talk, "pics": ["a.jpg"]})
+    write(tmp_path / "better.json", {"q": "Hi", "good": "Hello.", "bad": "No."})
+    write(tmp_path / "raw.jsonl", {"body": "A page.", "output": "no reply"})
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("plain", [("user", "Hi"), ("assistant", "Hello.")]),
+        ("mine", [("user", "a"), ("assistant", "b"), ("user", "Hi"), ("assistant", "Hello.")]),
+        ("chat", [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello.")]),
+        ("better", [("user", "Hi"), ("assistant", "Hello.")]),
+    ],
+)
+def test_llama_factorys_data_sets_are_read_as_they_are_described(
+    described: str, part: str, expected: list[tuple[str, str]]
+) -> None:
+    (row,) = read_rows(parse_source(f"{described}:{part}"))
+    made = normalise(row.value, prefer="chosen" if part == "better" else None)
+    assert [(message["role"], message["content"]) for message in made.messages] == expected
+
+
+def test_what_a_description_says_of_pictures_hubs_and_raw_text_is_heard(described: str) -> None:
+    with pytest.raises(RowRefused, match="a column of images"):
+        normalise(next(read_rows(parse_source(f"{described}:seen"))).value)
+    assert normalise(next(read_rows(parse_source(f"{described}:raw"))).value).text == "A page."
+    assert parse_source(f"{described}:far").name == "owner/name:extra"
+    with pytest.raises(UserError, match=r"names gone\.json, which isn't there"):
+        parse_source(f"{described}:gone")
+    with pytest.raises(UserError, match=r"holds 8 data sets: plain, mine, .*\nFOLDER:NAME takes one"):
+        parse_source(described)
+    one, other = (content_hash(parse_source(f"{described}:{part}")) for part in ("chat", "seen"))
+    assert one != other

@@ -327,8 +327,8 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     ),
     "another ending": (
         "a.xlsx", b"PK",
-        "data {path} has an ending that slimtune doesn't read\nIt reads .json, .jsonl, .csv, .tsv and .parquet, each "
-        "also with .gz or .zst.\nRename or convert the file.",
+        "data {path} has an ending that slimtune doesn't read\nIt reads json, jsonl, csv, tsv, txt, parquet or arrow, "
+        "each also .gz or .zst.\nRename or convert the file.",
     ),
 }  # fmt: skip
 
@@ -359,8 +359,11 @@ def test_files_that_are_not_there(tmp_path: Path, tokenizer: PreTrainedTokenizer
     (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD))
     with pytest.raises(UserError, match=r"rowz\.jsonl does not exist(.|\n)*Did you mean .*rows\.jsonl\?"):
         prove(Config.make(data=str(tmp_path / "rowz.jsonl")), tokenizer)
-    with pytest.raises(UserError, match=r"is a folder(.|\n)*Name the file: rows\.jsonl"):
-        prove(Config.make(data=str(tmp_path)), tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is a folder without a file of rows"):
+        prove(Config.make(data=str(tmp_path / "empty")), tokenizer)
+    with pytest.raises(UserError, match=r"no file matches .*\*\.csv"):
+        prove(Config.make(data=str(tmp_path / "*.csv")), tokenizer)
     with pytest.raises(UserError, match="#x is no number of rows"):
         prove(Config.make(data=str(tmp_path / "rows.jsonl#x")), tokenizer)
 

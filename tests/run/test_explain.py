@@ -46,7 +46,7 @@ def test_a_sound_run_has_nothing_broken(facts: Facts) -> None:
     story = explain(facts)
     assert story.count("broken") == 0
     proved = {key for (key, _), status in verdicts(story).items() if status == "proved"}
-    assert proved == {"base", "data", "wrapping", "optimizer", "saving", "verified"}
+    assert proved == {"base", "data", "wrapping", "training", "optimizer", "saving", "verified"}
     parts = list(dict.fromkeys(section.part for section in story.sections if section.part))
     assert [part[:6] for part in parts] == ["Part 1", "Part 2", "Part 3", "Part 4"]
 
@@ -205,3 +205,10 @@ def test_a_model_whose_work_cant_be_counted_has_no_speed_to_measure_it_by(facts:
     assert "TFLOP" not in texts(explain(facts), "training")
     assert "how much work a token is" in texts(explain(facts), "training")
     assert explain(facts).count("broken") == 0
+
+
+def test_adapters_without_a_gradient_are_named(facts: Facts) -> None:
+    assert "every adapter got a gradient" in texts(explain(facts), "training")
+    facts["training"]["without_gradient"] = ["model.vision.q_proj", "model.vision.k_proj"]
+    assert "2 adapters got no gradient" in texts(explain(facts), "training")
+    assert "model.vision.k_proj" in texts(explain(facts, lang="zh"), "training")

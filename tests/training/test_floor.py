@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimtune.training.floor import Floor, Work
+from tests.training.tiny import tiny
 
 CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
-SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": SIZES,
-    "qwen3_moe": SIZES | EXPERTS,
-    "gemma3_text": SIZES | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "gpt2": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "deepseek_v3": SIZES
-    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-    | {"num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8},
-    "gemma4_text": SIZES
-    | {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16, "sliding_window": 8}
-    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0},
-}
+COUNTED = ("llama", "qwen3_moe", "gemma3_text", "gpt2", "deepseek_v3", "gemma4_text")
 
 
-def tiny(family: str) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COUNTED)
 def test_a_frozen_models_work_is_what_torch_counts_for_its_products(family: str) -> None:
     model = tiny(family).requires_grad_(False).eval()
     model.set_experts_implementation("eager")  # the counter knows no grouped products

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,9 +46,9 @@ def command(
 ) -> None:
     """Prove DATA row by row and show what the model will see.
 
-    DATA is one or more local files (json, jsonl, csv, tsv, parquet, each also .gz or .zst) or hub ids
-    (owner/name:split). FILE#500 takes a seeded sample, FILE*2 counts a file twice. Exits with 2 if training on it would
-    be refused.
+    DATA is one or more files (json, jsonl, csv, tsv, txt, parquet, arrow, each also .gz or .zst), folders, patterns,
+    hub ids (owner/name:split), or - for standard input. FILE#500 takes a seeded sample, FILE*2 counts a file twice.
+    Exits with 2 if training on it would be refused.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     if not config.data:
@@ -61,10 +62,12 @@ def command(
         from slimtune.cli.page import Page
         from slimtune.data import examine, micro_batches
         from slimtune.data.page import page
+        from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table
 
-    errors = Console(stderr=True, highlight=False)
-    with errors.status("  reading the tokenizer") as status:
+    errors, named = Console(stderr=True, highlight=False), config.data
+    with TemporaryDirectory() as folder, errors.status("  reading the tokenizer") as status:
+        config = keep_stdin(config, Path(folder))
         tokenizer = load_tokenizer(
             config.model,
             revision=config.revision,
@@ -79,12 +82,12 @@ def command(
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))
     if html_file is not None:
-        title = f"Data: {', '.join(config.data)}"
+        title = f"Data: {', '.join(named)}"
         _write(html_file, page(title, None if refusal is None else str(refusal), lines, said, shown))
     if as_json:
         click.echo(json.dumps(summary(proof, config, batches, shown), ensure_ascii=False, indent=2))
     else:
-        _show(Page(), config.data, lines, said, shown, refused=refusal is not None)
+        _show(Page(), named, lines, said, shown, refused=refusal is not None)
     if refusal is not None:
         raise refusal
 

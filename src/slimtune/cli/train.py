@@ -26,8 +26,8 @@ __all__ = ["command"]
 def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file: Path | None, **flags: Any) -> None:
     """Fine-tune MODEL on DATA and save the adapter in a run folder.
 
-    MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more local files
-    (json, jsonl, csv, tsv, parquet) or hub ids.
+    MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more files
+    (json, jsonl, csv, tsv, txt, parquet, arrow), folders, patterns, hub ids, or - for standard input.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     fix_workspace(config)

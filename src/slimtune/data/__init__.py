@@ -3,7 +3,11 @@
 ====================  =================================================================================================
 module                its one purpose
 ====================  =================================================================================================
-``sources``, ``hub``  rows of a file or a hub data set, each with its place
+``sources``           the entries of ``data``: their rows in order, samples, weights, hashes
+``files``             what a path, folder or pattern means; ``described``: LLaMA-Factory's folders; ``stdin``
+``readers``, ``hub``  rows of a file or a hub data set, each with its place
+``shapes``            the shapes that published files have, to those that are read; ``rows``: what is said of rows
+``preference``        better and worse replies told apart
 ``conversation``      every shape of row to one normal form, or the rule that it breaks
 ``template``          chat templates, bounded in time and size
 ``tokens``            pieces of text and control tokens to ids; no text becomes a control token

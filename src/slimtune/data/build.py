@@ -94,7 +94,7 @@ class Builder:
     def _batches(self, sources: list[Source]) -> Iterator[tuple[int, _Batch]]:
         for number, source in enumerate(sources):
             batch = _Batch()
-            for row in read_rows(source, seed=self.config.seed):
+            for row in read_rows(source, seed=self.config.seed, whole=self.config.format):
                 self.ledger.rows_in += 1
                 item = self._item(row)
                 if item is None:
@@ -140,8 +140,10 @@ class Builder:
                 value = {"messages": value}
             return normalise(value)
         config = self.config
-        return normalise(value, shape=config.format, mapping=config.map, prefer=config.prefer, table=row.table,
+        made = normalise(value, shape=config.shape, mapping=config.map, prefer=config.prefer,
                          seen=self.shapes, unread=self.unread)  # fmt: skip
+        made.repairs[:0] = row.repairs
+        return made
 
     def _finish(self, source: int, batch: _Batch, half: HalfEncoded, asked: Future[None]) -> None:
         asked.result()
@@ -235,7 +237,7 @@ def build(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Fill a store from the sources; returns what was detected: how many rows of each shape, how many have each column
-    that isn't read, and how many were too long, by length rounded up.
+    that isn't read, which files of folders are left for evaluation, and how many were too long, by length rounded up.
 
     Raises:
         UserError: A file can't be read, or a row is too long and ``overlong`` is ``error``.
@@ -244,6 +246,7 @@ def build(
     builder.run(sources)
     return {
         "shapes": dict(builder.shapes.most_common()),
+        "left_out": [name for source in sources for name in source.found.left_out],
         "unread": dict(builder.unread.most_common(_COLUMNS_NAMED)),
         "overlong": {str(length): count for length, count in sorted(builder.overlong.items())},
     }

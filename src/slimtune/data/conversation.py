@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimtune.data.preference import chosen_row
-from slimtune.data.rows import RowRefused, from_text, kind_of, listed, without_absent
+from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 from slimtune.data.shapes import Standard, check_media, standard_row, unknown_shape
 
 __all__ = [
@@ -119,7 +119,6 @@ def normalise(
     shape: str = "auto",
     mapping: Mapping[str, str] | None = None,
     prefer: str | None = None,
-    table: bool = False,
     seen: Counter[str] | None = None,
     unread: Counter[str] | None = None,
 ) -> Conversation:
@@ -130,7 +129,6 @@ def normalise(
         shape: A key of :data:`SHAPES`, or ``auto``.
         mapping: Field to column, for files whose columns have other names.
         prefer: ``chosen`` takes the better reply of preference data, which is refused otherwise.
-        table: The row comes from a table (parquet, Arrow, a hub data set), where null stands for an absent key too.
         seen: Counts the rows of each shape.
         unread: Counts the rows that have a column which isn't read.
 
@@ -142,10 +140,6 @@ def normalise(
     if mapping:
         value = apply_map(value, mapping)
     repairs: list[str] = []
-    if table:
-        absent: list[str] = []
-        value = without_absent(value, absent)
-        repairs += ["absent-keys"] * bool(absent)
     check_media(value)
     value = chosen_row(value, prefer)
     found = standard_row(value, repairs)

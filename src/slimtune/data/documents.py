@@ -8,15 +8,17 @@ file                      dtype       holds
 ``ids.bin``               int32       the ids of all documents, one after another
 ``supervised.bin``        bool        for each id, whether it is a target
 ``starts.bin``            int64       where each document begins; one more at the end
-``places.bin``            int64 × 3   for each document: source, line or row, unit
+``places.bin``            int64 × 4   for each document: source, file, line or row, unit
 ``hashes.bin``            uint64      a hash of each document's ids
+``files.json``            a list      the files' names, by their numbers in places
 ========================  ==========  ==============================================
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +43,8 @@ class DocumentWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
+        self._folder = folder
+        self._names: dict[str, int] = {}
         self._end = 0
         self._files["starts"].write(np.zeros(1, np.int64).tobytes())
 
@@ -50,6 +54,7 @@ class DocumentWriter:
     def __exit__(self, *exc_info: object) -> None:
         for file in self._files.values():
             file.close()
+        (self._folder / "files.json").write_text(json.dumps(list(self._names)), encoding="utf-8")
 
     def add(self, ids: Ids, supervised: Mask, source: int, place: Place) -> None:
         """Append one document: ids int32 [tokens], supervised bool [tokens]."""
@@ -58,7 +63,9 @@ class DocumentWriter:
         self._files["ids"].write(raw)
         self._files["supervised"].write(supervised.tobytes())
         self._files["starts"].write(np.int64(self._end).tobytes())
-        self._files["places"].write(np.array([source, place.number, _UNITS.index(place.unit)], np.int64).tobytes())
+        file = self._names.setdefault(place.file, len(self._names))
+        at = np.array([source, file, place.number, _UNITS.index(place.unit)], np.int64)
+        self._files["places"].write(at.tobytes())
         self._files["hashes"].write(hashlib.blake2b(raw, digest_size=8).digest())
 
 
@@ -67,16 +74,15 @@ class DocumentStore:
 
     Args:
         folder: What a :class:`DocumentWriter` wrote.
-        sources: The label of each source, by its number.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._sources = list(sources)
+        self._names: list[str] = json.loads((folder / "files.json").read_text(encoding="utf-8"))
         self.ids = _mapped(folder / "ids.bin", np.int32)
         self.supervised = _mapped(folder / "supervised.bin", np.bool_)
         self.starts = _mapped(folder / "starts.bin", np.int64)
-        self.places = _mapped(folder / "places.bin", np.int64).reshape(-1, 3)
+        self.places = _mapped(folder / "places.bin", np.int64).reshape(-1, 4)
         self.hashes = _mapped(folder / "hashes.bin", np.uint64)
 
     def __len__(self) -> int:
@@ -84,8 +90,8 @@ class DocumentStore:
 
     def place(self, document: int) -> Place:
         """Where the row of a document stands."""
-        source, number, unit = (int(value) for value in self.places[document])
-        return Place(self._sources[source], number, _UNITS[unit])
+        file, number, unit = (int(value) for value in self.places[document][1:])
+        return Place(self._names[file], number, _UNITS[unit])
 
 
 class Documents:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from slimtune.data.readers import Row, table_rows
 from slimtune.errors import UserError
 
 __all__ = ["hub_fingerprint", "hub_rows"]
 
+_BATCH = 1000
 
-def hub_rows(name: str) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of ``owner/name`` or ``owner/name:split``; the split is ``train`` unless named.
+
+def hub_rows(name: str) -> Iterator[Row]:
+    """The rows of ``owner/name`` or ``owner/name:split``; the split is ``train`` unless named.
 
     The rows are memory-mapped by ``datasets``, so memory doesn't grow with their number. No code of the data set runs.
 
     Raises:
         UserError: There is no such data set or split, or the hub can't be reached and the cache doesn't hold it.
     """
-    yield from enumerate(_load(name), start=1)
+    yield from table_rows(_load(name).with_format("arrow").iter(_BATCH), name)
 
 
 def _load(name: str) -> Any:

@@ -27,10 +27,9 @@ from transformers import PreTrainedTokenizerBase
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
-from slimtune.data.hub import hub_fingerprint
 from slimtune.data.ledger import Ledger
 from slimtune.data.render import ChatRenderer, renderer_for
-from slimtune.data.sources import Source, parse_source
+from slimtune.data.sources import Source, content_hash, parse_source
 from slimtune.errors import UserError
 
 __all__ = ["Proof", "cache_folder", "examine", "prove"]
@@ -171,7 +170,7 @@ def _write(
             with DocumentWriter(folder / part) as writer:
                 found = build(config, chosen, renderer, writer, ledger,
                               formatting_func=formatting_func, on_progress=on_progress)  # fmt: skip
-            store = DocumentStore(folder / part, [source.label for source in chosen])
+            store = DocumentStore(folder / part)
             made = {**ledger.facts(), **found, **_statistics(store)}
             facts.update(made if part == "train" else {"eval": made})
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
@@ -195,11 +194,11 @@ def _statistics(store: DocumentStore) -> dict[str, Any]:
 
 def _open(folder: Path, config: Config, sources: list[Source], held_out: list[Source]) -> Proof:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    store = DocumentStore(folder / "train", [source.label for source in sources])
+    store = DocumentStore(folder / "train")
     chosen = _weighted(store, sources, config.seed)
     evaluation = None
     if held_out:
-        eval_store = DocumentStore(folder / "eval", [source.label for source in held_out])
+        eval_store = DocumentStore(folder / "eval")
         evaluation = Documents(eval_store, _weighted(eval_store, held_out, config.seed))
     elif config.eval_share:
         chosen, apart = _set_apart(store, chosen, config.eval_share, config.seed)
@@ -232,7 +231,7 @@ def _set_apart(
         return chosen, chosen
     mixed = np.asarray(store.hashes) ^ np.uint64(np.random.default_rng([seed, 3]).integers(2**63))
     mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ (mixed >> np.uint64(29))
-    rows = np.ascontiguousarray(store.places[:, :2])
+    rows = np.ascontiguousarray(store.places[:, :3])
     first = np.ones(len(rows), bool)
     first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
     score = mixed[first][np.cumsum(first) - 1]
@@ -302,10 +301,8 @@ def content_key(
     for source in (*sources, None, *held_out):
         if source is None:
             take("eval")
-        elif source.is_local:
-            take(source.label, source.sample, _file_hash(source.path))
         else:
-            take(source.label, source.sample, hub_fingerprint(source.name))
+            take(source.label, source.sample, content_hash(source))
     take(renderer_for(tokenizer, allow_control_tokens=config.allow_control_tokens).encoder.fingerprint)
     take(tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__)
     take({name: getattr(config, name) for name in _OPTIONS})
@@ -324,11 +321,3 @@ def _code_fingerprint() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     return code.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"data {path} can't be read: {error}") from None

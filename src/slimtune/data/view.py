@@ -119,6 +119,9 @@ def hints(proof: Proof, config: Config) -> list[str]:
         )
     if facts["duplicates"] > facts["documents"] / 10:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
+    if left_out := facts.get("left_out"):
+        names = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
+        said.append(f"Left for evaluation, by their names: {names}. --eval FOLDER:valid or FOLDER:test takes them.")
     if len(facts["shapes"]) > 1:
         said.append("The rows have more than one shape: is one of the files the wrong one?")
     return said

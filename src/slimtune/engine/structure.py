@@ -7,16 +7,31 @@ what differs between Llama, Mistral, Qwen2, Qwen3 and SmolLM2 stands in the modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.config import Config
 from slimtune.errors import UserError
 
-__all__ = ["Adapter", "CannotFuse", "Decoder", "Layer", "Linear", "Projection", "read_decoder"]
+__all__ = [
+    "EIGHT_BIT_ADAMW",
+    "Adapter",
+    "CannotFuse",
+    "Decoder",
+    "Layer",
+    "Linear",
+    "Projection",
+    "fits",
+    "fits_options",
+    "read_decoder",
+]
+
+EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
+"""The optimizers that the engine runs in one launch."""
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Transformers' model types whose decoder layer is the one that :mod:`slimtune.engine.decoder` computes."""
@@ -157,6 +172,49 @@ class Decoder:
                 yield from projection.linears
 
 
+def fits_options(config: Config) -> str | None:
+    """Why the engine has nothing for what a run's config asks, whatever its model is; None if it has."""
+    unknown = {
+        "DoRA": config.dora,
+        "biases that train": config.lora_bias != "none",
+        "modules_to_save": bool(config.modules_to_save),
+        "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
+        "a router's auxiliary loss": config.router_aux_loss is not None,
+        f"the optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
+    }
+    return next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
+
+
+def fits(config: Config, model: nn.Module, adapted: Collection[str] | None = None) -> str | None:
+    """Why the engine doesn't take this run; None if it does. The one answer, before the model is wrapped.
+
+    What :func:`read_decoder` would refuse of the wrapped model follows from the three arguments, and is found here by
+    the same code: an engine that was promised can be made.
+
+    Args:
+        config: The run's options.
+        model: The base; its weights may lie on the meta device.
+        adapted: Names of its modules that get an adapter; None where that isn't known yet.
+    """
+    reason = fits_options(config)
+    if reason is not None:
+        return reason
+    try:
+        decoder = _describe(model, frozen=False)
+    except CannotFuse as refusal:
+        return refusal.what
+    if decoder.unfused:
+        name, reason = next(iter(decoder.unfused.items()))
+        return f"the engine can't compute {name}: {reason}"
+    computed = {id(linear.base) for linear in decoder.linears()}
+    beside = next((name for name in adapted or () if id(model.get_submodule(name)) not in computed), None)
+    if beside is not None:
+        return f"the engine has no adapter on {beside}"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the engine computes on one device, and the model lies on several"
+    return "there is no adapter to train" if adapted is not None and not adapted else None
+
+
 def read_decoder(model: nn.Module) -> Decoder:
     """Describe ``model``, which may be wrapped by PEFT.
 
@@ -164,14 +222,33 @@ def read_decoder(model: nn.Module) -> Decoder:
         CannotFuse: It isn't of the Llama family, has nothing to train, or trains something besides LoRA.
     """
     wrapped: Any = model
-    inner = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-    config = inner.config
+    if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
+        raise CannotFuse("the model learns a prompt", rule="The fused engine computes LoRA adapters.")
+    decoder = _describe(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped, frozen=True)
+    if not any(linear.adapter for linear in decoder.linears()):
+        raise CannotFuse(
+            "the model has no LoRA adapter that trains", way_out="Wrap it first: peft.get_peft_model(model, config)."
+        )
+    return decoder
+
+
+def _describe(inner: Any, *, frozen: bool) -> Decoder:
+    """The model as the engine sees it; ``frozen``: PEFT has wrapped it, and nothing but adapters may train.
+
+    Raises:
+        CannotFuse: No layer of it is one that the engine computes.
+    """
+    config, name = inner.config, type(inner).__name__
     if config.model_type not in MODEL_TYPES:
         raise CannotFuse(
-            f"{type(inner).__name__} is not of a model family that the fused engine knows",
+            f"the engine doesn't know models of type {config.model_type}",
             rule=f"It knows {', '.join(sorted(MODEL_TYPES))}.",
             way_out="It trains unfused: engine: plain.",
         )
+    if not type(inner).__module__.startswith("transformers.models."):
+        raise CannotFuse(f"{name} is code of its own", rule="The fused engine computes what Transformers' classes do.")
+    if getattr(config, "is_heterogeneous", False):
+        raise CannotFuse(f"{name} has layers of different sizes", rule="The fused engine computes no such model.")
     backbone = inner.base_model
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     refuse = {
@@ -179,27 +256,22 @@ def read_decoder(model: nn.Module) -> Decoder:
         f"activation {config.hidden_act!r}": config.hidden_act != "silu",
         "dropout on attention weights": bool(getattr(config, "attention_dropout", 0.0)),
         "an adapter or a bias on the head": not _plain_head(inner),
-        "prompt learning": getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False),
     }
     for reason, is_so in refuse.items():
         if is_so:
-            raise CannotFuse(f"{type(inner).__name__} has {reason}", rule="The fused engine computes no such model.")
+            raise CannotFuse(f"{name} has {reason}", rule="The fused engine computes no such model.")
     layers: list[Layer | None] = []
     unfused: dict[str, str] = {}
     for index, module in enumerate(backbone.layers):
         try:
-            layers.append(_read_layer(index, module, config))
-        except CannotFuse as reason:
+            layers.append(_read_layer(index, module, config, frozen=frozen))
+        except CannotFuse as refusal:
             layers.append(None)
-            unfused[f"layers.{index}"] = reason.what
+            unfused[f"layers.{index}"] = refusal.what
     if not any(layers):
         raise CannotFuse(
-            f"no layer of {type(inner).__name__} can be fused: {next(iter(unfused.values()), 'it has none')}",
+            f"no layer of {name} can be fused: {next(iter(unfused.values()), 'it has none')}",
             way_out="It trains unfused: engine: plain.",
-        )
-    if not any(linear.adapter for layer in layers if layer for p in layer.projections for linear in p.linears):
-        raise CannotFuse(
-            "the model has no LoRA adapter that trains", way_out="Wrap it first: peft.get_peft_model(model, config)."
         )
     first = backbone.layers[0].self_attn
     return Decoder(
@@ -229,10 +301,10 @@ def _is_bare(module: Any) -> bool:
     return not hasattr(module, "base_layer") and not hasattr(module, "modules_to_save")
 
 
-def _read_layer(index: int, module: Any, config: Any) -> Layer:
+def _read_layer(index: int, module: Any, config: Any, *, frozen: bool) -> Layer:
     attention, mlp, name = module.self_attn, module.mlp, f"layers.{index}"
     linears = {
-        part: _read_linear(f"{name}.{owner}.{part}", getattr(parent, part))
+        part: _read_linear(f"{name}.{owner}.{part}", getattr(parent, part), frozen=frozen)
         for owner, parent, parts in (
             ("self_attn", attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
             ("mlp", mlp, ("gate_proj", "up_proj", "down_proj")),
@@ -242,7 +314,7 @@ def _read_layer(index: int, module: Any, config: Any) -> Layer:
     norms = [module.input_layernorm, module.post_attention_layernorm]
     norms += [getattr(attention, part) for part in ("q_norm", "k_norm") if hasattr(attention, part)]
     for norm in norms:
-        if not _is_bare(norm) or norm.weight.requires_grad:
+        if not _is_bare(norm) or (frozen and norm.weight.requires_grad):
             raise CannotFuse(f"{name} trains a norm, which the fused engine keeps frozen")
     layer = Layer(
         index=index,
@@ -270,7 +342,7 @@ def _window(attention: Any, config: Any) -> int | None:
     return int(window) if window else None
 
 
-def _read_linear(name: str, module: Any) -> Linear:
+def _read_linear(name: str, module: Any, *, frozen: bool) -> Linear:
     base: Any = getattr(module, "base_layer", module)
     weight: Any = getattr(base, "weight", None)
     if not isinstance(weight, Tensor):
@@ -279,12 +351,14 @@ def _read_linear(name: str, module: Any) -> Linear:
     if state is not None:
         if state.quant_type != "nf4":
             raise CannotFuse(f"{name} is quantised as {state.quant_type}, not nf4")
+        if weight.dtype != torch.uint8 and not getattr(state, "packing_format_for_cpu", False):
+            raise CannotFuse(f"{name} has its 4-bit codes stored as {weight.dtype}")
         out_features, in_features = state.shape
-    elif isinstance(base, nn.Linear) and weight.dtype in _FLOATS:
+    elif type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATS:
         out_features, in_features = weight.shape
     else:
         raise CannotFuse(f"{name} is a {type(base).__name__} of {weight.dtype}, neither NF4 nor a 16- or 32-bit linear")
-    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+    if frozen and any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         raise CannotFuse(f"{name} trains its base weight or bias, which the fused engine keeps frozen")
     adapter = _read_adapter(name, module) if module is not base else None
     return Linear(name, base, module, adapter, int(in_features), int(out_features))

@@ -175,6 +175,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
         _loss(training, say),
         Statement(_memory(training, say)),
     ]
+    told += _proof(training, say)
     if training.get("floor_share"):
         told.insert(1, Statement(_speed(training, say)))
     elif "floor_share" in training:
@@ -194,6 +195,30 @@ def _training(facts: Facts, say: Say) -> Section | None:
             Statement(say(f"The last loss on held-out data is {value}.", f"留出数据上最后一次的损失是 {value}。"))
         )
     return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
+
+
+def _proof(training: Facts, say: Say) -> list[Statement]:
+    """That the loss was the model's own, and that every adapter took part in it."""
+    told = []
+    if training.get("own_head"):
+        why = training["own_head"]
+        text = say(f"The logits came from {plain(why)}.", f"训练用的是模型自己的输出头（{plain(why)}）。")
+        told.append(Statement(text))
+    silent = training.get("without_gradient")
+    if silent == []:
+        text = say(
+            "The loss of the first document was the model's own, and every adapter got a gradient.",
+            "首篇文档上的损失与模型自身算出的一致，并且每个适配器都得到了梯度。",
+        )
+        told.append(Statement(text, "proved"))
+    elif silent:
+        names = listed([code(name) for name in silent[:4]] + (["…"] if len(silent) > 4 else []), say)
+        text = say(
+            f"{counted(len(silent), 'adapter')} got no gradient in the first steps and learned nothing: {names}.",
+            f"前几步里有 {len(silent):,} 个适配器没有得到梯度，什么也没学到：{names}。",
+        )
+        told.append(Statement(text))
+    return told
 
 
 def _speed(training: Facts, say: Say) -> str:

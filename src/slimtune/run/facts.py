@@ -104,6 +104,10 @@ class TrainingFacts:
     memory_kind: str
     """"gpu peak allocated" or "process resident"."""
     eval_loss: float | None = None
+    own_head: str | None = None
+    """Why the loss comes from the model's own head, where TRL's would be taken; None if it needn't."""
+    without_gradient: list[str] | None = None
+    """Adapters that got no gradient in the first steps; None: not looked at."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
@@ -13,7 +14,7 @@ from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
-__all__ = ["check_arguments", "sft_arguments"]
+__all__ = ["check_arguments", "check_model", "sft_arguments"]
 
 
 def check_arguments(config: Config) -> None:
@@ -34,7 +35,32 @@ def check_arguments(config: Config) -> None:
             raise UserError(f"report_to {logger}: it is not installed", way_out=f"pip install {logger}")
 
 
-def sft_arguments(config: Config, hardware: Hardware, output: Path, *, steps: int, fused: bool) -> SFTConfig:
+def check_model(config: Config, model: Any) -> None:
+    """See that this model has what the config names, before it is wrapped.
+
+    Raises:
+        UserError: An adapter on the head, or an auxiliary loss that it doesn't have.
+    """
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    for target in config.targets if isinstance(config.targets, tuple) else ():
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"targets {target!r} is the head of {type(model).__name__}, which takes no adapter",
+                rule="TRL's trainer computes the loss from the head's weight, so an adapter on it would never train.",
+                way_out=f"--modules-to-save {target} trains a copy of the head itself.",
+            )
+    if config.router_aux_loss is not None and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        raise UserError(
+            f"router_aux_loss: {type(model).__name__} has no auxiliary loss",
+            rule="A mixture of experts that tells where its routers send tokens has one.",
+            way_out="Leave router_aux_loss out.",
+        )
+
+
+def sft_arguments(
+    config: Config, hardware: Hardware, output: Path, *, steps: int, fused: bool, recompute: bool = True
+) -> SFTConfig:
     """The arguments of one run. ``config`` is resolved: it holds no ``auto`` any more.
 
     Args:
@@ -43,8 +69,10 @@ def sft_arguments(config: Config, hardware: Hardware, output: Path, *, steps: in
         output: The folder of the checkpoints.
         steps: Optimizer steps of the whole run.
         fused: The steps run on slimtune's engine, which has its own mixed precision and recomputation.
+        recompute: On a GPU the plain stack computes activations again in the backward pass; not every class can.
     """
     plain_on_gpu = hardware.device == "cuda" and not fused
+    recompute = recompute and plain_on_gpu
     return SFTConfig(
         output_dir=str(output),
         # One item of the dataset is one whole micro-batch; all epochs together are one pass over the items.
@@ -65,8 +93,10 @@ def sft_arguments(config: Config, hardware: Hardware, output: Path, *, steps: in
         use_cpu=hardware.device == "cpu",
         bf16=plain_on_gpu and config.compute_dtype == "bf16",
         fp16=plain_on_gpu and config.compute_dtype == "fp16",
-        gradient_checkpointing=plain_on_gpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plain_on_gpu else None,
+        gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+        # TRL would add the architecture's own weight of it.
+        router_aux_loss_coef=config.router_aux_loss or 0.0,
         logging_steps=config.logging_steps,
         # The true value is logged; slimtune's guard decides what a NaN does.
         logging_nan_inf_filter=False,

@@ -1,31 +1,30 @@
 """SFTTrainer whose steps run on slimtune's engine: no autograd, no host synchronisation inside a step.
 
-Everything else stays SFTTrainer's: its loop, schedule, logging and callbacks. Without an engine it is SFTTrainer.
+Everything else stays SFTTrainer's: its loop, schedule, logging and callbacks. Without an engine it is
+:class:`slimtune.training.plain.PlainTrainer`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trl import SFTTrainer
 
 from slimtune.base.load import torch_dtype
 from slimtune.config import Config
 from slimtune.engine import Engine, FusedAdamW8bit
-from slimtune.engine.structure import MODEL_TYPES
+from slimtune.engine.structure import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
+from slimtune.training.plain import PlainTrainer
 
-__all__ = ["EIGHT_BIT_ADAMW", "FusedTrainer", "make_engine", "why_unfused"]
-
-EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
-"""The optimizers that the engine runs in one launch."""
+__all__ = ["FusedTrainer", "make_engine", "why_unfused"]
 
 
-class FusedTrainer(SFTTrainer):  # type: ignore[misc]
+class FusedTrainer(PlainTrainer):
     """Call :meth:`use_engine` between construction and training."""
 
     engine: Engine | None = None
@@ -82,16 +81,11 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.grad = view
         return self.engine.forward_backward(inputs, _supervised(inputs, num_items_in_batch))
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, Any, Any]:
-        """The mean loss of an evaluation batch."""
+    def evaluation_sum(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """Sum of an evaluation batch's negative log-likelihoods, and the number of its supervised tokens."""
         if self.engine is None:
-            predicted: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            return predicted
-        host = {key: value.cpu() for key, value in inputs.items()}
-        loss_sum, supervised = self.engine.evaluate(host)
-        return loss_sum / max(1, supervised), None, None
+            return super().evaluation_sum(model, inputs)
+        return self.engine.evaluate({key: value.cpu() for key, value in inputs.items()})
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -111,25 +105,20 @@ def _supervised(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None)
     return int((inputs["labels"][:, 1:] != -100).sum())
 
 
-def why_unfused(config: Config, model: nn.Module) -> str | None:
+def why_unfused(config: Config, model: nn.Module, adapted: Collection[str] | None = None) -> str | None:
     """Why this run trains on the plain stack; None if the engine takes it.
 
+    Args:
+        config: The run's.
+        model: The base, not wrapped yet; on the meta device to ask before anything heavy is loaded.
+        adapted: Names of its modules that get an adapter, once that is known.
+
     Raises:
-        UserError: The engine was asked for and doesn't know this model or adapter.
+        UserError: The engine was asked for and doesn't take it.
     """
     if config.engine == "plain":
         return "asked for"
-    unknown = {
-        "DoRA": config.dora,
-        "biases that train": config.lora_bias != "none",
-        "modules_to_save": bool(config.modules_to_save),
-        "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
-        f"the optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW,
-    }
-    reason = next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
-    model_type = getattr(model.config, "model_type", "")
-    if reason is None and model_type not in MODEL_TYPES:
-        reason = f"the engine doesn't know models of type {model_type}"
+    reason = fits(config, model, adapted)
     if reason is not None and config.engine == "fused":
         raise UserError(f"engine: fused can't be had: {reason}", way_out="Leave engine at auto: it trains unfused.")
     return reason

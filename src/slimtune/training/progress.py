@@ -95,19 +95,23 @@ class MetricsCallback(TrainerCallback):
         return lengths, supervised
 
 
-def training_facts(records: list[dict[str, Any]], engine: str, *, repeats: bool) -> TrainingFacts:
+def training_facts(
+    records: list[dict[str, Any]], engine: str, *, repeats: bool, own_head: str | None = None
+) -> TrainingFacts:
     """Sum up a run from its metrics' records.
 
     Args:
         records: The lines of ``metrics.jsonl``. A step that was trained again after a resume counts once.
         engine: ``fused``, or ``plain`` with the reason.
         repeats: Whether the kernels were deterministic.
+        own_head: Why the loss came from the model's own head.
     """
     steps = list({record["step"]: record for record in records if "step_seconds" in record}.values())
     tokens = sum(int(record["tokens"]) for record in steps)
     supervised_tokens = sum(int(record["supervised_tokens"]) for record in steps)
     tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
     evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
+    looks = [record["without"] for record in records if record.get("event") == "gradients"]
     seconds = sum(map(_seconds, steps))
     spent, counted = max(seconds, 1e-9), all("floor_share" in record for record in steps)
     return TrainingFacts(
@@ -126,6 +130,8 @@ def training_facts(records: list[dict[str, Any]], engine: str, *, repeats: bool)
         peak_memory_bytes=max((int(record["memory_bytes"]) for record in steps), default=0),
         memory_kind="gpu peak allocated" if torch.cuda.is_available() else "process resident",
         eval_loss=evaluations[-1] if evaluations else None,
+        own_head=own_head,
+        without_gradient=looks[-1] if looks else None,
     )
 
 

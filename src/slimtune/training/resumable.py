@@ -24,9 +24,11 @@ from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapte
 from slimtune.config import Config
 from slimtune.errors import GuardStop
 from slimtune.run.identity import Identity
+from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
 from slimtune.training.guard import DivergenceGuard, find_nonfinite
 from slimtune.training.halving import split_micro_batch
+from slimtune.training.proof import LOOK_AGAIN, is_expert, named, without_gradient
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.saving import Moment, Trained, snapshot
 from slimtune.training.stop import StopSignals, Watchdog
@@ -73,6 +75,8 @@ class Progress:
     evaluation_due: bool = False
     """A stop came before the evaluation of this step was done."""
     stopped_early: bool = False
+    silent: list[str] | None = None
+    """Adapters that have had no gradient yet; None: not looked at."""
     divergence: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
     """What the Trainer has added up since the last line of the log."""
@@ -371,7 +375,10 @@ class ResumableTrainer(Trainer):
         loss = torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
         bad = find_nonfinite(loss, self.model, self.optimizer)
         scaler = getattr(self.accelerator, "scaler", None)
-        if bad is None or (scaler is not None and bad.where == "gradient" and scaler.get_scale() > 1.0):
+        if bad is None:
+            self._prove_gradients()
+            return
+        if scaler is not None and bad.where == "gradient" and scaler.get_scale() > 1.0:
             return  # with fp16, an overflow first means that the loss scale is too high; the scaler skips and lowers it
         step, rows = self.state.global_step + 1, self._rows_of_step()
         config = self.safety.config
@@ -386,6 +393,23 @@ class ResumableTrainer(Trainer):
         # Accelerate's optimizer does nothing while gradients are being accumulated.
         self._cancelled = True
         self.accelerator.gradient_state._set_sync_gradients(False)
+
+    def _prove_gradients(self) -> None:
+        """In the first step, and some steps later for those that had none: every adapter gets a gradient."""
+        progress, step = self.progress, self.state.global_step + 1
+        first, last = progress.silent is None, min(LOOK_AGAIN, self.state.max_steps)
+        if not first and (not progress.silent or step > last):
+            return
+        silent, adapters = without_gradient(self.model, progress.silent)
+        if first and adapters and len(silent) == adapters:
+            what = f"no adapter gets a gradient in step {step}"
+            raise self._stop_by_guard(what, [], "Choose other --targets: what they name takes no part in the loss.")
+        progress.silent = silent
+        if first or step == last or not silent:
+            self.safety.record({"event": "gradients", "step": step, "without": silent})
+        told = [name for name in silent if (first and not is_expert(name)) or (step == last and is_expert(name))]
+        if told:
+            self.safety.warn(f"no gradient in {counted(step, 'step')}: {named(told)}")
 
     def _rows_of_step(self) -> list[str]:
         """The rows of the micro-batch whose loss is no number, or of the whole step's."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.passport import template_hash, tokenizer_hash
 from slimtune.config import Config
-from slimtune.data.hub import hub_fingerprint
 from slimtune.data.packing import MicroBatches
-from slimtune.data.sources import parse_source
+from slimtune.data.sources import content_hash, parse_source
 from slimtune.errors import GuardStop, SlimtuneError, UserError
 from slimtune.run.environment import library_versions
 from slimtune.run.folder import RunFolder
@@ -42,7 +39,7 @@ def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -
     return Identity(
         config=config.model_dump(mode="json"),
         base=base,
-        data={text: _data_hash(text) for text in (*config.data, *config.eval)},
+        data={text: content_hash(parse_source(text)) for text in (*config.data, *config.eval)},
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
         python=platform.python_version(),
@@ -153,11 +150,3 @@ def _refused(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})" if error.strerror and error.filename else str(error)
     return str(error) if _OS_ERROR.search(str(error)) else None
-
-
-def _data_hash(text: str) -> str:
-    source = parse_source(text)
-    if not source.is_local:
-        return hub_fingerprint(source.name)
-    with Path(source.path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from slimtune.config import Config
 from slimtune.data import Documents, prove
+from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
 from slimtune.use.attention import any_length
 from slimtune.use.load import Opened
@@ -68,7 +70,8 @@ def documents_of(opened: Opened, data: tuple[str, ...]) -> Documents:
     # What only training needs, and files that may be gone, are left out.
     mine = {"data": data, "eval": (), "eval_share": 0.0, "early_stopping": None, "template": None, "output": None}
     config = Config.make(**{**trained, **mine})
-    return prove(config, opened.tokenizer).train
+    with TemporaryDirectory() as folder:
+        return prove(keep_stdin(config, Path(folder)), opened.tokenizer).train
 
 
 @torch.inference_mode()

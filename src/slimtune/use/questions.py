@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from slimtune.data.conversation import Message, RowRefused, normalise, read_messages
-from slimtune.data.sources import Place, parse_source, read_rows
+from slimtune.config import Config
+from slimtune.data.conversation import Message, RowRefused, detect_shape, normalise, read_messages
+from slimtune.data.sources import Place, Row, parse_source, read_rows
+from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
 
 __all__ = ["Question", "read_questions"]
@@ -24,32 +28,36 @@ class Question:
 
 
 def read_questions(file: str, *, need_reference: bool = False) -> list[Question]:
-    """The questions of a file (json, jsonl, csv, tsv, parquet), in its order.
+    """The questions of a file or whatever else training's DATA may be, in its order.
 
     A row is text; or has ``prompt`` (text or messages), ``messages`` that end with a user's turn, or ``instruction``;
     or it is a row as training reads it, whose last reply is then the reference.
 
     Args:
-        file: A local file or hub id, as training's DATA.
+        file: As training's DATA; - is standard input.
         need_reference: Refuse rows without an answer.
 
     Raises:
         UserError: The file can't be read, is empty, or a row breaks a rule; its place is named.
     """
-    questions = []
-    for row in read_rows(parse_source(file)):
-        if row.refused:
-            raise UserError(f"{row.place}: {row.refused}")
-        try:
-            question = _question(row.value, row.place)
-        except RowRefused as refused:
-            raise UserError(f"{row.place}: {refused}", rule=_question.__doc__ or "") from None
-        if need_reference and question.reference is None:
-            raise UserError(f"{row.place}: the row has no answer", rule="To be scored, each row needs one.")
-        questions.append(question)
+    with TemporaryDirectory() as folder:
+        (name,) = keep_stdin(Config.make(data=file), Path(folder)).data
+        questions = [_proven(row, need_reference) for row in read_rows(parse_source(name))]
     if not questions:
         raise UserError(f"{file} holds no rows", rule="A file of prompts holds at least one.")
     return questions
+
+
+def _proven(row: Row, need_reference: bool) -> Question:
+    if row.refused:
+        raise UserError(f"{row.place}: {row.refused}")
+    try:
+        question = _question(row.value, row.place)
+    except RowRefused as refused:
+        raise UserError(f"{row.place}: {refused}", rule=_question.__doc__ or "") from None
+    if need_reference and question.reference is None:
+        raise UserError(f"{row.place}: the row has no answer", rule="To be scored, each row needs one.")
+    return question
 
 
 def _question(value: Any, place: Place) -> Question:
@@ -60,7 +68,8 @@ def _question(value: Any, place: Place) -> Question:
     if not isinstance(value, Mapping):
         raise RowRefused("", "the row is neither text nor an object with named fields")
     tools = list(value.get("tools") or [])
-    asked = value.get("messages", value.get("prompt") if "completion" not in value else None)
+    is_pair = detect_shape(value) in ("prompt-completion", "question-answer")
+    asked = value.get("messages", None if is_pair else value.get("prompt"))
     if isinstance(asked, str):
         if not asked.strip():
             raise RowRefused("prompt", "empty")

@@ -1,0 +1,475 @@
+"""Rows of one file, one at a time, each with its place: JSON, JSON lines, csv, tsv, text, parquet, Arrow.
+
+The readers are slimtune's own because the place of a row (file and line, or file and row) is what makes an error
+useful, and because one bad row must cost one row, not the file. Memory is bounded by the largest row that is let in
+(:data:`ROW_LIMIT`), not by the file. Bytes that are no UTF-8 come through as lone surrogates and are refused with the
+row that holds them. Parquet, Arrow and zstd are Arrow's.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slimtune.data.rows import without_absent
+from slimtune.errors import UserError
+
+__all__ = ["ENDINGS", "ROW_LIMIT", "Place", "Row", "file_rows", "format_of", "table_rows"]
+
+ROW_LIMIT = 64 * 2**20
+"""Most characters that one row may have: a longer line is skipped, counted and named."""
+
+ENDINGS = "json, jsonl, csv, tsv, txt, parquet or arrow, each also .gz or .zst"
+"""The endings that are read, for messages."""
+
+_CHUNK = 2**20
+_FORMATS = {
+    "json": "json", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv", "txt": "txt",
+    "parquet": "parquet", "arrow": "arrow", "feather": "arrow",
+}  # fmt: skip
+_WRAPPERS = ("data", "train", "rows", "records", "examples", "samples", "items", "instances", "dataset")
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row stands: line (text files) or row number (parquet, hub), counted from 1."""
+
+    file: str
+    number: int
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file} row {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its place and its value, or the reason why it can't be read."""
+
+    place: Place
+    value: Any
+    refused: str = ""
+    repairs: tuple[str, ...] = ()
+    """Rules by which the reader mended it."""
+
+
+def format_of(filename: str) -> str | None:
+    """What a file is by its ending: json, jsonl, csv, tsv, txt, parquet or arrow; None if it is none of these."""
+    stem = filename.lower().removesuffix(".gz").removesuffix(".zst")
+    return _FORMATS.get(stem.rsplit(".", 1)[-1]) if "." in stem else None
+
+
+def file_rows(path: Path, label: str, *, whole: str = "text") -> Iterator[Row]:
+    """The rows of a file in their order.
+
+    Args:
+        path: The file.
+        label: Its name in messages and places.
+        whole: What one row of a text file is: ``text`` a stretch between blank lines, ``text-lines`` a line,
+            ``text-whole`` all of it.
+
+    Raises:
+        UserError: It can't be read as what it says it is: empty, cut off, no such format, broken compression.
+    """
+    kind = format_of(path.name)
+    if kind is None:
+        raise UserError(
+            f"data {path} has an ending that slimtune doesn't read",
+            rule=f"It reads {ENDINGS}.",
+            way_out="Rename or convert the file.",
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"data {path} is empty", rule="A data file holds at least one row.")
+        with _open(path) as stream:
+            if kind in ("parquet", "arrow"):
+                # parquet is read from its end: a compressed file is unpacked first
+                plain = path.suffix.lower() not in (".gz", ".zst")
+                yield from _table_file(stream if plain else _spooled(stream), label, kind)
+            elif kind in ("csv", "tsv"):
+                yield from _csv_rows(stream, label, "\t" if kind == "tsv" else ",")
+            elif kind == "txt":
+                yield from _text_rows(stream, label, whole)
+            else:
+                yield from _json_rows(stream, label, lines=kind == "jsonl")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = "it is no gzip file" if isinstance(error, gzip.BadGzipFile) else str(error)
+        raise UserError(
+            f"data {path} can't be decompressed: {what}", way_out="Get the file again, or unpack it."
+        ) from None
+    except OSError as error:
+        raise UserError(f"data {path} can't be read: {error}") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    if path.name.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.open(path, "rb"), _CHUNK)
+    if path.name.lower().endswith(".zst"):
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _CHUNK)
+    return path.open("rb")
+
+
+def _decoded(stream: IO[bytes], label: str) -> Iterator[str]:
+    """Text in chunks; a BOM goes, bytes that are no UTF-8 become lone surrogates."""
+    head = stream.read(_CHUNK)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"data {label} is UTF-16", rule="Data files are UTF-8.", way_out="Convert it to UTF-8.")
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    head = head.removeprefix(codecs.BOM_UTF8)
+    while head:
+        yield decoder.decode(head)
+        head = stream.read(_CHUNK)
+    yield decoder.decode(b"", final=True)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(next(f"key {key!r} stands twice" for key in keys if keys.count(key) > 1))
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_SPACE = re.compile(r"[ \t\r\n]*")
+_KEY = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
+_ROWS = re.compile(r"\[[ \t\r\n]*\{")
+
+
+def _json_rows(stream: IO[bytes], label: str, *, lines: bool) -> Iterator[Row]:
+    """An array of rows, one row a line, or rows one after another: told by the text itself."""
+    chunks = _decoded(stream, label)
+    head = ""
+    for chunk in chunks:
+        head += chunk
+        if head.strip(" \t\r\n"):
+            break
+    start = _SPACE.match(head).end()  # type: ignore[union-attr]
+    if start == len(head):
+        raise UserError(f"data {label} is empty", rule="A data file holds at least one row.")
+    if head[start] == "[":
+        yield from _array_rows(head, chunks, label, start)
+    elif not lines and (inside := _wrapped(head, start)) is not None:
+        yield from _array_rows(head, chunks, label, inside)
+    elif lines or _is_json(head[start:].split("\n", 1)[0]):
+        yield from _line_rows(head, chunks, label)
+    else:
+        yield from _array_rows(head, chunks, label, start - 1, array=False)
+
+
+def _wrapped(text: str, at: int) -> int | None:
+    """Where the list of rows begins in a file that is one object around it, as ``{"version": 1, "data": [{…}, …]}``.
+
+    None where the object is a row itself. What stands before the list is short.
+    """
+    try:
+        while (key := _KEY.match(text, at + 1)) is not None:
+            at = key.end()
+            if key[1] in _WRAPPERS and _ROWS.match(text, at):
+                return at
+            _, at = _DECODER.raw_decode(text, at)
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if text[at : at + 1] != ",":
+                return None
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
+def _is_json(line: str) -> bool:
+    try:
+        _DECODER.decode(line)
+    except _DuplicateKey:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse_line(place: Place, line: str) -> Row:
+    try:
+        return Row(place, _DECODER.decode(line))
+    except json.JSONDecodeError as error:
+        at = "the line is cut off" if error.pos >= len(line.rstrip()) or "Unterminated" in error.msg else error.msg
+        return Row(place, None, f"no valid JSON at column {error.colno}: {at}")
+    except _DuplicateKey as error:
+        return Row(place, None, str(error))
+    except RecursionError:
+        return Row(place, None, "nested too deeply")
+    except ValueError as error:  # an integer of too many digits
+        return Row(place, None, f"no valid JSON: {error}")
+
+
+def _text_lines(head: str, chunks: Iterator[str]) -> Iterator[tuple[int, str | None, int]]:
+    """(number, line, characters) for each line; the line is None where it is longer than ROW_LIMIT."""
+    number, size = 1, 0
+    parts: list[str] = []
+    for chunk in itertools.chain([head], chunks):
+        start = 0
+        while (end := chunk.find("\n", start)) >= 0:
+            size += end - start
+            yield number, "".join([*parts, chunk[start:end]]) if size <= ROW_LIMIT else None, size
+            number, parts, size, start = number + 1, [], 0, end + 1
+        size += len(chunk) - start
+        parts = [*parts, chunk[start:]] if size <= ROW_LIMIT else []
+    if size:
+        yield number, "".join(parts) if size <= ROW_LIMIT else None, size
+
+
+def _line_rows(head: str, chunks: Iterator[str], label: str) -> Iterator[Row]:
+    for number, line, size in _text_lines(head, chunks):
+        place = Place(label, number)
+        if line is None:
+            yield Row(place, None, f"the line has {size:,} characters; one row may have {ROW_LIMIT:,}")
+        elif line.strip(" \t\r"):
+            yield _parse_line(place, line)
+
+
+def _array_rows(head: str, chunks: Iterator[str], label: str, start: int, *, array: bool = True) -> Iterator[Row]:
+    """Rows of one JSON array, or objects one after another, read with a buffer that holds one row."""
+    text, at, line, ended = head, start + 1, head.count("\n", 0, start + 1) + 1, False
+    need_comma, number = False, 0
+
+    def refuse(what: str, way_out: str = "") -> UserError:
+        return UserError(f"{label}:{line}: {what} in row {number + 1}", rule="The file must be valid JSON.",
+                         way_out=way_out or "Mend that row, or write one row a line (.jsonl): then a bad row "
+                         "costs itself alone.")  # fmt: skip
+
+    while True:
+        space = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        line += text.count("\n", at, space)
+        at = space
+        if at < len(text) and text[at] == "," and need_comma and array:
+            at, need_comma = at + 1, False
+            continue
+        if at < len(text) and text[at] == "]" and array and (need_comma or number == 0):
+            return
+        if at < len(text) and need_comma and array:
+            raise refuse("a comma or the closing bracket is missing")
+        try:
+            if at == len(text):
+                raise json.JSONDecodeError("cut off", text, at)
+            value, end = _DECODER.raw_decode(text, at)
+            if end == len(text) and not ended and not isinstance(value, dict | list):
+                raise json.JSONDecodeError("cut off", text, end)  # a number may go on in the next chunk
+        except _DuplicateKey as error:
+            raise refuse(str(error)) from None
+        except RecursionError:
+            raise refuse("nested too deeply") from None
+        except json.JSONDecodeError as error:
+            final = error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")
+            if final:
+                raise refuse(
+                    f"no valid JSON at line {line + text.count(chr(10), at, error.pos)}: {error.msg}"
+                ) from None
+            if ended:
+                if at == len(text) and not array:
+                    return
+                raise refuse("the file is cut off", "Get the file again.") from None
+            if len(text) - at > ROW_LIMIT:
+                raise refuse(f"more than {ROW_LIMIT:,} characters") from None
+            more, wanted = [text[at:]], max(len(text) - at, _CHUNK)
+            while wanted > 0 and not ended:
+                chunk = next(chunks, None)
+                ended = chunk is None
+                more.append(chunk or "")
+                wanted -= len(chunk or "")
+            text, at = "".join(more), 0
+            continue
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        yield Row(Place(label, line), value)
+        line += text.count("\n", at, end)
+        at, need_comma, number = end, True, number + 1
+
+
+# -- text, csv, tables ------------------------------------------------------------------------------------------------
+
+
+def _text_rows(stream: IO[bytes], label: str, whole: str) -> Iterator[Row]:
+    """Raw text: what one row is, is the person's to say."""
+    parts: list[str] = []
+    first = size = 0
+    for number, line, length in _text_lines("", _decoded(stream, label)):
+        blank = line is not None and not line.strip()
+        if first and (whole == "text-lines" or (blank and whole != "text-whole")):
+            yield _text_row(label, first, parts, size)
+            parts, first, size = [], 0, 0
+        if blank and not first:
+            continue
+        first, size = first or number, size + length + 1
+        if line is None or size > ROW_LIMIT:
+            parts.clear()
+        else:
+            parts.append(line.removesuffix("\r"))
+    if first:
+        yield _text_row(label, first, parts, size)
+
+
+def _text_row(label: str, first: int, parts: list[str], size: int) -> Row:
+    place = Place(label, first)
+    if size > ROW_LIMIT:
+        return Row(place, None, f"the text has {size:,} characters; one row may have {ROW_LIMIT:,}")
+    return Row(place, {"text": "\n".join(parts).rstrip()})
+
+
+def _csv_rows(stream: IO[bytes], label: str, delimiter: str) -> Iterator[Row]:
+    lines = _csv_lines(stream, label)
+    first = next(lines, "")
+    if delimiter == "," and ";" in first and "," not in first:
+        delimiter = ";"
+    number = 0
+
+    def feed() -> Iterator[str]:
+        nonlocal number
+        number = 1
+        yield first
+        for line in lines:
+            number += 1
+            yield line
+
+    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+    next_row = _wide(lambda: next(reader, None))
+    try:
+        header = [name.strip() for name in next_row() or []]
+    except csv.Error as error:
+        raise UserError(f"{label}:1: the header can't be read: {error}") from None
+    if not any(header):
+        raise UserError(f"data {label} is empty", rule="A csv file begins with a line that names its columns.")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{label}:1: column {twice[0]!r} stands twice", rule="Columns have names of their own.")
+    while True:
+        place = Place(label, number + 1)
+        try:
+            values = next_row()
+        except csv.Error as error:
+            end = "unexpected end of data" in str(error)
+            yield Row(place, None, f"no valid csv: {'a quote is never closed' if end else error}")
+            if end:
+                return
+            continue
+        if values is None:
+            return
+        if not values:
+            continue
+        if len(values) != len(header):
+            yield Row(place, None, f"{len(values)} fields, but the header names {len(header)} columns")
+        else:
+            # pandas writes nan for a value that is missing
+            kept = (float("nan") if value in ("nan", "NaN") else value for value in values)
+            yield Row(place, dict(zip(header, kept, strict=True)))
+
+
+def _csv_lines(stream: IO[bytes], label: str) -> Iterator[str]:
+    for _, line, size in _text_lines("", _decoded(stream, label)):
+        if line is None:
+            raise UserError(f"{label}: a line has {size:,} characters", rule=f"One row may have {ROW_LIMIT:,}.")
+        yield line + "\n"
+
+
+def _wide(step: Callable[[], list[str] | None]) -> Callable[[], list[str] | None]:
+    """``step`` under a field limit of ROW_LIMIT; csv keeps its limit in a global, so it's put back after each row."""
+
+    def call() -> list[str] | None:
+        before = csv.field_size_limit(ROW_LIMIT)
+        try:
+            return step()
+        finally:
+            csv.field_size_limit(before)
+
+    return call
+
+
+def _table_file(stream: IO[bytes], label: str, kind: str) -> Iterator[Row]:
+    try:
+        yield from table_rows(_parquet(stream) if kind == "parquet" else _arrow(stream), label)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data {label} can't be read as {kind}: {first}", way_out="Get the file again.") from None
+
+
+def _parquet(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    yield from pq.ParquetFile(stream).iter_batches(batch_size=_BATCH)
+
+
+def _arrow(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """Arrow has two forms: a file (feather), and a stream, which the datasets library saves."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(stream)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(stream)
+
+
+def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
+    """The rows of Arrow's record batches or tables.
+
+    Objects in tools and calls lose the nulls that stand for keys they haven't; columns of JSON text are decoded.
+    """
+    number = 0
+    for batch in batches:
+        coded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
+        for start in range(0, batch.num_rows, _BATCH):
+            for row in batch.slice(start, _BATCH).to_pylist():
+                number += 1
+                absent: list[str] = []
+                value = without_absent(row, absent)
+                for name, kind in coded.items():
+                    value[name] = _json_decoded(value[name], kind)
+                yield Row(Place(label, number, "row"), value, repairs=("absent-keys",) if absent else ())
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    inside = (kind.field(at).type for at in range(kind.num_fields))
+    return isinstance(kind, pa.JsonType) or any(map(_holds_json, inside))
+
+
+def _json_decoded(value: Any, kind: pa.DataType) -> Any:
+    """A value whose parts of Arrow's JSON type, which is text, are what the text says."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        try:
+            return _DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return value  # refused with its field by whoever reads it
+    if isinstance(value, list) and kind.num_fields:
+        return [_json_decoded(item, kind.field(0).type) for item in value]
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {key: _json_decoded(item, kind.field(key).type) for key, item in value.items()}
+    return value
+
+
+def _spooled(stream: IO[bytes]) -> IO[bytes]:
+    """A compressed file, unpacked into an unnamed temporary one."""
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the reader
+    shutil.copyfileobj(stream, plain, _CHUNK)
+    plain.seek(0)
+    return plain

@@ -1,0 +1,164 @@
+"""The step's proof: the loss that trains is the model's own, and every adapter gets a gradient.
+
+Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
+(TRL's head, or the engine), and by the model's own logits. TRL's head multiplies the last hidden state by the head's
+weight and knows the scalings of some families; where the two losses differ, or TRL's head can't take the model, the
+model's own logits train it.
+
+After the first accumulation window every adapter's B must have a gradient (A's is zero as long as B is). One that has
+none does nothing: it sits where text doesn't pass, or in an expert that no token was sent to yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.errors import UserError
+from slimtune.training.plain import own_loss
+from slimtune.training.rng import rng_preserved
+
+__all__ = ["LOOK_AGAIN", "is_expert", "named", "prove_loss", "without_gradient"]
+
+LOOK_AGAIN = 20
+"""Optimizer steps after which an adapter that had no gradient in the first one is reported: experts take turns."""
+_TOKENS = 64
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Nats, or share of the loss if that is over 1: what rounding leaves in a mean over 64 tokens, by the compute dtype."""
+_CANT_TAKE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What Python and torch raise where a model isn't made as a caller thinks."""
+
+
+def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype) -> str | None:
+    """Compare the loss that trains with the model's own on one document; if they differ, the model's own head trains.
+
+    Nothing of it shows afterwards: no random number is drawn, no gradient made, no metric kept.
+
+    Args:
+        trainer: A :class:`slimtune.training.fused.FusedTrainer` that is ready to train; its ``own_head`` is set.
+        tokens: A document; the first few tokens of it are taken, all supervised.
+        dtype: The compute dtype.
+
+    Returns:
+        Why the model's own head is used; None if it needn't be.
+
+    Raises:
+        UserError: The model can't compute a loss at all, has no auxiliary loss and is asked for it, or the engine's
+            loss isn't its own.
+    """
+    ids = torch.tensor([list(tokens)[:_TOKENS]], dtype=torch.int64)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    model, training = trainer.model, trainer.model.training
+    model.eval()
+    try:
+        with rng_preserved(), torch.no_grad():
+            return _prove(trainer, batch, _TOLERANCE[dtype])
+    finally:
+        model.train(training)
+
+
+def _prove(trainer: Any, batch: dict[str, Tensor], tolerance: float) -> str | None:
+    own = _own(trainer, batch)
+    if trainer.engine is None and trainer.aux_loss_enabled:
+        trainer.own_head = True
+        return "the model's own head, which tells the routers' auxiliary loss too"
+    try:
+        total, supervised = trainer.evaluation_sum(trainer.model, dict(batch))
+        trains = float(total) / supervised
+    except torch.OutOfMemoryError:
+        raise
+    except _CANT_TAKE as error:
+        if trainer.engine is not None:
+            raise
+        trainer.own_head = True
+        return f"the model's own head, as TRL's can't take it ({type(error).__name__}: {str(error).splitlines()[0]})"
+    finally:
+        trainer._metrics["eval"].clear()
+    if abs(trains - own) <= tolerance * max(1.0, own):
+        return None
+    if trainer.engine is not None:
+        raise UserError(
+            f"the engine's loss on a document is {trains:.4f}, and the model's own {own:.4f}",
+            rule="What trains must be the model as it is.",
+            way_out="It trains unfused: engine: plain.",
+        )
+    trainer.own_head = True
+    return f"the model's own head: TRL's gives a loss of {trains:.4g} on a document where the model's is {own:.4g}"
+
+
+def _own(trainer: Any, batch: dict[str, Tensor]) -> float:
+    """The mean loss by the model's own logits.
+
+    Raises:
+        UserError: It has none.
+    """
+    inputs = trainer._prepare_inputs(dict(batch))
+    try:
+        with trainer.compute_loss_context_manager():
+            loss, supervised, aux = own_loss(trainer.model, inputs, with_router=trainer.aux_loss_enabled)
+    except torch.OutOfMemoryError:
+        raise
+    except _CANT_TAKE as error:
+        raise UserError(
+            f"{type(trainer.model.get_base_model()).__name__} can't compute a document: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            rule="A model is trained on text alone: input_ids and an attention mask.",
+        ) from error
+    if trainer.aux_loss_enabled and aux is None:
+        raise UserError("router_aux_loss: this model tells no auxiliary loss", way_out="Leave router_aux_loss out.")
+    return float(loss) / float(supervised)
+
+
+def without_gradient(model: nn.Module, among: Collection[str] | None = None) -> tuple[list[str], int]:
+    """The adapters that have no gradient after a backward pass. Waits for the device once.
+
+    Args:
+        model: Wrapped by PEFT. An adapter is judged by its B (an embedding's by its A, which begins at zero there), a
+            module of ``modules_to_save`` by each of its parameters, and experts one by one (PEFT's ``ParamWrapper``
+            holds B as [out, r x experts], the expert counting fastest).
+        among: Look at these alone.
+
+    Returns:
+        (names: of modules, with " expert 3" after it for one of a stack; how many were looked at).
+    """
+    names: list[str] = []
+    norms: list[Tensor] = []
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found = _JUDGED.match(f"{module_name}.{name}")
+            if found is None or not parameter.requires_grad:
+                continue
+            owner = found["owner"].removeprefix("base_model.model.")
+            experts = getattr(model.get_submodule(found["owner"]), "num_experts", 1) if found["b"] else 1
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if experts > 1:
+                norms.append(gradient.reshape(-1, experts).abs().amax(0))
+                names += [f"{owner} expert {expert}" for expert in range(experts)]
+            else:
+                norms.append(gradient.abs().amax().reshape(1))
+                names.append(owner if found["b"] else f"{owner}.{name}")
+    if not names:
+        return [], 0
+    largest = torch.cat([norm.to(norms[0]) for norm in norms]).tolist()
+    looked_at = [(name, value) for name, value in zip(names, largest, strict=True) if among is None or name in among]
+    return [name for name, value in looked_at if value == 0.0], len(looked_at)
+
+
+def is_expert(name: str) -> bool:
+    """Whether an adapter of :func:`without_gradient` is one of a stack of experts, which take turns."""
+    return " expert " in name
+
+
+_JUDGED = re.compile(r"(?P<owner>.+?)\.(?:(?P<b>lora_B|lora_embedding_A)\.|modules_to_save\.).+")
+
+
+def named(adapters: Iterable[str]) -> str:
+    """Adapters in one line: alike ones together, their numbers left out ("layers.*.mlp.experts expert * × 12")."""
+    kinds = Counter(re.sub(r"(?<![^. ])\d+(?![^. ])", "*", name) for name in adapters)
+    told = [kind if count == 1 else f"{kind} × {count:,}" for kind, count in kinds.most_common(4)]
+    return ", ".join(told) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")

@@ -1,0 +1,109 @@
+"""Whether the engine takes a run is decided before the model is wrapped, and what was promised can be made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from slimtune.adapter.lora import lora_config
+from slimtune.adapter.matched import adapted_names
+from slimtune.adapter.targets import find_targets
+from slimtune.config import Config
+from slimtune.engine import CannotFuse, Engine
+from slimtune.engine.structure import MODEL_TYPES, fits
+from tests.engine.models import FAMILIES, family_config, make_base, quantize
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "every linear layer": ({"targets": "all-linear"}, {}),
+    "some layers": ({"layers": (1, 2)}, {}),
+    "one projection": ({"targets": ("v_proj",)}, {}),
+    "rsLoRA, another start": ({"rslora": True, "lora_init": "gaussian"}, {}),
+    "the embedding": ({"targets": (*ATTENTION, "embed_tokens")}, {}),
+    "the head": ({"targets": (*ATTENTION, "lm_head")}, {}),
+    "a copy of the head": ({"modules_to_save": ("lm_head",)}, {}),
+    "DoRA": ({"dora": True}, {}),
+    "biases": ({"lora_bias": "all"}, {}),
+    "ranks": ({"rank_pattern": {"q_proj": 2}}, {}),
+    "another optimizer": ({"optim": "adamw_torch"}, {}),
+    "attention dropout": ({}, {"attention_dropout": 0.1}),
+    "another activation": ({}, {"hidden_act": "gelu"}),
+    "a rope that grows": ({}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "a tied head": ({}, {"tie_word_embeddings": True}),
+}
+TAKEN = {"plain", "every linear layer", "some layers", "one projection", "rsLoRA, another start", "a tied head"}
+
+
+def run_config(**settings: Any) -> Config:
+    chosen: dict[str, Any] = {"model": "m", "data": "d", "optim": "adamw_8bit", "lora_r": 4, **settings}
+    return Config.make(**{"targets": ATTENTION, **chosen})
+
+
+def make_engine(config: Config, model: nn.Module) -> Engine:
+    wrapped: Any = get_peft_model(model, lora_config(config, find_targets(config, model)))  # type: ignore[arg-type]
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Engine(wrapped, dtype=torch.float32, tokens=64)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_reason_comes_before_wrapping_or_the_engine_can_be_made(run: str) -> None:
+    options, architecture = RUNS[run]
+    family = family_config("llama")
+    for name, value in architecture.items():
+        setattr(family, name, value)
+    model = AutoModelForCausalLM.from_config(family)
+    config = run_config(**options)
+    before = [name for name, _ in model.named_parameters()]
+    reason = fits(config, model, adapted_names(lora_config(config, find_targets(config, model)), model))
+    assert [name for name, _ in model.named_parameters()] == before
+    assert (reason is None) == (run in TAKEN), reason
+    if reason is None:
+        make_engine(config, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_fits_in_16_bits_and_in_nf4(family: str) -> None:
+    config = run_config(targets="all-linear")
+    for model in (make_base(family), quantize(make_base(family), double=True)):
+        assert fits(config, model, adapted_names(lora_config(config, find_targets(config, model)), model)) is None
+        make_engine(config, model)
+
+
+def test_the_skeleton_on_the_meta_device_says_the_same() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(family_config("qwen2"))
+    assert fits(run_config(), model) is None
+    model.config.attention_dropout = 0.5
+    assert "dropout" in str(fits(run_config(), model))
+
+
+def test_what_4_bits_the_engine_doesnt_read_is_said() -> None:
+    model: Any = quantize(make_base("llama"), double=False)
+    state = model.model.layers[2].mlp.up_proj.weight.quant_state
+    state.quant_type = "fp4"
+    assert "layers.2: layers.2.mlp.up_proj is quantised as fp4" in str(fits(run_config(), model))
+
+
+def test_layers_of_different_sizes_are_not_computed_by_the_first_ones() -> None:
+    model: Any = make_base("llama")
+    if not hasattr(model.config, "per_layer_config"):
+        pytest.skip("this Transformers has no configs that differ by layer")
+    model.config.per_layer_config = {1: {"intermediate_size": 64}}
+    assert "different sizes" in str(fits(run_config(), model))
+
+
+def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
+    model: Any = make_base("mistral")
+    assert model.config.model_type in MODEL_TYPES
+    model.__class__ = type("OwnMistral", (type(model),), {"__module__": "transformers_modules.own"})
+    assert fits(run_config(), model) == "OwnMistral is code of its own"
+    with pytest.raises(CannotFuse, match="code of its own"):
+        make_engine(run_config(), model)
