@@ -49,7 +49,7 @@ data-campaign: $(STAMP)
 # Every text-generating architecture of the installed Transformers (an hour on 2 free cores); a second call goes on with
 # what is missing in build/families. The table goes into docs/models.md.
 families: $(STAMP)
-	$(BIN)/python -m tests.families.registry
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.registry
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \

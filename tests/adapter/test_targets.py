@@ -12,10 +12,13 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from slimtune.adapter.lora import coverage, give_dropout_, lora_config
 from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.base.load import load_base
+from slimtune.base.packed import PackedTensor, unpack_
 from slimtune.config import Config
 from slimtune.errors import UserError
 from slimtune.families import read_family
-from tests.families.tiny import made, skeleton
+from slimtune.hardware import Hardware
+from tests.families.tiny import made, save, skeleton
 
 
 def config_of(**values: Any) -> Config:
@@ -173,3 +176,30 @@ def test_dropout_stays_where_peft_has_it(tmp_path: Path) -> None:
         again = PeftModel.from_pretrained(made("glm4_moe"), tmp_path).eval()
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
         assert not torch.equal(again(ids).logits, made("glm4_moe")(ids).logits)
+
+
+def test_experts_in_4_bits_get_the_same_gradients(tmp_path: Path, hardware: Hardware) -> None:
+    """Both of a stack's nested adapters count, on packed stacks as on the same numbers unpacked."""
+    folder = save("glm4_moe", tmp_path / "base")
+    ids = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29, 31]])
+    config = config_of(lora_r=2, lora_dropout=0.0)
+    found: list[dict[str, torch.Tensor]] = []
+    for plain in (False, True):
+        model: Any = load_base(str(folder), hardware, compute_dtype="fp32").model
+        if plain:
+            model = model.dequantize(dtype=torch.float32)
+            unpack_(model)
+        assert plain is not any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
+        model = wrapped(model, config)
+        random = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if ".lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.05)
+        torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+        found.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    packed, unpacked = found
+    assert packed.keys() == unpacked.keys()
+    for name, gradient in unpacked.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(packed[name], gradient)

@@ -1,23 +1,30 @@
 """``make families``: every text-generating architecture of the installed Transformers, each tried by itself.
 
-A process a family, so that a crash or a hang is that family's alone. What was proven lies in ``build/families``; a
-second run goes on with what is missing. The table is written into docs/models.md.
+A process a family, forked from one that has imported everything, so that a crash or a hang is that family's alone. What
+was proven lies in ``build/families``; a second run goes on with what is missing. The table is written into
+docs/models.md.
 
 usage: python -m tests.families.registry [TYPE...]    all, or these again
+       python -m tests.families.registry --table      the table alone
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
+import multiprocessing
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.families.check import check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "families"
@@ -51,17 +58,18 @@ IMAGE_TEXT = (
 
 def families() -> list[str]:
     """Model types, the image-text ones behind the text ones."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-
-    text = [name for name in NAMES if name not in NO_CHAT_MODELS]
+    text = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in NO_CHAT_MODELS]
     return [*text, *(name for name in IMAGE_TEXT if name not in text)]
 
 
 def prove_one(model_type: str) -> None:
     """In a process of its own: writes the family's proof."""
-    from tests.families.check import check
-
-    with tempfile.TemporaryDirectory(prefix="slimtune-family-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="slimtune-family-") as folder,
+        (RESULTS / "log.txt").open("a", encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
         proof = check(model_type, Path(folder)).as_dict()
         text = json.dumps(proof, indent=1).replace(folder, "…")
     (RESULTS / f"{model_type}.json").write_text(text + "\n", encoding="utf-8")
@@ -70,19 +78,21 @@ def prove_one(model_type: str) -> None:
 def prove_all(wanted: list[str]) -> None:
     """Each family that has no proof yet; ``wanted`` ones again."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)  # a fork keeps no pool of threads
+    processes = multiprocessing.get_context("fork")
     for model_type in wanted or families():
         file = RESULTS / f"{model_type}.json"
         if file.is_file() and not wanted:
             continue
         file.unlink(missing_ok=True)
-        words = [sys.executable, "-m", "tests.families.registry", "--one", model_type]
-        try:
-            subprocess.run(words, cwd=ROOT, env=environment, timeout=LIMIT_S, capture_output=True, check=False)
-        except subprocess.TimeoutExpired:
+        process = processes.Process(target=prove_one, args=(model_type,))
+        process.start()
+        process.join(LIMIT_S)
+        fault = {"process": f"it ended with {process.exitcode}"}
+        if process.is_alive():
+            process.kill()
+            process.join()
             fault = {"time": f"no end after {LIMIT_S} s"}
-        else:
-            fault = {"process": "it died"}
         if not file.is_file():
             file.write_text(json.dumps({"model_type": model_type, "faults": fault}) + "\n", encoding="utf-8")
         print(_short(json.loads(file.read_text(encoding="utf-8"))), flush=True)
@@ -149,9 +159,7 @@ def write_page() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        prove_one(sys.argv[2])
-    elif sys.argv[1:2] == ["--table"]:
+    if sys.argv[1:2] == ["--table"]:
         write_page()
     else:
         prove_all(sys.argv[1:])
