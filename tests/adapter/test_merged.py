@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mxfp4Config, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.adapter.files import WeightFiles, attach_adapter
@@ -18,6 +18,7 @@ from slimtune.adapter.merged import MergedWeights
 from slimtune.base.classes import language_class, skeleton
 from slimtune.errors import UserError
 from slimtune.use.merge import write_weights
+from tests.base.test_quantizer import mxfp4_folder
 from tests.families.tiny import small_config
 
 IMAGE_TEXT = ["gemma3", "qwen3_5", "mistral3", "qwen3_vl", "internvl"]
@@ -161,3 +162,30 @@ def test_what_a_convolution_learned_is_refused_before_anything_is_written(tmp_pa
     )
     with pytest.raises(UserError, match=r"has an adapter on .*conv \(Conv1d\): it can't be merged exactly"):
         MergedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_experts_in_mxfp4_are_merged_into_bf16(tmp_path: Path, model_folder: Path) -> None:
+    """gpt-oss as it is published, against what Transformers unpacks and PEFT merges in fp32, rounded once."""
+    base = mxfp4_folder(tmp_path / "base", model_folder)
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True), device_map={"": "cpu"}
+    )
+    stacks = ["experts.gate_up_proj"]
+    wrapped = get_peft_model(
+        unpacked.float(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], target_parameters=stacks)
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    weights = MergedWeights(base, tmp_path / "adapter")
+    assert "quantization_config" not in weights.config
+    merge: Any = wrapped.merge_and_unload  # type: ignore[operator]
+    plain = dict(merge().named_parameters())
+    assert set(weights) == set(plain)
+    for name in weights:
+        expected = plain[name].detach().to(torch.bfloat16)
+        assert weights[name].dtype == torch.bfloat16
+        # Sums in another order may fall on the other side of a rounding.
+        torch.testing.assert_close(weights[name], expected, rtol=2**-7, atol=1e-6)
+        assert float((weights[name] != expected).float().mean()) < 1e-3

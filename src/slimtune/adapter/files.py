@@ -20,6 +20,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from slimtune.base.packed import Mxfp4Tensor
 from slimtune.base.trust import check_adapter_folder
 from slimtune.errors import UserError
 
@@ -27,6 +28,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "TensorSpec",
+    "UnpackedFiles",
     "WeightFiles",
     "adapter_config",
     "attach_adapter",
@@ -130,6 +132,33 @@ class WeightFiles:
             content = hashlib.sha256(_bytes(self[name])).hexdigest()
             digest.update(f"{name}|{_NAMES[spec.dtype]}|{spec.shape}|{content}\n".encode())
         return digest.hexdigest()
+
+
+class UnpackedFiles(WeightFiles):
+    """The files of a base as if the expert stacks that they hold in MXFP4, as gpt-oss is published, were in bf16.
+
+    That is exact: each weight is one of 16 values times a power of two.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._packed: dict[str, tuple[str, str]] = {}
+        for blocks in [name for name in self.specs if name.endswith("_blocks")]:
+            stack = blocks.removesuffix("_blocks")
+            experts, rows, groups, half = self.specs.pop(blocks).shape
+            self._packed[stack] = blocks, f"{stack}_scales"
+            self.specs.pop(f"{stack}_scales")
+            self.specs[stack] = TensorSpec(torch.bfloat16, (experts, groups * half * 2, rows))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor; a stack is unpacked expert by expert."""
+        if name not in self._packed:
+            return super().__getitem__(name)
+        blocks, scales = (super(UnpackedFiles, self).__getitem__(part) for part in self._packed[name])
+        unpacked = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        for at, numbers in enumerate(unpacked):
+            numbers.copy_(Mxfp4Tensor.of_files(blocks[at : at + 1], scales[at : at + 1], unpacked.dtype).unpack()[0])
+        return unpacked
 
 
 def write_safetensors(

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.adapter.change import Change, read_changes, why_not_mergeable
-from slimtune.adapter.files import TensorSpec, WeightFiles, adapter_config
+from slimtune.adapter.files import TensorSpec, UnpackedFiles, adapter_config
 from slimtune.adapter.layout import Layout, Unit
 from slimtune.base.classes import skeleton
 from slimtune.errors import UserError
@@ -27,7 +27,7 @@ class MergedWeights:
     """A lazy mapping from tensor name to merged tensor.
 
     Args:
-        base: The base's folder; its 16-bit (or 32-bit) weights.
+        base: The base's folder; its 16-bit (or 32-bit) weights, or experts in MXFP4, which become bf16.
         adapter: The adapter's folder, or None for the base alone.
         trust_remote_code: Run code that comes with the base, to know its modules.
 
@@ -36,8 +36,8 @@ class MergedWeights:
     """
 
     def __init__(self, base: Path, adapter: Path | None, *, trust_remote_code: bool = False) -> None:
-        self.files = WeightFiles(base)
         self.config = read_model_config(base)
+        self.files = UnpackedFiles(base)
         self.specs: dict[str, TensorSpec] = dict(self.files.specs)
         """In the order in which they are best asked for: the tensors of one unit side by side."""
         self._changes: Mapping[str, Change] = {}
@@ -130,17 +130,20 @@ class MergedWeights:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The base's ``config.json``.
+    """The base's ``config.json``, as it is once experts in MXFP4 are unpacked.
 
     Raises:
-        UserError: It can't be read, or says that the weights are quantised.
+        UserError: It can't be read, or says that the weights are quantised in another way.
     """
     file = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from None
-    if config.get("quantization_config"):
+    stored = config.get("quantization_config") or {}
+    if stored.get("quant_method") == "mxfp4":
+        del config["quantization_config"]
+    elif stored:
         raise UserError(
             f"the base {folder} is quantised",
             rule="An adapter is merged into 16-bit weights: merging into 4-bit ones rounds the training away.",
