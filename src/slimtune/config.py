@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from slimtune.errors import UserError
+from slimtune.foreign import recognised, translated
 
 __all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config", "read_yaml"]
 
@@ -362,4 +363,25 @@ def load_config(path: Path | None, **flags: Any) -> Config:
         UserError: The file is missing or isn't a mapping, or a key or value is refused.
     """
     values = {} if path is None else read_yaml(path)
+    if path is not None and not values.keys() <= Config.model_fields.keys():
+        _refuse_foreign(path, values)
     return Config.make(**{**values, **flags})
+
+
+def _refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
+    """Name the tool whose config a file is, and slimtune's word for each key.
+
+    Raises:
+        UserError: It is another tool's.
+    """
+    tool = recognised(values)
+    if tool is None:
+        return
+    lines = [line for line in translated(values, tool) if not line.is_default]
+    width = max(len(line.key) for line in lines)
+    table = "\n".join(f"  {line.key:<{width}}  {line.word}" for line in lines)
+    raise UserError(
+        f"config file {path} is {tool.name}'s\n{table}",
+        rule="slimtune's config has keys of its own (`slimtune config`).",
+        way_out=f"`slimtune config --from {path}` translates it.",
+    )

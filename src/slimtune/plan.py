@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from slimtune.hardware import Hardware
 __all__ = [
     "Choice",
     "default_output",
+    "few_steps",
     "memory_budget",
     "micro_batches_of_run",
     "resolve_machine",
@@ -26,6 +28,9 @@ __all__ = [
 ]
 
 SAVES_IN_A_RUN = 10
+FEW_STEPS = 60
+"""With fewer optimizer steps an adapter that begins at nothing has hardly moved."""
+_TILE = 64
 MEMORY_SHARE = 0.9
 """Of the card's memory that training may take: the rest is the CUDA context's and fragmentation's."""
 
@@ -79,7 +84,7 @@ def micro_batches_of_run(config: Config, per_epoch: int) -> int:
     """Micro-batches of the whole run, over all its epochs."""
     if config.max_steps is not None:
         return config.max_steps * config.gradient_accumulation
-    return max(1, math.ceil(config.epochs * per_epoch))
+    return max(1, math.ceil(round(config.epochs * per_epoch, 6)))  # 0.1 x 30 is a little over 3 in floats
 
 
 def steps_of_run(config: Config, per_epoch: int) -> int:
@@ -87,10 +92,38 @@ def steps_of_run(config: Config, per_epoch: int) -> int:
     return math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
 
 
+def few_steps(config: Config, per_epoch: int, facts: Mapping[str, Any]) -> str | None:
+    """What to say of a run of too few optimizer steps to learn from, and what to set; None if there are enough.
+
+    Args:
+        config: What is to run. Steps that it names itself are taken as meant.
+        per_epoch: Micro-batches in an epoch.
+        facts: The data's: ``documents``, ``tokens`` and their ``lengths``.
+    """
+    steps = steps_of_run(config, per_epoch)
+    if config.max_steps is not None or steps >= FEW_STEPS:
+        return None
+    changes: dict[str, Any] = {"gradient_accumulation": 1, "micro_batch": 1}
+    longest = _TILE * math.ceil(facts["lengths"].get("max", 1) / _TILE)
+    if config.packing and longest < config.max_length:
+        changes["max_length"] = longest
+    parts = math.ceil(facts["tokens"] / longest) if config.packing else facts["documents"]
+    epochs = math.ceil(FEW_STEPS / max(1, parts, per_epoch))
+    if epochs > config.epochs:
+        changes["epochs"] = epochs
+    flags = [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if value != getattr(config, key)]
+    what = f"{steps} optimizer step{'s are' if steps > 1 else ' is'} little to learn from"
+    return f"{what}: about {FEW_STEPS} or more by {' '.join(flags)}"
+
+
 def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]:
     """Decide what depends on the data's length, ``per_epoch`` micro-batches."""
     total = steps_of_run(config, per_epoch)
     choices: list[Choice] = []
+    whole = micro_batches_of_run(config, per_epoch) / per_epoch
+    if config.max_steps is None and not math.isclose(whole, config.epochs):
+        reason = f"{config.epochs:g} epochs rounded up to whole micro-batches, of which an epoch has {per_epoch:,}"
+        choices.append(Choice("epochs", whole, reason))
     every = max(1, math.ceil(total / SAVES_IN_A_RUN))
     if config.save_steps == "auto":
         choices.append(

@@ -42,7 +42,15 @@ from slimtune.data.stdin import keep_stdin
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
-from slimtune.plan import Choice, default_output, micro_batches_of_run, resolve_machine, resolve_steps, steps_of_run
+from slimtune.plan import (
+    Choice,
+    default_output,
+    few_steps,
+    micro_batches_of_run,
+    resolve_machine,
+    resolve_steps,
+    steps_of_run,
+)
 from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts
@@ -168,6 +176,9 @@ def _train(
         screen.say("data", _data_line(proof, data))
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
+        total = micro_batches_of_run(config, data.per_epoch)
+        if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
+            screen.warn(few)
         with screen.working("loading the base"):
             base = _load(config, hardware, watchdog)
         check_names(config, base.model)
@@ -204,11 +215,13 @@ def _train(
                 recompute=base.model.supports_gradient_checkpointing,
             ),
             data=data,
-            micro_batches=micro_batches_of_run(config, data.per_epoch),
+            micro_batches=total,
             evaluation=held_out,
             tokenizer=tokenizer,
             lora=lora,
-            callbacks=[MetricsCallback(data, config.gradient_accumulation, floor, run.append_metrics, screen.record)],
+            callbacks=[
+                MetricsCallback(data, total, config.gradient_accumulation, floor, run.append_metrics, screen.record)
+            ],
         )
         trainer.safety = safety
         if targets.parameters:

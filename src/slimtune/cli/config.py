@@ -1,27 +1,107 @@
-"""``slimtune config``: the documented defaults."""
+"""``slimtune config``: the documented defaults, or another tool's config in slimtune's words."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
-from slimtune.config import Config
+from slimtune.config import Config, read_yaml
+from slimtune.errors import UserError
+from slimtune.foreign import Line, recognised, translated
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.option("--schema", is_flag=True, help="Print a JSON schema instead, for editors.")
-def command(schema: bool) -> None:
+@click.option(
+    "--from",
+    "foreign_file",
+    type=click.Path(path_type=Path),
+    help="Translate a YAML file of axolotl, LLaMA-Factory, mlx-lm, TRL or ms-swift.",
+)
+def command(schema: bool, foreign_file: Path | None) -> None:
     """Print every config key with its meaning and default, as YAML that `--config` reads."""
     if schema:
         click.echo(json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False))
+    elif foreign_file is not None:
+        click.echo(from_foreign(foreign_file), nl=False)
     else:
         click.echo(documented_defaults(), nl=False)
+
+
+def from_foreign(path: Path) -> str:
+    """Another tool's config as slimtune's YAML; what has no counterpart stands there as a comment.
+
+    Raises:
+        UserError: The file can't be read, or is no tool's that slimtune knows.
+    """
+    values = read_yaml(path)
+    tool = recognised(values)
+    if tool is None:
+        own = values.keys() & Config.model_fields.keys()
+        raise UserError(
+            f"{path} is {'slimtune' if own == values.keys() and own else 'no tool'}'s that is translated",
+            rule="axolotl's, LLaMA-Factory's, mlx-lm's, TRL's and ms-swift's files are.",
+        )
+    lines = translated(values, tool)
+    together: dict[str, Any] = {}
+    for line in lines:
+        together = {**line.becomes, **together}
+    made: dict[str, Any] = {}
+    written = [_yaml_line(line, made, together) for line in lines if not line.is_default]
+    defaults = [text for line in lines if line.is_default and (text := _yaml_line(line, made, together))]
+    head = [f"# {path.name}, which is {tool.name}'s, in slimtune's words."]
+    if defaults:
+        defaults = ["", f"# What it leaves to {tool.name}'s defaults, where slimtune's differ.", *defaults]
+    return "\n".join([*head, *written, *defaults]) + "\n"
+
+
+def _yaml_line(line: Line, made: dict[str, Any], together: dict[str, Any]) -> str:
+    """One key of the other tool as YAML.
+
+    Args:
+        line: The key.
+        made: What stands there already; what this line adds goes in.
+        together: What the whole file becomes, for values that go with others only.
+    """
+    source = f"# {line.key}: {' '.join(_flow(line.value).split())}"
+    if not line.becomes:
+        return f"{source} — {line.note}"
+    written = []
+    for key, value in line.becomes.items():
+        if key in made:
+            if made[key] != value:
+                written.append(f"{source} — would be {key}: {_flow(value)}")
+            continue
+        refused = _refused({key: value}) and _refused({**together, key: value})
+        if refused:
+            written.append(f"{source} — {key} can't be that: {refused}")
+            continue
+        if line.is_default and value == getattr(Config(), key):
+            continue
+        made[key] = value
+        written.append(f"{key}: {_flow(value)}  # {line.key}")
+    return "\n".join(written) or ("" if line.is_default else f"{source} — as above")
+
+
+def _refused(values: dict[str, Any]) -> str:
+    """Why these values can't be a config's, or nothing."""
+    try:
+        Config.make(**values)
+    except UserError as error:
+        return error.rule
+    return ""
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("...\n").strip()
 
 
 def documented_defaults() -> str:
@@ -31,6 +111,5 @@ def documented_defaults() -> str:
     for name, field in Config.model_fields.items():
         description = " ".join((field.description or "").split())
         lines += ["", *(f"# {line}" for line in textwrap.wrap(description, 110))]
-        value = yaml.safe_dump(defaults[name], default_flow_style=True, allow_unicode=True, width=1000)
-        lines.append(f"{name}: {value.removesuffix('...' + chr(10)).strip()}")
+        lines.append(f"{name}: {_flow(defaults[name])}")
     return "\n".join(lines) + "\n"

@@ -64,6 +64,7 @@ def command(
         from slimtune.data.page import page
         from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table
+        from slimtune.plan import few_steps
 
     errors, named = Console(stderr=True, highlight=False), config.data
     with TemporaryDirectory() as folder, errors.status("  reading the tokenizer") as status:
@@ -78,6 +79,8 @@ def command(
         batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)
     lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config)]
+    if batches is not None and (line := few_steps(config, batches.per_epoch, proof.facts)) is not None:
+        said.append(f"{line[0].upper()}{line[1:]}.")
     refusal = proof.refusal
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))
@@ -85,7 +88,7 @@ def command(
         title = f"Data: {', '.join(named)}"
         _write(html_file, page(title, None if refusal is None else str(refusal), lines, said, shown))
     if as_json:
-        click.echo(json.dumps(summary(proof, config, batches, shown), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(summary(proof, batches, shown, said), ensure_ascii=False, indent=2))
     else:
         _show(Page(), named, lines, said, shown, refused=refusal is not None)
     if refusal is not None:

@@ -127,12 +127,12 @@ def hints(proof: Proof, config: Config) -> list[str]:
     return said
 
 
-def summary(proof: Proof, config: Config, batches: MicroBatches | None, shown: Sample | None) -> dict[str, Any]:
-    """Everything above as plain values, for ``--json``."""
+def summary(proof: Proof, batches: MicroBatches | None, shown: Sample | None, said: list[str]) -> dict[str, Any]:
+    """Everything above as plain values, for ``--json``, and what was said of it."""
     made = dict(proof.facts)
     made["cached"] = proof.cached
     made["refused"] = None if proof.refusal is None else str(proof.refusal)
-    made["hints"] = hints(proof, config)
+    made["hints"] = said
     if isinstance(batches, PackedBatches):
         made["packs"] = {"per_epoch": batches.per_epoch, "tokens": batches.tokens, "fill": round(batches.fill, 4)}
     if proof.eval is not None:

@@ -30,11 +30,13 @@ class MetricsCallback(TrainerCallback):
     def __init__(
         self,
         data: MicroBatches,
+        micro_batches: int,
         gradient_accumulation: int,
         floor: Floor | None,
         *sinks: Callable[[dict[str, Any]], None],
     ) -> None:
         self.data, self.accumulation, self.floor = data, gradient_accumulation, floor
+        self.micro_batches = micro_batches  # of the whole run: its last step may have fewer than the others
         self.sinks = sinks
         self.started = self.last_time = time.monotonic()
         self.last_step = 0
@@ -65,7 +67,7 @@ class MetricsCallback(TrainerCallback):
             steps, elapsed = state.global_step - self.last_step, now - self.last_time
             lengths, supervised = self._count(self.last_step, state.global_step)
             tokens = sum(lengths)
-            record["epoch"] = round(state.global_step * self.accumulation / self.data.per_epoch, 4)
+            record["epoch"] = round(self._position(state.global_step) / self.data.per_epoch, 4)
             record["tokens"], record["supervised_tokens"] = tokens, supervised
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
             if self.floor is not None:
@@ -83,11 +85,15 @@ class MetricsCallback(TrainerCallback):
         for sink in self.sinks:
             sink(record)
 
+    def _position(self, step: int) -> int:
+        """Micro-batches that are trained on after so many optimizer steps."""
+        return min(step * self.accumulation, self.micro_batches)
+
     def _count(self, first: int, last: int) -> tuple[list[int], int]:
         """(tokens of each document, supervised tokens) of the optimizer steps from ``first`` to before ``last``."""
         lengths: list[int] = []
         supervised = 0
-        for position in range(first * self.accumulation, last * self.accumulation):
+        for position in range(self._position(first), self._position(last)):
             for member in self.data.members(position):
                 ids, mask = self.data.documents[int(member)]
                 lengths.append(int(ids.shape[0]))

@@ -1,0 +1,81 @@
+"""Steps, epochs and what is said of too few of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from slimtune.config import Config
+from slimtune.data.packing import PackedBatches
+from slimtune.plan import few_steps, micro_batches_of_run, resolve_steps, steps_of_run
+from slimtune.recipes import finetune
+from slimtune.training.resumable import ResumableTrainer
+from tests.campaigns import campaign
+
+
+def test_epochs_are_exact_though_the_last_step_has_fewer_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [
+        {"messages": [{"role": "user", "content": f"n {n}?"}, {"role": "assistant", "content": f"no {n}"}]}
+        for n in range(5)
+    ]
+    file = tmp_path / "five.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained: list[int] = []
+    step, batch = ResumableTrainer.training_step, PackedBatches.batch
+
+    def counted(self: ResumableTrainer, model: Any, inputs: dict[str, Any], *more: Any) -> Tensor:
+        trained.append(int((inputs["labels"] >= 0).sum()))
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(ResumableTrainer, "training_step", counted)
+    config = Config.make(
+        model=str(campaign.make_model(tmp_path / "model")), data=str(file), output=tmp_path / "run", epochs=3,
+        compute_dtype="fp32", lora_dropout=0.0, learning_rate=1e-3,
+    )  # fmt: skip
+    run = finetune(config)
+    records = [record for record in run.metrics() if "step_seconds" in record]
+    assert PackedBatches.batch is batch
+    assert len(trained) == 3
+    assert [record["epoch"] for record in records] == [2.0, 3.0]
+    assert sum(record["supervised_tokens"] for record in records) == sum(trained)
+    assert run.read_json(run.facts_file)["training"]["epochs"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "whole"),
+    [(3.0, 1, 3), (0.1, 30, 3), (0.7, 10, 7), (2.5, 1, 3), (0.01, 10, 1), (1.5, 3, 5)],
+)
+def test_epochs_that_are_no_whole_micro_batches_are_rounded_up_and_said(
+    epochs: float, per_epoch: int, whole: int
+) -> None:
+    config = Config.make(epochs=epochs)
+    assert micro_batches_of_run(config, per_epoch) == whole
+    resolved, choices = resolve_steps(config, per_epoch)
+    said = {choice.key: choice for choice in choices}
+    assert resolved.epochs * per_epoch == pytest.approx(whole)
+    assert ("epochs" in said) == (abs(epochs * per_epoch - whole) > 1e-6)
+    assert micro_batches_of_run(resolved, per_epoch) == whole
+
+
+FACTS = {"documents": 5, "tokens": 195, "lengths": {"max": 39}}
+
+
+def test_too_few_steps_are_said_with_what_to_set() -> None:
+    config = Config.make(epochs=3)
+    line = few_steps(config, 1, FACTS)
+    assert line == (
+        "2 optimizer steps are little to learn from: about 60 or more by "
+        "--gradient-accumulation 1 --max-length 64 --epochs 15"
+    )
+    assert steps_of_run(Config.make(gradient_accumulation=1, epochs=15), 4) == 60
+    assert few_steps(Config.make(max_steps=2), 1, FACTS) is None
+    assert few_steps(config, 40, FACTS) is None
+    padded = few_steps(Config.make(packing=False, gradient_accumulation=1), 5, FACTS)
+    assert padded == "15 optimizer steps are little to learn from: about 60 or more by --epochs 12"
