@@ -134,9 +134,9 @@ def test_the_engine_and_the_plain_stack_learn_the_same(tiny_model: Path, request
     for engine in ("fused", "plain"):
         run = train(tiny_model, requests_file, tmp_path / engine, engine=engine, lora_dropout=0.0, learning_rate=1e-2)
         losses[engine] = [record["loss"] for record in run.metrics() if "loss" in record]
-    assert losses["fused"][:2] == pytest.approx(losses["plain"][:2], rel=2e-5)
-    # A gradient's last bit may choose another 8-bit code of the optimizer's state, which tells two updates later.
-    assert losses["fused"][2] == pytest.approx(losses["plain"][2], rel=2e-4)
+    assert losses["fused"][0] == pytest.approx(losses["plain"][0], rel=2e-5)
+    # A gradient's last bit may choose another sign of Adam's first update, or another 8-bit code of its state.
+    assert losses["fused"][1:] == pytest.approx(losses["plain"][1:], rel=2e-4)
     assert len(losses["fused"]) == len(losses["plain"]) == 3
 
 

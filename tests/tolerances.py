@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "assert_close", "relative_error"]
+__all__ = ["GRADIENT", "TOLERANCES", "assert_close", "relative_error"]
 
 TOLERANCES: dict[torch.dtype, float] = {
     # 24 bits of mantissa: one rounding is 6e-8; sums of a few thousand terms in another order and approximate
@@ -20,6 +20,10 @@ TOLERANCES: dict[torch.dtype, float] = {
     # 8 bits: 2^-8 / 2 = 3.9e-3 at most, likewise.
     torch.bfloat16: 4.2e-3,
 }
+
+GRADIENT = 1e-4
+"""A LoRA gradient in float32 against the documents' one by one, relative in norm: sums in another order through a few
+layers cost some 1e-6; a document that sees another costs 1e-2 and more."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -123,7 +123,11 @@ class Config(BaseModel):
     train_on: Literal["assistant", "last", "all", "completion"] = "assistant"
     """The tokens that are supervised: every assistant turn, the last one, all text, or the completion."""
     packing: bool = True
-    """Fill micro-batches with whole conversations (documents), with attention inside each of them only."""
+    """Fill micro-batches with whole conversations (documents), kept apart from each other; off: micro_batch of them."""
+    layout: Literal["auto", "packed", "padded", "alone"] = "auto"
+    """How the conversations of a micro-batch go through the model: packed one after the other, padded as rows, or each
+    alone. auto: packed if it is proven before the first step that this model keeps them apart, else padded: as many of
+    about one length as hold a pack's tokens; alone where rows touch each other."""
     allow_control_tokens: bool = False
     """Let control-token text inside a person's content become control tokens."""
     max_dropped: Fraction = 0.01
@@ -217,6 +221,8 @@ class Config(BaseModel):
     def _options_go_together(self) -> Self:
         if self.eval and self.eval_share:
             raise ValueError("eval and eval_share exclude each other: name held-out data, or split a share off")
+        if self.layout == "packed" and not self.packing:
+            raise ValueError("layout: packed needs packing: on")
         if self.early_stopping and not (self.eval or self.eval_share):
             raise ValueError("early_stopping needs an evaluation: give eval or eval_share")
         if self.lora_init.startswith(("pissa", "loftq")) and self.quantization != "none":

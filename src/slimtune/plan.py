@@ -24,6 +24,7 @@ __all__ = [
     "micro_batches_of_run",
     "resolve_machine",
     "resolve_steps",
+    "resolved",
     "steps_of_run",
 ]
 
@@ -69,7 +70,7 @@ def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Ch
     if config.memory == "auto" and hardware.device == "cuda":
         share = f"{hardware.memory_bytes * MEMORY_SHARE / 2**30:.2f}GiB"
         choices.append(Choice("memory", share, f"{MEMORY_SHARE:.0%} of what {hardware.name} has"))
-    return _with(config, choices), choices
+    return resolved(config, choices), choices
 
 
 def memory_budget(config: Config) -> int | None:
@@ -132,8 +133,9 @@ def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]
     if config.eval_steps == "auto" and (config.eval or config.eval_share):
         steps = every if config.save_steps == "auto" else config.save_steps
         choices.append(Choice("eval_steps", steps, "an evaluation with each checkpoint"))
-    return _with(config, choices), choices
+    return resolved(config, choices), choices
 
 
-def _with(config: Config, choices: list[Choice]) -> Config:
+def resolved(config: Config, choices: list[Choice]) -> Config:
+    """``config`` with what was chosen."""
     return config.model_copy(update={choice.key: choice.value for choice in choices})

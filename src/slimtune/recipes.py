@@ -36,7 +36,7 @@ from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, remarks
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
-from slimtune.data.packing import MicroBatches, PackedBatches, micro_batches
+from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, micro_batches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
@@ -49,6 +49,7 @@ from slimtune.plan import (
     micro_batches_of_run,
     resolve_machine,
     resolve_steps,
+    resolved,
     steps_of_run,
 )
 from slimtune.run.durable import atomic_folder
@@ -63,6 +64,7 @@ from slimtune.training.arguments import check_arguments, check_model, sft_argume
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
+from slimtune.training.isolation import lay_out
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
 from slimtune.training.proof import prove_loss
 from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
@@ -170,15 +172,10 @@ def _train(
     ):
         # 1. The tokenizer, the data proven with it, and the base in 4 bits.
         with screen.working("reading the data"):
-            tokenizer, proof, data, held_out = _read(config, run, watchdog, formatting_func)
+            tokenizer, proof = _read(config, run, watchdog, formatting_func)
         for line in remarks(tokenizer):
             screen.warn(line)
-        screen.say("data", _data_line(proof, data))
-        config, more = resolve_steps(config, data.per_epoch)
-        choices += more
-        total = micro_batches_of_run(config, data.per_epoch)
-        if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
-            screen.warn(few)
+        screen.say("data", _data_line(proof))
         with screen.working("loading the base"):
             base = _load(config, hardware, watchdog)
         check_names(config, base.model)
@@ -186,8 +183,21 @@ def _train(
         config, more = _resolve_targets(config, base)
         choices += more
         targets = find_targets(config, base.model)
-        facts = _facts(config, base, run, proof.facts | _batch_facts(data), choices, hardware)
+        # 2. The adapter; with it, who computes the steps, and how documents fill them.
+        lora = lora_config(config, targets)
+        reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
+        layout, more = lay_out(config, base.model, fused=reason_unfused is None)
+        choices += more
+        config = resolved(config, more)
+        data, held_out = _micro_batches(config, proof, tokenizer.pad_token_id)
+        config, more = resolve_steps(config, data.per_epoch)
+        choices += more
+        total = micro_batches_of_run(config, data.per_epoch)
+        if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
+            screen.warn(few)
+        facts = _facts(config, base, run, proof.facts | _batch_facts(data, choices), choices, hardware)
         screen.say("base", _base_line(facts.base))
+        screen.say("packs", _packs_line(data, config, facts.data["unpacked"]))
         identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
         safety = make_safety(config, run, identity, data, signals, watchdog, screen, accept_changes=accept_changes)
         run.write_config(config)
@@ -198,11 +208,7 @@ def _train(
         if observe is not None:
             observe(base.model, tokenizer)
 
-        # 2. The adapter.
-        lora = lora_config(config, targets)
-
         # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
-        reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
         floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
         trainer = SlimTrainer(
             model=base.model,
@@ -226,6 +232,8 @@ def _train(
         trainer.safety = safety
         if targets.parameters:
             give_dropout_(trainer.model, config)
+        if layout is not None:
+            trainer.layout = layout
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         _use_engine(config, hardware, trainer, reason_unfused, screen)
@@ -370,8 +378,8 @@ def _check_inputs(config: Config) -> None:
 
 def _read(
     config: Config, run: RunFolder, watchdog: Watchdog, formatting_func: FormattingFunc | None
-) -> tuple[PreTrainedTokenizerBase, Proof, MicroBatches, MicroBatches | None]:
-    """The tokenizer, the data proven with it, and the micro-batches to train and to evaluate on."""
+) -> tuple[PreTrainedTokenizerBase, Proof]:
+    """The tokenizer, and the data proven with it."""
     activity = "reading the data"
     with watchdog.watching(activity):
         tokenizer = load_tokenizer(
@@ -384,9 +392,13 @@ def _read(
             config, tokenizer, formatting_func=formatting_func, on_progress=lambda rows: watchdog.beat(activity)
         )
         proof.save_ledger(run.ledger_file)
-        data = micro_batches(proof.train, config, tokenizer.pad_token_id)
-        held_out = None if proof.eval is None else micro_batches(proof.eval, config, tokenizer.pad_token_id)
-    return tokenizer, proof, data, held_out
+    return tokenizer, proof
+
+
+def _micro_batches(config: Config, proof: Proof, pad_id: int) -> tuple[MicroBatches, MicroBatches | None]:
+    """What to train on, and what to evaluate on."""
+    held_out = None if proof.eval is None else micro_batches(proof.eval, config, pad_id)
+    return micro_batches(proof.train, config, pad_id), held_out
 
 
 def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
@@ -451,26 +463,33 @@ def _adapter_facts(config: Config, trainer: SlimTrainer, covered: Coverage) -> A
     )
 
 
-def _batch_facts(data: MicroBatches) -> dict[str, Any]:
+def _batch_facts(data: MicroBatches, choices: list[Choice]) -> dict[str, Any]:
     packed = isinstance(data, PackedBatches)
+    could = isinstance(data, FilledBatches) and not packed
+    why = next((choice.reason for choice in choices if could and choice.key == "layout"), "asked for")
     return {
         "packed": packed,
+        "unpacked": None if packed else why,
         "micro_batches_per_epoch": data.per_epoch,
         "pack_tokens": data.tokens if isinstance(data, PackedBatches) else None,
-        "fill": data.fill if isinstance(data, PackedBatches) else None,
+        "fill": data.fill if isinstance(data, FilledBatches) else None,
     }
 
 
-def _data_line(proof: Proof, data: MicroBatches) -> str:
+def _data_line(proof: Proof) -> str:
     facts = proof.facts
     share = facts["supervised_tokens"] / max(1, facts["tokens"])
     dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
-    batches = (
-        f"{data.per_epoch:,} packs of {data.tokens:,} tokens, {data.fill:.1%} full"
-        if isinstance(data, PackedBatches)
-        else f"{data.per_epoch:,} padded micro-batches"
-    )
-    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised) → {batches}"
+    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised)"
+
+
+def _packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
+    """How documents fill micro-batches; where they aren't packed, why."""
+    if isinstance(data, PackedBatches):
+        return f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
+    how = "documents one at a time" if config.layout == "alone" else "padded rows"
+    full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
+    return f"off: {unpacked} → {how}, {data.per_epoch:,} micro-batches{full}"
 
 
 def _base_line(base: BaseFacts) -> str:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from slimtune.batch import IGNORED, LENGTHS
 from slimtune.config import Config
 from slimtune.data import PackedBatches, Proof, micro_batches, prove
-from slimtune.data.packing import IGNORE, assign_packs
+from slimtune.data.packing import GroupedBatches, assign_packs, assign_rows
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def test_every_document_comes_once_in_every_epoch_and_shapes_never_change(proof:
     for epoch in range(2):
         seen = [m for at in range(batches.per_epoch) for m in batches.members(epoch * batches.per_epoch + at)]
         assert sorted(seen) == list(range(len(proof.train)))
-    shapes = {tuple(v.shape) for at in range(batches.per_epoch) for v in batches.batch(at).values()}
+    made = [batches.batch(at) for at in range(batches.per_epoch)]
+    shapes = {tuple(v.shape) for batch in made for key, v in batch.items() if key != LENGTHS}
+    assert all(sum(batch[LENGTHS]) == 512 for batch in made)
     assert shapes == {(1, 512)}
     assert batches.fill > 0.9
 
@@ -101,18 +104,23 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch(proof: Proof) -> None:
 def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
     batches = packs(proof)
     for position in range(batches.per_epoch):
-        batch = {key: value[0] for key, value in batches.batch(position).items()}
+        made = batches.batch(position)
+        lengths = made.pop(LENGTHS)
+        batch = {key: value[0] for key, value in made.items()}
+        assert lengths[: len(batches.members(position))] == tuple(
+            len(proof.train[int(member)][0]) for member in batches.members(position)
+        )
         at = 0
         for member in batches.members(position):
             ids, supervised = proof.train[int(member)]
             end = at + len(ids)
             assert batch["input_ids"][at:end].tolist() == ids.tolist()
             assert batch["position_ids"][at:end].tolist() == list(range(len(ids)))
-            assert batch["labels"][at] == IGNORE
-            expected = np.where(supervised, ids, IGNORE)[1:].tolist()
+            assert batch["labels"][at] == IGNORED
+            expected = np.where(supervised, ids, IGNORED)[1:].tolist()
             assert batch["labels"][at + 1 : end].tolist() == expected
             at = end
-        assert (batch["labels"][at:] == IGNORE).all()
+        assert (batch["labels"][at:] == IGNORED).all()
         assert (batch["input_ids"][at:] == 2).all()
         assert at == 512 or batch["position_ids"][at] == 0
         assert int(batch["position_ids"].max()) < 256
@@ -127,7 +135,7 @@ def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedToke
     batches = micro_batches(prove(config, tokenizer).train, config, 2)
     assert batches.per_epoch == 1
     assert batches.batch(5)["input_ids"].shape == (1, 64)
-    assert (batches.batch(5)["labels"] != IGNORE).sum() == 2  # "b" and the end mark
+    assert (batches.batch(5)["labels"] != IGNORED).sum() == 2  # "b" and the end mark
 
 
 def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None:
@@ -137,16 +145,54 @@ def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None
     seen = [m for at in range(batches.per_epoch) for m in batches.members(at)]
     assert sorted(seen) == list(range(200))
     batch = batches.batch(0)
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", LENGTHS}
     for row, member in enumerate(batches.members(0)):
         ids, supervised = proof.train[int(member)]
         n = len(ids)
         assert batch["input_ids"][row, :n].tolist() == ids.tolist()
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
-        assert batch["labels"][row, 1:n].tolist() == np.where(supervised, ids, IGNORE)[1:].tolist()
-        assert (batch["labels"][row, n:] == IGNORE).all()
+        assert batch["labels"][row, 1:n].tolist() == np.where(supervised, ids, IGNORED)[1:].tolist()
+        assert (batch["labels"][row, n:] == IGNORED).all()
         # pad is the end mark here (SmolLM2): the reply's own stays supervised
         assert batch["labels"][row, n - 2] == 2
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
+def test_every_document_gets_one_group_of_rows_that_fits(lengths: list[int]) -> None:
+    groups, count = assign_rows(np.array(lengths, np.int32), 64)
+    assert sorted(set(groups.tolist())) == list(range(count))
+    for group in range(count):
+        rows = np.array(lengths)[groups == group]
+        assert len(rows) * rows.max() <= 64
+
+
+def test_rows_of_chat_lengths_are_little_padding() -> None:
+    lengths = chat_lengths(20_000)
+    groups, count = assign_rows(lengths, 2**14)
+    longest = np.zeros(count, np.int64)
+    np.maximum.at(longest, groups, lengths)
+    assert lengths.sum() / (longest * np.bincount(groups)).sum() > 0.98
+    # about as many micro-batches, and so optimizer steps, as packs
+    assert count <= 1.1 * assign_packs(lengths, 2**14)[1]
+
+
+def test_rows_hold_a_packs_tokens_and_each_document_once_an_epoch(proof: Proof) -> None:
+    config = Config.make(data="rows.jsonl", max_length=256, micro_batch=2, layout="padded", seed=3)
+    batches, again = (micro_batches(proof.train, config, 2) for _ in range(2))
+    assert isinstance(batches, GroupedBatches)
+    assert batches.fill > 0.9
+    n = batches.per_epoch
+    positions = [2 * n + 3, 0, n + 1]  # any order of asking, as after a resume
+    asked = [batches.batch(p)["input_ids"].tolist() for p in positions]
+    assert asked == [again.batch(p)["input_ids"].tolist() for p in reversed(positions)][::-1]
+    for epoch in range(2):
+        seen = [m for at in range(n) for m in batches.members(epoch * n + at)]
+        assert sorted(seen) == list(range(len(proof.train)))
+    for position in range(n):
+        batch = batches.batch(position)
+        lengths = [len(proof.train[int(member)][0]) for member in batches.members(position)]
+        assert batch["input_ids"].numel() == len(lengths) * max(lengths) <= 512
+        assert batch[LENGTHS] == tuple(lengths) == tuple(batch["attention_mask"].sum(1).tolist())
 
 
 def test_trainers_that_insist_on_a_dataset_get_one(proof: Proof) -> None:
@@ -186,8 +232,10 @@ def test_loss_and_lora_gradients_of_a_pack_are_those_of_its_documents(proof: Pro
         ids, supervised = proof.train[int(member)]
         tokens = torch.tensor(ids, dtype=torch.int64)[None]
         mask = torch.tensor(supervised)[None]
-        alone.append({"input_ids": tokens, "labels": torch.where(mask, tokens, IGNORE)})
-    loss, packed = gradients([batches.batch(position)])
+        alone.append({"input_ids": tokens, "labels": torch.where(mask, tokens, IGNORED)})
+    batch = batches.batch(position)
+    del batch[LENGTHS]
+    loss, packed = gradients([batch])
     expected_loss, expected = gradients(alone)
     assert len(members) > 3
     assert loss == pytest.approx(expected_loss, rel=1e-5)

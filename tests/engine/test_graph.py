@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slimtune.batch import MicroBatch
 from slimtune.engine import graph as graph_module
 from slimtune.engine.attention import Way
 from slimtune.engine.graph import Inputs, ShapeKey
-from slimtune.engine.microbatch import MicroBatch
 
 
 def pack(*lengths: int) -> MicroBatch:

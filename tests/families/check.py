@@ -43,9 +43,9 @@ ROOM = 128
 GRADIENT: dict[str, Any] = {
     "quantization": "none", "compute_dtype": "fp32", "targets": "all-linear", "lora_r": 2, "lora_dropout": 0.0,
     "optim": "sgd", "learning_rate": 1.0, "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 1e9,
-    "max_steps": 1, "gradient_accumulation": len(CHATS), "max_length": ROOM, "micro_batch": 1,
+    "epochs": 1.0, "gradient_accumulation": len(CHATS), "max_length": ROOM, "micro_batch": 1,
 }  # fmt: skip
-"""One step of plain SGD at a rate of 1: what the adapter changes by is its gradient."""
+"""An epoch is one step, packed or not, of plain SGD at a rate of 1: what the adapter changes by is its gradient."""
 
 
 @dataclass

@@ -27,9 +27,9 @@ What the other layers call::
     proof.facts                       # rows, tokens, supervised_tokens, dropped, repaired, noted, lengths, key, …
     proof.save_ledger(run / "ledger.jsonl")
 
-    batches = micro_batches(proof.train, config, tokenizer.pad_token_id)       # PackedBatches | PaddedBatches
+    batches = micro_batches(proof.train, config, tokenizer.pad_token_id)       # of packs, or of rows
     batches.per_epoch                 # micro-batches in an epoch
-    batches.batch(position)           # dict of tensors; position counts micro-batches over all epochs
+    batches.batch(position)           # a trainer's dict (slimtune.batch); position counts micro-batches over all epochs
     batches.rows(position)            # list[Place]: file:line of what is in it
     batches.dataset(positions)        # datasets.Dataset of one column, for trainers that insist on one …
     batches.collate([{"position": 7}])  # … and the collator that goes with it
@@ -38,13 +38,14 @@ What the other layers call::
 """
 
 from slimtune.data.documents import Documents
-from slimtune.data.packing import MicroBatches, PackedBatches, PaddedBatches, micro_batches
+from slimtune.data.packing import GroupedBatches, MicroBatches, PackedBatches, PaddedBatches, micro_batches
 from slimtune.data.preflight import Proof, examine, prove
 from slimtune.data.render import prompt_ids
 from slimtune.data.sources import Place
 
 __all__ = [
     "Documents",
+    "GroupedBatches",
     "MicroBatches",
     "PackedBatches",
     "PaddedBatches",

@@ -1,4 +1,4 @@
-"""Micro-batches out of documents: packs of a fixed number of tokens, or padded batches.
+"""Micro-batches out of documents: packs of a fixed number of tokens, or rows that are padded.
 
 The order is a pure function of (seed, epoch), so a position in the run is one number and a resumed run finds its place
 without replaying anything. Position ``p`` is micro-batch ``p % per_epoch`` of epoch ``p // per_epoch``.
@@ -6,11 +6,12 @@ without replaying anything. Position ``p`` is micro-batch ``p % per_epoch`` of e
 Packs are filled longest document first, inside windows of documents that the seed alone decides: each epoch has as many
 packs as the last, memory doesn't grow with the data, and a document meets other companions in each epoch. Where a pack
 holds many documents they are dealt out, so that each pack has long and short ones; best fit alone would make packs of
-one length (:func:`assign_packs`). A micro-batch holds (shapes are fixed for the whole run):
+one length (:func:`assign_packs`). Shapes are fixed for the whole run, labels are −100 where not supervised and on the
+first token of each document, so nothing is predicted across documents; positions begin at 0 in each document; the rest
+of the pack is padding, as documents of its own.
 
-``input_ids``, ``labels``, ``position_ids``: int64 [1, T]. Labels are −100 where not supervised and on the first token
-of each document, so nothing is predicted across documents; positions begin at 0 in each document; the rest of the pack
-is padding, as documents of its own.
+A model that can't keep the documents of a pack apart gets the same documents as rows: as many of about one length as
+hold a pack's tokens, padding included (:class:`GroupedBatches`).
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from slimtune.batch import IGNORED, MicroBatch
 from slimtune.config import Config
 from slimtune.data.documents import Documents
 from slimtune.data.sources import Place
 
-__all__ = ["MicroBatches", "PackedBatches", "PaddedBatches", "assign_packs", "micro_batches"]
-
-IGNORE = -100
-"""The label that Transformers' losses leave out."""
+__all__ = [
+    "FilledBatches",
+    "GroupedBatches",
+    "MicroBatches",
+    "PackedBatches",
+    "PaddedBatches",
+    "assign_packs",
+    "assign_rows",
+    "micro_batches",
+]
 
 _WINDOW = 2**16
 _TILE = 64
@@ -56,14 +62,27 @@ class MicroBatches(ABC):
         """Numbers of the documents in the micro-batch at ``position``, in their order."""
 
     @abstractmethod
-    def batch(self, position: int) -> dict[str, Tensor]:
-        """The micro-batch at ``position``; see the module for keys and shapes."""
+    def micro_batch(self, position: int) -> MicroBatch:
+        """The micro-batch at ``position``."""
+
+    def batch(self, position: int) -> dict[str, Any]:
+        """The micro-batch at ``position`` as a trainer hands it through (:meth:`slimtune.batch.MicroBatch.inputs`)."""
+        return self.micro_batch(position).inputs(self.pad_id)
+
+    def _documents(self, position: int) -> MicroBatch:
+        """The documents at ``position``, as rows."""
+        documents = [self.documents[int(member)] for member in self.members(position)]
+        lengths = tuple(tokens.shape[0] for tokens, _ in documents)
+        ids = np.concatenate([tokens for tokens, _ in documents]).astype(np.int64)
+        labels = np.where(np.concatenate([supervised for _, supervised in documents]), ids, IGNORED)
+        labels[np.cumsum(lengths) - lengths] = IGNORED
+        return MicroBatch(ids, labels, lengths, padded=True)
 
     def rows(self, position: int) -> list[Place]:
         """Where the rows in the micro-batch at ``position`` stand."""
         return [self.documents.place(int(at)) for at in self.members(position)]
 
-    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A data collator: one example, ``{"position": p}``, to its micro-batch."""
         (example,) = examples
         return self.batch(int(example["position"]))
@@ -79,71 +98,115 @@ class MicroBatches(ABC):
         return datasets.Dataset.from_dict({"position": np.arange(positions or self.per_epoch)})
 
 
-class PackedBatches(MicroBatches):
-    """Packs of exactly ``tokens`` tokens.
+class FilledBatches(MicroBatches):
+    """As many whole documents in each micro-batch as ``tokens`` tokens hold.
 
     Args:
-        documents: What to pack; none is longer than ``tokens``.
-        tokens: T, the tokens of a pack.
-        pad_id: What fills the rest of a pack; never supervised.
+        documents: What to fill in; none is longer than ``tokens``.
+        tokens: T, the tokens of a micro-batch.
+        pad_id: What fills the rest; never supervised.
         seed: The run's seed.
-        longest: Most tokens of one document; padding's positions stay under it too.
     """
 
-    def __init__(self, documents: Documents, *, tokens: int, pad_id: int, seed: int, longest: int) -> None:
+    def __init__(self, documents: Documents, *, tokens: int, pad_id: int, seed: int) -> None:
         super().__init__(documents, pad_id, seed)
-        self.tokens, self._longest = tokens, longest
+        self.tokens = tokens
         self._lengths = documents.lengths
         shuffled = np.random.default_rng([seed, 0]).permutation(len(documents))
         self._windows = [shuffled[at : at + _WINDOW] for at in range(0, len(shuffled), _WINDOW)]
-        self._counts = np.array([assign_packs(self._lengths[window], tokens)[1] for window in self._windows], np.int64)
+        self._counts = np.array([self.assign(self._lengths[window], tokens)[1] for window in self._windows], np.int64)
         self.per_epoch = int(self._counts.sum())
-        self._packs = lru_cache(maxsize=2)(self._make_packs)
+        self._fillings = lru_cache(maxsize=2)(self._fill)
+
+    @staticmethod
+    @abstractmethod
+    def assign(lengths: npt.NDArray[np.int32], tokens: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The micro-batch of each document, and how many there are; that depends on the lengths alone."""
 
     @property
+    @abstractmethod
     def fill(self) -> float:
-        """Share of the packs' tokens that are not padding."""
-        return self.documents.tokens / (self.per_epoch * self.tokens) if self.per_epoch else 0.0
+        """Share of the tokens that a model computes that are not padding."""
 
-    def _make_packs(self, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
-        """The packs of a window in the order of an epoch, each as document numbers."""
+    def _fill(self, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
+        """The micro-batches of a window in the order of an epoch, each as document numbers."""
         random = np.random.default_rng([self.seed, 1 + epoch, window])
         members = random.permutation(self._windows[window])
-        pack_of, count = assign_packs(self._lengths[members], self.tokens)
-        by_pack = np.argsort(pack_of, kind="stable")
-        bounds = np.searchsorted(pack_of[by_pack], np.arange(1, count))
-        packs = np.split(members[by_pack], bounds)
-        return [random.permutation(packs[at]) for at in random.permutation(count)]
+        batch_of, count = self.assign(self._lengths[members], self.tokens)
+        by_batch = np.argsort(batch_of, kind="stable")
+        bounds = np.searchsorted(batch_of[by_batch], np.arange(1, count))
+        batches = np.split(members[by_batch], bounds)
+        return [random.permutation(batches[at]) for at in random.permutation(count)]
 
     def members(self, position: int) -> npt.NDArray[np.int64]:  # noqa: D102 - the base says it
         epoch, at = divmod(position, self.per_epoch)
         order = np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self._windows))
         ends = np.cumsum(self._counts[order])
         nth = int(np.searchsorted(ends, at, side="right"))
-        return self._packs(epoch, int(order[nth]))[at - int(ends[nth - 1] if nth else 0)]
+        return self._fillings(epoch, int(order[nth]))[at - int(ends[nth - 1] if nth else 0)]
 
-    def batch(self, position: int) -> dict[str, Tensor]:  # noqa: D102 - the base says it
-        ids = np.full(self.tokens, self.pad_id, np.int64)
-        labels = np.full(self.tokens, IGNORE, np.int64)
-        positions = np.empty(self.tokens, np.int64)
-        at = 0
-        for member in self.members(position):
-            tokens, supervised = self.documents[int(member)]
-            end = at + tokens.shape[0]
-            ids[at:end] = tokens
-            labels[at:end] = np.where(supervised, tokens, IGNORE)
-            labels[at] = IGNORE
-            positions[at:end] = np.arange(tokens.shape[0])
-            at = end
-        positions[at:] = np.arange(self.tokens - at) % self._longest
-        made = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {key: torch.from_numpy(value)[None] for key, value in made.items()}
+
+class PackedBatches(FilledBatches):
+    """Packs of exactly ``tokens`` tokens.
+
+    Args:
+        documents: As :class:`FilledBatches` takes them, and its other arguments.
+        longest: Most tokens of one document; padding's positions stay under it too.
+        rest: As :class:`FilledBatches`.
+    """
+
+    def __init__(self, documents: Documents, *, longest: int, **rest: Any) -> None:
+        super().__init__(documents, **rest)
+        self._longest = longest
+
+    @staticmethod
+    def assign(lengths: npt.NDArray[np.int32], tokens: int) -> tuple[npt.NDArray[np.int64], int]:  # noqa: D102
+        return assign_packs(lengths, tokens)
+
+    @property
+    def fill(self) -> float:  # noqa: D102 - the base says it
+        return self.documents.tokens / (self.per_epoch * self.tokens) if self.per_epoch else 0.0
+
+    def micro_batch(self, position: int) -> MicroBatch:  # noqa: D102 - the base says it
+        filled = self._documents(position)
+        missing = self.tokens - filled.tokens
+        padding = [min(self._longest, missing - at) for at in range(0, missing, self._longest)]
+        return MicroBatch(
+            np.pad(filled.input_ids, (0, missing), constant_values=self.pad_id),
+            np.pad(filled.labels, (0, missing), constant_values=IGNORED),
+            (*filled.lengths, *padding),
+        )
+
+
+class GroupedBatches(FilledBatches):
+    """Rows of about one length, as many as take ``tokens`` tokens or fewer, padding included.
+
+    A micro-batch has as many tokens to learn from as a pack has, but for the padding; its documents are of one length,
+    and the micro-batches of an epoch come in a shuffled order.
+    """
+
+    @staticmethod
+    def assign(lengths: npt.NDArray[np.int32], tokens: int) -> tuple[npt.NDArray[np.int64], int]:  # noqa: D102
+        return assign_rows(lengths, tokens)
+
+    @property
+    def fill(self) -> float:  # noqa: D102 - the base says it
+        computed = 0
+        for window in self._windows:
+            rows_of, count = assign_rows(self._lengths[window], self.tokens)
+            longest = np.zeros(count, np.int64)
+            np.maximum.at(longest, rows_of, self._lengths[window])
+            computed += int((longest * np.bincount(rows_of, minlength=count)).sum())
+        return self.documents.tokens / computed if computed else 0.0
+
+    def micro_batch(self, position: int) -> MicroBatch:  # noqa: D102 - the base says it
+        return self._documents(position)
 
 
 class PaddedBatches(MicroBatches):
-    """Batches of whole documents, padded on the right to the longest of them.
+    """Batches of ``batch_size`` whole documents, padded on the right to the longest of them.
 
-    ``input_ids``, ``labels``, ``attention_mask``: int64 [B, S]; the last batch of an epoch may be smaller.
+    The last batch of an epoch may be smaller.
     """
 
     def __init__(self, documents: Documents, *, batch_size: int, pad_id: int, seed: int) -> None:
@@ -159,32 +222,41 @@ class PaddedBatches(MicroBatches):
         chosen: npt.NDArray[np.int64] = self._order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
         return chosen
 
-    def batch(self, position: int) -> dict[str, Tensor]:  # noqa: D102 - the base says it
-        documents = [self.documents[int(member)] for member in self.members(position)]
-        shape = (len(documents), max(ids.shape[0] for ids, _ in documents))
-        made = {
-            "input_ids": np.full(shape, self.pad_id, np.int64),
-            "labels": np.full(shape, IGNORE, np.int64),
-            "attention_mask": np.zeros(shape, np.int64),
-        }
-        for row, (ids, supervised) in enumerate(documents):
-            made["input_ids"][row, : ids.shape[0]] = ids
-            made["labels"][row, : ids.shape[0]] = np.where(supervised, ids, IGNORE)
-            made["attention_mask"][row, : ids.shape[0]] = 1
-        made["labels"][:, 0] = IGNORE
-        return {key: torch.from_numpy(value) for key, value in made.items()}
+    def micro_batch(self, position: int) -> MicroBatch:  # noqa: D102 - the base says it
+        return self._documents(position)
 
 
 def micro_batches(documents: Documents, config: Config, pad_id: int) -> MicroBatches:
-    """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded batches.
+    """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded rows.
 
     Packs of a file that doesn't fill one have its size: what is padded is computed like any token.
     """
-    if config.packing:
-        whole = -(-documents.tokens // _TILE) * _TILE
-        tokens = min(config.batch_tokens, whole)
-        return PackedBatches(documents, tokens=tokens, pad_id=pad_id, seed=config.seed, longest=config.max_length)
-    return PaddedBatches(documents, batch_size=config.micro_batch, pad_id=pad_id, seed=config.seed)
+    if not config.packing:
+        return PaddedBatches(documents, batch_size=config.micro_batch, pad_id=pad_id, seed=config.seed)
+    if config.layout in ("padded", "alone"):
+        return GroupedBatches(documents, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed)
+    tokens = min(config.batch_tokens, -(-documents.tokens // _TILE) * _TILE)
+    return PackedBatches(documents, tokens=tokens, pad_id=pad_id, seed=config.seed, longest=config.max_length)
+
+
+def assign_rows(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[npt.NDArray[np.int64], int]:
+    """The group of each document, int64 [documents], and the number of groups.
+
+    Longest first, a group takes documents as long as its rows, padded to its longest, hold ``capacity`` tokens or
+    fewer. Documents of one length keep their order.
+
+    Args:
+        lengths: Tokens of each document, none over ``capacity``.
+        capacity: Tokens of a group, padding included.
+    """
+    group_of = np.empty(len(lengths), np.int64)
+    longest_first = np.argsort(-lengths, kind="stable")
+    at = count = 0
+    while at < len(lengths):
+        rows = max(1, capacity // int(lengths[longest_first[at]]))
+        group_of[longest_first[at : at + rows]] = count
+        at, count = at + rows, count + 1
+    return group_of, count
 
 
 def assign_packs(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[npt.NDArray[np.int64], int]:

@@ -28,8 +28,9 @@ Two ways in:
     engine.state_dict(), engine.load_state_dict(...)        # the dropout's place; optimizer has its own
 
 ``batch`` holds ``input_ids`` and ``labels`` int64 [B, S] with ``position_ids`` (packed) or ``attention_mask`` (padded
-on the right) **on the CPU**; ``num_supervised`` is the number of supervised tokens in the whole gradient accumulation
-window, an int or a tensor. The LoRA parameters must be float32 before the engine is made.
+on the right) **on the CPU**, and the documents' ``lengths`` if they are known (:mod:`slimtune.batch`);
+``num_supervised`` is the number of supervised tokens in the whole gradient accumulation window, an int or a tensor. The
+LoRA parameters must be float32 before the engine is made.
 """
 
 from slimtune.engine.engine import Engine

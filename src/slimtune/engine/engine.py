@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.batch import MicroBatch
 from slimtune.engine.attention import ROUND
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.microbatch import MicroBatch
 from slimtune.engine.optimizer import FlatParameters
 from slimtune.engine.structure import CannotFuse, Decoder, read_decoder
 from slimtune.engine.weights import Gradients, Site, unpack_for_training
@@ -171,12 +172,12 @@ class Engine:
     # -- a micro-batch ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward_backward(self, batch: Mapping[str, Tensor], num_supervised: int | Tensor) -> Tensor:
+    def forward_backward(self, batch: Mapping[str, Any], num_supervised: int | Tensor) -> Tensor:
         """The loss of a micro-batch; its gradients are added to the LoRA parameters' ``grad``.
 
         Args:
-            batch: ``input_ids`` and ``labels`` int64 [B, S] with ``position_ids`` (packed) or ``attention_mask``
-                (padded), on the host: a batch on the GPU works, but has to be waited for.
+            batch: What :meth:`slimtune.batch.MicroBatch.of` reads, on the host: a batch on the GPU works, but has to
+                be waited for.
             num_supervised: Supervised tokens in the whole gradient accumulation window (the Trainer's
                 ``num_items_in_batch``), on the host or the device.
 
@@ -184,12 +185,18 @@ class Engine:
             Sum of the supervised tokens' negative log-likelihoods / num_supervised: float32 scalar on the device.
         """
         self._set_inverse(num_supervised)
-        parts = self._micro_batch(batch).split(self.plan.part_tokens)
-        losses = [self._step(part) for part in parts]
+        losses = [self._step(part) for part in self._parts(self._micro_batch(batch))]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _micro_batch(self, batch: Mapping[str, Tensor]) -> MicroBatch:
-        return MicroBatch.of(batch, round_to=ROUND if self.graphs else 1, most=self._inputs.room)
+    def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
+        micro = MicroBatch.of(batch)
+        # Rows of one round length have the fastest attention, and a graph of their own; a CPU needs neither.
+        return micro.levelled(ROUND, self._inputs.room) if micro.padded and self.graphs else micro
+
+    def _parts(self, micro: MicroBatch) -> list[MicroBatch]:
+        """Parts that the memory plan has room for, all of one size."""
+        parts = micro.split(self.plan.part_tokens)
+        return [part.filled(self.plan.part_tokens) for part in parts] if len(parts) > 1 else parts
 
     def _step(self, micro: MicroBatch) -> Tensor:
         self.draws += 1
@@ -215,13 +222,13 @@ class Engine:
         return loss * self._inverse
 
     @torch.no_grad()
-    def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         """Sum of the supervised tokens' negative log-likelihoods (scalar on the device), and their number.
 
         No dropout, no gradient; takes the same batches as :meth:`forward_backward`.
         """
         whole, losses = self._micro_batch(batch), []
-        for micro in whole.split(self.plan.part_tokens):
+        for micro in self._parts(whole):
             key = self._inputs.load(micro, 0)
             x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
             rows, targets = self._inputs.supervised(micro)

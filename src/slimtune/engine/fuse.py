@@ -19,10 +19,10 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
+from slimtune.batch import IGNORED
 from slimtune.engine.attention import Documents, choose
 from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
 from slimtune.engine.loss import token_log_probs
-from slimtune.engine.microbatch import IGNORED
 from slimtune.engine.structure import CannotFuse, Decoder, read_decoder
 from slimtune.engine.weights import Gradients, unpack_for_training
 

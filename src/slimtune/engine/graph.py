@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimtune.batch import MicroBatch
 from slimtune.engine.attention import Documents, Way, choose, padded_tokens
-from slimtune.engine.microbatch import MicroBatch
 from slimtune.errors import UserError
 
 __all__ = ["Inputs", "ShapeKey"]

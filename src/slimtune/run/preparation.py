@@ -197,11 +197,13 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
     if per_epoch is None:
         return []
     if not data.get("packed"):
+        fill = data.get("fill")
+        full_en, full_zh = ("", "") if fill is None else (f", {fill:.1%} full", f"，利用率 {fill:.1%}")
         return [
             Statement(
                 say(
-                    f"One epoch is {per_epoch:,} padded micro-batches.",
-                    f"每轮（epoch）{per_epoch:,} 个补齐后的微批次。",
+                    f"Unpacked, one epoch is {per_epoch:,} padded micro-batches{full_en}.",
+                    f"不打包，每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
                 )
             )
         ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from slimtune.base.load import torch_dtype
+from slimtune.batch import IGNORED
 from slimtune.config import Config
 from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine.structure import EIGHT_BIT_ADAMW, fits
@@ -85,7 +86,7 @@ class FusedTrainer(PlainTrainer):
         """Sum of an evaluation batch's negative log-likelihoods, and the number of its supervised tokens."""
         if self.engine is None:
             return super().evaluation_sum(model, inputs)
-        return self.engine.evaluate({key: value.cpu() for key, value in inputs.items()})
+        return self.engine.evaluate(inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -102,7 +103,7 @@ class FusedTrainer(PlainTrainer):
 def _supervised(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | int:
     if num_items_in_batch is not None:
         return num_items_in_batch
-    return int((inputs["labels"][:, 1:] != -100).sum())
+    return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
 def why_unfused(config: Config, model: nn.Module, adapted: Collection[str] | None = None) -> str | None:

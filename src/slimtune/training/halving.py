@@ -6,60 +6,35 @@ gradients add up to the whole micro-batch's; only dropout's masks and the order 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-import torch
-from torch import Tensor
+from slimtune.batch import MicroBatch
 
-__all__ = ["split_micro_batch"]
-
-IGNORED = -100
+__all__ = ["largest_piece", "split_micro_batch"]
 
 
 def split_micro_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Split a micro-batch between its documents into about ``parts`` pieces of equal length.
+    """Split a micro-batch between its documents into pieces of a ``parts``-th of its tokens, or fewer.
 
     Args:
-        batch: Packed, ``input_ids``, ``labels``, ``position_ids`` [1, T] with positions that restart at 0 in each
-            document; or rows, ``input_ids``, ``labels``, ``attention_mask`` [B, S].
-        parts: Pieces to aim at; a document is never cut, so there may be fewer.
+        batch: As :meth:`slimtune.batch.MicroBatch.of` reads it.
+        parts: Pieces to aim at; a document is never cut, so one that is longer is a piece by itself.
 
     Returns:
-        Pieces in the micro-batch's order. Documents without a supervised token (padding) are left out where a piece
-        has nothing else.
+        Pieces in the micro-batch's order, as :meth:`slimtune.batch.MicroBatch.inputs` makes them. Those that supervise
+        nothing (padding) are left out.
     """
     if parts <= 1:
         return [batch]
-    pieces = _split_rows(batch, parts) if "position_ids" not in batch else _split_packed(batch, parts)
-    supervised = [piece for piece in pieces if bool((piece["labels"] != IGNORED).any())]
-    return supervised or pieces[:1]
+    pieces = _pieces(batch, parts)
+    return [piece.inputs() for piece in [piece for piece in pieces if piece.supervised] or pieces[:1]]
 
 
-def _split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    rows = batch["input_ids"].shape[0]
-    bounds = sorted({round(part * rows / parts) for part in range(parts + 1)})
-    pieces = []
-    for begin, end in itertools.pairwise(bounds):
-        length = int(batch["attention_mask"][begin:end].sum(dim=1).max())
-        pieces.append({name: _part(value, slice(begin, end), slice(0, length)) for name, value in batch.items()})
-    return pieces
+def largest_piece(batch: dict[str, Any], parts: int) -> int:
+    """Tokens that the largest piece of :func:`split_micro_batch` computes."""
+    return max(piece.computed for piece in _pieces(batch, parts))
 
 
-def _split_packed(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    total = batch["input_ids"].shape[1]
-    starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
-    bounds = [0]
-    for start, end in zip(starts, [*starts[1:], total], strict=True):
-        # Close the piece before this document if that comes nearer to an equal share than taking it in.
-        share = total * len(bounds) / parts
-        if start > bounds[-1] and abs(start - share) <= abs(end - share):
-            bounds.append(start)
-    pieces = zip(bounds, [*bounds[1:], total], strict=True)
-    return [
-        {name: _part(value, slice(None), slice(begin, end)) for name, value in batch.items()} for begin, end in pieces
-    ]
-
-
-def _part(value: Any, rows: slice, columns: slice) -> Any:
-    return value[rows, columns] if isinstance(value, Tensor) and value.dim() == 2 else value
+def _pieces(batch: dict[str, Any], parts: int) -> list[MicroBatch]:
+    whole = MicroBatch.of(batch)
+    return whole.split(-(-whole.computed // parts))

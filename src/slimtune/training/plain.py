@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from slimtune.engine.microbatch import IGNORED
+from slimtune.batch import IGNORED
 
 __all__ = ["PlainTrainer", "own_loss"]
 

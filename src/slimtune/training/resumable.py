@@ -27,7 +27,7 @@ from slimtune.run.identity import Identity
 from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
 from slimtune.training.guard import DivergenceGuard, find_nonfinite
-from slimtune.training.halving import split_micro_batch
+from slimtune.training.halving import largest_piece, split_micro_batch
 from slimtune.training.proof import LOOK_AGAIN, is_expert, named, without_gradient
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.saving import Moment, Trained, snapshot
@@ -306,12 +306,12 @@ class ResumableTrainer(Trainer):
         """Roll the step back and run its micro-batches so far in twice as many pieces, until they fit."""
         returned = list(self._step_losses)
         while True:
-            before = max(len(split_micro_batch(inputs, self.progress.pieces)) for inputs in self._step_inputs)
+            before = max(largest_piece(inputs, self.progress.pieces) for inputs in self._step_inputs)
             self.progress.pieces *= 2
-            after = max(len(split_micro_batch(inputs, self.progress.pieces)) for inputs in self._step_inputs)
+            after = max(largest_piece(inputs, self.progress.pieces) for inputs in self._step_inputs)
             self._roll_back(model)
             step = self.state.global_step + 1
-            if after <= before:
+            if after >= before:
                 raise self._stop_by_guard(
                     f"out of memory in step {step} even with one document at a time: {reason}",
                     [],

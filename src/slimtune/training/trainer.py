@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from slimtune.base.tokenizer import save_tokenizer
 from slimtune.data.packing import MicroBatches
 from slimtune.training.fused import FusedTrainer
+from slimtune.training.layout import LayoutTrainer
 from slimtune.training.resumable import ResumableTrainer
 
 __all__ = ["SlimTrainer", "Wrapping"]
@@ -42,7 +43,7 @@ class Wrapping:
     """Base and adapter."""
 
 
-class SlimTrainer(ResumableTrainer, FusedTrainer):
+class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
     """SFTTrainer on slimtune's proven data.
 
     Args:

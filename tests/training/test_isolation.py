@@ -1,0 +1,155 @@
+"""Documents of a micro-batch don't touch each other, whatever the model; where they would, it is found out."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimtune.config import Config
+from slimtune.errors import UserError
+from slimtune.training.isolation import find_layout, lay_out
+from slimtune.training.layout import Layout
+from slimtune.training.packs import DocumentAttention
+from slimtune.training.rng import RandomState
+from tests.tolerances import GRADIENT
+from tests.training import families
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_gradients_are_those_of_the_documents_one_by_one(family: str) -> None:
+    model = families.make(family)
+    found = find_layout(model)
+    assert found.layout.kind == families.FAMILIES[family][1], found.reasons
+    expected = families.one_by_one(model)
+    assert families.distance(families.by_layout(model, found.layout), expected) <= GRADIENT
+    alone = Layout(model, "alone")
+    assert families.distance(families.by_layout(model, alone), expected) <= GRADIENT
+
+
+@contextmanager
+def _nothing(self: DocumentAttention, documents: Any) -> Any:
+    yield
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "opt"])
+def test_a_pack_that_mixes_documents_is_found_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # These hand no positions to their mask, so Transformers' own attention sees all of a pack.
+    model = families.make(family)
+    monkeypatch.setattr(DocumentAttention, "within", _nothing)
+    packed = Layout(model, "packed")
+    assert families.distance(families.by_layout(model, packed), families.one_by_one(model)) > 0.01
+    found = find_layout(model)
+    assert found.layout.kind == "padded"
+    assert "neighbours in a pack" in found.reasons["packed"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1"])
+def test_states_and_convolutions_that_run_on_are_found_out(family: str) -> None:
+    model = families.make(family)
+    # Without the boundaries, for whose sake Transformers refuses, nothing but the proof is in the way.
+    found = find_layout(model)
+    assert found.layout.kind == "padded"
+    leaking = Layout(model, "packed", boundaries=False)
+    assert families.distance(families.by_layout(model, leaking), families.one_by_one(model)) > 0.01
+
+
+class _Toy(nn.Module):
+    """A language model that mixes what it is told to mix."""
+
+    class _Config:
+        @staticmethod
+        def to_dict() -> dict[str, Any]:
+            return {"pad_token_id": 0, 3: "labels have numbers for keys"}
+
+    def __init__(self, mixes: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixes, self.config = mixes, self._Config()
+        self.embed, self.head, self.place = nn.Embedding(64, 32), nn.Linear(32, 64), nn.Embedding(256, 32)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, position_ids: Any = None, attention_mask: Any = None, **_: Any) -> Any:
+        x = self.embed(input_ids)
+        match self.mixes:
+            case "neighbours":
+                x = x + 0.01 * x.roll(1, 1)
+            case "places":  # positions that count through the pack
+                x = x + self.place(torch.arange(x.shape[1]))[None]
+            case "rows":
+                x = x + 0.01 * x.roll(1, 0) if attention_mask is not None else x + 0.01 * x.roll(1, 1)
+            case "padding":
+                x = x + 0.01 * (x.mean(1, keepdim=True) if attention_mask is not None else x.roll(1, 1))
+            case "dropout":
+                x = nn.functional.dropout(x, 0.5, self.training)
+        return type("Output", (), {"logits": self.head(x)})
+
+
+@pytest.mark.parametrize(
+    ("mixes", "kind", "seen"),
+    [
+        ("nothing", "packed", {}),
+        ("dropout", "packed", {}),
+        ("neighbours", "padded", {"packed": "neighbours"}),
+        ("places", "padded", {"packed": "neighbours"}),
+        ("rows", "alone", {"packed": "neighbours", "padded": "other rows"}),
+        ("padding", "alone", {"packed": "neighbours", "padded": "padding"}),
+    ],
+)
+def test_what_mixes_is_found(mixes: str, kind: str, seen: dict[str, str]) -> None:
+    found = find_layout(_Toy(mixes))
+    assert found.layout.kind == kind
+    assert found.reasons.keys() == seen.keys()
+    for name, words in seen.items():
+        assert words in found.reasons[name]
+
+
+def test_nothing_shows_afterwards() -> None:
+    model = families.make("gpt_oss")
+    quiet = model.get_submodule("base_model.model.lm_head").eval()
+    implementation = model.config._attn_implementation
+    torch.manual_seed(11)
+    before = RandomState.capture()
+    find_layout(model)
+    assert torch.equal(RandomState.capture().torch, before.torch)
+    assert model.training
+    assert not quiet.training
+    assert model.config._attn_implementation == implementation
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def config(**changed: Any) -> Config:
+    return Config.make(model="m", data="d.jsonl", compute_dtype="fp32", **changed)
+
+
+def test_the_choice_is_recorded_with_its_reason() -> None:
+    layout, choices = lay_out(config(), families.make("lfm2"), fused=False)
+    assert layout is not None
+    assert layout.kind == "padded"
+    assert [(choice.key, choice.value) for choice in choices] == [("layout", "padded")]
+    assert "can't keep packed sequences apart" in choices[0].reason
+    # what a resumed run is told is taken as it is
+    again, none = lay_out(config(layout="padded"), families.make("lfm2"), fused=False)
+    assert again is not None
+    assert again.kind == "padded"
+    assert not none
+
+
+def test_a_layout_that_is_not_right_is_refused() -> None:
+    with pytest.raises(UserError, match="layout: packed is not right for this model"):
+        lay_out(config(layout="packed"), families.make("lfm2"), fused=False)
+
+
+def test_one_document_a_micro_batch_needs_no_proof() -> None:
+    layout, _ = lay_out(config(packing=False, micro_batch=1), _Toy("rows"), fused=False)
+    assert layout is not None
+    assert layout.kind == "alone"
+    layout, choices = lay_out(config(packing=False, micro_batch=4), _Toy("rows"), fused=False)
+    assert layout is not None
+    assert layout.kind == "alone"
+    assert "other rows" in choices[0].reason

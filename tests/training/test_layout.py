@@ -1,0 +1,99 @@
+"""A run on a model whose packs would mix documents: unpacked, said, resumed as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
+
+from slimtune.batch import LENGTHS, MicroBatch
+from slimtune.config import Config
+from slimtune.recipes import finetune, resume
+from slimtune.run.folder import RunFolder
+from slimtune.training.layout import Layout
+from tests.campaigns import campaign
+from tests.tolerances import GRADIENT
+from tests.training import families
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short convolution and an attention layer, over bytes."""
+    folder = campaign.make_model(tmp_path_factory.mktemp("model") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Lfm2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, layer_types=["conv", "full_attention"], **shape,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(model: Path, output: Path, **more: Any) -> RunFolder:
+    rows = campaign.make_rows(output.parent / "rows.jsonl")
+    values: dict[str, Any] = {
+        "max_steps": 3, "max_length": 128, "micro_batch": 4, "learning_rate": 1e-2, "compute_dtype": "fp32",
+        "quantization": "none", "lora_dropout": 0.0, "optim": "adamw_torch", "eval_share": 0.2, "save_steps": 1,
+        "targets": ("in_proj", "q_proj", "out_proj"),
+    }  # fmt: skip
+    return finetune(Config.make(model=str(model), data=(str(rows),), output=output, **{**values, **more}))
+
+
+def test_a_run_goes_unpacked_and_every_layout_trains_the_same(hybrid: Path, tmp_path: Path) -> None:
+    padded = run(hybrid, tmp_path / "padded")
+    assert padded.config().layout == "padded"
+    facts = padded.read_json(padded.facts_file)
+    (choice,) = (choice for choice in facts["choices"] if choice["key"] == "layout")
+    assert "can't keep packed sequences apart" in choice["reason"]
+    assert not facts["data"]["packed"]
+    assert facts["data"]["fill"] > 0.8
+    alone = run(hybrid, tmp_path / "alone", layout="alone")
+    losses = [[m["loss"] for m in one.metrics() if m.get("loss") is not None] for one in (padded, alone)]
+    evaluated = [[m["eval_loss"] for m in one.metrics() if m.get("eval_loss") is not None] for one in (padded, alone)]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=GRADIENT)
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=GRADIENT)
+    # What was recorded is what a resumed run takes: the same adapter, to the bit, from the second step's checkpoint on.
+    want = load_file(padded.adapter / "adapter_model.safetensors")
+    (padded.checkpoints / "checkpoint-3").rename(tmp_path / "away")
+    again = resume(padded.path)
+    assert again.config().layout == "padded"
+    have = load_file(again.adapter / "adapter_model.safetensors")
+    assert want.keys() == have.keys()
+    assert all(torch.equal(value, have[name]) for name, value in want.items())
+
+
+def test_pieces_of_alone_are_its_documents() -> None:
+    model = families.make("llama")
+    micro = families.documents(padded=True)
+    pieces = Layout(model, "alone").pieces(micro.inputs())
+    supervising = [part.lengths for part in micro.split(1) if part.supervised]
+    assert [piece[LENGTHS] for piece in pieces] == supervising
+    assert all(piece["input_ids"].shape[0] == 1 and bool(piece["attention_mask"].all()) for piece in pieces)
+
+
+@pytest.mark.parametrize("boundaries", [True, False])
+def test_a_model_gets_no_lengths_and_no_argument_that_it_does_not_take(boundaries: bool) -> None:
+    batch = families.documents(padded=False).inputs()
+
+    class Narrow(torch.nn.Linear):
+        def forward(self, input_ids: Any, position_ids: Any, labels: Any, seq_idx: Any = None) -> Any:
+            return input_ids
+
+    with Layout(Narrow(1, 1), "packed", boundaries=boundaries).passed(batch) as passed:
+        assert set(passed) == {"input_ids", "labels", "position_ids"} | ({"seq_idx"} if boundaries else set())
+    with Layout(families.make("llama"), "packed", boundaries=boundaries).passed(batch) as passed:
+        assert ("cu_seq_lens_q" in passed) == boundaries
+        assert LENGTHS not in passed
+    assert MicroBatch.of(batch).lengths == families.LENGTHS
+    if boundaries:
+        ends = torch.tensor(families.LENGTHS).cumsum(0)
+        index = passed["seq_idx"][0]
+        assert passed["cu_seq_lens_q"].tolist() == [0, *ends.tolist()]
+        assert [int((index == at).sum()) for at in range(len(ends))] == list(families.LENGTHS)
