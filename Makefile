@@ -51,6 +51,12 @@ data-campaign: $(STAMP)
 families: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.registry
 
+# A folder of chat templates, each with each kind of conversation: make templates FOLDER=…
+templates: $(STAMP)
+	mkdir -p build
+	TEMPLATES_FOLDER=$(abspath $(FOLDER)) TEMPLATES_RESULT=build/templates.json \
+		$(BIN)/pytest tests/data/test_judge.py -k folder --override-ini timeout=3600
+
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \
 		--custom-compile-command "make lock" pyproject.toml -o requirements.lock

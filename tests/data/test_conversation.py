@@ -74,7 +74,7 @@ def test_text_parts_reasoning_and_other_names_of_roles() -> None:
         ]
     }
     assert normalise(row).messages == [
-        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be brief."},
         USER,
         {**REPLY, "reasoning_content": "They greet."},
     ]

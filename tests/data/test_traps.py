@@ -69,9 +69,13 @@ ROWS: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl", jsonl(turns(("user", "Hello"))),
         "a.jsonl:1: no assistant turn: there is nothing to learn",
     ),
-    "system in the middle": (
-        "a.jsonl", jsonl(turns(("user", "a"), ("system", "b"), ("assistant", "c"))),
-        "a.jsonl:1: turn 2 is a system turn; only the first may be one",
+    "a weight between": (
+        "a.jsonl", jsonl({"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}]}),
+        "a.jsonl:1, field 'messages[1].weight': a reply is learnt (1, true) or not (0, false)",
+    ),
+    "nothing to learn": (
+        "a.jsonl", jsonl({"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "train": False}]}),
+        "a.jsonl:1: no reply is left to learn",
     ),
     "a tool result that nobody asked for": (
         "a.jsonl", jsonl(turns(("user", "a"), ("tool", "b"), ("assistant", "c"))),

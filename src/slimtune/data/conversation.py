@@ -21,6 +21,7 @@ __all__ = [
     "NONCHARACTER",
     "REPAIRS",
     "SHAPES",
+    "SYSTEM_ROLES",
     "Conversation",
     "Message",
     "RowRefused",
@@ -31,7 +32,11 @@ __all__ = [
 ]
 
 Message = dict[str, Any]
-"""role, content, and where present reasoning_content, tool_calls, tool_call_id, name."""
+"""role, content, and where present reasoning_content, tool_calls, tool_call_id, name; of a reply that is shown but not
+to be learnt, ``supervised: False``."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Who gives instructions; templates that don't know a developer take him for the system."""
 
 SHAPES: dict[str, str] = {
     "alpaca": "instruction, input, output, system, history",
@@ -50,7 +55,7 @@ REPAIRS: dict[str, str] = {
     "trailing-turns": "turns after the last reply were left out: nothing answers them",
     "noncharacter": "the noncharacter U+FDD0, which no text should hold, was taken out",
     "system-into-user": "the template has no system turn: the system text was put before the first user turn",
-    "merged-turns": "the template wants user and assistant to alternate: turns of one role in a row were joined",
+    "merged-turns": "the template wants roles to alternate: turns of one role in a row were joined",
     "tools-as-text": "the template has no place for tools: tools, calls and results were written as text",
     "encoded-twice": "a list, or a call's arguments, stood in a text within a text: it was read",
     "python-notation": "a list, or a call's arguments, stood in Python's notation in place of JSON: it was read",
@@ -67,7 +72,7 @@ _ALIKE = dict.fromkeys(("messages", "sharegpt"), ("messages", "sharegpt"))
 _ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
-    "developer": "system", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "developer": "developer", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "function_call": "call", "tool_call": "call", "chatbot": "assistant", "ai": "assistant",
     "prompter": "user", "ipython": "tool",
 }  # fmt: skip
@@ -91,6 +96,8 @@ class Conversation:
     completion_from: int = 0
     """Index of the first message that belongs to the completion (prompt-completion rows), else 0."""
     repairs: list[str] = field(default_factory=list)
+    variables: dict[str, Any] = field(default_factory=dict)
+    """What the row sets in its chat template (``chat_template_kwargs``)."""
 
 
 def detect_shape(value: Mapping[str, Any]) -> str | None:
@@ -150,7 +157,7 @@ def normalise(
     if seen is not None:
         seen[found.shape] += 1
     if unread is not None:
-        unread.update(name for name in value if name not in found.read)
+        unread.update(name for name in value if name not in found.read and name != "chat_template_kwargs")
     read = {"alpaca": _alpaca, "sharegpt": _sharegpt, "prompt-completion": _prompt_completion, "text": _text_row}
     try:
         made = read.get(found.shape, _messages)(found.row)
@@ -158,7 +165,21 @@ def normalise(
         raise RowRefused(found.fields.get(refused.field, refused.field), refused.rule, refused.name) from None
     made.repairs[:0] = repairs
     if made.text is None:
+        made.variables = _variables(value.get("chat_template_kwargs"), made.repairs)
         _check_order(made)
+    return made
+
+
+def _variables(value: Any, repairs: list[str]) -> dict[str, Any]:
+    """What a row sets in its chat template."""
+    where = "chat_template_kwargs"
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        value = from_text(where, value, repairs)
+    if not isinstance(value, Mapping):
+        raise RowRefused(where, f"{kind_of(value)} where an object belongs")
+    made: dict[str, Any] = _clean(where, {key: item for key, item in value.items() if item is not None}, repairs)
     return made
 
 
@@ -184,6 +205,21 @@ def _string(where: str, value: Any, repairs: list[str]) -> str:
         repairs.append("noncharacter")
         return value.replace(NONCHARACTER, "")
     return value
+
+
+def _without_thoughts(where: str, value: Any, repairs: list[str]) -> tuple[Any, str]:
+    """(content without the parts that are thoughts, as Mistral's and OpenAI's files write them; the thoughts)."""
+    if not isinstance(value, list):
+        return value, ""
+    thoughts, rest = [], []
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("thinking", "reasoning"):
+            inner = next((part[key] for key in (kind, "text", "content") if part.get(key) is not None), None)
+            thoughts.append(_content(f"{where}[{number}].{kind}", inner, repairs))
+        else:
+            rest.append(part)
+    return (rest or "") if thoughts else value, "\n\n".join(thoughts)
 
 
 def _content(where: str, value: Any, repairs: list[str]) -> str:
@@ -252,12 +288,15 @@ def _sharegpt(value: Mapping[str, Any]) -> Conversation:
         role = _role(f"{where}.from", turn["from"])
         if role == "call":
             calls = _calls(f"{where}.value", turn["value"], made.repairs)
-            made.messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            made.messages.append(
+                {"role": "assistant", "content": "", "tool_calls": calls} | _supervision(where, "assistant", turn)
+            )
             continue
         content = _content(f"{where}.value", turn["value"], made.repairs)
-        made.messages.append(
-            {"role": role, "content": content if role == "tool" else _filled(f"{where}.value", content)}
-        )
+        if role in SYSTEM_ROLES and not content.strip():
+            continue
+        message = {"role": role, "content": content if role == "tool" else _filled(f"{where}.value", content)}
+        made.messages.append(message | _supervision(where, role, turn))
     return made
 
 
@@ -347,7 +386,27 @@ def read_messages(turns: Any, *, where: str = "messages", repairs: list[str] | N
     repairs = [] if repairs is None else repairs
     if not isinstance(turns, list):
         raise RowRefused(where, f"{kind_of(turns)} where a list belongs")
-    return [_message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
+    made = [_message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
+    return [m for m in made if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
+
+
+_LEARNT = ("weight", "train", "loss", "loss_weight")
+
+
+def _supervision(where: str, role: str, turn: Mapping[str, Any]) -> Message:
+    """``supervised: False`` for a reply that its file marks as one to show, not to learn: ``weight: 0`` (OpenAI,
+    Mistral), ``train: false``, ``loss: false``, ``loss_weight: 0``."""
+    if role != "assistant":
+        return {}
+    made: Message = {}
+    for key in _LEARNT:
+        value = turn.get(key)
+        if value is None or value == 1:
+            continue
+        if not isinstance(value, bool | int | float) or value != 0:
+            raise RowRefused(f"{where}.{key}", "a reply is learnt (1, true) or not (0, false)", "weight")
+        made["supervised"] = False
+    return made
 
 
 def _message(where: str, turn: Any, repairs: list[str]) -> Message:
@@ -362,22 +421,25 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
     calls = turn.get("tool_calls")
     if calls is None and turn.get("function_call") is not None:
         calls = [turn["function_call"]]
-    reasoning = next((turn[k] for k in ("reasoning_content", "reasoning", "thinking") if turn.get(k)), None)
+    reasoning = next((turn[k] for k in ("reasoning_content", "thinking", "reasoning") if turn.get(k)), None)
     if role == "call":
         role, calls = "assistant", _calls(f"{where}.content", turn.get("content"), repairs)
-        return {"role": role, "content": "", "tool_calls": calls}
-    made: Message = {"role": role}
+        return {"role": role, "content": "", "tool_calls": calls} | _supervision(where, role, turn)
+    made: Message = {"role": role} | _supervision(where, role, turn)
     content = turn.get("content")
     if content is None and role == "assistant" and calls:
         content = ""
     elif "content" not in turn:
         raise RowRefused(f"{where}.content", f"missing; the message has {listed(turn)}")
+    if role == "assistant":
+        content, thoughts = _without_thoughts(f"{where}.content", content, repairs)
+        reasoning = reasoning or thoughts or None
     made["content"] = _content(f"{where}.content", content, repairs)
     if reasoning is not None:
         made["reasoning_content"] = _string(f"{where}.reasoning_content", reasoning, repairs)
     if calls:
         made["tool_calls"] = _calls(f"{where}.tool_calls", calls, repairs)
-    elif role != "tool":
+    elif role != "tool" and role not in SYSTEM_ROLES:
         _filled(f"{where}.content", made["content"])
     if role == "tool":
         for key in ("tool_call_id", "name"):
@@ -462,20 +524,17 @@ def _check_order(made: Conversation) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowRefused("", "no assistant turn: there is nothing to learn", "order")
-    if any(role == "system" for role in roles[1:]):
-        at = roles.index("system", 1)
-        raise RowRefused("", f"turn {at + 1} is a system turn; only the first may be one", "order")
-    start = 1 if roles[0] == "system" else 0
     first_user = next((i for i, role in enumerate(roles) if role == "user"), None)
     if first_user is None or "assistant" not in roles[first_user:]:
         raise RowRefused("", "the assistant speaks first and answers nobody", "order")
     last = max(i for i, role in enumerate(roles) if role == "assistant")
     if last + 1 < len(messages):
         made.repairs.append("trailing-turns")
-    if first_user > start:
+    head = [message for message in messages[:first_user] if message["role"] in SYSTEM_ROLES]
+    if first_user > len(head):
         made.repairs.append("leading-reply")
-        made.completion_from = max(0, made.completion_from - (first_user - start))
-    made.messages = messages[:start] + messages[first_user : last + 1]
+        made.completion_from = max(0, made.completion_from - (first_user - len(head)))
+    made.messages = head + messages[first_user : last + 1]
     for at, message in enumerate(made.messages):
         if message["role"] == "tool" and (at == 0 or made.messages[at - 1]["role"] not in ("assistant", "tool")):
             raise RowRefused("", f"turn {at + 1} is a tool result, but no tool was called before it", "order")

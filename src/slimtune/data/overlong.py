@@ -6,7 +6,9 @@ out, and at last the beginning of the first user turn. Raw text is cut where the
 
 from __future__ import annotations
 
-from slimtune.data.conversation import Conversation, Message
+import itertools
+
+from slimtune.data.conversation import SYSTEM_ROLES, Conversation, Message, RowRefused
 from slimtune.data.documents import Mask
 from slimtune.data.render import ChatRenderer
 from slimtune.data.tokens import Ids
@@ -83,8 +85,8 @@ def _cut_first_turn(
 
 
 def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system turn, and the rest cut before each user turn that follows a reply."""
-    head = messages[:1] if messages[0]["role"] == "system" else []
+    """The system turns, and the rest cut before each user turn that follows a reply."""
+    head = list(itertools.takewhile(lambda message: message["role"] in SYSTEM_ROLES, messages))
     made: list[list[Message]] = []
     for message in messages[len(head) :]:
         if not made or (message["role"] == "user" and made[-1][-1]["role"] != "user"):
@@ -96,8 +98,11 @@ def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Messag
 def _fit(
     conversation: Conversation, messages: list[Message], renderer: ChatRenderer, train_on: str, limit: int
 ) -> Encoded | None:
-    part = Conversation(messages, conversation.tools)
-    encoded = _encode(part, renderer, train_on)
+    part = Conversation(messages, conversation.tools, variables=conversation.variables)
+    try:
+        encoded = _encode(part, renderer, train_on)
+    except RowRefused as refused:
+        return [] if refused.name == "nothing-to-learn" else None
     return encoded if all(len(ids) <= limit for ids, _ in encoded) else None
 
 

@@ -28,7 +28,7 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
 from slimtune.data.ledger import Ledger
-from slimtune.data.render import ChatRenderer, renderer_for
+from slimtune.data.render import ChatRenderer, Manner, renderer_for
 from slimtune.data.sources import Source, content_hash, parse_source
 from slimtune.errors import UserError
 
@@ -112,7 +112,7 @@ def examine(
         raise UserError("no data was given", rule="Training needs at least one file or hub id.")
     sources = [parse_source(text) for text in config.data]
     held_out = [parse_source(text) for text in config.eval]
-    renderer = renderer_for(tokenizer, allow_control_tokens=config.allow_control_tokens)
+    renderer = renderer_for(tokenizer, Manner.of(config))
     if formatting_func is not None:
         folder = Path(tempfile.mkdtemp(prefix="slimtune-data-"))
         _write(folder, config, sources, held_out, renderer, "", formatting_func, on_progress)
@@ -303,7 +303,7 @@ def content_key(
             take("eval")
         else:
             take(source.label, source.sample, content_hash(source))
-    take(renderer_for(tokenizer, allow_control_tokens=config.allow_control_tokens).encoder.fingerprint)
+    take(renderer_for(tokenizer, Manner.of(config)).encoder.fingerprint)
     take(tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__)
     take({name: getattr(config, name) for name in _OPTIONS})
     if "strftime_now" in str(tokenizer.chat_template):

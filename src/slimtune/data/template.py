@@ -10,6 +10,7 @@ its size first. Filters, globals and tags are those of Transformers' ``apply_cha
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 import threading
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes as n
 import jinja2.runtime
 import jinja2.sandbox
@@ -104,7 +106,7 @@ def _join(value: Any, d: str = "", attribute: Any = None) -> str:
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
-    def __init__(self) -> None:
+    def __init__(self, today: datetime.date | None) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters = {name: self._bounded_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = _tojson
@@ -116,7 +118,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "dict": dict,
             "namespace": _Namespace,
             "raise_exception": _raise,
-            "strftime_now": _strftime_now,
+            "strftime_now": lambda layout: _strftime_now(layout, today),
             "cycler": jinja2.utils.Cycler,
             "joiner": jinja2.utils.Joiner,
             "_step": self._step,
@@ -303,10 +305,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(layout: str) -> str:
+def _strftime_now(layout: str, today: datetime.date | None) -> str:
+    """``now`` as Transformers' templates know it; of a fixed day, its first moment."""
     if len(layout) > 100:
         _too_long("strftime_now")
-    return datetime.datetime.now().strftime(layout)
+    now = datetime.datetime.now() if today is None else datetime.datetime.combine(today, datetime.time())
+    return now.strftime(layout)
 
 
 class ChatTemplate:
@@ -314,17 +318,18 @@ class ChatTemplate:
 
     Args:
         source: The Jinja source.
-        variables: What it may use beside messages and tools: ``bos_token``, ``eos_token`` and so on.
+        variables: What it may use beside messages and tools: ``bos_token``, ``eos_token``, ``enable_thinking``, …
+        today: The date that ``strftime_now`` writes; the present moment's if None.
 
     Raises:
         TemplateRefused: It is no valid template, or too long.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any], today: datetime.date | None = None) -> None:
         if len(source) > _MAX_SOURCE:
             _too_long("its source")
         self.source = source
-        self._environment = _Environment()
+        self._environment = _Environment(today)
         self._environment.start()
         try:
             self._template = self._environment.from_string(source, globals={**variables, "documents": None})
@@ -332,6 +337,11 @@ class ChatTemplate:
             raise TemplateRefused(f"line {error.lineno}: {error.message}") from None
         except (RecursionError, MemoryError, jinja2.TemplateError, SyntaxError, ValueError, TypeError) as error:
             raise TemplateRefused(f"{type(error).__name__}: {error}") from None
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The variables that it asks for beside those that it sets itself."""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool

@@ -26,7 +26,7 @@ from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.conversation import Conversation
-from slimtune.data.render import prompt_ids, renderer_for
+from slimtune.data.render import Manner, prompt_ids, renderer_for
 from slimtune.errors import UserError
 from slimtune.hardware import detect
 
@@ -76,6 +76,11 @@ class Found:
         return own
 
     @property
+    def manner(self) -> Manner:
+        """How the training rendered conversations."""
+        return Manner.recorded(self.passport.config) if self.passport is not None else Manner()
+
+    @property
     def template(self) -> Path | None:
         """The chat template that lies beside the adapter."""
         file = None if self.adapter is None else self.adapter / "chat_template.jinja"
@@ -116,8 +121,7 @@ class Opened:
         Raises:
             UserError: A message breaks a rule, or the template refuses the conversation.
         """
-        allow = bool(self.found.passport and self.found.passport.config.get("allow_control_tokens"))
-        return prompt_ids(self.tokenizer, messages, tools=tools, allow_control_tokens=allow)
+        return prompt_ids(self.tokenizer, messages, tools=tools, manner=self.found.manner)
 
     @contextmanager
     def as_tuned(self) -> Iterator[None]:

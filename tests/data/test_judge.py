@@ -1,0 +1,49 @@
+"""Templates in the style of each published kind, judged with each kind of conversation.
+
+``make templates FOLDER=…`` judges any folder of templates (TEMPLATES_FOLDER; the counts and every verdict that isn't
+right go to the file that TEMPLATES_RESULT names).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.data import judge
+
+OWN = Path(__file__).parent / "templates" / "kinds"
+FOLDER = Path(os.environ.get("TEMPLATES_FOLDER", OWN))
+NEVER_STOPS = {"no-end"}
+"""The kinds that are refused whole."""
+
+
+@pytest.mark.parametrize("path", sorted(OWN.glob("*.jinja")), ids=lambda path: path.stem)
+def test_what_is_trained_is_what_is_asked_and_written(path: Path) -> None:
+    verdicts = judge.judged(path.stem, path.read_text(encoding="utf-8"))
+    bad = [v for v in verdicts if v.verdict not in ("right", "refused rightly")]
+    assert not bad, "\n".join(f"{v.case}: {v.verdict}: {v.why}" for v in bad)
+    right = sum(v.verdict == "right" for v in verdicts)
+    assert right == 0 if path.stem in NEVER_STOPS else right >= len(judge.CASES) - 3
+
+
+@pytest.mark.skipif("TEMPLATES_FOLDER" not in os.environ, reason="the campaign: make templates FOLDER=…")
+def test_a_folder_of_templates(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = []
+    for path in sorted(FOLDER.glob("**/*.jinja")):
+        verdicts += judge.judged(path.stem, path.read_text(encoding="utf-8"))
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    table = {name: counts[name] for name in judge.VERDICTS}
+    shown = [v for v in verdicts if v.verdict not in ("right", "refused rightly")]
+    with capsys.disabled():
+        print(f"\n{len(verdicts):,} judgements:", ", ".join(f"{count:,} {name}" for name, count in table.items()))
+        for verdict in shown:
+            print(f"{verdict.template} / {verdict.case}: {verdict.verdict}: {' '.join(verdict.why.split())}")
+    if file := os.environ.get("TEMPLATES_RESULT"):
+        said = [vars(verdict) for verdict in shown]
+        Path(file).write_text(json.dumps({**table, "verdicts": said}, indent=1, ensure_ascii=False), encoding="utf-8")
+    assert table["wrong in silence"] == 0
+    assert table["refused wrongly"] < 0.02 * len(verdicts)
