@@ -276,7 +276,9 @@ def _padded_size(query: Tensor, value: Tensor) -> int:
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, mask: PackMask) -> Tensor:
     size = _padded_size(query, value)
     q, k, v = (functional.pad(x, (0, size - x.shape[-1])).squeeze(0).transpose(0, 1) for x in (query, key, value))
-    attention = Attention(mask.documents, "varlen", scale, mask.window)
+    # cuDNN's kernel for rows of one length is faster, and keeps its logsumexp in a form that sinks can't be put into.
+    way = "varlen" if sinks is not None else choose(query.device, query.dtype, size, mask.documents.lengths)
+    attention = Attention(mask.documents, way, scale, mask.window)
     o: Tensor = _Flash.apply(q, k, v, sinks, attention)
     return o[None, ..., : value.shape[-1]]
 
