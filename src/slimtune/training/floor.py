@@ -140,7 +140,9 @@ def _window(module: nn.Module, config: Any) -> int | None:
 def _layer_config(module: nn.Module, config: Any) -> Any:
     """The config of the layer that a module belongs to, where layers differ (Transformers 5.23)."""
     layers, index = getattr(config, "per_layer_config", None), vars(module).get("layer_idx")
-    return config if layers is None or not isinstance(index, int) or index >= len(layers) else layers[index]
+    # Its length is num_hidden_layers, which not every config has.
+    count = getattr(config, "num_hidden_layers", 0)
+    return layers[index] if layers is not None and isinstance(index, int) and index < count else config
 
 
 def _setting(owner: Any, name: str) -> Any:
