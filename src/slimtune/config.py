@@ -97,6 +97,8 @@ class Config(BaseModel):
     """Weight-decomposed LoRA."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained and saved whole beside the adapter (embed_tokens, lm_head)."""
+    add_tokens: Path | None = None
+    """A file of tokens, one a line, that the tokenizer gets; only their rows of embedding and head train."""
     layers: tuple[int, ...] | None = None
     """Only these layers get an adapter (PEFT's layers_to_transform)."""
     rank_pattern: dict[str, PositiveInt] = {}
@@ -227,6 +229,8 @@ class Config(BaseModel):
             raise ValueError("early_stopping needs an evaluation: give eval or eval_share")
         if self.lora_init.startswith(("pissa", "loftq")) and self.quantization != "none":
             raise ValueError(f"lora_init: {self.lora_init} starts from unquantised weights: set quantization: none")
+        if self.add_tokens is not None and {"embed_tokens", "lm_head"} & set(self.modules_to_save):
+            raise ValueError("add_tokens trains single rows, and modules_to_save trains all of embed_tokens or lm_head")
         return self
 
     @property

@@ -34,6 +34,7 @@ from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, remarks
+from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, micro_batches
@@ -184,7 +185,7 @@ def _train(
         choices += more
         targets = find_targets(config, base.model)
         # 2. The adapter; with it, who computes the steps, and how documents fill them.
-        lora = lora_config(config, targets)
+        lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
         reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
         layout, more = lay_out(config, base.model, fused=reason_unfused is None)
         choices += more
@@ -388,6 +389,8 @@ def _read(
             template=config.template,
             trust_remote_code=config.trust_remote_code,
         )
+        if config.add_tokens is not None:
+            add_tokens(tokenizer, config.add_tokens)
         proof = prove(
             config, tokenizer, formatting_func=formatting_func, on_progress=lambda rows: watchdog.beat(activity)
         )
@@ -405,7 +408,7 @@ def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
     # A download shows no progress here, and has timeouts of its own.
     local = Path(model_source(config.model)).is_dir()
     with watchdog.watching("loading the base") if local else nullcontext():
-        return load_base(
+        base = load_base(
             config.model,
             hardware,
             compute_dtype=config.compute_dtype,
@@ -415,6 +418,10 @@ def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
             template=config.template,
             trust_remote_code=config.trust_remote_code,
         )
+        if config.add_tokens is not None:
+            base.new_tokens = add_tokens(base.tokenizer, config.add_tokens)
+            make_room(base.model, base.new_tokens)
+    return base
 
 
 def _facts(

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
+from slimtune.adapter.files import attach_adapter
 from slimtune.adapter.merged import MergedWeights
 from slimtune.errors import UserError
 from slimtune.use.load import find
@@ -52,6 +53,12 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "tied, embedding adapter": ({"target_modules": ["q_proj", "embed_tokens"]}, True),
     "head adapter": ({"target_modules": ["q_proj", "lm_head"]}, False),
     "tied, head adapter": ({"target_modules": ["q_proj", "lm_head"]}, True),
+    "rows": (
+        {"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [7, 3]}},
+        False,
+    ),
+    "rows of the embedding": ({"target_modules": ATTENTION, "trainable_token_indices": [7, 3]}, False),
+    "tied, rows": ({"target_modules": ATTENTION, "trainable_token_indices": [7, 3]}, True),
 }
 
 
@@ -99,12 +106,65 @@ def test_merged_is_base_plus_adapter(kind: str, tmp_path: Path) -> None:
     assert float((bare - expected).abs().max()) > 1e-3  # the adapter does something
 
 
+NEW = [300, 301, 302]
+RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
+    "rows": ({"trainable_token_indices": {"embed_tokens": NEW, "lm_head": NEW}}, False),
+    "tied, rows": ({"trainable_token_indices": NEW}, True),
+    "whole": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "tied, whole": ({"modules_to_save": ["embed_tokens", "lm_head"]}, True),
+    "tied, embedding whole": ({"modules_to_save": ["embed_tokens"]}, True),
+    "nothing but saved": ({}, False),
+    "tied, nothing but saved": ({}, True),
+    "fewer": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+}
+
+
+@pytest.mark.parametrize("saves", ["auto", False])
+@pytest.mark.parametrize("kind", RESIZED)
+def test_an_adapter_of_another_vocabulary_is_attached_and_merged(kind: str, saves: bool | str, tmp_path: Path) -> None:
+    options, tied = RESIZED[kind]
+    base = _tiny(tmp_path / "base", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(290 if kind == "fewer" else 303)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=ATTENTION, **options)
+    wrapped = get_peft_model(model, config).eval()
+    draw = torch.Generator().manual_seed(1)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=saves)
+    ids = torch.tensor([[5, 7, 289, 11]] if kind == "fewer" else [[5, 300, 301, 7, 302]])
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if not saves and kind == "tied, embedding whole":
+        with pytest.raises(UserError, match="of 303 rows"):
+            attach_adapter(fresh, tmp_path / "adapter")
+        with pytest.raises(UserError, match="of 303 rows"):
+            MergedWeights(base, tmp_path / "adapter")
+        return
+    if not saves and "nothing" in kind:
+        return  # then nothing of the new vocabulary is in the file
+    attached = attach_adapter(fresh, tmp_path / "adapter").eval()
+    weights = MergedWeights(base, tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    write_weights(weights, tmp_path / "merged")
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(weights.config))
+    merged, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    with torch.inference_mode():
+        expected = wrapped(ids).logits
+        torch.testing.assert_close(attached(ids).logits, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(merged(ids).logits, expected, atol=2e-5, rtol=1e-4)
+    assert merged.config.vocab_size == expected.shape[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"target_modules": ATTENTION, "init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"target_modules": ATTENTION, "init_lora_weights": "olora"}, "init_lora_weights: olora"),
-        ({"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices"),
         ({"target_modules": ["embed_tokens"], "use_dora": True}, r"DoRA on model.embed_tokens \(Embedding\)"),
     ],
 )
@@ -165,6 +225,7 @@ def test_nothing_is_left_of_a_merge_that_fails(adapter: Path, tmp_path: Path, mo
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
+from slimtune.adapter.files import attach_adapter
 from slimtune.adapter.merged import MergedWeights
 from slimtune.use.merge import write_weights
 base, adapter, output = map(Path, sys.argv[1:])

@@ -3,8 +3,9 @@
 LoRA (arXiv:2106.09685): W' = W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732).
 DoRA (arXiv:2402.09353, section 4): rows are scaled to the trained magnitudes m: W' = m / ||W + s B A|| (W + s B A).
 An embedding's adapter, and that of a weight stored as [in, out], is added transposed. On a stack of experts each has an
-A and a B of its own (PEFT's ``target_parameters``). Parameters that were trained whole replace the base's. All sums are
-made in fp32 and rounded once, to the base's own dtype.
+A and a B of its own (PEFT's ``target_parameters``). Parameters that were trained whole replace the base's, and so do
+single rows of tokens (PEFT's ``trainable_token_indices``). All sums are made in fp32 and rounded once, to the base's
+own dtype.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimtune.adapter.files import attach_adapter
+from slimtune.adapter.files import ADAPTER_WEIGHTS, attach_adapter
 from slimtune.errors import UserError
 
-__all__ = ["Change", "read_changes", "why_not_mergeable"]
+__all__ = ["Change", "read_changes", "rows_made", "trains_rows", "why_not_mergeable"]
 
 Change = Callable[[Tensor], Tensor]
 """Takes a parameter of the base, gives it changed, in the same dtype."""
@@ -31,7 +34,7 @@ _ROWS_BYTES = 64 * 2**20
 _EXACT_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 # Options of PEFT's LoraConfig whose adapters aren't W + s B A; each would need a formula of its own.
 _OTHER_FORMULAS = (
-    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "use_qalora",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora",
     "use_bdlora", "kasa_config", "monteclora_config", "velora_config", "ensure_weight_tying",
 )  # fmt: skip
 
@@ -66,11 +69,37 @@ def read_changes(model: PreTrainedModel, folder: Path) -> dict[str, Change]:
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLayer):
             changes |= _of_layer(_plain(name), module, folder)
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            changes |= _of_rows(_plain(name), module, changes, folder)
     for name, parameter in wrapped.named_parameters():
-        if not parameter.is_meta and ".lora_" not in name:  # trained whole: modules_to_save, or biases
-            plain = _plain(name)
-            changes[plain] = _Whole(parameter.data, changes.get(plain))
+        if parameter.is_meta or ".lora_" in name or ".trainable_tokens_delta." in name:
+            continue
+        # Trained whole (modules_to_save, or biases), or saved beside what trained, as a resized embedding is.
+        plain = _plain(name)
+        before = changes.get(plain)
+        changes[plain] = _Whole(parameter.data, before.then if isinstance(before, _Whole) else before)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as handle:
+        for name in model.all_tied_weights_keys:  # on loading, what is tied becomes one parameter again
+            key = f"base_model.model.{name}"
+            if key in handle.keys() and name not in changes:  # noqa: SIM118 - safe_open is no mapping
+                changes[name] = _Whole(handle.get_tensor(key), None)
     return changes
+
+
+class _Rows:
+    """Single rows of a matrix that were trained, of one that may have grown; what is new besides is the mean."""
+
+    def __init__(self, rows: list[int], values: Tensor, size: int) -> None:
+        self.rows, self.values, self.size = rows, values, size
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        known = min(weight.shape[0], self.size)
+        made = torch.empty(self.size, *weight.shape[1:], dtype=weight.dtype)
+        made[:known] = weight[:known]
+        if known < self.size:
+            made[known:] = weight.mean(0, dtype=torch.float32).to(weight.dtype)
+        made[self.rows] = self.values.to(weight.dtype)
+        return made
 
 
 class _Whole:
@@ -82,6 +111,18 @@ class _Whole:
     def __call__(self, weight: Tensor) -> Tensor:
         saved = self.saved.to(weight.dtype)
         return saved if self.then is None else self.then(saved)
+
+
+def trains_rows(change: Change) -> bool:
+    """Whether single rows are what was trained."""
+    return isinstance(change, _Rows) or (isinstance(change, _Whole) and isinstance(change.then, _Rows))
+
+
+def rows_made(change: Change | None, rows: int) -> int:
+    """How many rows a matrix has after a change, of ``rows`` before."""
+    if isinstance(change, _Rows):
+        return change.size
+    return change.saved.shape[0] if isinstance(change, _Whole) else rows
 
 
 class _Added:
@@ -163,6 +204,15 @@ def _of_layer(name: str, layer: LoraLayer, folder: Path) -> dict[str, Change]:
     return changes
 
 
+def _of_rows(name: str, layer: TrainableTokensLayer, changes: Mapping[str, Change], folder: Path) -> dict[str, Change]:
+    """The rows of one embedding or head."""
+    plain = f"{name}.weight"
+    if plain in changes:
+        raise UserError(f"the adapter in {folder} trains rows of {plain}, and a low-rank sum beside them")
+    rows, size = list(layer.token_indices["default"]), layer.get_base_layer().weight.shape[0]
+    return {plain: _Rows(rows, layer.trainable_tokens_delta["default"].data, size)}
+
+
 def _of_experts(layer: ParamWrapper, scaling: float) -> Change:
     """A stack's A is [experts · r, in], its B [out, r · experts] with the expert counting fastest (PEFT,
     ``ParamWrapper.get_delta_weight``); the parameter is [experts, out, in], or [experts, in, out] where its module says
@@ -178,4 +228,7 @@ def _of_experts(layer: ParamWrapper, scaling: float) -> Change:
 
 def _plain(name: str) -> str:
     """A name within PEFT's wrapping as the base has it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
+    plain = name.removeprefix("base_model.model.")
+    for part in (".token_adapter", ".base_layer", ".original_module", ".modules_to_save.default"):
+        plain = plain.replace(part, "")
+    return plain

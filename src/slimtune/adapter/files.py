@@ -20,6 +20,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from slimtune.adapter.vocabulary import fit_vocabulary, is_copy
 from slimtune.base.packed import Mxfp4Tensor
 from slimtune.base.trust import check_adapter_folder
 from slimtune.errors import UserError
@@ -242,7 +243,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> PeftModel:
-    """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does.
+    """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does; its vocabulary becomes the adapter's.
 
     Args:
         model: The base; or, ``on_meta``, its modules without weights, of which only the adapter's get some, on the CPU.
@@ -252,13 +253,14 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
     Raises:
         UserError: The adapter doesn't fit the model, its file is damaged, or it could do more than hold an adapter.
     """
-    adapter_config(folder)
+    settings = adapter_config(folder)
     device = {"torch_device": "cpu"} if on_meta else {}
     try:
         # PeftModel.from_pretrained, in its two steps, for it keeps the second one's result to itself: of names that
         # don't fit it warns, and the model answers as its base.
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not on_meta
+        fit_vocabulary(model, folder, settings, folder / ADAPTER_WEIGHTS)
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         wrapped: PeftModel = kind(model, config, "default", low_cpu_mem_usage=on_meta)
         if on_meta:
@@ -267,7 +269,8 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise _unfit(folder, " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])) from error
-    for problem, names in (("lacks", loaded.missing_keys), ("holds the unknown", loaded.unexpected_keys)):
+    unknown = [name for name in loaded.unexpected_keys if not is_copy(name)]
+    for problem, names in (("lacks", loaded.missing_keys), ("holds the unknown", unknown)):
         if names:
             raise _unfit(folder, f"it {problem} {names[0].removeprefix('base_model.model.')}")
     return wrapped

@@ -17,8 +17,13 @@ from slimtune.errors import UserError
 __all__ = ["Coverage", "check_names", "coverage", "give_dropout_", "lora_config"]
 
 
-def lora_config(config: Config, targets: Targets) -> LoraConfig:
+def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | None = None) -> LoraConfig:
     """PEFT's ``LoraConfig`` for this run (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353).
+
+    Args:
+        config: The run's.
+        targets: What gets an adapter.
+        rows: By the name of an embedding or head, the rows of it that train.
 
     Raises:
         UserError: Experts are among the targets, and an option that PEFT doesn't have for them.
@@ -42,6 +47,7 @@ def lora_config(config: Config, targets: Targets) -> LoraConfig:
         layers_to_transform=None if config.layers is None or not targets.modules else list(config.layers),
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
+        trainable_token_indices=rows or None,
     )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from slimtune.adapter.change import Change, read_changes, why_not_mergeable
+from slimtune.adapter.change import Change, read_changes, rows_made, trains_rows, why_not_mergeable
 from slimtune.adapter.files import TensorSpec, UnpackedFiles, adapter_config
 from slimtune.adapter.layout import Layout, Unit
 from slimtune.base.classes import skeleton
@@ -40,7 +41,7 @@ class MergedWeights:
         self.files = UnpackedFiles(base)
         self.specs: dict[str, TensorSpec] = dict(self.files.specs)
         """In the order in which they are best asked for: the tensors of one unit side by side."""
-        self._changes: Mapping[str, Change] = {}
+        self._changes: dict[str, Change] = {}
         self._units: dict[str, Unit] = {}  # of the changed tensors
         self._sources: dict[str, str] = {}  # a tensor that the files lack → the one it begins as
         self._made: dict[str, Tensor] = {}  # of the unit at hand, those not yet asked for
@@ -79,7 +80,7 @@ class MergedWeights:
         if reason := why_not_mergeable(adapter_config(adapter)):
             raise UserError(
                 f"the adapter in {adapter} can't be merged: {reason}",
-                rule="slimtune merges what can be merged exactly: LoRA, rsLoRA, DoRA, modules_to_save, biases.",
+                rule="slimtune merges what can be merged exactly: LoRA, rsLoRA, DoRA, modules_to_save, tokens, biases.",
                 way_out="Use it unmerged: chat, generate, eval and serve load it onto its base.",
             )
         model: Any = skeleton(base, trust_remote_code=trust_remote_code)
@@ -88,6 +89,7 @@ class MergedWeights:
         ends = [_weight_name(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
         self._changes = read_changes(deepcopy(model), adapter)  # PEFT's wrapping hides parameters from the layout
         self._untie(tied, ends)
+        self._fit_vocabulary(adapter, ends)
         tried: list[Any] = []
         for parameter in self._changes:
             unit = self._layout.units.get(parameter)
@@ -103,9 +105,16 @@ class MergedWeights:
         self._side_by_side()
 
     def _untie(self, tied: Mapping[str, str], ends: list[str]) -> None:
-        """A head that was tied to the embedding is a tensor of its own once either of them has changed."""
+        """A head that was tied to the embedding is a tensor of its own once either of them has changed.
+
+        Rows that train are the embedding's and the head's at once, and leave them tied.
+        """
         for target, source in tied.items():
             if not {target, source} & set(self._changes):
+                continue
+            if target not in self._changes and trains_rows(self._changes[source]):
+                if target in self._layout.units:  # the files hold it twice
+                    self._changes[target] = self._changes[source]
                 continue
             if {target, source} != set(ends):
                 raise UserError(
@@ -119,6 +128,31 @@ class MergedWeights:
             for config in (self.config, self.config.get("text_config", {})):
                 if config is self.config or "tie_word_embeddings" in config:
                     config["tie_word_embeddings"] = False
+
+    def _fit_vocabulary(self, adapter: Path, ends: list[str]) -> None:
+        """Embedding, head and config have the adapter's number of rows.
+
+        Raises:
+            UserError: The adapter makes the two differ.
+        """
+        sizes: dict[str, int] = {}
+        for end in dict.fromkeys(ends):
+            unit = self._layout.units.get(end)
+            if unit is None:
+                continue  # tied, and once in the files
+            [name] = unit.names
+            spec = self.specs[name]
+            sizes[end] = rows_made(self._changes.get(end), spec.shape[0])
+            self.specs[name] = replace(spec, shape=(sizes[end], *spec.shape[1:]))
+        if len(set(sizes.values())) > 1:
+            told = " and ".join(f"{end} of {size:,} rows" for end, size in sizes.items())
+            raise UserError(
+                f"the adapter in {adapter} makes {told}",
+                rule="A model has one vocabulary, and the adapter doesn't hold what the other was.",
+            )
+        for part in (self.config, self.config.get("text_config") or {}):
+            if "vocab_size" in part and sizes and set(ends) & set(self._changes):
+                part["vocab_size"] = next(iter(sizes.values()))
 
     def _side_by_side(self) -> None:
         """Order the tensors so that those of one unit follow each other: then each unit is made once."""

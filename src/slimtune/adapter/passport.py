@@ -227,7 +227,9 @@ def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
         return Path(text).name if Path(text).is_absolute() or text.startswith((".", "~")) else text
 
     named: dict[str, Any] = {key: [name(text) for text in config[key]] for key in ("data", "eval")}
-    named |= {key: None if config[key] is None else name(config[key]) for key in ("start_from", "template")}
+    named |= {
+        key: None if config[key] is None else name(config[key]) for key in ("start_from", "template", "add_tokens")
+    }
     return {**config, **named}
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimtune.adapter.files import ADAPTER_WEIGHTS, attach_adapter
 from slimtune.adapter.state import adapter_tensors
+from slimtune.base.quantize import is_adapters
 
 __all__ = ["ReadBack", "read_back"]
 
@@ -49,7 +50,7 @@ def read_back(base: PreTrainedModel, folder: Path, ids: list[int]) -> ReadBack:
     saved = load_file(folder / ADAPTER_WEIGHTS)
     model: PeftModel = attach_adapter(base, folder)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or ".modules_to_save." in name)
+        parameter.requires_grad_(is_adapters(name))
     loaded = adapter_tensors(model)
     matching = saved.keys() == loaded.keys() and all(
         torch.equal(saved[name].to(loaded[name].dtype), loaded[name].detach().cpu()) for name in saved

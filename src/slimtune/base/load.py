@@ -17,6 +17,7 @@ from slimtune.base.source import from_pretrained, local_revision, model_source
 from slimtune.base.stored import stored_format
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.base.trust import check_attention
+from slimtune.base.vocabulary import NewTokens
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
@@ -37,6 +38,8 @@ class Base:
     """Weights lie in 4 bits."""
     format: str
     """What they lie in: nf4, fp4, mxfp4, mxfp4+nf4; none if they are plain."""
+    new_tokens: NewTokens | None = None
+    """The tokens that a run adds; tokenizer and model have them."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -148,10 +148,15 @@ def _checksum(tensor: Tensor) -> int:
     return (total + int.from_bytes(tail, "little")) % 2**64
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a parameter of a wrapped model, by its name, is the adapter's."""
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+
+
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every base parameter, by its name without PEFT's wrapping."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
+        if is_adapters(name):
             continue
         plain = name.removeprefix("base_model.model.")
         while ".base_layer." in plain:  # PEFT wraps a module with two adapted parameters twice

@@ -32,8 +32,8 @@ _SHOWN_CHARACTERS = 1500
     "--ledger", "ledger_file", type=click.Path(path_type=Path), help="Write the account of every changed row."
 )
 @some_config_options(
-    "revision", "trust_remote_code", "format", "map", "prefer", "template", "max_length", "overlong", "train_on",
-    "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
+    "revision", "trust_remote_code", "format", "map", "prefer", "template", "add_tokens", "max_length", "overlong",
+    "train_on", "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
 )  # fmt: skip
 def command(
     data: tuple[str, ...],
@@ -59,6 +59,7 @@ def command(
         from rich.console import Console
 
         from slimtune.base.tokenizer import load_tokenizer, remarks
+        from slimtune.base.vocabulary import add_tokens
         from slimtune.cli.page import Page
         from slimtune.data import examine, micro_batches
         from slimtune.data.page import page
@@ -75,6 +76,8 @@ def command(
             template=config.template,
             trust_remote_code=config.trust_remote_code,
         )
+        if config.add_tokens is not None:
+            add_tokens(tokenizer, config.add_tokens)
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
         batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)

@@ -178,6 +178,7 @@ def fits_options(config: Config) -> str | None:
         "DoRA": config.dora,
         "biases that train": config.lora_bias != "none",
         "modules_to_save": bool(config.modules_to_save),
+        "rows of added tokens that train": config.add_tokens is not None,
         "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
         "a router's auxiliary loss": config.router_aux_loss is not None,
         f"the optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
@@ -298,7 +299,7 @@ def _plain_head(inner: Any) -> bool:
 
 
 def _is_bare(module: Any) -> bool:
-    return not hasattr(module, "base_layer") and not hasattr(module, "modules_to_save")
+    return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
 
 
 def _read_layer(index: int, module: Any, config: Any, *, frozen: bool) -> Layer:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from slimtune.adapter.files import attach_adapter
+from slimtune.adapter.vocabulary import base_rows
+from slimtune.base.vocabulary import fit_rows
 from slimtune.errors import UserError
 from slimtune.use.load import Found, Opened, find, open_model, stop_ids
 
@@ -65,6 +67,8 @@ def open_all(
         trust_remote_code=first.trust_remote_code,
     )
     base: Any = opened.model if first.adapter is None else opened.model.unload()
+    if (rows := base_rows(first.base)) is not None:
+        fit_rows(base, rows)  # each adapter's copy gets the vocabulary of its own
     made: dict[str, Opened] = {}
     for model in models:
         if model.found.adapter is None:

@@ -97,6 +97,12 @@ def _rank(tuned: Sequence[Named]) -> int:
                 rule="Experts are adapted so, and vLLM leaves such adapters out or refuses them.",
                 way_out="Merge it (slimtune merge) and serve the merged model.",
             )
+        if config.get("trainable_token_indices") or config.get("modules_to_save"):
+            raise UserError(
+                f"{model.name} trains rows of tokens or whole modules beside its adapter",
+                rule="vLLM loads the low-rank part of an adapter alone.",
+                way_out="Merge it (slimtune merge) and serve the merged model.",
+            )
         ranks.append(max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]))
     highest = max(ranks)
     fitting = [rank for rank in _RANKS if rank >= highest]

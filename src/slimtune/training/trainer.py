@@ -82,6 +82,11 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
             peft_config=lora,
             callbacks=callbacks,
         )
+        head = self.model.get_output_embeddings()
+        if hasattr(head, "token_adapter"):
+            # TRL's loss asks the head for weight and bias, and PEFT's wrapper of trained rows hands only the weight on.
+            # A head that has a bias was refused (base/vocabulary.py).
+            head.bias = None
         # The Trainer prints its logs as dicts where it has no bar; slimtune's callbacks take them instead.
         self.remove_callback(PrinterCallback)
         # TRL casts the adapters of a quantised base to bf16, whose 8 bits of mantissa lose small updates, and which a

@@ -68,7 +68,15 @@ def documents_of(opened: Opened, data: tuple[str, ...]) -> Documents:
     """
     trained = opened.found.passport.config if opened.found.passport else {"model": opened.found.name}
     # What only training needs, and files that may be gone, are left out.
-    mine = {"data": data, "eval": (), "eval_share": 0.0, "early_stopping": None, "template": None, "output": None}
+    mine = {
+        "data": data,
+        "eval": (),
+        "eval_share": 0.0,
+        "early_stopping": None,
+        "template": None,
+        "add_tokens": None,
+        "output": None,
+    }
     config = Config.make(**{**trained, **mine})
     with TemporaryDirectory() as folder:
         return prove(keep_stdin(config, Path(folder)), opened.tokenizer).train
