@@ -108,7 +108,8 @@ def test_every_verb_knows_the_tokens(run: RunFolder, model: Path, rows: Path) ->
 
 
 def test_merged_and_exported_it_is_a_base_with_the_tokens(run: RunFolder, tmp_path: Path) -> None:
-    folder = merge(find(str(run.path)), tmp_path / "merged")
+    folder = tmp_path / "merged"
+    merge(find(str(run.path)), folder)
     read = AutoTokenizer.from_pretrained(folder)
     assert read.convert_tokens_to_ids(list(TOKENS)) == [KNOWN, KNOWN + 1]
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
