@@ -31,6 +31,8 @@ _UNRANKED = (
 )  # fmt: skip
 """Two replies, the better one named elsewhere in a way of each publisher's own."""
 _LABELS = ("label", "kto_tag")
+_SIGNS = frozenset({*_LABELS, *_WORSE, "output"}.union(*_PAIRS, *_UNRANKED))
+"""A row without any of these columns is no preference data: most rows are told by that alone."""
 _TURNS = ("conversations", "conversation", "messages")
 _QUESTIONS = ("prompt", "question", "instruction", "query", "input")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -46,6 +48,8 @@ def chosen_row(value: Mapping[str, Any], prefer: str | None) -> Mapping[str, Any
     Raises:
         RowRefused: It is preference data and ``prefer`` is None, or its reply isn't wanted, or which one is isn't said.
     """
+    if _SIGNS.isdisjoint(value):
+        return value
     labelled = _label(value)
     if labelled is not None:
         name, wanted = labelled

@@ -17,7 +17,7 @@ from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 
 __all__ = ["Standard", "check_media", "standard_row", "unknown_shape"]
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 
 _TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "turns", "chat", "data")
@@ -34,6 +34,7 @@ _CHOICES = ("choices", "options", "b")
 """Columns of a multiple-choice question, which the question alone doesn't ask."""
 _THOUGHTS = ("reasoning_content", "thinking", "complex_cot", "chain_of_thought")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
+_SYSTEMS = frozenset(_SYSTEM)
 _BESIDE = frozenset({*_SYSTEM, "tools", "chat_template_kwargs"})
 """Columns that are read beside the turns."""
 _ALPACA = frozenset({"instruction", "input", "output", "system", "history"})
@@ -52,7 +53,7 @@ def check_media(value: Mapping[str, Any]) -> None:
     Raises:
         RowRefused: It has such a column with something in it.
     """
-    for name in value.keys() & set(_MEDIA):
+    for name in () if _MEDIA.isdisjoint(value) else sorted(value.keys() & _MEDIA):
         if not value[name] or (isinstance(value.get("text"), str) and not _PLACEHOLDER.search(value["text"])):
             continue  # of raw text it is one more column that isn't read
         raise RowRefused(name, f"a column of {name.rstrip('s')}s; only text is trained on", "media")
@@ -97,7 +98,7 @@ def standard_row(value: Mapping[str, Any], repairs: list[str]) -> Standard | Non
 
 def _with_system(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with a system text beside its turns under the name ``system``."""
-    name = next((name for name in _SYSTEM if value.get(name)), None)
+    name = None if _SYSTEMS.isdisjoint(value) else next((name for name in _SYSTEM if value.get(name)), None)
     if name is None or (name == "system" and isinstance(value[name], str)):
         return value
     return {**value, "system": _text_of(value[name])}
