@@ -68,6 +68,10 @@ def test_what_cannot_be_piped_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="is empty"):
         keep_stdin(Config.make(data="-"), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+    pipe(monkeypatch, b"Once there was a door.")
+    with pytest.raises(UserError, match=r"neither JSON nor a table(.|\n)*--format text"):
+        keep_stdin(Config.make(data="-"), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
     with pytest.raises(UserError, match="stands twice"):
         keep_stdin(Config.make(data="-", eval="-"), tmp_path)
     with pytest.raises(UserError, match="can't be read here"):

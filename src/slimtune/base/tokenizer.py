@@ -29,8 +29,10 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model``, with its own chat template or the one in ``template``.
 
+    It may have none: raw text needs none, and conversations say so where they are rendered.
+
     Raises:
-        UserError: It can't be loaded, has no chat template, or the template file can't be read.
+        UserError: It can't be loaded, or the template file can't be read.
     """
     source = model_source(model)
     check_folder(source, trust_remote_code)
@@ -40,12 +42,6 @@ def load_tokenizer(
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat template {template} can't be read: {error}") from None
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {model} has no chat template",
-            rule="slimtune trains chat models: a template says how turns become tokens.",
-            way_out="Give one: --template FILE.jinja",
-        )
     return tokenizer
 
 

@@ -18,10 +18,11 @@ _HEAD = 2**16
 def keep_stdin(config: Config, folder: Path) -> Config:
     """The config with ``-`` among ``data`` or ``eval`` replaced by a file in ``folder`` that holds standard input.
 
-    What it holds is told by its beginning: JSON, parquet, a compressed file of JSON lines, a table with a header, text.
+    What it holds is told by its beginning: JSON, parquet, a compressed file of JSON lines, a table with a header. Raw
+    text is taken only where ``format`` says so: a table whose columns aren't known must not be trained on as text.
 
     Raises:
-        UserError: Nothing comes, or ``-`` stands twice.
+        UserError: Nothing comes, or ``-`` stands twice, or it isn't told what comes.
     """
     asked = [name for name in (*config.data, *config.eval) if _IS_STDIN.match(name)]
     if not asked:
@@ -34,8 +35,8 @@ def keep_stdin(config: Config, folder: Path) -> Config:
     head = stream.read(_HEAD)
     if not head.strip():
         raise UserError("data - (standard input) is empty", rule="Data holds at least one row.")
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder.resolve() / f"stdin{_ending(head, config.format)}"
+    folder.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
         out.write(head)
         shutil.copyfileobj(stream, out)
@@ -58,6 +59,11 @@ def _ending(head: bytes, kind: str) -> str:
     if text[:1] in (b"{", b"["):
         return ".json"
     first = text.split(b"\n", 1)[0]
-    if kind.startswith("text") or not (b"," in first or b"\t" in first):
+    if kind.startswith("text"):
         return ".txt"
+    if not (b"," in first or b"\t" in first):
+        raise UserError(
+            "data - (standard input) is neither JSON nor a table with a header",
+            way_out="Raw text is taken with --format text, text-lines or text-whole.",
+        )
     return ".tsv" if b"\t" in first else ".csv"

@@ -76,6 +76,12 @@ def export_gguf(
     check_needs(kind)
     weights = MergedWeights(found.base, found.adapter, trust_remote_code=found.trust_remote_code)
     tokenizer = found.tokenizer()
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{found.name} has no chat template",
+            rule="An exported model is asked, and certified, by its template.",
+            way_out="Train with one: --template FILE.jinja",
+        )
     check_family(weights.config, tokenizer)
     name = name or output.name
     file_name = f"{name}-{kind}.gguf"

@@ -56,8 +56,6 @@ class Found:
             tokenizer = load_tokenizer(str(self.base), template=self.template, trust_remote_code=self.trust_remote_code)
         else:
             tokenizer = read_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
-            if not tokenizer.chat_template:
-                raise UserError(f"the tokenizer in {self.adapter} has no chat template")
             if self.passport is not None and not is_hashed_whole(self.passport):
                 tokenizer = self._trained_with(self.passport, tokenizer)
         if self.passport is not None:
@@ -231,11 +229,13 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The last supervised token of a reply as training renders it.
+    """The last supervised token of a reply as training renders it; without a template, of raw text.
 
     Raises:
         UserError: The chat template is invalid, or ends no reply with a control token.
     """
+    if not tokenizer.chat_template:
+        return int(tokenizer.eos_token_id)
     renderer = renderer_for(tokenizer)
     exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     draft = renderer.drafts(Conversation(messages=exchange))[-1]
