@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +9,9 @@ from slimtune.errors import UserError
 from slimtune.use.generate import Reply, generate
 from slimtune.use.load import Opened
 from slimtune.use.lookup import Lookup
+from slimtune.use.rows import KeptRows
 from slimtune.use.sampling import Draws, Sampling
 
-generate_module = importlib.import_module("slimtune.use.generate")
 ASKED = (
     "Hi",
     "What is the capital of France?",
@@ -75,17 +73,17 @@ def test_what_a_reply_repeats_takes_fewer_passes_and_changes_nothing(
     words = "tea, milk, bread, eggs, rice, salt"
     prompt = opened.prompt_ids([{"role": "user", "content": f"Repeat this list ten times: {words}; {words}; {words}"}])
     passes: list[int] = []
-    forward = generate_module._forward
+    step = KeptRows.step
 
-    def counted(model: Any, ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counted(rows: KeptRows, ids: torch.Tensor) -> torch.Tensor:
         passes.append(ids.shape[1])
-        return forward(model, ids, *arguments)
+        return step(rows, ids)
 
-    monkeypatch.setattr(generate_module, "_forward", counted)
+    monkeypatch.setattr(KeptRows, "step", counted)
     greedy = Sampling(max_new_tokens=70)
     assert _in_order(list(generate(opened, [prompt], greedy))) == [_alone(opened, prompt, 70)]
     assert len(passes) < 50
-    assert max(passes[1:]) > 7
+    assert max(passes) > 7
     drawn = Sampling(temperature=0.6, max_new_tokens=40, seed=5)
     with_drafts = _in_order(list(generate(opened, [prompt], drawn)))
     wrong = (lambda self, history, most: [1, history[-1], 2][:most]), (lambda self, history, most: [])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slimtune.cli.imports import fast_imports
-from slimtune.cli.using import model_options, sampling_options
+from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ def command(
     Ctrl-C stops a reply and keeps the conversation.
     """
     with fast_imports():
-        import torch
-
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.chat import ChatSession
         from slimtune.use.load import open_model
@@ -56,7 +54,7 @@ def command(
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
-        torch.manual_seed(seed)
+        say_if_slow(opened)
         session = ChatSession(opened, sampling, system)
         if prompt is not None:
             session.reply(_utf8(prompt, "--prompt"), _show)

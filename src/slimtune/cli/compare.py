@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from slimtune.cli.imports import fast_imports
-from slimtune.cli.using import model_options, sampling_options
+from slimtune.cli.using import model_options, sampling_options, say_if_slow
 
 __all__ = ["command"]
 
@@ -63,6 +63,7 @@ def command(
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
+        say_if_slow(opened)
         made = compare(opened, data, checker=check, general=general, sampling=sampling)
     folder = output or Path(target)
     folder.mkdir(parents=True, exist_ok=True)

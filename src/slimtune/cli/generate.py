@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from slimtune.cli.imports import fast_imports
-from slimtune.cli.using import model_options, sampling_options
+from slimtune.cli.using import model_options, sampling_options, say_if_slow
 
 __all__ = ["command"]
 
@@ -55,6 +55,7 @@ def command(
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
+        say_if_slow(opened)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("answering", total=None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-__all__ = ["model_options", "sampling_options"]
+if TYPE_CHECKING:
+    from slimtune.use.load import Opened
+
+__all__ = ["model_options", "sampling_options", "say_if_slow"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,3 +48,12 @@ def sampling_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def say_if_slow(opened: Opened) -> None:
+    """Tell, in one line, where this model's replies are computed in a slower way than others', and why."""
+    from slimtune.use.way import way_of
+
+    slow = way_of(opened).slow
+    if slow is not None:
+        click.echo(slow, err=True)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers.generation.streamers import BaseStreamer
-
 from slimtune.errors import UserError
-from slimtune.use.attention import any_length
+from slimtune.use.decode import decode
 from slimtune.use.load import Opened
-from slimtune.use.sampling import Sampling
+from slimtune.use.sampling import Draws, Sampling
 from slimtune.use.stream import TextStream
 
 __all__ = ["ChatSession"]
@@ -31,6 +28,7 @@ class ChatSession:
         self.sampling = sampling
         self.system = system
         self.turns: list[dict[str, Any]] = []
+        self._replies = 0
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -50,17 +48,16 @@ class ChatSession:
             UserError: The conversation has outgrown the model's context.
         """
         self.turns.append({"role": "user", "content": text})
-        said = _Spoken(TextStream(self.opened.tokenizer), self.opened.stop_ids, show)
+        said = _Spoken(TextStream(self.opened.tokenizer), show)
         try:
             ids = self.opened.prompt_ids(self.messages)
-            room = self._room(len(ids))
-            with torch.inference_mode(), any_length():
-                self.opened.model.generate(
-                    torch.tensor([ids], device=self.opened.device),
-                    attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.opened.device),
-                    generation_config=self.sampling.generation_config(self.opened, room),
-                    streamer=said,
-                )
+            # Each reply of the session has draws of its own, the same ones whenever the session is had again.
+            draws = Draws(self.sampling, [self._replies])
+            self._replies += 1
+            for _, token in decode(self.opened, [ids], [self._room(len(ids))], draws):
+                if token not in self.opened.stop_ids:
+                    said.push(token)
+            said.end()
         finally:
             if said.text:
                 self.turns.append({"role": "assistant", "content": said.text})
@@ -80,22 +77,16 @@ class ChatSession:
         return min(self.sampling.max_new_tokens, context - used)
 
 
-class _Spoken(BaseStreamer):
-    """Takes generate's tokens, shows their text, and keeps it."""
+class _Spoken:
+    """Takes tokens, shows their text, and keeps it."""
 
-    def __init__(self, stream: TextStream, stop_ids: tuple[int, ...], show: Callable[[str], None]) -> None:
-        self.stream, self.stop_ids, self.show = stream, stop_ids, show
+    def __init__(self, stream: TextStream, show: Callable[[str], None]) -> None:
+        self.stream, self.show = stream, show
         self.text = ""
-        self._prompt_came = False
 
-    def put(self, value: torch.Tensor) -> None:
-        """Transformers hands over the prompt first, then each token."""
-        if not self._prompt_came:
-            self._prompt_came = True
-            return
-        for token in value.reshape(-1).tolist():
-            if token not in self.stop_ids:
-                self._say(self.stream.push(token))
+    def push(self, token: int) -> None:
+        """The next token."""
+        self._say(self.stream.push(token))
 
     def end(self) -> None:
         """The reply is over."""

@@ -1,0 +1,66 @@
+"""Every kind of architecture gives the tokens that it gives without a cache, whatever is in its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slimtune.use.chat import ChatSession
+from slimtune.use.decode import decode
+from slimtune.use.generate import generate
+from slimtune.use.load import Opened
+from slimtune.use.sampling import Draws, Sampling
+from slimtune.use.way import way_of
+from tests.use.families import FAMILIES, WINDOW, greedy, make_opened, prompts
+
+NEW = 24
+# Shorter and longer than the window, two of one length, two that are read together, and one of a single token.
+MIXED = prompts(5, 21, 21, 38, 36, 1)
+SHARED = prompts(14, 22, 25, 41, 39, shared=12)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def opened(request: pytest.FixtureRequest) -> Opened:
+    return make_opened(request.param)
+
+
+@pytest.mark.parametrize("asked", [MIXED, SHARED], ids=["mixed", "one beginning"])
+def test_a_batch_gives_what_each_prompt_gives_alone_and_uncached(opened: Opened, asked: list[list[int]]) -> None:
+    expected = [greedy(opened, prompt, NEW) for prompt in asked]
+    assert len({token for reply in expected for token in reply}) > 5
+    replies = {reply.index: reply.ids for reply in generate(opened, asked, Sampling(max_new_tokens=NEW))}
+    assert [replies[index] for index in range(len(asked))] == expected
+    # None of them was right only because it was computed the slow way.
+    assert way_of(opened).slow is None
+
+
+def test_rows_leave_and_the_last_one_goes_on(opened: Opened) -> None:
+    asked = sorted(SHARED, key=len, reverse=True)
+    limits = [3, 9, NEW, 1, 6]
+    said: list[list[int]] = [[] for _ in asked]
+    for row, token in decode(opened, asked, limits, Draws(Sampling(), range(len(asked)))):
+        said[row].append(token)
+    expected = [greedy(opened, prompt, limit) for prompt, limit in zip(asked, limits, strict=True)]
+    assert [reply[: len(e)] for reply, e in zip(said, expected, strict=True)] == expected
+
+
+def test_a_guess_that_fails_leaves_no_trace(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.use.lookup.Lookup.draft", lambda self, history, most: [7, history[-1], 9][:most])
+    [prompt] = prompts(WINDOW + 4)
+    [reply] = generate(opened, [prompt], Sampling(max_new_tokens=NEW))
+    assert reply.ids == greedy(opened, prompt, NEW)
+
+
+def test_chat_gives_them_too(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    [prompt] = prompts(WINDOW + 9)
+    monkeypatch.setattr(Opened, "prompt_ids", lambda self, messages, tools=None: prompt)
+    expected = opened.tokenizer.decode(greedy(opened, prompt, NEW), skip_special_tokens=True)
+    assert ChatSession(opened, Sampling(max_new_tokens=NEW)).reply("anything", lambda text: None) == expected
+
+
+def test_memory_of_a_row_is_measured(opened: Opened) -> None:
+    way = way_of(opened)
+    assert way.state_bytes + way.token_bytes > 0
+    if opened.found.name == "llama":
+        assert way.token_bytes == 2 * 2 * 2 * 16 * torch.float32.itemsize  # keys and values, layers, heads, head size
+        assert way.state_bytes == 0
