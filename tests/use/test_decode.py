@@ -11,8 +11,14 @@ from slimtune.use.generate import generate
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Draws, Sampling
 from slimtune.use.way import way_of
-from tests.use.families import FAMILIES, WINDOW, greedy, make_opened, prompts
+from tests.use.families import WINDOW, greedy, make_opened, prompts
 
+# Windows, sinks, chunks, distances instead of positions, learned positions, layers that use another's keys, experts,
+# latent attention; recurrent layers alone, beside attention and in one layer with it; a text model among others.
+FAMILIES = (
+    "llama", "mistral", "gemma3_text", "gemma4_text", "gpt_oss", "llama4_text", "bloom", "mpt", "gpt2", "qwen3_moe",
+    "deepseek_v3", "mamba", "qwen3_5_text", "lfm2", "falcon_h1", "qwen3_vl",
+)  # fmt: skip
 NEW = 24
 # Shorter and longer than the window, two of one length, two that are read together, and one of a single token.
 MIXED = prompts(5, 21, 21, 38, 36, 1)
@@ -62,5 +68,7 @@ def test_memory_of_a_row_is_measured(opened: Opened) -> None:
     way = way_of(opened)
     assert way.state_bytes + way.token_bytes > 0
     if opened.found.name == "llama":
-        assert way.token_bytes == 2 * 2 * 2 * 16 * torch.float32.itemsize  # keys and values, layers, heads, head size
+        config = opened.model.config
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        assert way.token_bytes == 2 * layers * heads * config.head_dim * torch.float32.itemsize
         assert way.state_bytes == 0
