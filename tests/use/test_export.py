@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from slimtune.adapter.merged import MergedWeights
@@ -20,6 +21,7 @@ from slimtune.use.gguf_file import _rope_factors, pre_tokenizer, write_gguf
 from slimtune.use.load import find
 from slimtune.use.ollama import read_turns
 from slimtune.use.parity import PROMPTS
+from tests.data.tokenizers import BUILT
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -117,7 +119,7 @@ def test_llama_3s_frequencies_are_divided_as_transformers_divides_them() -> None
 def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> None:
     from copy import deepcopy
 
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
 
     other = deepcopy(tokenizer)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,6 +127,16 @@ def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> 
     assert pre_tokenizer(other) == "gpt-2"
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), bytes_only])
     assert pre_tokenizer(other) == "smollm"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    # What llama.cpp does under the name: it takes a word that is a token whole, or not (Llama 3's; Smaug's).
+    for whole, name in ((True, "llama-bpe"), (False, "smaug-bpe")):
+        other.backend_tokenizer.model.ignore_merges = whole
+        assert pre_tokenizer(other) == name
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), bytes_only])
     with pytest.raises(UserError, match="way of splitting text isn't known"):
         pre_tokenizer(other)
@@ -164,3 +176,23 @@ def test_a_template_that_is_no_sequence_of_turns_has_no_go_template(tokenizer: A
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     assert read_turns(other) is None
+
+
+def test_added_tokens_have_the_types_that_llama_cpps_converter_gives_them(tmp_path: Path) -> None:
+    tokenizer = BUILT["byte-level"].make()
+    names = ("<|fim_prefix|>", "<｜fim▁hole｜>", "<think>", "<unused7>", "<pad>")
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, vocab_size=len(tokenizer) + 2, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    write_gguf(MergedWeights(tmp_path / "base", None), tokenizer, tmp_path / "m.gguf", "f16", name="m", turn_end=2)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    made = {
+        name: gguf.TokenType(types[tokenizer.convert_tokens_to_ids(name)]).name for name in (*names, "<|end|>", "a")
+    }
+    assert made == {
+        "<|fim_prefix|>": "CONTROL", "<｜fim▁hole｜>": "CONTROL", "<think>": "USER_DEFINED", "<unused7>": "CONTROL",
+        "<pad>": "CONTROL", "<|end|>": "CONTROL", "a": "NORMAL",
+    }  # fmt: skip
+    assert [gguf.TokenType(types[at]).name for at in (-2, -1)] == ["UNUSED", "UNUSED"]

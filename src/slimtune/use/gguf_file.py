@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,14 @@ FAMILIES: dict[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen
 _PERMUTED = {"llama"}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS + r"\p{N}" + _REST: "qwen2", _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
+_SPLITS = {
+    (_WORDS + r"\p{N}" + _REST, False): "qwen2",
+    (_WORDS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
+    (_WORDS + r"\p{N}{1,3}" + _REST, False): "smaug-bpe",
+}
+"""llama.cpp's name for a pattern, and for whether a word that is a token is taken whole (``ignore_merges``)."""
+_CONTROL_LIKE = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+"""Added tokens that llama.cpp's converter takes for control tokens though they aren't marked so: ``<|fim_prefix|>``."""
 _Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
@@ -68,12 +76,14 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     splitter = backend["pre_tokenizer"] or {}
     parts = splitter.get("pretokenizers", [splitter])
     kinds = [part.get("type") for part in parts]
+    whole_words = bool(backend["model"].get("ignore_merges"))
     if backend["model"]["type"] == "BPE" and not backend["model"].get("byte_fallback"):
-        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not whole_words:
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and not whole_words:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(parts[0]["pattern"].get("Regex", ""))):
+        pattern = parts[0]["pattern"].get("Regex", "") if kinds == ["Split", "ByteLevel"] else ""
+        if (name := _SPLITS.get((pattern, whole_words))) is not None:
             return name
     raise UserError(
         "this tokenizer can't be exported to GGUF: llama.cpp's name for its way of splitting text isn't known",
@@ -174,7 +184,8 @@ def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_
         tokens[at], types[at] = text, int(gguf.TokenType.NORMAL)
     for added in backend["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+        control = added["special"] or _CONTROL_LIKE.fullmatch(added["content"])
+        types[added["id"]] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in backend["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
