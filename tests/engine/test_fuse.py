@@ -85,7 +85,7 @@ def test_refuses_with_a_reason() -> None:
     with pytest.raises(CannotFuse, match="no LoRA adapter"):
         fuse(models.make_base("llama").requires_grad_(False))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
-    with pytest.raises(CannotFuse, match="family"):
+    with pytest.raises(CannotFuse, match="models of type gpt2"):
         fuse(gpt2)
 
 

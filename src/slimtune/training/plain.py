@@ -8,6 +8,7 @@ counted for every class, and :attr:`PlainTrainer.own_head` puts the model's own 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -106,8 +107,18 @@ def own_loss(
     asked = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
     if with_router:
         asked["output_router_logits"] = True
-    outputs = model(**asked)
+    with _one_dtype(model):
+        outputs = model(**asked)
     targets = inputs["labels"][:, 1:].to(outputs.logits.device)
     mask = targets != IGNORED
     loss = functional.cross_entropy(outputs.logits[:, :-1][mask].float(), targets[mask], reduction="sum")
     return loss, mask.sum(), outputs.aux_loss if with_router else None
+
+
+def _one_dtype(model: Any) -> Any:
+    """Autocast to a 16-bit base's dtype, if it isn't on: what trains is in fp32, a copy of the head too."""
+    weight = model.get_input_embeddings().weight
+    device = weight.device.type
+    if weight.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, weight.dtype)
