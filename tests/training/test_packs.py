@@ -38,8 +38,8 @@ def documents(device: str = "cpu") -> Documents:
     return documents_of(LENGTHS, torch.device(device))
 
 
-def starts() -> Tensor:
-    return torch.cat([torch.full((length,), sum(LENGTHS[:at])) for at, length in enumerate(LENGTHS)])
+def starts(device: str = "cpu") -> Tensor:
+    return torch.cat([torch.full((length,), sum(LENGTHS[:at]), device=device) for at, length in enumerate(LENGTHS)])
 
 
 def expected(
@@ -62,13 +62,17 @@ def expected(
     return torch.einsum("bnts,bnsd->btnd", weights / total, value)
 
 
+def packed(*at: Tensor) -> Any:
+    """What Transformers makes where it is told the positions."""
+    return and_masks(causal_mask_function, packed_sequence_mask_function(starts(str(at[-1].device))[None]))(*at)
+
+
 PATTERNS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
     "causal": (causal_mask_function, lambda q, k: q >= k),
     "window": (sliding_window_causal_mask_function(6), lambda q, k: q - k < 6),
     "wide window": (sliding_window_causal_mask_function(64), lambda q, k: q >= k),
     "chunks": (chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.int64)), lambda q, k: q // 8 == k // 8),
-    # what Transformers makes where it is told the positions
-    "packed": (and_masks(causal_mask_function, packed_sequence_mask_function(starts()[None])), lambda q, k: q >= k),
+    "packed": (packed, lambda q, k: q >= k),
 }
 
 
