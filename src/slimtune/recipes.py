@@ -374,7 +374,8 @@ def _check_inputs(config: Config) -> None:
         why_unfused(config, skeleton(folder, trust_remote_code=config.trust_remote_code))
     if config.export:
         base = local_base(model_source(config.model), config.revision)
-        check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export)
+        init = None if config.lora_init == "default" else config.lora_init
+        check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export, init)
 
 
 def _read(

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GgufConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from slimtune.adapter.merged import MergedWeights
 from slimtune.errors import GuardStop, UserError
 from slimtune.use import export
-from slimtune.use.export import export_gguf
+from slimtune.use.export import check_exportable, export_gguf
 from slimtune.use.gguf_file import _rope_factors, pre_tokenizer, write_gguf
 from slimtune.use.load import find
 from slimtune.use.ollama import read_turns
@@ -33,12 +41,23 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SHAPE, vocab_size=49152),
     # Transformers reads no head size from a GGUF file: it takes Qwen 3's own, 128, for every Qwen 3 model.
     "qwen3": Qwen3Config(**SHAPE, vocab_size=49152, head_dim=128),
+    # Nor the experts' size, which it takes for 768.
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, vocab_size=49152, num_experts=12, num_experts_per_tok=2, moe_intermediate_size=768, norm_topk_prob=True
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "f16"), ("llama", "q8_0"), ("mistral", "f16"), ("qwen2", "q8_0"), ("qwen3", "f16")],
+    [
+        ("llama", "f16"),
+        ("llama", "q8_0"),
+        ("mistral", "f16"),
+        ("qwen2", "q8_0"),
+        ("qwen3", "f16"),
+        ("qwen3_moe", "f16"),
+    ],
 )
 def test_each_family_read_back_by_transformers_computes_the_same(
     family: str, kind: Any, tmp_path: Path, tokenizer: Any
@@ -59,6 +78,18 @@ def test_each_family_read_back_by_transformers_computes_the_same(
         expected, got = model(ids).logits.log_softmax(-1), read(ids).logits.log_softmax(-1)
     divergence = float((expected.exp() * (expected - got)).sum(-1).mean())
     assert divergence < {"f16": 1e-5, "q8_0": 1e-3}[kind]
+
+
+def test_what_cannot_be_exported_is_said_before_training(tmp_path: Path, tokenizer: Any) -> None:
+    Qwen3MoeConfig(**SHAPE, mlp_only_layers=[0], norm_topk_prob=True).save_pretrained(tmp_path / "partly")
+    FAMILIES["llama"].save_pretrained(tmp_path / "llama")
+    for folder in ("partly", "llama"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    with pytest.raises(UserError, match="mixture of experts can't be exported"):
+        check_exportable(find(str(tmp_path / "partly")), ["f16"])
+    with pytest.raises(UserError, match="init_lora_weights: pissa"):
+        check_exportable(find(str(tmp_path / "llama")), ["f16"], "pissa")
+    check_exportable(find(str(tmp_path / "llama")), ["f16"])
 
 
 def test_the_run_as_gguf_says_what_the_adapter_says(adapter: Path, tmp_path: Path) -> None:

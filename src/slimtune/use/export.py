@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.merged import MergedWeights, read_model_config
 from slimtune.errors import UserError
 from slimtune.use.gguf_file import check_family, write_gguf
@@ -45,16 +46,29 @@ def check_needs(kind: Kind) -> None:
         )
 
 
-def check_exportable(found: Found, kinds: Sequence[Kind]) -> None:
-    """Refuse exports that can't be made of ``found``, before it is trained.
+def check_exportable(found: Found, kinds: Sequence[Kind], init: str | None = None) -> None:
+    """Refuse exports that can't be made of ``found``, before it is trained or its weights are read.
+
+    Args:
+        found: The run, adapter or bare model.
+        kinds: The exports.
+        init: How an adapter that is to be trained starts, in PEFT's words; None if there is one already, or none.
 
     Raises:
-        UserError: A tool is missing, or the model's family or tokenizer can't be written as GGUF.
+        UserError: A tool is missing, the model's family or tokenizer can't be written as GGUF, or the adapter that
+            would be trained couldn't be merged.
     """
     for kind in kinds:
         check_needs(kind)
-    if kinds:
-        check_family(read_model_config(found.base), found.tokenizer())
+    if not kinds:
+        return
+    check_family(read_model_config(found.base), found.tokenizer())
+    if reason := why_not_mergeable({"init_lora_weights": init}):
+        raise UserError(
+            f"what this run trains can't be exported: {reason}",
+            rule="An export holds base and adapter merged.",
+            way_out="Leave the export, or train with lora_init: default.",
+        )
 
 
 def export_gguf(
@@ -73,7 +87,7 @@ def export_gguf(
         UserError: A tool is missing, or the model can't be exported.
         GuardStop: What was written doesn't say the same; nothing is left of it.
     """
-    check_needs(kind)
+    check_exportable(found, (kind,))
     weights = MergedWeights(found.base, found.adapter, trust_remote_code=found.trust_remote_code)
     tokenizer = found.tokenizer()
     if not tokenizer.chat_template:
@@ -82,7 +96,6 @@ def export_gguf(
             rule="An exported model is asked, and certified, by its template.",
             way_out="Train with one: --template FILE.jinja",
         )
-    check_family(weights.config, tokenizer)
     name = name or output.name
     file_name = f"{name}-{kind}.gguf"
     end = turn_end(tokenizer)

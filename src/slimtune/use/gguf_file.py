@@ -1,9 +1,9 @@
 """Write a model as GGUF, the file that llama.cpp and Ollama run: F16 or Q8_0, tensor by tensor, by the gguf package.
 
-Tensor names come from the package's own map. Llama and Mistral store q and k with the rotary halves interleaved
-(llama.cpp, ``convert_hf_to_gguf.py``, ``LlamaModel.permute``); Qwen2 and Qwen3 store them as they are. The tokenizer is
-written as training used it; its way of splitting text is recognised by structure; one without a name in llama.cpp is
-refused.
+Tensor names come from the package's own map; a layer's experts, single in the base's files, are stacked. Llama and
+Mistral store q and k with the rotary halves interleaved (llama.cpp, ``convert_hf_to_gguf.py``, ``LlamaModel.permute``);
+Qwen2 and Qwen3 store them as they are. The tokenizer is written as training used it; its way of splitting text is
+recognised by structure; one without a name in llama.cpp is refused.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from slimtune.errors import UserError
 
 __all__ = ["FAMILIES", "check_family", "pre_tokenizer", "write_gguf"]
 
-FAMILIES: dict[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+FAMILIES: dict[str, str] = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"
+}  # fmt: skip
 """Transformers' model types that can be written, and llama.cpp's name of each."""
 _PERMUTED = {"llama"}
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.\d+\.(?P<projection>.+)")
+_ROUTER = "ffn_gate_inp.weight"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {
@@ -62,8 +66,19 @@ def check_family(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             f"a model with {rope!r} rotary embeddings can't be exported to GGUF",
             way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
         )
+    if family == "qwen3moe" and not _is_plain_mixture(config):
+        raise UserError(
+            "this mixture of experts can't be exported to GGUF",
+            rule="llama.cpp knows Qwen 3's with experts in every layer, their weights made to sum to one.",
+            way_out="Merge it, and use the merged folder.",
+        )
     pre_tokenizer(tokenizer)
     return family
+
+
+def _is_plain_mixture(config: dict[str, Any]) -> bool:
+    everywhere = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
+    return everywhere and bool(config.get("norm_topk_prob"))
 
 
 def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -116,26 +131,27 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _hyperparameters(writer, config)
     _tokenizer(writer, tokenizer, int(config["vocab_size"]), turn_end)
-    names = _names(weights, family)
-    plans = {tensor: _type(weights.specs[tensor].shape, kind) for tensor in names}
+    sources = _sources(weights, family)
+    shapes = {target: _shape(weights, tensors) for target, tensors in sources.items()}
+    plans = {target: _type(target, shape, kind) for target, shape in shapes.items()}
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
-    for tensor, target in names.items():
-        shape = weights.specs[tensor].shape
-        stored = gguf.quant_shape_to_byte_shape(shape, plans[tensor])  # its last axis counts bytes
-        if plans[tensor] is _Q8:
+    for target, shape in shapes.items():
+        stored = gguf.quant_shape_to_byte_shape(shape, plans[target])  # its last axis counts bytes
+        if plans[target] is _Q8:
             writer.add_tensor_info(target, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=_Q8)
         else:
-            plain = np.float16 if plans[tensor] is gguf.GGMLQuantizationType.F16 else np.float32
+            plain = np.float16 if plans[target] is gguf.GGMLQuantizationType.F16 else np.float32
             writer.add_tensor_info(target, shape, np.dtype(plain), math.prod(stored))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for tensor in names:
-        writer.write_tensor_data(_values(weights[tensor], tensor, config, family, plans[tensor]))
+    for target, tensors in sources.items():
+        parts = [_values(weights[name], name, config, family, plans[target]) for name in tensors]
+        writer.write_tensor_data(np.stack(parts) if _EXPERT.fullmatch(tensors[0]) else parts[0])
     writer.close()
 
 
@@ -155,6 +171,10 @@ def _hyperparameters(writer: Any, config: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
     writer.add_vocab_size(int(config["vocab_size"]))
+    if experts := config.get("num_experts") or config.get("num_local_experts"):  # old and new configs' name
+        writer.add_expert_count(int(experts))
+        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
+        writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
@@ -207,23 +227,37 @@ def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def _names(weights: MergedWeights, family: str) -> dict[str, str]:
+def _sources(weights: MergedWeights, family: str) -> dict[str, list[str]]:
+    """For each tensor of the GGUF file the base's that it is made of: one, or a layer's experts in their order."""
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family)
     known = gguf.get_tensor_name_map(architecture, int(weights.config["num_hidden_layers"]))
     tied = bool(weights.config.get("tie_word_embeddings"))
-    names = {}
+    sources: dict[str, list[str]] = {}
     for tensor in weights:
         if (tied and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq"):
             continue
-        target = known.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        expert = _EXPERT.fullmatch(tensor)
+        name = f"{expert['stack']}.{expert['projection']}" if expert else tensor
+        target = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise UserError(f"the model's tensor {tensor} has no place in a {family} GGUF file")
-        names[tensor] = str(target)
-    return names
+        sources.setdefault(str(target), []).append(tensor)
+    return {target: sorted(tensors, key=_number) for target, tensors in sources.items()}
 
 
-def _type(shape: tuple[int, ...], kind: str) -> Any:
-    if len(shape) < 2:
+def _number(tensor: str) -> int:
+    """An expert's number; 0 for what is none."""
+    return int(tensor.rpartition(".experts.")[2].partition(".")[0]) if _EXPERT.fullmatch(tensor) else 0
+
+
+def _shape(weights: MergedWeights, tensors: list[str]) -> tuple[int, ...]:
+    shape = weights.specs[tensors[0]].shape
+    return (len(tensors), *shape) if _EXPERT.fullmatch(tensors[0]) else shape
+
+
+def _type(target: str, shape: tuple[int, ...], kind: str) -> Any:
+    """As llama.cpp's converter chooses: vectors and routers stay whole."""
+    if len(shape) < 2 or target.endswith(_ROUTER):
         return gguf.GGMLQuantizationType.F32
     return _Q8 if kind == "q8_0" and shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F16
 
