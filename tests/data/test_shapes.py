@@ -104,6 +104,10 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]], list[str]]] = {
                     {"role": "assistant", "text": "Blue.", "replies": []}]}]}]}},
         [Q, A, Q2, A2], ["message_tree_id"],
     ),
+    "instruction, instances (self-instruct)": (
+        {"id": "1", "instruction": "Key?", "instances": [{"input": "", "output": "Pot."}]}, [Q, A], ["id"],
+    ),
+    "instruction, target": ({"instruction": "Key?", "target": "Pot."}, [Q, A], []),
     "a list as JSON text": ({"messages": json.dumps(messages(Q, A))}, [Q, A], []),
     "a list as pandas prints it": ({"conversations": str(turns(Q, A))}, [Q, A], []),
     "an empty column of pictures": ({"image": None, "conversations": turns(Q, A)}, [Q, A], ["image"]),
@@ -126,6 +130,66 @@ def test_thoughts_and_calls_in_columns_of_their_own() -> None:
     made = normalise({"query": "Key?", "answers": '[{"name": "look", "arguments": {"at": 1}}]', "tools": tools})
     assert made.messages[-1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}
     assert made.tools[0]["function"]["name"] == "look"
+
+
+CALLED = [
+    {"role": "user", "content": "Key?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"at": 1}}}]},
+    {"role": "tool", "content": "found", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "Pot."},
+]  # fmt: skip
+SCHEMA = {"type": "object", "properties": {"at": {"type": "integer"}}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "Anthropic": {
+        "tools": [{"name": "look", "description": "Looks.", "input_schema": SCHEMA}],
+        "messages": [
+            {"role": "user", "content": "Key?"},
+            {"role": "assistant", "content": [{"type": "text", "text": "I look."},
+                                              {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1",
+                                          "content": [{"type": "text", "text": "found"}]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Pot."}]},
+        ],
+    },
+    "Bedrock": {
+        "toolConfig": {"tools": [{"toolSpec": {"name": "look", "description": "Looks.",
+                                               "inputSchema": {"json": SCHEMA}}}]},
+        "messages": [
+            {"role": "user", "content": [{"text": "Key?"}]},
+            {"role": "assistant", "content": [{"text": "I look."},
+                                              {"toolUse": {"toolUseId": "c1", "name": "look", "input": {"at": 1}}}]},
+            {"role": "user", "content": [{"toolResult": {"toolUseId": "c1", "content": [{"text": "found"}]}}]},
+            {"role": "assistant", "content": [{"text": "Pot."}]},
+        ],
+    },
+    "Gemini": {
+        "tools": [{"functionDeclarations": [{"name": "look", "description": "Looks.", "parameters": SCHEMA}]}],
+        "contents": [
+            {"role": "user", "parts": [{"text": "Key?"}]},
+            {"role": "model", "parts": [{"text": "I look."}, {"functionCall": {"name": "look", "args": {"at": 1}}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "look", "response": {"is": "found"}}}]},
+            {"role": "model", "parts": [{"text": "Pot."}]},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("publisher", BLOCKS)
+def test_calls_and_results_among_a_contents_parts_are_turns_of_their_own(publisher: str) -> None:
+    made = normalise(BLOCKS[publisher])
+    expected = json.loads(json.dumps(CALLED))
+    if publisher == "Gemini":  # calls have no ids there, and a result is an object
+        expected[1]["tool_calls"][0]["id"] = "call00000"
+        expected[2] = {"role": "tool", "content": '{"is": "found"}', "name": "look"}
+    assert made.messages == expected
+    function = {"name": "look", "description": "Looks.", "parameters": SCHEMA}
+    assert made.tools == [{"type": "function", "function": function}]
+
+
+def test_a_row_that_is_its_turns() -> None:
+    for row in (messages(S, Q, A), turns(S, Q, A), [{"human": "Key?", "assistant": "Pot."}]):
+        assert normalise(row).messages[-1] == {"role": "assistant", "content": "Pot."}
 
 
 def call(arguments: Any) -> dict[str, Any]:
@@ -173,6 +237,10 @@ def test_nulls_of_a_table_are_absent_keys_in_tools_and_calls_alone() -> None:
         ({"my column": "a", "answer": "b"}, "--map 'instruction=my column' --map output=answer"),
         ({"prompt": "a", "test": "b", "entry": "c"}, "--map instruction=prompt --map output=COLUMN"),
         ({"chat": {"turn_1": {"Commands": "<|Commands|>: Search()<eoc>"}}}, "MOSS's own notation"),
+        ({"text": "a", "summary": "b"}, "as raw text: --format text"),
+        ({"prompt": "a", "text": "b"}, "--map instruction=prompt --map output=text; as raw text: --format text"),
+        ({"role": "user", "content": "a"}, "one turn of a conversation in each row"),
+        ({"instruction": "a", "instances": [{"output": "b"}, {"output": "c"}]}, "2 examples of one instruction"),
         ({"messages": "[{'role': array(1)}]"}, "messages: text that is no JSON"),
         ({"conversations": "[" * 5000}, "conversations: text that is no JSON"),
     ],

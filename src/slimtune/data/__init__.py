@@ -7,6 +7,7 @@ module                its one purpose
 ``files``             what a path, folder or pattern means; ``described``: LLaMA-Factory's folders; ``stdin``
 ``readers``, ``hub``  rows of a file or a hub data set, each with its place
 ``shapes``            the shapes that published files have, to those that are read; ``rows``: what is said of rows
+``blocks``            calls and results that stand among the parts of a content, as messages of their own
 ``preference``        better and worse replies told apart
 ``conversation``      every shape of row to one normal form, or the rule that it breaks
 ``template``          chat templates, bounded in time and size

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimtune.data.blocks import plain_tools
 from slimtune.data.preference import chosen_row
 from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 from slimtune.data.shapes import Standard, check_media, standard_row, unknown_shape
@@ -142,6 +143,8 @@ def normalise(
     Raises:
         RowRefused: The row breaks a rule; the field and the rule are in it.
     """
+    if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
+        value = {"messages": value}  # a row that is its turns
     if not isinstance(value, Mapping):
         raise RowRefused("", f"the row is {kind_of(value)}, not an object with named fields")
     if mapping:
@@ -489,7 +492,7 @@ def read_tools(value: Any, repairs: list[str] | None = None) -> list[dict[str, A
         return []
     if isinstance(value, str):
         value = from_text("tools", value, repairs, "tools")
-    tools = value if isinstance(value, list) else [value]
+    tools = plain_tools(value if isinstance(value, list) else [value])
     made = []
     for number, tool in enumerate(tools):
         where = f"tools[{number}]"

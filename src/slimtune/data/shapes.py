@@ -11,8 +11,9 @@ import difflib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
+from slimtune.data.blocks import has_blocks, unfolded
 from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 
 __all__ = ["Standard", "check_media", "standard_row", "unknown_shape"]
@@ -22,10 +23,12 @@ _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 
 _TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "turns", "chat", "data")
 _QUESTIONS = ("question", "query", "problem", "instruction", "prompt", "input")
-_REPLIES = ("output", "answer", "response", "solution", "completion", "reply", "generated_solution", "long_answer")
+_REPLIES = (
+    "output", "answer", "response", "solution", "completion", "reply", "target", "generated_solution", "long_answer",
+)  # fmt: skip
 _OTHER_PAIRS = (
     ("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot"), ("q", "a"),
-    ("inputs", "targets"), ("input", "target"), ("source", "target"), ("input_text", "output_text"),
+    ("inputs", "targets"), ("source", "target"), ("input_text", "output_text"),
     ("user_message", "assistant_message"),
 )  # fmt: skip
 """Columns of question and reply whose names mean that only together."""
@@ -35,7 +38,7 @@ _CHOICES = ("choices", "options", "b")
 _THOUGHTS = ("reasoning_content", "thinking", "complex_cot", "chain_of_thought")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
 _SYSTEMS = frozenset(_SYSTEM)
-_BESIDE = frozenset({*_SYSTEM, "tools", "chat_template_kwargs"})
+_BESIDE = frozenset({*_SYSTEM, "tools", "toolConfig", "chat_template_kwargs"})
 """Columns that are read beside the turns."""
 _ALPACA = frozenset({"instruction", "input", "output", "system", "history"})
 
@@ -93,11 +96,20 @@ def standard_row(value: Mapping[str, Any], repairs: list[str]) -> Standard | Non
     for read in _SPECIAL:
         if (made := read(value)) is not None:
             return made
-    return _pair(value) or (Standard("text", value, frozenset({"text"})) if "text" in value else None)
+    return _pair(value) or _raw(value)
+
+
+def _raw(value: Mapping[str, Any]) -> Standard | None:
+    """Raw text, unless a column beside it may be what asks or answers."""
+    if "text" not in value or any(value.get(name) for name in (*_QUESTIONS, *_REPLIES, "summary", "code")):
+        return None
+    return Standard("text", value, frozenset({"text"}))
 
 
 def _with_system(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with a system text beside its turns under the name ``system``."""
+    """The row with a system text beside its turns under the name ``system``, and Bedrock's tools as ``tools``."""
+    if isinstance(config := value.get("toolConfig"), Mapping):
+        value = {**value, "tools": config.get("tools")}
     name = None if _SYSTEMS.isdisjoint(value) else next((name for name in _SYSTEM if value.get(name)), None)
     if name is None or (name == "system" and isinstance(value[name], str)):
         return value
@@ -121,6 +133,9 @@ def _turn_list(name: str, value: Mapping[str, Any], repairs: list[str]) -> Stand
     turns = value[name]
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = from_text(name, turns, repairs)
+        value = {**value, name: turns}
+    if has_blocks(turns):
+        turns = unfolded(turns)
         value = {**value, name: turns}
     read = _BESIDE | {name}
     if _has_other_turns(turns, texts=name != "messages"):
@@ -183,7 +198,7 @@ def _turns(name: str, turns: Sequence[Any]) -> list[Mapping[str, Any]]:
     return made
 
 
-def _are_turns(value: Any) -> bool:
+def _are_turns(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
@@ -328,12 +343,23 @@ def _rank(reply: Mapping[str, Any]) -> float:
     return float(rank) if isinstance(rank, int | float) and rank == rank else float("inf")
 
 
+def _instances(value: Mapping[str, Any]) -> Standard | None:
+    """Self-instruct: ``instruction`` and ``instances`` of input and output, of which there is one."""
+    instances = value.get("instances")
+    if "instruction" not in value or not _are_turns(instances):
+        return None
+    if len(instances) > 1:
+        raise RowRefused("instances", f"{len(instances)} examples of one instruction; give each a row of its own")
+    row = {"instruction": value["instruction"], **instances[0]}
+    return Standard("alpaca", row, frozenset({"instruction", "instances"})) if "output" in row else None
+
+
 def _contents(value: Mapping[str, Any]) -> Standard | None:
     """Gemini and Vertex AI: ``contents`` of role and parts, ``systemInstruction``."""
     turns = value.get("contents")
     if not isinstance(turns, list) or not _has_other_turns(turns):
         return None
-    row = {**_with_system(value), "messages": _turns("contents", turns)}
+    row = {**_with_system(value), "messages": unfolded(_turns("contents", turns))}
     return Standard("messages", row, _BESIDE | {"contents"})
 
 
@@ -354,6 +380,9 @@ def _refused(value: Mapping[str, Any]) -> None:
     if isinstance(value.get("segments"), list):
         what = "segments with a mask of their own (axolotl's input_output); give the turns as messages"
         raise RowRefused("segments", what)
+    if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys():
+        what = "one turn of a conversation in each row"
+        raise RowRefused("", f"{what}; write a conversation a row, its turns in a list 'messages'")
     names = {str(name).lower() for name in value}
     if "question" in names and names & set(_CHOICES):
         what = "a multiple-choice question; write the choices into the question, and give the reply as text"
@@ -366,7 +395,7 @@ def _refused(value: Mapping[str, Any]) -> None:
         raise RowRefused("", f"{what}; write it by to_json(…, orient='records', lines=True)")
 
 
-_SPECIAL: tuple[Callable[[Mapping[str, Any]], Standard | None], ...] = (_moss, _tree, _contents, _calls)
+_SPECIAL: tuple[Callable[[Mapping[str, Any]], Standard | None], ...] = (_moss, _tree, _instances, _contents, _calls)
 
 
 # -- what to try ------------------------------------------------------------------------------------------------------
@@ -402,7 +431,8 @@ def unknown_shape(value: Mapping[str, Any]) -> RowRefused:
         asked, reply = asked or left.pop(0), reply or left.pop(0)
     flags = [_flag("instruction", asked or "COLUMN"), _flag("output", reply or "COLUMN")]
     flags += [_flag("input", extra)] if extra else []
-    return RowRefused("", f"{what}; say which columns hold question and reply: {' '.join(flags)}")
+    raw = "; as raw text: --format text" if "text" in value else ""
+    return RowRefused("", f"{what}; say which columns hold question and reply: {' '.join(flags)}{raw}")
 
 
 def _flag(field: str, column: Any) -> str:
