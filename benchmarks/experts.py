@@ -6,6 +6,7 @@ is a process of its own, the median step after four:
 - ``load``: the base in 4 bits from its files: seconds, the most bytes while loading, and those that stay.
 - ``slimtune``, ``trl``: as a person has them: slimtune's experts in NF4; TRL's stay in 16 bits, its attention in NF4.
 - ``slimtune-16bit``, ``trl-16bit``: nothing quantised on either side.
+- ``slimtune-experts``: every linear layer and all experts adapted, r=16.
 - ``profile``: where slimtune's step goes, by kernel.
 """
 
@@ -24,7 +25,7 @@ import peers
 import torch
 from workloads import Workload
 
-CASES = ("load", "slimtune", "trl", "slimtune-16bit", "trl-16bit", "profile")
+CASES = ("load", "slimtune", "trl", "slimtune-16bit", "trl-16bit", "slimtune-experts", "profile")
 CUDA = torch.cuda.is_available()
 MIXTURE = Workload("MOE", "moe", 4, 2048, dropout=0.0) if CUDA else Workload("tiny-MOE", "tiny", 2, 64, dropout=0.0)
 SHAPE: dict[str, Any] = {
@@ -81,7 +82,7 @@ def load(folder: Path) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, quantization: str, *, profile: bool = False) -> dict[str, Any]:
+def train(folder: Path, quantization: str, *, profile: bool = False, experts: bool = False) -> dict[str, Any]:
     """slimtune's recipe, with rows that fill its packs."""
     from slimtune.config import Config
     from slimtune.recipes import finetune
@@ -91,8 +92,8 @@ def train(folder: Path, quantization: str, *, profile: bool = False) -> dict[str
     data.write_text("".join(json.dumps(peers.as_messages(row)) + "\n" for row in peers.documents(MIXTURE)))
     config = Config.make(
         model=str(folder), data=str(data), output=scratch / "run", train_on="all", max_length=MIXTURE.length,
-        micro_batch=MIXTURE.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_r=MIXTURE.r, lora_dropout=0.0,
-        targets=("q_proj", "k_proj", "v_proj", "o_proj"), quantization=quantization, save_steps=10 * peers.STEPS,
+        micro_batch=MIXTURE.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_r=16 if experts else MIXTURE.r, lora_dropout=0.0,
+        targets="all-linear" if experts else ("q_proj", "k_proj", "v_proj", "o_proj"), quantization=quantization, save_steps=10 * peers.STEPS,
     )  # fmt: skip
     table = _profiled() if profile else None
     run = finetune(config)
@@ -106,6 +107,7 @@ def train(folder: Path, quantization: str, *, profile: bool = False) -> dict[str
         "losses": [records[0]["loss"], records[-1]["loss"]],
         "engine": facts["training"]["engine"],
         "packed": facts["data"]["packed"],
+        "trained": facts["adapter"]["trainable_parameters"],
         "base_gib": facts["base"]["bytes_now"] / 2**30,
         **({"profile": table} if table is not None and CUDA else {}),
     }
@@ -139,6 +141,8 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         return load(folder)
     if case == "profile":
         return train(folder, "nf4", profile=True)
+    if case == "slimtune-experts":
+        return train(folder, "nf4", experts=True)
     if case.startswith("trl"):
         return peers.run_peer(case, MIXTURE, folder)
     return train(folder, "none" if case.endswith("16bit") else "nf4")
