@@ -90,10 +90,12 @@ def train(folder: Path, quantization: str, *, profile: bool = False, experts: bo
     scratch = Path(tempfile.mkdtemp())
     data = scratch / "rows.jsonl"
     data.write_text("".join(json.dumps(peers.as_messages(row)) + "\n" for row in peers.documents(MIXTURE)))
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     config = Config.make(
         model=str(folder), data=str(data), output=scratch / "run", train_on="all", max_length=MIXTURE.length,
-        micro_batch=MIXTURE.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_r=16 if experts else MIXTURE.r, lora_dropout=0.0,
-        targets="all-linear" if experts else ("q_proj", "k_proj", "v_proj", "o_proj"), quantization=quantization, save_steps=10 * peers.STEPS,
+        micro_batch=MIXTURE.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_dropout=0.0,
+        lora_r=16 if experts else MIXTURE.r, targets="all-linear" if experts else attention, quantization=quantization,
+        save_steps=10 * peers.STEPS,
     )  # fmt: skip
     table = _profiled() if profile else None
     run = finetune(config)
