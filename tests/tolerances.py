@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENT", "TOLERANCES", "assert_close", "relative_error"]
+__all__ = ["GRADIENT", "GRADIENT_16_BIT", "TOLERANCES", "assert_close", "relative_error"]
 
 TOLERANCES: dict[torch.dtype, float] = {
     # 24 bits of mantissa: one rounding is 6e-8; sums of a few thousand terms in another order and approximate
@@ -24,6 +24,9 @@ TOLERANCES: dict[torch.dtype, float] = {
 GRADIENT = 1e-4
 """A LoRA gradient in float32 against the documents' one by one, relative in norm: sums in another order through a few
 layers cost some 1e-6; a document that sees another costs 1e-2 and more."""
+GRADIENT_16_BIT = 0.15
+"""The same under autocast to bfloat16: each product is rounded to 8 bits, and the smallest matrices' gradients are
+sums of few terms."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

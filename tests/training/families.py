@@ -119,10 +119,12 @@ def documents(lengths: tuple[int, ...] = LENGTHS, *, padded: bool, seed: int = 5
 def gradients(model: nn.Module, inputs: Iterable[dict[str, Any]], supervised: int) -> dict[str, Tensor]:
     """LoRA gradients of the summed loss over ``supervised``, one forward and backward for each of ``inputs``."""
     model.zero_grad()
+    device = next(model.parameters()).device
     for given in inputs:
-        passed = {key: value for key, value in given.items() if key not in ("labels", "lengths")}
-        logits = model(**passed, use_cache=False).logits[:, :-1]
-        labels = given["labels"][:, 1:]
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+        labels = moved.pop("labels")[:, 1:]
+        moved.pop("lengths", None)
+        logits = model(**moved, use_cache=False).logits[:, :-1].float()
         loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         (loss / supervised).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -143,7 +145,7 @@ def by_layout(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     def passed() -> Iterable[dict[str, Any]]:
         for piece in layout.pieces(micro.inputs()):
             with layout.passed(piece) as inputs:
-                yield inputs
+                yield inputs  # the caller's forward and backward are in here
 
     return gradients(model, passed(), micro.supervised)
 

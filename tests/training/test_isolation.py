@@ -15,7 +15,7 @@ from slimtune.training.isolation import find_layout, lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.packs import DocumentAttention
 from slimtune.training.rng import RandomState
-from tests.tolerances import GRADIENT
+from tests.tolerances import GRADIENT, GRADIENT_16_BIT
 from tests.training import families
 
 
@@ -28,6 +28,20 @@ def test_gradients_are_those_of_the_documents_one_by_one(family: str) -> None:
     assert families.distance(families.by_layout(model, found.layout), expected) <= GRADIENT
     alone = Layout(model, "alone")
     assert families.distance(families.by_layout(model, alone), expected) <= GRADIENT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_on_a_gpu(family: str) -> None:
+    model = families.make(family).cuda()
+    expected = families.one_by_one(model)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = find_layout(model, dtype=dtype)
+        assert found.layout.kind == families.FAMILIES[family][1], (dtype, found.reasons)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            error = families.distance(families.by_layout(model, found.layout), expected)
+        print(family, dtype, found.layout.kind, f"{error:.1e}")
+        assert error <= (GRADIENT if dtype == torch.float32 else GRADIENT_16_BIT)
 
 
 @contextmanager
