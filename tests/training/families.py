@@ -90,7 +90,9 @@ def make(family: str, *, seed: int = 0) -> nn.Module:
     """A model of ``family`` with an adapter that isn't zero, in training mode."""
     config, _ = FAMILIES[family]
     torch.manual_seed(seed)
-    base = t.AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
+    # Transformers' other ways to compute attention leave a soft cap out, in some versions without a word.
+    way = {"attn_implementation": "eager"} if "softcap" in family else {}
+    base = t.AutoModelForCausalLM.from_config(config(), dtype=torch.float32, **way)
     with torch.no_grad():
         for parameter in base.parameters():
             # Transformers starts norms, decays and sinks at constants, where a mistake with them would not show.

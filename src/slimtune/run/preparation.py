@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slimtune.run.reasons import reason_in_chinese
 from slimtune.run.screen import megabytes
 from slimtune.run.statement import (
     Bar,
@@ -199,11 +200,12 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
     if not data.get("packed"):
         fill = data.get("fill")
         full_en, full_zh = ("", "") if fill is None else (f", {fill:.1%} full", f"，利用率 {fill:.1%}")
+        why = data.get("unpacked") or "asked for"
         return [
             Statement(
                 say(
-                    f"Unpacked, one epoch is {per_epoch:,} padded micro-batches{full_en}.",
-                    f"不打包，每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
+                    f"Unpacked ({why}), one epoch is {per_epoch:,} padded micro-batches{full_en}.",
+                    f"不打包（{reason_in_chinese(why)}），每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
                 )
             )
         ]

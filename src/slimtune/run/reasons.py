@@ -20,6 +20,22 @@ _REASONS = (
     (r"(\d+) optimizer steps, so about (\d+) checkpoints", r"共 \1 个优化器步，约存 \2 个检查点"),
     (r"the projections of what mixes tokens: (.+)", r"混合词元的投影层：\1"),
     (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
+    (r"the engine computes documents by length", "引擎按长度分别计算各个文档"),
+    (r"one at a time", "一次一个文档"),
+    (r"asked for", "按要求"),
+    (r"a document's logits don't change with what is beside it", "文档的 logits 不随旁边的内容改变"),
+    (
+        r"a document's logits change with its neighbours in a pack by (.+) of the largest",
+        r"打包后，文档的 logits 随相邻文档改变，幅度达最大值的 \1",
+    ),
+    (
+        r"a row's logits change with the other rows by (.+) of the largest",
+        r"一行的 logits 随其他行改变，幅度达最大值的 \1",
+    ),
+    (r"what layers of the type (.+) mix doesn't show in a few tokens", r"\1 类型的层混合了什么，少量词元看不出"),
+    (r"a row's logits change with its padding", "一行的 logits 随填充改变"),
+    (r"(.+) can't keep packed sequences apart without (.+)", r"没有 \2，\1 无法隔开打包的文档"),
+    (r"its attention isn't called through Transformers' interface", "它的注意力不经过 Transformers 的接口"),
 )
 
 
@@ -28,4 +44,5 @@ def reason_in_chinese(reason: str) -> str:
     for pattern, chinese in _REASONS:
         if (found := re.fullmatch(pattern, reason)) is not None:
             return found.expand(chinese)
-    return reason
+    parts = reason.split("; ")
+    return "；".join(map(reason_in_chinese, parts)) if len(parts) > 1 else reason
