@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 
 from slimtune.adapter.files import attach_adapter
 from slimtune.adapter.merged import MergedWeights
-from slimtune.errors import UserError
+from slimtune.errors import GuardStop, UserError
+from slimtune.use import export
+from slimtune.use import merge as merging
 from slimtune.use.load import find
 from slimtune.use.merge import merge, write_weights
+from slimtune.use.parity import PROMPTS
+from tests.families.tiny import save
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHAPE: dict[str, Any] = {
@@ -220,6 +225,30 @@ def test_nothing_is_left_of_a_merge_that_fails(adapter: Path, tmp_path: Path, mo
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         merge(find(str(adapter)), tmp_path / "full")
+
+
+def test_a_merge_whose_proof_fails_or_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a hybrid, whose layers keep states: base and merged model are asked as for every family."""
+    base = save("falcon_h1", tmp_path / "base")
+    _wrap(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
+    for name in ("reference", "certify"):
+        monkeypatch.setattr(export, name, partial(getattr(export, name), prompts=PROMPTS[:2]))
+    found = find(str(tmp_path / "adapter"), base=str(base))
+    certificate = merge(found, tmp_path / "merged", prove=export.prove_merged)
+    assert certificate is not None
+    assert certificate.holds
+    assert json.loads((tmp_path / "merged" / "parity.json").read_text())["holds"] is True
+
+    def dies(*_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        merge(found, tmp_path / "dead", prove=dies)
+    plain = merging.MergedWeights
+    monkeypatch.setattr(merging, "MergedWeights", lambda base, adapter, **_: plain(base, None))
+    with pytest.raises(GuardStop, match="merged does not say what"):
+        merge(found, tmp_path / "other", prove=export.prove_merged)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
 
 
 MEASURED = """
