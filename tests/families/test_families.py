@@ -1,4 +1,4 @@
-"""Families as unlike each other as they come: gradients, reading back, merging, a reply; 4 bits as published.
+"""A dozen families, as unlike each other as they come: gradients, reading back, merging, a reply; 4 bits as published.
 
 All the others that Transformers has are tried by ``make families``.
 """
@@ -17,7 +17,10 @@ from slimtune.base.quantize import four_bit_share
 from tests import tolerances
 from tests.families.check import check
 
-FAMILIES = ("llama", "phi3", "gemma4_text")
+FAMILIES = (
+    "llama", "phi3", "qwen3_moe", "gpt_oss", "gemma4_text", "qwen3_5_text", "granitemoehybrid", "deepseek_v3", "lfm2",
+    "mixtral", "falcon_h1", "gemma3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 __all__ = ["made", "save", "skeleton", "small_config", "tokenizer"]
 
@@ -172,7 +172,9 @@ def skeleton(model_type: str) -> PreTrainedModel:
 
 
 def _fresh(model_type: str) -> PreTrainedModel:
-    auto = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    # As published: Qwen3.5 is in both of Transformers' lists, and its checkpoints name the class with the tower.
+    images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(small_config(model_type), dtype=torch.float32)
     return model
 

@@ -173,7 +173,21 @@ def test_plain_lora_is_not_called_quantised(facts: Facts) -> None:
     assert "It was not quantised" in texts(story, "base")
 
 
-@pytest.mark.parametrize("change", [lambda facts: None, *(change for change, _, _ in BROKEN)])
+def adapt_experts(facts: Facts) -> None:
+    facts["adapter"].update(
+        expert_parameters=629_145_600, targets=["v_proj", "experts"], modules={"v_proj": 2, "experts.gate_up_proj": 2}
+    )
+
+
+def test_experts_are_told(facts: Facts) -> None:
+    adapt_experts(facts)
+    story = explain(facts)
+    assert "629,145,600 of them are for the experts" in texts(story, "wrapping")
+    assert "2 of 2 layers" in texts(story, "wrapping")
+    assert story.count("broken") == 0
+
+
+@pytest.mark.parametrize("change", [lambda facts: None, adapt_experts, *(change for change, _, _ in BROKEN)])
 def test_both_languages_say_the_same_numbers(facts: Facts, change: Callable[[Facts], Any]) -> None:
     change(facts)
     english, chinese = explain(facts, "en"), explain(facts, "zh")
