@@ -1,4 +1,4 @@
-"""A dozen families, as unlike each other as they come: gradients, reading back, merging, a reply; 4 bits as published.
+"""A dozen families, unlike each other: gradients, reading back, merging, a reply; mixtures in 4 bits as published.
 
 All the others that Transformers has are tried by ``make families``.
 """
