@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +47,15 @@ def test_attention_counts_each_document_by_its_square_less_what_a_window_leaves_
 def test_layers_of_different_heads_count_each_its_own() -> None:
     assert Work.of(tiny("gemma4_text")).attention == {8: 4 * 8, None: 4 * 16}  # type: ignore[union-attr]
     assert Work.of(tiny("deepseek_v3")).attention == {None: 2 * 4 * (16 + 8) // 2}  # type: ignore[union-attr]
+
+
+def test_a_config_without_the_usual_names_is_no_reason_to_stop() -> None:
+    model = tiny("llama")
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    work = Work.of(model)
+    assert work is not None
+    assert work.linear == Work.of(tiny("llama")).linear  # type: ignore[union-attr]
+    assert not work.attention  # its heads are told by nothing
 
 
 def test_a_model_whose_experts_dont_say_how_many_a_token_takes_has_no_floor() -> None:

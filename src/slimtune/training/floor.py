@@ -139,10 +139,10 @@ def _window(module: nn.Module, config: Any) -> int | None:
 
 def _layer_config(module: nn.Module, config: Any) -> Any:
     """The config of the layer that a module belongs to, where layers differ (Transformers 5.23)."""
-    layers, index = getattr(config, "per_layer_config", None), vars(module).get("layer_idx")
-    # Its length is num_hidden_layers, which not every config has.
-    count = getattr(config, "num_hidden_layers", 0)
-    return layers[index] if layers is not None and isinstance(index, int) and index < count else config
+    index = vars(module).get("layer_idx")
+    if not getattr(config, "is_heterogeneous", False) or not isinstance(index, int):
+        return config
+    return config.per_layer_config[index]
 
 
 def _setting(owner: Any, name: str) -> Any:
