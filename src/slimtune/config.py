@@ -7,13 +7,23 @@ of ``"auto"`` is decided by :mod:`slimtune.plan` on the machine that runs, and t
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from slimtune.errors import UserError
 from slimtune.foreign import recognised, translated
@@ -118,6 +128,10 @@ class Config(BaseModel):
     """Of preference data (chosen and rejected, or a label) take the better replies; unless set, it is refused."""
     template: Path | None = None
     """A Jinja chat template to use instead of the tokenizer's."""
+    template_vars: dict[str, JsonValue] = {}
+    """Variables of the chat template, as enable_thinking=false; a row's own chat_template_kwargs go over them."""
+    date: datetime.date | None = None
+    """The date (YYYY-MM-DD) that a chat template writes which writes one; the day of the run's start unless given."""
     max_length: PositiveInt = 2048
     """Most tokens that one conversation may have."""
     overlong: Literal["drop", "error", "split", "keep-end"] = "drop"

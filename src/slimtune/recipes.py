@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +39,9 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, micro_batches
 from slimtune.data.preflight import Proof, prove
+from slimtune.data.render import Manner, renderer_for
 from slimtune.data.stdin import keep_stdin
+from slimtune.data.stops import save_stops
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
@@ -104,7 +106,7 @@ def finetune(
     _check_inputs(config)
     config, choices = resolve_machine(config, detect())
     output = config.output or default_output(config.model, datetime.now())
-    config = config.model_copy(update={"output": output})
+    config = config.model_copy(update={"output": output, "date": config.date or date.today()})
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
         config = keep_stdin(config, run.path / "stdin")
         _train(config, run, choices, signals, screen, formatting_func, observe)
@@ -258,6 +260,8 @@ def _train(
         with results_written(run, signals), watchdog.watching("writing the results"):
             with atomic_folder(run.adapter) as folder:
                 trainer.save_model(str(folder))
+                ends = renderer_for(tokenizer, Manner.of(config)).end_ids
+                save_stops(folder, local_base(base.source, config.revision), ends)
                 stamp(folder, issue_passport(config, base.source, tokenizer, packed_format(trainer.model)))
             screen.say("saved", f"{run.adapter} ({megabytes(_adapter_bytes(run))})")
 

@@ -15,7 +15,7 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.quantize import keep_trainable_layout
 from slimtune.base.tokenizer import save_tokenizer
 from slimtune.errors import UserError
-from slimtune.use.load import Found, Opened, find, turn_end
+from slimtune.use.load import Found, Opened, find, turn_ends
 from tests.data.tokenizers import BUILT
 
 
@@ -115,7 +115,7 @@ def test_the_turns_end_stops_a_model_whose_config_does_not_know_it(
     opened: Opened, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert turn_end(tokenizer) == end
+    assert turn_ends(tokenizer)[0] == end
     assert end in opened.stop_ids
 
 

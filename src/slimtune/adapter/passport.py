@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from slimtune.adapter.files import ADAPTER_WEIGHTS, TensorSpec, WeightFiles, write_safetensors
 from slimtune.base.tokenizer import probe_ids
 from slimtune.config import FREE_KEYS, Config
+from slimtune.data.render import writes_date
 from slimtune.errors import UserError
 
 __all__ = [
@@ -62,7 +63,8 @@ class Passport:
     """:func:`template_hash`."""
     config: dict[str, Any]
     """What of the run's resolved config makes the adapter's values: the same values come with the same passport,
-    wherever they were trained. Of files only their names, for the passport is published with the adapter."""
+    wherever they were trained, and whenever, if the template writes no date. Of files only their names, for the
+    passport is published with the adapter."""
 
 
 def issue_passport(
@@ -92,7 +94,8 @@ def issue_passport(
         | ({} if packed is None else {"packed": f"{packed}, each matrix by itself"}),
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
-        config=_without_folders(config.model_dump(mode="json", exclude=set(FREE_KEYS))),
+        config=_without_folders(config.model_dump(mode="json", exclude=set(FREE_KEYS)))
+        | ({} if writes_date(tokenizer) else {"date": None}),
     )
 
 

@@ -32,8 +32,9 @@ _SHOWN_CHARACTERS = 1500
     "--ledger", "ledger_file", type=click.Path(path_type=Path), help="Write the account of every changed row."
 )
 @some_config_options(
-    "revision", "trust_remote_code", "format", "map", "prefer", "template", "add_tokens", "max_length", "overlong",
-    "train_on", "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
+    "revision", "trust_remote_code", "format", "map", "prefer", "template", "add_tokens", "template_vars", "date",
+    "max_length", "overlong", "train_on", "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval",
+    "eval_share", "seed",
 )  # fmt: skip
 def command(
     data: tuple[str, ...],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -45,7 +46,17 @@ def config_from_flags(config_file: Path | None, flags: dict[str, Any]) -> Config
     for name in ("map", "rank_pattern", "alpha_pattern"):
         if name in given:
             given[name] = dict(_pair(name, text) for text in given[name])
+    if "template_vars" in given:
+        given["template_vars"] = {k: _json(v) for k, v in (_pair("template_vars", t) for t in given["template_vars"])}
     return load_config(config_file, **given)
+
+
+def _json(text: str) -> Any:
+    """A value as JSON, and as text where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _pair(name: str, text: str) -> tuple[str, str]:

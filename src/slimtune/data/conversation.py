@@ -30,6 +30,7 @@ __all__ = [
     "normalise",
     "read_messages",
     "read_tools",
+    "read_variables",
 ]
 
 Message = dict[str, Any]
@@ -168,13 +169,18 @@ def normalise(
         raise RowRefused(found.fields.get(refused.field, refused.field), refused.rule, refused.name) from None
     made.repairs[:0] = repairs
     if made.text is None:
-        made.variables = _variables(value.get("chat_template_kwargs"), made.repairs)
+        made.variables = read_variables(value.get("chat_template_kwargs"), made.repairs)
         _check_order(made)
     return made
 
 
-def _variables(value: Any, repairs: list[str]) -> dict[str, Any]:
-    """What a row sets in its chat template."""
+def read_variables(value: Any, repairs: list[str] | None = None) -> dict[str, Any]:
+    """What a row sets in its chat template (``chat_template_kwargs``); nulls set nothing.
+
+    Raises:
+        RowRefused: It is no object of JSON values.
+    """
+    repairs = [] if repairs is None else repairs
     where = "chat_template_kwargs"
     if value is None or value == "":
         return {}

@@ -28,13 +28,14 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
 from slimtune.data.ledger import Ledger
-from slimtune.data.render import ChatRenderer, Manner, renderer_for
+from slimtune.data.render import ChatRenderer, Manner, renderer_for, writes_date
 from slimtune.data.sources import Source, content_hash, parse_source
 from slimtune.errors import UserError
 
 __all__ = ["Proof", "cache_folder", "examine", "prove"]
 
-_OPTIONS = ("format", "map", "prefer", "max_length", "overlong", "train_on", "allow_control_tokens", "seed")
+_OPTIONS = ("format", "map", "prefer", "max_length", "overlong", "train_on", "allow_control_tokens", "template_vars",
+            "seed")  # fmt: skip
 
 
 @dataclass
@@ -303,11 +304,13 @@ def content_key(
             take("eval")
         else:
             take(source.label, source.sample, content_hash(source))
-    take(renderer_for(tokenizer, Manner.of(config)).encoder.fingerprint)
+    renderer = renderer_for(tokenizer, Manner.of(config))
+    take(renderer.encoder.fingerprint)
     take(tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__)
     take({name: getattr(config, name) for name in _OPTIONS})
-    if "strftime_now" in str(tokenizer.chat_template):
-        take(date.today().isoformat())
+    take(renderer.named_stops)
+    if writes_date(tokenizer):
+        take((config.date or date.today()).isoformat())
     take(_code_fingerprint())
     return content.hexdigest()
 

@@ -20,14 +20,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from slimtune.config import Config
+from slimtune.config import Config, did_you_mean
 from slimtune.data.conversation import NONCHARACTER, Conversation, Message, RowRefused, read_messages, read_tools
 from slimtune.data.dialect import Dialect, Reply, Tools
+from slimtune.data.stops import named_stops
 from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.data.tokens import Piece, TokenEncoder
 from slimtune.errors import UserError
 
-__all__ = ["NOTES", "ChatRenderer", "Draft", "Manner", "prompt_ids", "renderer_for"]
+__all__ = ["NOTES", "ChatRenderer", "Draft", "Manner", "prompt_ids", "renderer_for", "writes_date"]
 
 NOTES: dict[str, str] = {
     "thoughts-left-out": "the template leaves a reply's thoughts out",
@@ -43,8 +44,7 @@ NOTES: dict[str, str] = {
 }
 """What the renderer may find in a row, by the name that is counted."""
 
-_MOST_SETTINGS = 64
-"""Most settings of the template's variables that the rows of one data set may have."""
+_KEPT_DIALECTS = 64
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -62,12 +62,17 @@ class Manner:
     @classmethod
     def of(cls, config: Config) -> Manner:
         """The manner of a run."""
-        return cls(config.allow_control_tokens)
+        return cls(config.allow_control_tokens, config.template_vars, config.date)
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> Manner:
         """The manner of a run whose config was recorded as plain values; of an older run's, what it had."""
-        return cls(bool(values.get("allow_control_tokens")))
+        today = values.get("date")
+        return cls(
+            bool(values.get("allow_control_tokens")),
+            values.get("template_vars") or {},
+            date.fromisoformat(today) if today else None,
+        )
 
     @property
     def key(self) -> str:
@@ -107,11 +112,25 @@ class ChatRenderer:
         self._sources: dict[str, str] = source if isinstance(source, dict) else {"default": source} if source else {}
         self._special_texts = dict(tokenizer.special_tokens_map)
         self._dialects: dict[tuple[str, str], Dialect] = {}
+        self.named_stops = named_stops(tokenizer)
         if self._sources:
             try:
                 self._dialect(False, self.manner.variables)
             except TemplateRefused as error:
                 raise _bad_template(str(error)) from None
+            self._check_variables()
+
+    def _check_variables(self) -> None:
+        names = set().union(*(dialect.template.names for dialect in self._dialects.values()))
+        for source in self._sources.values():
+            names |= ChatTemplate(source, {}).names
+        unknown = sorted(self.manner.variables.keys() - names)
+        if unknown:
+            raise UserError(
+                f"the chat template has no variable {unknown[0]!r}",
+                rule=did_you_mean(unknown[0], sorted(names)),
+                way_out="Leave it out of --template-vars.",
+            )
 
     def _dialect(self, with_tools: bool, variables: Mapping[str, Any]) -> Dialect:
         """The dialect for a conversation with or without tools.
@@ -126,19 +145,29 @@ class ChatRenderer:
         if key not in self._dialects:
             if reserved := _RESERVED & variables.keys():
                 raise TemplateRefused(f"{min(reserved)} is no variable of its own to set")
-            if len(self._dialects) >= _MOST_SETTINGS:
-                raise TemplateRefused(f"the rows set its variables in more than {_MOST_SETTINGS} ways")
+            if len(self._dialects) >= _KEPT_DIALECTS:
+                del self._dialects[next(iter(self._dialects))]
             template = ChatTemplate(self._sources[name], {**self._special_texts, **variables}, self.manner.today)
-            self._dialects[key] = Dialect(template, self.encoder, with_tools=name == "tool_use")
+            self._dialects[key] = Dialect(template, self.encoder, self.named_stops, with_tools=name == "tool_use")
         return self._dialects[key]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids of the control tokens that end replies, the common one first."""
+        """The ids of the control tokens that end replies, the common one first; without a template, the end of text."""
+        if not self._sources:
+            return () if self.eos_id is None else (self.eos_id,)
         marks: dict[str, None] = {}
         for with_tools in (False, True):
             marks.update(dict.fromkeys(self._dialect(with_tools, self.manner.variables).end_marks))
         return tuple(self.encoder.controls[mark] for mark in marks)
+
+    def text(self, messages: list[Message], *, prompt: bool = False) -> str:
+        """Messages in normal form as the template renders them, with nothing changed and nothing checked.
+
+        Raises:
+            TemplateRefused: The template doesn't take them.
+        """
+        return self._dialect(False, self.manner.variables).text(messages, None, prompt=prompt)
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
@@ -211,7 +240,10 @@ class ChatRenderer:
             conversation = Conversation(
                 read_messages(list(messages)), read_tools(tools), variables=dict(variables or {})
             )
-            dialect, prepared, tool_list = self._prepared(conversation, [])
+            notes: list[str] = []
+            dialect, prepared, tool_list = self._prepared(conversation, notes)
+            if "unknown-variables" in notes:
+                raise RowRefused("chat_template_kwargs", "the template has no such variable")
             text = dialect.text(prepared, tool_list, prompt=True)
             replies = [at for at, message in enumerate(prepared) if message["role"] == "assistant"]
             places = _places(text, {at: dialect.reply(prepared[: at + 1], tool_list) for at in replies})
@@ -388,6 +420,11 @@ def renderer_for(tokenizer: PreTrainedTokenizerBase, manner: Manner | None = Non
     if key not in made:
         made[key] = ChatRenderer(tokenizer, manner)
     return made[key]
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the date of the day it is rendered."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def prompt_ids(

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes as n
 import jinja2.runtime
 import jinja2.sandbox
@@ -340,8 +339,8 @@ class ChatTemplate:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The variables that it asks for beside those that it sets itself."""
-        return frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
+        """The variables that stand in it."""
+        return frozenset(node.name for node in self._environment.parse(self.source).find_all(n.Name))
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool

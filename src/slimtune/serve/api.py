@@ -101,7 +101,9 @@ class Api:
         """``POST /v1/chat/completions``."""
         asked = protocol.read(protocol.ChatRequest, await self._body(request), self.limits)
         engine = self._engine(asked.model)
-        prompt = await self._rendered(lambda: engine.opened.prompt_ids(asked.messages, asked.shown_tools))
+        prompt = await self._rendered(
+            lambda: engine.opened.prompt_ids(asked.messages, asked.shown_tools, asked.chat_template_kwargs)
+        )
         return await self._answer(request, asked, engine, prompt, Chat)
 
     async def completions(self, request: Request) -> Any:

@@ -77,7 +77,7 @@ def open_all(
         tuned: Any = attach_adapter(sharing(base), model.found.adapter)
         tuned.eval().requires_grad_(False)
         tokenizer = model.found.tokenizer()
-        made[model.name] = Opened(model.found, tuned, tokenizer, stop_ids(tuned, tokenizer))
+        made[model.name] = Opened(model.found, tuned, tokenizer, stop_ids(tuned, tokenizer, model.found.manner))
     name = base_name(first)
     if first.adapter is not None and name not in made:
         bare = replace(first, name=name, adapter=None, passport=None)

@@ -83,7 +83,8 @@ def _answers(
     opened: Opened, questions: list[Question], sampling: Sampling, side: str, done: set[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     left = [index for index in range(len(questions)) if index not in done]
-    prompts = [opened.prompt_ids(questions[index].messages, questions[index].tools or None) for index in left]
+    asked = [questions[index] for index in left]
+    prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
     with opened.as_base() if side == "base_reply" else opened.as_tuned():
         # A row's random numbers follow from its own place in the file, also after a resume.
         for reply in generate(opened, prompts, sampling, numbers=left):
@@ -94,7 +95,7 @@ def _settings(opened: Opened, questions: list[Question], sampling: Sampling) -> 
     """What answers depend on; two calls whose settings are equal may share a file."""
     adapter = opened.found.adapter
     weights = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter is not None else None
-    asked = json.dumps([[question.messages, question.tools] for question in questions])
+    asked = json.dumps([[question.messages, question.tools, question.variables] for question in questions])
     return {
         "base": str(opened.found.base),
         "adapter": weights,

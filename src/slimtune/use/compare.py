@@ -143,7 +143,7 @@ def compare(
     asked: list[Question] = [*questions, *(Question(list(g.messages)) for g in GENERAL if general)]
     if not asked:
         raise UserError("there is nothing to compare on", way_out="Give DATA, or leave the general set in.")
-    prompts = [opened.prompt_ids(question.messages, question.tools or None) for question in asked]
+    prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
     replies = _in_order(opened, prompts, sampling)
     with opened.as_base():
         base_replies = _in_order(opened, prompts, sampling)

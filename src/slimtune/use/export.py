@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.merged import MergedWeights, read_model_config
+from slimtune.data.render import renderer_for
 from slimtune.errors import UserError
 from slimtune.use.gguf_file import check_family, write_gguf
-from slimtune.use.load import Found, Opened, open_model, stop_ids, turn_end
+from slimtune.use.load import Found, Opened, open_model, stop_ids, turn_ends
 from slimtune.use.merge import free_room, new_folder
 from slimtune.use.ollama import modelfile
 from slimtune.use.parity import Certificate, Reference, Voice, certify, reference, transformers_voice
@@ -98,16 +99,16 @@ def export_gguf(
         )
     name = name or output.name
     file_name = f"{name}-{kind}.gguf"
-    end = turn_end(tokenizer)
+    ends = turn_ends(tokenizer, found.manner)
     certificate = None
     with new_folder(output) as folder:
         free_room(folder, weights.nbytes if kind == "f16" else int(0.6 * weights.nbytes))
         if kind == "q4_k_m":
-            _quantize(weights, tokenizer, folder / file_name, name, end)
+            _quantize(weights, tokenizer, folder / file_name, name, ends[0])
         else:
-            write_gguf(weights, tokenizer, folder / file_name, kind, name=name, turn_end=end)
+            write_gguf(weights, tokenizer, folder / file_name, kind, name=name, turn_end=ends[0])
         trained = found.passport.config.get("max_length", 0) if found.passport else 0
-        text = modelfile(file_name, tokenizer, [str(tokenizer.convert_ids_to_tokens(end))], max(2048, int(trained)))
+        text = modelfile(file_name, tokenizer, ends, max(2048, int(trained)), found.manner)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         if parity:
             certificate = _prove(reference(_on_16_bits(found)), found, folder / file_name, kind)
@@ -159,8 +160,8 @@ def _llama_cpp_voice(found: Found, file: Path) -> Voice:
     tokenizer = found.tokenizer()
 
     def prompt_ids(messages: Sequence[Any]) -> list[int]:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return [int(token) for token in llama.tokenize(str(text).encode(), add_bos=False, special=True)]
+        text = renderer_for(tokenizer, found.manner).text(list(messages), prompt=True)
+        return [int(token) for token in llama.tokenize(text.encode(), add_bos=False, special=True)]
 
     def log_probabilities(ids: list[int], first: int) -> Tensor:
         llama.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,11 @@ from slimtune.base.load import load_base
 from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
-from slimtune.data.conversation import Conversation
 from slimtune.data.render import Manner, prompt_ids, renderer_for
 from slimtune.errors import UserError
 from slimtune.hardware import detect
 
-__all__ = ["Found", "Opened", "find", "open_model", "stop_ids", "turn_end"]
+__all__ = ["Found", "Opened", "find", "open_model", "stop_ids", "turn_ends"]
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,15 @@ class Opened:
         config = self.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
-    def prompt_ids(self, messages: Sequence[Any], tools: Any = None) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Any], tools: Any = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """The ids that the model is asked with, by the training's own renderer.
 
         Raises:
             UserError: A message breaks a rule, or the template refuses the conversation.
         """
-        return prompt_ids(self.tokenizer, messages, tools=tools, manner=self.found.manner)
+        return prompt_ids(self.tokenizer, messages, tools=tools, manner=self.found.manner, variables=variables)
 
     @contextmanager
     def as_tuned(self) -> Iterator[None]:
@@ -215,32 +216,27 @@ def open_model(
     if found.adapter is not None:
         model = attach_adapter(model, found.adapter)
     model.eval().requires_grad_(False)
-    return Opened(found, model, tokenizer, stop_ids(model, tokenizer))
+    return Opened(found, model, tokenizer, stop_ids(model, tokenizer, found.manner))
 
 
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end the assistant's turn: the model's own, and the one that training teaches to end a reply with.
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner | None = None) -> tuple[int, ...]:
+    """The tokens that end the assistant's turn: the model's own, and those that training teaches to end a reply with.
 
     A base model whose config names only ``<|endoftext|>`` would talk on after ``<|im_end|>`` otherwise.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, turn_end(tokenizer)}
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, *turn_ends(tokenizer, manner)}
     return tuple(sorted(token for token in ids if token is not None))
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The last supervised token of a reply as training renders it; without a template, of raw text.
+def turn_ends(tokenizer: PreTrainedTokenizerBase, manner: Manner | None = None) -> tuple[int, ...]:
+    """The control tokens that end replies as training renders them, the common one first: a call may have another.
+    Without a template, what ends raw text.
 
     Raises:
         UserError: The chat template is invalid, or ends no reply with a control token.
     """
-    if not tokenizer.chat_template:
-        return int(tokenizer.eos_token_id)
-    renderer = renderer_for(tokenizer)
-    exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    draft = renderer.drafts(Conversation(messages=exchange))[-1]
-    ids, supervised = renderer.encoder.encode([draft.pieces])[0]
-    return int(ids[supervised][-1])
+    return renderer_for(tokenizer, manner).end_ids
 
 
 def _unpacked(model: PreTrainedModel, memory_bytes: int) -> PreTrainedModel:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers.utils import FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
@@ -16,8 +15,9 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, PRO
 from slimtune.adapter.files import TensorSpec, write_safetensors
 from slimtune.adapter.merged import MergedWeights
 from slimtune.base.tokenizer import save_tokenizer
+from slimtune.data.stops import save_stops
 from slimtune.errors import UserError
-from slimtune.use.load import Found, turn_end
+from slimtune.use.load import Found, turn_ends
 from slimtune.use.parity import Certificate
 
 __all__ = ["SHARD_BYTES", "free_room", "merge", "new_folder"]
@@ -58,8 +58,7 @@ def merge(
         _copy_companions(found, folder)
         config = {**weights.config, "_name_or_path": output.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        generation = _generation_config(found.base, turn_end(tokenizer))
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        save_stops(folder, found.base, turn_ends(tokenizer, found.manner))
         save_tokenizer(tokenizer, folder)
         if prove is None:
             return None
@@ -136,16 +135,6 @@ def _shards(specs: dict[str, TensorSpec], most: int) -> list[list[str]]:
         shards[-1].append(name)
         size += spec.nbytes
     return shards
-
-
-def _generation_config(base: Path, end: int) -> dict[str, Any]:
-    """The base's own, with the turn's end of the training's template among the tokens that stop it."""
-    file = base / "generation_config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    stops = config.get("eos_token_id")
-    known = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    config["eos_token_id"] = [*known, *([end] if end not in known else [])]
-    return config
 
 
 def _copy_companions(found: Found, folder: Path) -> None:

@@ -6,9 +6,12 @@ rendering marked conversations; the Go template made of them is then rendered he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+from slimtune.data.render import Manner, renderer_for
 
 __all__ = ["Turns", "modelfile", "read_turns"]
 
@@ -32,13 +35,14 @@ class Turns:
         return "".join(around[m["role"]][0] + m["content"] + around[m["role"]][1] for m in messages) + self.assistant[0]
 
 
-def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+def read_turns(tokenizer: PreTrainedTokenizerBase, manner: Manner | None = None) -> Turns | None:
     """The parts of the tokenizer's template; None if it is no plain sequence of turns."""
     system, ask, answer = ({"role": role, "content": f"qz{role}qz"} for role in ("system", "user", "assistant"))
 
+    renderer = renderer_for(tokenizer, manner)
+
     def text(*messages: dict[str, str], prompt: bool = False) -> str:
-        made = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        return str(made)
+        return renderer.text(list(messages), prompt=prompt)
 
     user_end = text(ask).partition(ask["content"])[2]
     opened = text(ask, prompt=True).partition(ask["content"])[2]
@@ -63,17 +67,23 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return turns
 
 
-def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, stops: list[str], context: int) -> str:
+def modelfile(
+    gguf_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    context: int,
+    manner: Manner | None = None,
+) -> str:
     """The Modelfile's text: the file, the template, the stop tokens, the context that was trained."""
     lines = [f"FROM ./{gguf_name}"]
-    turns = read_turns(tokenizer)
+    turns = read_turns(tokenizer, manner)
     if turns is None:
         lines.append("# The chat template is no plain sequence of turns: Ollama reads it from the file itself.")
     else:
         lines.append(f'TEMPLATE """{_go(turns)}"""')
         if turns.default_system:
             lines.append(f'SYSTEM """{turns.default_system}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(stop)}"' for stop in stops]
     lines.append(f"PARAMETER num_ctx {context}")
     # Greedy, as slimtune's own verbs answer unless told otherwise.
     lines.append("PARAMETER temperature 0")

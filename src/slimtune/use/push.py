@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
 from slimtune.adapter.passport import PASSPORT_FILE, Passport
+from slimtune.data.stops import GENERATION_CONFIG
 from slimtune.errors import UserError
 from slimtune.run.chart import Line, line_chart
 from slimtune.run.folder import RunFolder
@@ -24,7 +25,7 @@ __all__ = ["model_card", "push"]
 _FILES = (
     "adapter_model.safetensors", "adapter_config.json", PASSPORT_FILE, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template.jinja", GENERATION_CONFIG,
 )  # fmt: skip
 _STYLE = (
     "<style>.grid{stroke:#8884}.tick{font:11px sans-serif;fill:#888}path{fill:none;stroke:#2a6;stroke-width:2}</style>"

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slimtune.config import Config
-from slimtune.data.conversation import Message, RowRefused, detect_shape, normalise, read_messages
+from slimtune.data.conversation import Message, RowRefused, detect_shape, normalise, read_messages, read_variables
 from slimtune.data.sources import Place, Row, parse_source, read_rows
 from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
@@ -25,6 +25,8 @@ class Question:
     tools: list[dict[str, Any]] = field(default_factory=list)
     reference: str | None = None
     place: str = ""
+    variables: dict[str, Any] = field(default_factory=dict)
+    """What the row sets in the chat template (``chat_template_kwargs``)."""
 
 
 def read_questions(file: str, *, need_reference: bool = False) -> list[Question]:
@@ -75,11 +77,11 @@ def _question(value: Any, place: Place) -> Question:
             raise RowRefused("prompt", "empty")
         return Question(read_messages([{"role": "user", "content": asked}]), tools, None, where)
     if isinstance(asked, list) and asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") != "assistant":
-        return Question(read_messages(asked), tools, None, where)
+        return Question(read_messages(asked), tools, None, where, read_variables(value.get("chat_template_kwargs")))
     answered = "output" in value or "instruction" not in value
     made = normalise(value if answered else {**value, "output": "-"})
     if made.text is not None:
         raise RowRefused("text", "plain text asks nothing; give prompt or messages")
     reply = made.messages[-1]
     reference = str(reply.get("content") or "") if answered and reply["role"] == "assistant" else None
-    return Question(made.messages[:-1], made.tools, reference, where)
+    return Question(made.messages[:-1], made.tools, reference, where, made.variables)
