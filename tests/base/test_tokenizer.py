@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto import tokenization_auto
 
-from slimtune.base.tokenizer import load_tokenizer, remarks, save_tokenizer
+from slimtune.base.tokenizer import load_tokenizer, remarks, save_tokenizer, spm_difference
 from slimtune.errors import UserError
 from tests.data.tokenizers import BUILT, CODE
 
@@ -96,3 +96,29 @@ def test_a_tekken_file_beside_tokenizer_json_changes_nothing(tmp_path: Path, mon
 
 def test_an_ordinary_tokenizer_needs_no_remark(tokenizer: PreTrainedTokenizerBase) -> None:
     assert remarks(tokenizer) == []
+
+
+def test_tokens_that_are_read_as_text_are_said() -> None:
+    tokenizer = BUILT["prepend"].make()
+    tokenizer.add_tokens([AddedToken("<odd>", normalized=True, special=True)], special_tokens=True)
+    [line] = remarks(tokenizer)
+    assert "<odd>" in line
+    assert "trained as the text" in line
+
+
+def test_a_vocabulary_that_transformers_cuts_otherwise_than_sentencepiece_is_said(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("def f(a):\n    return a\nit is what it is, a boat and a quay\n" * 20, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    tokenizer = load_tokenizer(str(tmp_path))
+    judge = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    text = "def f(a):\n    return a"
+    same = tokenizer.encode(text, add_special_tokens=False) == judge.encode(text)
+    assert (spm_difference(tokenizer) is None) == same

@@ -21,6 +21,7 @@ from slimtune.use.evaluate import documents_of, losses
 from slimtune.use.export import export_gguf
 from slimtune.use.load import find, open_model
 from slimtune.use.merge import merge
+from slimtune.use.push import model_card
 from tests.data.tokenizers import BUILT
 
 TOKENS = ("<harbour>", "<quay>")
@@ -120,6 +121,15 @@ def test_merged_and_exported_it_is_a_base_with_the_tokens(run: RunFolder, tmp_pa
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)  # rounded to the base's bf16
     certificate = export_gguf(find(str(run.path)), tmp_path / "gguf", "f16")
     assert certificate is not None
+
+
+def test_the_card_loads_it(run: RunFolder) -> None:
+    card = model_card(find(str(run.path)), str(run.adapter))
+    code = card.split("```python\n")[1].split("```")[0]
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert made["model"].get_input_embeddings().original_module.weight.shape[0] == KNOWN + 2
+    assert "vllm serve" not in card
 
 
 def test_it_repeats_to_the_byte_and_another_file_is_noticed(

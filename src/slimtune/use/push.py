@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
+from slimtune.adapter.files import adapter_config
 from slimtune.adapter.passport import PASSPORT_FILE, Passport
 from slimtune.data.stops import GENERATION_CONFIG
 from slimtune.errors import UserError
@@ -97,7 +98,7 @@ def model_card(found: Found, target: str) -> str:
         *(_training(passport, facts) if passport else []),
         *(["\n![loss by optimizer step](loss.svg)"] if _loss_curve(run) else []),
         *_scores(run),
-        _how_to_load(hub_base or base, target),
+        _how_to_load(found, hub_base or base, target),
     ]
     return "\n".join(parts) + "\n"
 
@@ -134,7 +135,15 @@ def _scores(run: RunFolder | None) -> list[str]:
     return [f"\n## Scores\n\nBase against tuned, by `slimtune compare`.\n\n| | |\n|-|-|\n{lines}"]
 
 
-def _how_to_load(base: str, target: str) -> str:
+def _how_to_load(found: Found, base: str, target: str) -> str:
+    assert found.adapter is not None
+    tokens = bool(adapter_config(found.adapter).get("trainable_token_indices"))
+    resize = "base.resize_token_embeddings(max(len(tokenizer), base.config.get_text_config().vocab_size))\n" * tokens
+    vllm = (
+        "It has tokens of its own: for vLLM, merge it first (`slimtune merge`)."
+        if tokens
+        else f"With vLLM:\n`vllm serve {base} --enable-lora --lora-modules tuned={target}`"
+    )
     return f"""
 ## Load it
 
@@ -142,12 +151,12 @@ def _how_to_load(base: str, target: str) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{target}")
 tokenizer = AutoTokenizer.from_pretrained("{target}")
+base = AutoModelForCausalLM.from_pretrained("{base}")
+{resize}model = PeftModel.from_pretrained(base, "{target}")
 ```
 
-`passport.json` says which base, tokenizer and chat template it belongs to. With vLLM:
-`vllm serve {base} --enable-lora --lora-modules tuned={target}`"""
+`passport.json` says which base, tokenizer and chat template it belongs to. {vllm}"""
 
 
 def _run_of(found: Found) -> RunFolder | None:
