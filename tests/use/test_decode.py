@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import numpy as np
 import pytest
 import torch
 
+from slimtune.data import Documents
 from slimtune.use.chat import ChatSession
 from slimtune.use.decode import decode
+from slimtune.use.evaluate import losses
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Draws, Sampling
@@ -72,3 +77,29 @@ def test_memory_of_a_row_is_measured(opened: Opened) -> None:
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         assert way.token_bytes == 2 * layers * heads * config.head_dim * torch.float32.itemsize
         assert way.state_bytes == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss", "qwen3_5_text", "mamba", "bloom", "deepseek_v32"])
+def test_losses_are_those_of_each_document_alone(family: str) -> None:
+    opened = make_opened(family)
+    documents = _Documents(prompts(5, 21, 40, 38, 2))
+    measured = losses(opened, cast(Documents, documents))
+    for at, ids in enumerate(documents.rows):
+        with torch.inference_mode():
+            logits = opened.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        assert measured.nats[at] == pytest.approx(float(expected), rel=1e-5)  # float32, summed over 39 tokens
+
+
+class _Documents:
+    """All tokens supervised."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> tuple[Any, Any]:
+        return np.array(self.rows[at]), np.ones(len(self.rows[at]), dtype=bool)

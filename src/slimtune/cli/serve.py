@@ -87,6 +87,8 @@ def command(
         models = open_all(found, quantization=quantization, dtype=compute_dtype)
         computing = CallingThread()
         api = Api(models, bounds, computing, key)
+        if api.slow is not None:
+            click.echo(api.slow, err=True)
         with any_length():
             run(api, listening, computing, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
 

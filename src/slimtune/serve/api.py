@@ -26,8 +26,10 @@ from slimtune.errors import UserError
 from slimtune.serve import protocol
 from slimtune.serve.door import Door, read_body
 from slimtune.serve.engine import Engine, Token
+from slimtune.serve.in_turn import InTurn
 from slimtune.serve.limits import Gate, Limits
 from slimtune.serve.metrics import Metrics
+from slimtune.serve.paged import why_not_paged
 from slimtune.serve.refusal import Refusal
 from slimtune.serve.reply import Part, parts
 from slimtune.serve.shape import Chat, Completion, Shape, usage
@@ -56,7 +58,14 @@ class Api:
 
     def __init__(self, models: dict[str, Opened], limits: Limits, computing: Executor, key: str | None = None) -> None:
         self.limits = limits
-        self.engines = {name: Engine(opened, limits, computing) for name, opened in models.items()}
+        # All have one base, and adapters change nothing about how it is computed.
+        reason = why_not_paged(next(iter(models.values())))
+        kind = Engine if reason is None else InTurn
+        self.slow = None if reason is None else f"requests are computed one by one, not together ({reason})"
+        """What is slower than it could be, and why, in one line for people; None if nothing is."""
+        self.engines: dict[str, Engine | InTurn] = {
+            name: kind(opened, limits, computing) for name, opened in models.items()
+        }
         self.gate = Gate(limits.batch + limits.waiting)
         self.metrics = Metrics()
         self.metrics.inside.set_function(lambda: self.gate.inside)
@@ -145,7 +154,7 @@ class Api:
         self.gate.check()
         return body
 
-    def _engine(self, name: str) -> Engine:
+    def _engine(self, name: str) -> Engine | InTurn:
         if name not in self.engines:
             has = ", ".join(self.engines)
             raise Refusal(404, f"no model is called {name!r:.200}; there are: {has}", "model_not_found", param="model")
@@ -159,7 +168,7 @@ class Api:
                 raise Refusal(400, str(error), "invalid_prompt") from None
 
     async def _answer(
-        self, request: Request, asked: protocol.Request, engine: Engine, prompt: list[int], shape: type[Shape]
+        self, request: Request, asked: protocol.Request, engine: Engine | InTurn, prompt: list[int], shape: type[Shape]
     ) -> Any:
         if len(prompt) > engine.longest_prompt:
             words = f"the prompt has {len(prompt)} tokens; this server takes {engine.longest_prompt}"
@@ -198,7 +207,7 @@ class _Reply:
     """One request on its way to an answer."""
 
     def __init__(
-        self, api: Api, asked: protocol.Request, engine: Engine, prompt: list[int], shape: type[Shape]
+        self, api: Api, asked: protocol.Request, engine: Engine | InTurn, prompt: list[int], shape: type[Shape]
     ) -> None:
         self.api, self.asked, self.engine, self.prompt = api, asked, engine, prompt
         self.shape = shape(asked.model, asked.wanted_logprobs is not None, self._spell)

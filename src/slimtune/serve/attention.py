@@ -20,6 +20,8 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 __all__ = ["attend_by_request", "packed_attention"]
 
 _NAME = "slimtune_packed"
+# What Transformers' models hand over beside the usual.
+_NOT_DONE = ("softcap", "s_aux", "position_bias")
 
 
 def attend_by_request(model: PreTrainedModel) -> None:
@@ -61,7 +63,13 @@ def packed_attention(
 
     Returns:
         [1, tokens, heads, head size], and no attention weights.
+
+    Raises:
+        NotImplementedError: The model wants something of its attention that this one doesn't do.
     """
+    for name in _NOT_DONE:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention by request has no {name}")
     keys, values = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     asking = itertools.pairwise(cu_seq_lens_q.tolist())
     asked = itertools.pairwise(kwargs["cu_seq_lens_k"].tolist())

@@ -12,25 +12,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig
-
-from slimtune.serve.attention import attend_by_request
 from slimtune.serve.choice import Chances, Choice, Chooser
 from slimtune.serve.limits import Limits
-from slimtune.serve.models import sharing
+from slimtune.serve.paged import PAGE, make_manager
 from slimtune.serve.refusal import Refusal
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 
-__all__ = ["OLD_TRANSFORMERS", "Engine", "Token"]
+__all__ = ["Engine", "Token", "stopped"]
 
-# Prompts that begin alike share whole pages: the smaller a page, the less of a known beginning is computed again.
-_PAGE = 8
-# The second: never fetches a kernel from the hub, and computes attention in the same way on every machine.
-_NAMES: dict[str, Any] = {"page_size": _PAGE, "auto_switch_to_flash": False}
-# Transformers 5.17 calls a page a block, knows no switch, and hands its cache to the attention in another way.
-_OLD_NAMES: dict[str, Any] = {"block_size": _PAGE}
-OLD_TRANSFORMERS = "page_size" not in ContinuousBatchingConfig.__dataclass_fields__
 # Prompts are computed in parts of this many tokens, among the others' next tokens: nobody waits for a long one.
 _STEP_TOKENS = 256
 
@@ -63,24 +53,8 @@ class Engine:
         self.longest_prompt = min(limits.prompt_tokens, opened.context - 1)
         longest = min(limits.prompt_tokens + limits.output_tokens, opened.context)
         # One page more than the longest request fills, for the engine takes whole pages.
-        pages = math.ceil(max(limits.cache_tokens, longest) / _PAGE) + 1
-        model = sharing(opened.model.get_base_model() if opened.found.adapter is not None else opened.model)
-        self._manager: Any = model.init_continuous_batching(
-            GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False, eos_token_id=list(opened.stop_ids), pad_token_id=opened.pad_id
-            ),
-            ContinuousBatchingConfig(
-                num_blocks=pages,
-                max_batch_tokens=max(_STEP_TOKENS, limits.batch),
-                max_requests_per_batch=limits.batch,
-                use_cuda_graph=False,
-                use_async_batching=False,
-                **(_OLD_NAMES if OLD_TRANSFORMERS else _NAMES),
-            ),
-        )
-        # Not for models that compute their attention otherwise (sinks, softcaps), and not measured on a GPU.
-        if opened.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not OLD_TRANSFORMERS:
-            attend_by_request(model)
+        pages = math.ceil(max(limits.cache_tokens, longest) / PAGE) + 1
+        _, self._manager = make_manager(opened, pages, max(_STEP_TOKENS, limits.batch), limits.batch)
         self._manager._create_batch_processor = self._created(self._manager._create_batch_processor)
         self._chooser = self._manager.logit_processor = Chooser()
         self._tickets: dict[str, _Ticket] = {}
@@ -132,7 +106,7 @@ class Engine:
                 list(prompt), request_id=identity, max_new_tokens=sampling.max_new_tokens, streaming=True
             )
             if taken is None:
-                raise _stopped()
+                raise stopped()
             yield ticket.tokens(choice)
         finally:
             del self._tickets[identity]
@@ -190,7 +164,7 @@ class _Ticket:
             self._changed.clear()
             ids, done = self.ids, self.done
             if self._error is not None:
-                raise _stopped()
+                raise stopped()
             for at in range(given, len(ids)):
                 chances = None if choice.top_logprobs is None else choice.chances[at]
                 yield Token(ids[at], chances, done and at == len(ids) - 1)
@@ -199,5 +173,6 @@ class _Ticket:
                 return
 
 
-def _stopped() -> Refusal:
+def stopped() -> Refusal:
+    """What a client is told when the engine has ended."""
     return Refusal(503, "the engine has stopped", "engine_stopped", retry_after=5)

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.serve.engine import Engine, Token
+from slimtune.serve.in_turn import InTurn
 from slimtune.use.sampling import Sampling
 from slimtune.use.stream import TextStream
 
@@ -69,7 +70,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 async def parts(
-    engine: Engine, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str], top_logprobs: int | None
+    engine: Engine | InTurn, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str], top_logprobs: int | None
 ) -> AsyncGenerator[Part, None]:
     """A reply in parts; the last one says how it ended. Closing the iterator ends the request.
 

@@ -21,6 +21,7 @@ from slimtune.data import Documents, prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
 from slimtune.use.attention import any_length
+from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 
 __all__ = ["Interval", "Losses", "bootstrap", "documents_of", "losses", "run_tasks"]
@@ -92,7 +93,9 @@ def losses(opened: Opened, documents: Documents) -> Losses:
     """
     nats = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
-    for batch in _batches(documents.lengths, _TOKENS_AT_ONCE[opened.device.type]):
+    # Sparse attention picks its keys among those of the padding's width, and ties fall otherwise in another width.
+    alone = what_it_holds(opened.model.config.get_text_config(decoder=True)) is Holds.OTHER
+    for batch in _batches(documents.lengths, 0 if alone else _TOKENS_AT_ONCE[opened.device.type]):
         rows = [documents[int(at)] for at in batch]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), opened.pad_id)
@@ -179,7 +182,7 @@ def _task_name(file: Path) -> str:
 
 
 def _batches(lengths: npt.NDArray[np.int32], most: int) -> Iterator[list[int]]:
-    """Document numbers, the like-sized together, at most ``most`` tokens with padding."""
+    """Document numbers, the like-sized together, at most ``most`` tokens with padding; each alone if that is more."""
     batch: list[int] = []
     for at in np.argsort(-lengths, kind="stable").tolist():
         if batch and (len(batch) + 1) * int(lengths[batch[0]]) > most:

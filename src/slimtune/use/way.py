@@ -19,7 +19,7 @@ from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 from slimtune.use.rows import AloneRow, KeptRows, Rows, UncachedRow
 
-__all__ = ["Way", "way_of"]
+__all__ = ["FAULTS", "Way", "apart", "at_once", "is_rounding", "trial_prompts", "way_of"]
 
 Begin = Callable[[Any, Sequence[list[int]], int], Rows]
 _WORDS = (
@@ -30,9 +30,9 @@ _WORDS = (
 _LENGTHS, _SHARED, _DRAFT = (34, 32), 10, 3
 # How far the trial's logits may be from those without a cache, as a share of the logits' own spread. Rounding stays far
 # below, a router of experts that tips over in 16 bits included, and a fault of the kinds known is far above.
-_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
 # What code that doesn't know a model says of it.
-_FAULTS = (
+FAULTS = (
     AttributeError,
     IndexError,
     KeyError,
@@ -105,6 +105,15 @@ def _by_layers(model: Any) -> Way | None:
     return {Holds.KEYS: _TOGETHER, Holds.STATES: _STATES}.get(holds)
 
 
+def trial_prompts(opened: Opened) -> list[list[int]]:
+    """Prompts for a trial: short, of different lengths, and with a common beginning."""
+    return _prompts(_ids(opened))
+
+
+def _prompts(ids: list[int]) -> list[list[int]]:
+    return [ids[:_SHARED] + ids[_SHARED:length][::-1] for length in _LENGTHS]
+
+
 def _ids(opened: Opened) -> list[int]:
     """Enough tokens of plain text for the trial."""
     most = max(_LENGTHS) + 2 + _DRAFT
@@ -115,7 +124,7 @@ def _ids(opened: Opened) -> list[int]:
 @torch.inference_mode()
 def _tried(model: Any, way: Way, ids: list[int]) -> tuple[int, int, str | None]:
     """Bytes of a row and of its tokens, and what is wrong with this way, if anything is."""
-    prompts = [ids[:_SHARED] + ids[_SHARED:length][::-1] for length in _LENGTHS][: way.rows]
+    prompts = _prompts(ids)[: way.rows]
     rest = ids[max(_LENGTHS) :]
     try:
         rows = way.begin(model, prompts, len(rest))
@@ -125,27 +134,32 @@ def _tried(model: Any, way: Way, ids: list[int]) -> tuple[int, int, str | None]:
         rows.keep(torch.tensor([len(prompts) - 1]))
         # As a draft, if there are any.
         after = rows.step(following[-1:, 2 : 2 + (_DRAFT if way.drafts else 1)])[0]
-        expected = [_at_once(model, prompt, rest[: 1 + len(after)]) for prompt in prompts]
+        expected = [at_once(model, prompt, rest[: 1 + len(after)]) for prompt in prompts]
     except torch.OutOfMemoryError:
         raise
-    except _FAULTS as error:
+    except FAULTS as error:
         said = (str(error).splitlines() or [""])[0]
         return 0, 0, f"otherwise it fails: {type(error).__name__}: {said[:100]}"
-    apart = [_apart(ours, theirs[:2]) for ours, theirs in zip(made, expected, strict=True)]
-    wrong = max(*apart, _apart(after, expected[-1][2:]))
-    if wrong > _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16]):
+    before = [apart(ours, theirs[:2]) for ours, theirs in zip(made, expected, strict=True)]
+    wrong = max(*before, apart(after, expected[-1][2:]))
+    if not is_rounding(wrong, model):
         return 0, 0, f"otherwise its scores are {wrong:.1%} of their spread off"
     state, token = rows.bytes_of_a_row if isinstance(rows, KeptRows) else (0, 0)
     return state, token, None
 
 
-def _at_once(model: Any, prompt: list[int], rest: list[int]) -> Tensor:
+def at_once(model: Any, prompt: list[int], rest: list[int]) -> Tensor:
     """The logits of what follows the prompt and each token of ``rest``, [tokens, vocabulary]."""
     row = UncachedRow(model, prompt)
     return row.step(torch.tensor([prompt[-1:] + rest], device=row.last.device))[0]
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
+def is_rounding(wrong: float, model: Any) -> bool:
+    """Whether :func:`apart` is no more than what rounding in the model's dtype makes."""
+    return wrong <= _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16])
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
     """How far logits [tokens, vocabulary] are from others, as a share of the others' spread.
 
     The nearest token counts: a router of experts may tip over at one, but a fault of a cache is in all of them.
