@@ -74,6 +74,7 @@ HYBRID = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": False, "num_kv_heads": HEADS},
     "gemma3n_text": {
         "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4, "layer_types": HYBRID * 2,

@@ -244,6 +244,8 @@ def _unpacked(model: PreTrainedModel, memory_bytes: int) -> PreTrainedModel:
     parameters: int = model.num_parameters()
     if parameters * model.dtype.itemsize > memory_bytes / 2:
         return model
-    unpacked: PreTrainedModel = model.dequantize(dtype=model.dtype)  # type: ignore[no-untyped-call]
-    unpack_(unpacked)
-    return unpacked
+    # Transformers' own way ends in an error where nothing is bitsandbytes', as in Falcon, whose linear layers aren't.
+    if any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters()):
+        model = model.dequantize(dtype=model.dtype)  # type: ignore[no-untyped-call]
+    unpack_(model)
+    return model
