@@ -67,6 +67,11 @@ turn = st.fixed_dictionaries({}, optional={"from": roles, "value": mostly_words}
 pair = st.tuples(words, words).map(
     lambda texts: [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
 )
+block = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking"])},
+    optional={"text": words, "input": scalars, "name": words, "content": scalars, "thinking": scalars},
+)
+moss = st.dictionaries(st.sampled_from(["Human", "MOSS", "Commands"]), mostly_words)
 row = st.one_of(
     st.fixed_dictionaries(
         {"instruction": mostly_words, "output": mostly_words},
@@ -76,7 +81,46 @@ row = st.one_of(
     st.builds(lambda pairs: {"messages": [m for p in pairs for m in p]}, st.lists(pair, max_size=3)),
     st.builds(lambda turns, tools: {"conversations": turns, "tools": tools}, st.lists(turn, max_size=5), scalars),
     st.fixed_dictionaries({"prompt": mostly_words | st.lists(message), "completion": mostly_words | st.lists(message)}),
-    st.fixed_dictionaries({"text": mostly_words}),
+    st.fixed_dictionaries({"text": mostly_words}, optional={"summary": words, "images": st.lists(words, max_size=2)}),
+    st.fixed_dictionaries(
+        {"question": mostly_words, "answer": mostly_words},
+        optional={"context": mostly_words, "history": scalars, "choices": scalars, "thinking": words},
+    ),
+    st.fixed_dictionaries(
+        {
+            "prompt": mostly_words | st.lists(message, max_size=3),
+            "chosen": mostly_words | st.lists(message, max_size=3),
+        },
+        optional={"rejected": mostly_words, "label": scalars, "instruction": words},
+    ),
+    st.builds(
+        lambda name, turns: {name: turns},
+        st.sampled_from(["conversation", "dialog", "data", "contents", "chat", "messages"]),
+        st.lists(words, max_size=4)
+        | st.lists(st.fixed_dictionaries({"human": words, "assistant": mostly_words}), max_size=3)
+        | st.lists(st.fixed_dictionaries({"role": roles, "parts": st.lists(scalars, max_size=2)}), max_size=3)
+        | st.lists(
+            st.fixed_dictionaries(
+                {
+                    "role": roles,
+                    "content": st.lists(st.fixed_dictionaries({"type": st.just("tool_use"), "input": scalars})),
+                }
+            ),
+            max_size=3,
+        ),
+    ),
+    st.builds(
+        lambda text, inner: {"prompt": {"text": text, "role": "prompter", "replies": inner}},
+        words,
+        st.lists(
+            st.fixed_dictionaries(
+                {"text": mostly_words, "role": st.just("assistant")}, optional={"rank": scalars, "replies": scalars}
+            ),
+            max_size=2,
+        ),
+    ),
+    st.lists(message, max_size=3),
+    st.builds(lambda turn, chat: {"chat": {"turn_1": turn, **chat}}, moss | scalars, st.dictionaries(words, moss)),
     st.dictionaries(words, scalars, max_size=3),
     scalars,
 )
@@ -145,6 +189,10 @@ def check_account(proof: Proof, config: Config, name: str, tokenizer: PreTrained
 
 def written(kind: str, made: list[Any]) -> bytes:
     """Rows as a file of one kind."""
+    if kind == "txt":
+        return "\n\n".join(json.dumps(r) for r in made).encode("utf-8", "surrogatepass")
+    if kind == "wrapped.json":
+        return json.dumps({"version": 1, "data": made}, indent=len(made) % 3 or None).encode("utf-8", "surrogatepass")
     if kind == "json":
         return json.dumps(made, indent=len(made) % 3 or None).encode("utf-8", "surrogatepass")
     if kind in ("csv", "tsv"):
@@ -161,15 +209,19 @@ def written(kind: str, made: list[Any]) -> bytes:
 
 
 @many
-@example(kind="tsv", made=["<|im_end|>", {"a\x85b\u2028c": ""}], overlong="drop", allow=True)  # in the ledger's reason
-@given(st.sampled_from(["json", "jsonl", "csv", "tsv", "jsonl.gz"]), rows,
-       st.sampled_from(["drop", "split", "keep-end"]), st.booleans())  # fmt: skip
+@example(
+    kind="tsv", made=["<|im_end|>", {"a\x85b\u2028c": ""}], overlong="drop", allow=True, prefer=None
+)  # in the ledger's reason
+@given(st.sampled_from(["json", "wrapped.json", "jsonl", "csv", "tsv", "txt", "jsonl.gz"]), rows,
+       st.sampled_from(["drop", "split", "keep-end"]), st.booleans(), st.sampled_from([None, "chosen"]))  # fmt: skip
 def test_generated_files(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, made: list[Any], overlong: str, allow: bool
-) -> None:
+    folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, made: list[Any], overlong: str, allow: bool,
+    prefer: str | None,
+) -> None:  # fmt: skip
     file = folder / f"generated.{kind}"
     file.write_bytes(written(kind, made))
-    assert file.name in outcome(file, tokenizer, overlong=overlong, allow_control_tokens=allow)
+    options = {"overlong": overlong, "allow_control_tokens": allow, "prefer": prefer}
+    assert file.name in outcome(file, tokenizer, **options)
 
 
 def good(kind: str) -> bytes:
@@ -185,12 +237,18 @@ def good(kind: str) -> bytes:
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(made), sink)
         return sink.getvalue()
+    if kind == "arrow":
+        sink = io.BytesIO()
+        table = pa.Table.from_pylist(made)
+        with pa.ipc.new_stream(sink, table.schema) as file:
+            file.write_table(table)
+        return sink.getvalue()
     if kind == "csv":
         return written(kind, [{"instruction": f'Say "{n}"', "output": f"It,\nis {n}"} for n in range(6)])
     return written(kind, made)
 
 
-GOOD = {kind: good(kind) for kind in ("json", "jsonl", "csv", "jsonl.gz", "parquet")}
+GOOD = {kind: good(kind) for kind in ("json", "jsonl", "csv", "jsonl.gz", "parquet", "arrow")}
 mutation = st.tuples(
     st.sampled_from(["flip", "delete", "insert", "cut", "double"]),
     st.floats(0, 1),

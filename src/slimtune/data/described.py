@@ -68,7 +68,9 @@ class Description:
             return turn
         roles = {self.tags.get(tag, usual): role for tag, (usual, role) in _ROLES.items()}
         rest = {key: item for key, item in turn.items() if key not in (role_tag, content_tag)}
-        return {**rest, "role": roles.get(turn[role_tag], turn[role_tag]), "content": turn.get(content_tag)}
+        who = turn[role_tag]
+        role = roles.get(who, who) if isinstance(who, str) else who
+        return {**rest, "role": role, "content": turn.get(content_tag)}
 
 
 def descriptions(entries: Mapping[str, Any], name: str) -> dict[str, Description] | None:

@@ -134,9 +134,11 @@ def _last_reply(turns: list[Any]) -> dict[str, Any]:
 def _asked(rest: Mapping[str, Any], question: Any) -> list[dict[str, Any]]:
     """Alpaca's columns as turns: history, then instruction and input."""
     turns = []
-    for pair in rest.get("history") or []:
-        if isinstance(pair, list) and len(pair) == 2:
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    history = rest.get("history")
+    for pair in history if isinstance(history, list) else []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowRefused("history", "must be pairs: what the user said, what the assistant replied")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     extra = rest.get("input")
     if isinstance(question, str) and isinstance(extra, str) and extra.strip() and extra != question:
         question = f"{question}\n{extra}"

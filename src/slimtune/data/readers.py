@@ -418,14 +418,20 @@ def _parquet(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
 
 
 def _arrow(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
-    """Arrow has two forms: a file (feather), and a stream, which the datasets library saves."""
+    """Arrow has two forms: a file (feather), and a stream, which the datasets library saves.
+
+    Both are taken as they lie on the disk: without a look at all of a batch, a broken one ends the process.
+    """
     is_file = stream.read(6) == b"ARROW1"
     stream.seek(0)
     if is_file:
         reader = pa.ipc.open_file(stream)
-        yield from map(reader.get_batch, range(reader.num_record_batches))
+        batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
     else:
-        yield from pa.ipc.open_stream(stream)
+        batches = pa.ipc.open_stream(stream)
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:

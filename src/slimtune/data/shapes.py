@@ -250,7 +250,10 @@ def _pair(value: Mapping[str, Any]) -> Standard | None:
         asked = f"{asked}\n{extra}" if extra.strip() else asked
         read.add(names[name])
     messages: list[Mapping[str, Any]] = []
-    for number, pair in enumerate(value.get("history") or []):
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise RowRefused("history", f"{kind_of(history)} where a list belongs")
+    for number, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowRefused(f"history[{number}]", "must be a pair: what the user said, what the assistant replied")
         messages += _asked_and_replied(*pair)
@@ -297,7 +300,7 @@ def _moss(value: Mapping[str, Any]) -> Standard | None:
         said = re.findall(r"\[(Human|MOSS)\]: (.*?)<eo[ah]>", plain, re.DOTALL)
         older = [{"role": "user" if who == "Human" else "assistant", "content": text} for who, text in said]
         return Standard("moss", {"messages": older, "system": value.get("prefix")}, frozenset({"plain_text", "prefix"}))
-    if not isinstance(chat, Mapping) or "turn_1" not in chat:
+    if not isinstance(chat, Mapping) or "turn_1" not in chat or not _are_turns(list(chat.values())):
         return None
     messages = []
     for name in sorted(chat, key=lambda name: int(re.sub(r"\D", "", str(name)) or 0)):
@@ -332,7 +335,8 @@ def _tree(value: Mapping[str, Any]) -> Standard | None:
     while node is not None:
         role = "user" if node.get("role") == "prompter" else node.get("role")
         messages.append({"role": role, "content": node.get("text")})
-        replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+        replies = node.get("replies")
+        replies = replies if _are_turns(replies) else []
         replies = [reply for reply in replies if not reply.get("deleted")]
         node = min(replies, key=_rank, default=None)
     return Standard("tree", {"messages": messages}, frozenset({"prompt"}))
