@@ -16,6 +16,7 @@ from transformers import (
     Blip2Config,
     DiffusionGemmaConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedConfig,
     T5Config,
     Wav2Vec2Config,
@@ -96,3 +97,14 @@ def test_another_kind_of_model_is_refused_with_the_reason(config: PreTrainedConf
 def test_a_text_model_stays_one_and_a_decoder_of_an_encoder_family_can_be_used() -> None:
     assert language_class(LlamaConfig(), "here") is AutoModelForCausalLM
     assert language_class(BertConfig(is_decoder=True), "here") is AutoModelForCausalLM
+
+
+def test_a_model_whose_files_lack_the_head_is_refused(tmp_path: Path, model_folder: Path, hardware: Hardware) -> None:
+    """A classifier's checkpoint: Transformers would warn, and begin the language head at random."""
+    sizes = {key: value for key, value in TEXT.items() if not key.startswith("linear_")}
+    LlamaForSequenceClassification(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model_folder / file, tmp_path / file)
+    for quantization in ("nf4", "none"):
+        with pytest.raises(UserError, match=r"hold nothing for lm_head\.weight\n"):
+            load_base(str(tmp_path), hardware, compute_dtype="fp32", quantization=quantization)

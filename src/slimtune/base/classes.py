@@ -8,6 +8,7 @@ its modules then have the names that vLLM, llama.cpp's converters and plain PEFT
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from slimtune.base.source import from_pretrained, upstream_errors
 from slimtune.errors import UserError
 
-__all__ = ["language_class", "skeleton"]
+__all__ = ["check_whole", "language_class", "skeleton"]
 
 _NEEDED = "slimtune trains models that continue text: causal language models, with or without images as input."
 
@@ -67,6 +68,27 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     with torch.device("meta"), upstream_errors(str(folder)):
         model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     return model
+
+
+def check_whole(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """See that the files held every parameter: Transformers begins the others at random, and only warns of it.
+
+    Args:
+        name: The model's name, for the message.
+        model: As it was loaded.
+        missing: What the files didn't hold, as Transformers reports it.
+
+    Raises:
+        UserError: A parameter has no weights, a classifier's language head for example.
+    """
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    if lacking := sorted(parameters & set(missing)):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(
+            f"the files of {name} hold nothing for {lacking[0]}{more}",
+            rule=f"{type(model).__name__} needs it; it would begin at random.",
+            way_out="Take the checkpoint of a chat model, or check that the download is whole.",
+        )
 
 
 def _other_kind(config: PreTrainedConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimtune.base.classes import language_class
+from slimtune.base.classes import check_whole, language_class
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.source import from_pretrained, local_revision, model_source
@@ -84,14 +84,17 @@ def load_base(
         options["quantization_config"] = four_bit_config(
             double_quant=double_quant, compute_dtype=dtype, mxfp4=stored == "mxfp4", linears=quantization == "nf4"
         )
-    loaded: PreTrainedModel = from_pretrained(
+    loaded: PreTrainedModel
+    loaded, loading = from_pretrained(
         auto,
         source,
         revision=local_revision(source, revision),
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        output_loading_info=True,
         **options,
     )
+    check_whole(model, loaded, loading["missing_keys"])
     keep_trainable_layout(loaded)
     misread = misread_weight(loaded)
     if misread is not None:
