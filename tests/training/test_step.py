@@ -186,3 +186,31 @@ def test_an_adapter_on_the_head_is_refused_and_a_copy_of_it_trains(
     trained = load_file(run.adapter / "adapter_model.safetensors")
     for name, gradient in expected(model, run, config, words).items():
         assert relative_error(-trained[name], gradient) <= GRADIENT, name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "reason"),
+    [
+        ({"attention_dropout": 0.1}, {}, "dropout on attention weights"),
+        ({}, {"targets": ("q_proj", "embed_tokens")}, "no adapter on model.embed_tokens"),
+    ],
+    ids=["attention dropout", "the embedding"],
+)
+def test_what_the_engine_doesnt_take_trains_on_the_plain_stack(
+    architecture: dict[str, Any],
+    settings: dict[str, Any],
+    reason: str,
+    chats: Path,
+    tmp_path: Path,
+    words: PreTrainedTokenizerBase,
+) -> None:
+    model = saved(tmp_path / "model", "llama", words, **architecture)
+    adamw = {"optim": "adamw_8bit", "learning_rate": 1e-3, "max_steps": 2, **settings}
+    run, _ = first_step(model, chats, tmp_path / "run", **adamw)
+    training = run.read_json(run.facts_file)["training"]
+    assert training["engine"].startswith("plain: ")
+    assert reason in training["engine"]
+    assert training["without_gradient"] == []
+    if architecture:  # asked for, it is refused by the config alone, before the data is read
+        with pytest.raises(UserError, match=reason):
+            first_step(model, tmp_path / "no such file.jsonl", tmp_path / "none", engine="fused", **adamw)

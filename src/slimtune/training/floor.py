@@ -47,8 +47,8 @@ class Work:
         head: Any = model.get_output_embeddings()
         linear, attention = 0, Counter[int | None]()
         largest: tuple[int, ...] = (0, 0)
-        # An image-text model's towers have no part in a step on text.
-        decoder = model.get_decoder()
+        # An image-text model's towers have no part in a step on text. ModernBERT calls its head a decoder.
+        decoder = model if model.get_decoder() is head else model.get_decoder()
         for name, module in decoder.named_modules():
             if module is head or isinstance(module, nn.Embedding):
                 continue
