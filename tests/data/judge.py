@@ -431,7 +431,9 @@ def _as_parts(messages: Messages) -> Messages:
 
 def _all_thought_keys(messages: Messages) -> Messages:
     made = _thought_key(messages)
-    return [{**m, "reasoning": t} if (t := m.get("reasoning_content") or m.get("thinking")) else m for m in made]
+    keys = ("reasoning_content", "thinking", "reasoning")
+    thoughts = [next((m[key] for key in keys if m.get(key)), None) for m in made]
+    return [{**m, **dict.fromkeys(keys, t)} if t else m for m, t in zip(made, thoughts, strict=True)]
 
 
 def _thoughts_as_parts(messages: Messages) -> Messages:

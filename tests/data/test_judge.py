@@ -10,9 +10,13 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from slimtune.data.conversation import RowRefused, normalise
+from slimtune.data.render import ChatRenderer, prompt_ids
 from tests.data import judge
 
 OWN = Path(__file__).parent / "templates" / "kinds"
@@ -28,6 +32,39 @@ def test_what_is_trained_is_what_is_asked_and_written(path: Path) -> None:
     assert not bad, "\n".join(f"{v.case}: {v.verdict}: {v.why}" for v in bad)
     right = sum(v.verdict == "right" for v in verdicts)
     assert right == 0 if path.stem in NEVER_STOPS else right >= len(judge.CASES) - 3
+
+
+@pytest.mark.parametrize("path", sorted(OWN.glob("*.jinja")), ids=lambda path: path.stem)
+def test_the_ids_that_a_model_is_asked_with_begin_its_documents(path: Path) -> None:
+    if path.stem in NEVER_STOPS:
+        pytest.skip("refused whole")
+    tokenizer = judge.tokenizer_for(path.read_text(encoding="utf-8"))
+    renderer = ChatRenderer(tokenizer)
+    held = 0
+    for case in judge.CASES:
+        try:
+            conversation = normalise(case.row())
+            drafts = renderer.drafts(conversation)
+        except RowRefused:
+            continue
+        begins = set()
+        for ids, mask in renderer.encoder.encode([draft.pieces for draft in drafts]):
+            starts = np.flatnonzero(mask[1:] & ~mask[:-1]) + 1
+            begins |= {tuple(ids[:start].tolist()) for start in starts}
+        messages = conversation.messages
+        wanted = [at for at, m in enumerate(messages) if m["role"] == "assistant" and m.get("supervised", True)]
+        asked = {
+            tuple(prompt_ids(tokenizer, messages[:at], tools=case.tools, variables=_known(renderer, case)))
+            for at in wanted
+        }
+        assert begins == asked, case.name
+        held += len(asked)
+    assert held > len(judge.CASES)
+
+
+def _known(renderer: ChatRenderer, case: judge.Case) -> dict[str, Any]:
+    names = renderer._dialect(False, {}).template.names
+    return {name: value for name, value in case.variables.items() if name in names}
 
 
 @pytest.mark.skipif("TEMPLATES_FOLDER" not in os.environ, reason="the campaign: make templates FOLDER=…")

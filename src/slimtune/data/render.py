@@ -208,10 +208,12 @@ class ChatRenderer:
             raise RowRefused("", "no reply is left to learn", "nothing-to-learn")
         last = replies[-1] if train_on == "all" else wanted[-1]
         written = {at: dialect.reply(messages[: at + 1], tools) for at in replies if at <= last}
-        for at in wanted:
-            notes += written[at].notes + _checked(written[at], messages[: at + 1])
         main = written[last]
         places = _places(main.prompt + main.text, written)
+        for at in wanted:
+            # What stands in front of a reply in the conversation's own document is looked at once, with the last.
+            begin = at if at in places and at != last else 0
+            notes += written[at].notes + _checked(written[at], messages[: at + 1], begin)
         drafts = [self._own_document(at, written) for at in wanted if at not in places]
         cuts = [(*places[at], at in wanted) for at in places]
         pieces = self._pieces(main.prompt + main.text + main.rest, cuts, everything=train_on == "all")
@@ -351,8 +353,8 @@ def _places(text: str, written: Mapping[int, Reply]) -> dict[int, tuple[int, int
     return made
 
 
-def _checked(reply: Reply, messages: list[Message]) -> list[str]:
-    """What the template left out without harm.
+def _checked(reply: Reply, messages: list[Message], begin: int) -> list[str]:
+    """What the template left out without harm, of the messages from ``begin`` on.
 
     Raises:
         RowRefused: It left out or changed what somebody said.
@@ -360,7 +362,7 @@ def _checked(reply: Reply, messages: list[Message]) -> list[str]:
     notes = []
     for call in messages[-1].get("tool_calls", ()):
         _check_call(call["function"], reply.text, len(messages))
-    for at, message in enumerate(messages):
+    for at, message in enumerate(messages[begin:], begin):
         is_reply = at == len(messages) - 1
         content = message.get("content") or ""
         thought = message.get("reasoning_content") or ""

@@ -117,6 +117,11 @@ def hints(proof: Proof, config: Config) -> list[str]:
             "More than half of the rows hold control-token text: if they were rendered by a template already, "
             "use --format text --allow-control-tokens."
         )
+    if left := facts["noted"].get("thoughts-left-out", 0):
+        said.append(
+            f"The thoughts of {left:,} rows are left out by the template: it may have a variable for them "
+            "(--template-vars enable_thinking=true)."
+        )
     if facts["duplicates"] > facts["documents"] / 10:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
     if left_out := facts.get("left_out"):
