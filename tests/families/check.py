@@ -140,7 +140,7 @@ def _gradient(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
     config = _config(base, data, folder / "run", start_from=start, **GRADIENT)
     run = finetune(config)
     facts = run.read_json(run.facts_file)
-    proof.packed = "yes" if facts["data"]["packed"] else str(facts["data"].get("unpacked") or "no")
+    proof.packed = "yes" if facts["data"]["packed"] else f"no: {facts['data']['unpacked']}"
     before, after = load_file(start / "adapter_model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
     expected = _oracle(base, start, config)
     assert before.keys() == after.keys() == expected.keys()

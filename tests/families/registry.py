@@ -123,6 +123,8 @@ def table() -> str:
     without = [proof["model_type"] for proof in proofs if proof not in made]
     if without:
         lines += ["", f"No tiny model could be made of {', '.join(without)}."]
+    if untried := [name for name in families() if not (RESULTS / f"{name}.json").is_file()]:
+        lines += ["", f"Not tried in this run: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +137,7 @@ def _row(proof: dict[str, Any]) -> str:
         limits.insert(0, "**gradients differ**")
     cells = [
         proof["model_type"],
-        "–" if share is None else f"{share:.0%}",
+        "–" if share is None else f"{100 * share:.1f} %",
         proof.get("targets") or "–",
         proof.get("packed") or "–",
         "–" if gradient is None else f"{gradient:.0e}",
