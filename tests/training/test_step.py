@@ -214,3 +214,15 @@ def test_what_the_engine_doesnt_take_trains_on_the_plain_stack(
     if architecture:  # asked for, it is refused by the config alone, before the data is read
         with pytest.raises(UserError, match=reason):
             first_step(model, tmp_path / "no such file.jsonl", tmp_path / "none", engine="fused", **adamw)
+
+
+def test_a_class_that_takes_no_loss_arguments_weighs_tokens_all_the_same(
+    chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Gemma 4's class with images says of itself.
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    model = saved(tmp_path / "model", "llama", words)
+    run, config = first_step(model, chats, tmp_path / "run")
+    trained = load_file(run.adapter / "adapter_model.safetensors")
+    for name, gradient in expected(model, run, config, words).items():
+        assert relative_error(-trained[name], gradient) <= GRADIENT, name
