@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2.nodes
@@ -22,8 +22,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from slimtune.data.conversation import RowRefused, normalise
 from slimtune.data.render import ChatRenderer
 from slimtune.errors import UserError
-
-Messages = list[dict[str, Any]]
+from tests.data.conversations import CASES, Case, Messages, result, user
 
 # -- a tokenizer for a template ---------------------------------------------------------------------------------------
 
@@ -67,111 +66,6 @@ def tokenizer_for(source: str) -> PreTrainedTokenizerBase:
     made.chat_template = source
     return made
 
-
-# -- conversations ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row as people's files have it."""
-
-    name: str
-    messages: Messages
-    tools: list[dict[str, Any]] | None = None
-    variables: dict[str, Any] = field(default_factory=dict)
-
-    def row(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"messages": self.messages}
-        if self.tools:
-            made["tools"] = self.tools
-        if self.variables:
-            made["chat_template_kwargs"] = self.variables
-        return made
-
-
-def _u(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def _a(text: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def _s(text: str, role: str = "system") -> dict[str, Any]:
-    return {"role": role, "content": text}
-
-
-def _call(number: int, arguments: Any, name: str = "qztool") -> dict[str, Any]:
-    return {"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _result(number: int, text: str, name: str = "qztool") -> dict[str, Any]:
-    return {"role": "tool", "content": text, "name": name, "tool_call_id": f"call{number:05d}"}
-
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "qztool",
-        "description": "qzdoes this",
-        "parameters": {
-            "type": "object",
-            "properties": {"place": {"type": "string", "description": "qzabout this"}},
-            "required": ["place"],
-        },
-    },
-}
-_PLACE = {"place": "qzvaluea"}
-_WITH_CALL = [_u("qzuser"), _a(None, tool_calls=[_call(0, _PLACE)]), _result(0, "qzresulta"), _a("qzreply is so.")]
-
-CASES = [
-    Case("one turn", [_u("qzuser"), _a("qzreply is so.")]),
-    Case("system", [_s("qzsystem"), _u("qzuser"), _a("qzreply")]),
-    Case("empty system", [_s(""), _u("qzuser"), _a("qzreply")]),
-    Case("many turns", [_s("qzsystem"), _u("qzusera"), _a("qzreplya"), _u("qzuserb"), _a("qzreplyb"),
-                        _u("qzuserc"), _a("qzreplyc")]),
-    Case("two turns", [_u("qzusera"), _a("qzreplya"), _u("qzuserb"), _a("qzreplyb")]),
-    Case("system midway", [_u("qzusera"), _a("qzreplya"), _s("qzsystem"), _u("qzuserb"), _a("qzreplyb")]),
-    Case("system and developer", [_s("qzsystem"), _s("qzdeveloper", "developer"), _u("qzuser"), _a("qzreply")]),
-    Case("developer", [_s("qzdeveloper", "developer"), _u("qzuser"), _a("qzreply")]),
-    Case("thought", [_u("qzuser"), _a("qzreply", reasoning_content="qzthought is deep.")]),
-    Case("thought as thinking", [_u("qzuser"), _a("qzreply", thinking="qzthought")]),
-    Case("thought as reasoning", [_s("qzsystem"), _u("qzuser"), _a("qzreply", reasoning="qzthought")]),
-    Case("thoughts in both", [_u("qzusera"), _a("qzreplya", reasoning_content="qzthoughta"), _u("qzuserb"),
-                              _a("qzreplyb", reasoning_content="qzthoughtb")]),
-    Case("thought in the first", [_u("qzusera"), _a("qzreplya", reasoning_content="qzthoughta"), _u("qzuserb"),
-                                  _a("qzreplyb")]),
-    Case("thought inside", [_u("qzuser"), _a("<think>\nqzthought\n</think>\n\nqzreply")]),
-    Case("thought parts", [_u("qzuser"), _a([{"type": "thinking", "thinking": [{"type": "text", "text": "qzthought"}]},
-                                             {"type": "text", "text": "qzreply"}])]),
-    Case("text parts", [{"role": "user", "content": [{"type": "text", "text": "qzuser"}]}, _a("qzreply")]),
-    Case("call", _WITH_CALL, [TOOL]),
-    Case("call with text", [_s("qzsystem"), _u("qzuser"), _a("qzlook", tool_calls=[_call(0, json.dumps(_PLACE))]),
-                            _result(0, "qzresulta"), _a("qzreply")], [TOOL]),
-    Case("parallel calls", [_u("qzuser"), _a("", tool_calls=[_call(0, _PLACE), _call(1, {"place": "qzvalueb"})]),
-                            _result(0, "qzresulta"), _result(1, "qzresultb"), _a("qzreply")], [TOOL]),
-    Case("nested arguments", [_u("qzuser"), _a(None, tool_calls=[_call(0, {"place": "qzvaluea", "more": {"list": [
-        "qzitem", 2, True], "deep": {"a": "qzdeep"}}})]), _result(0, "qzresulta"), _a("qzreply")], [TOOL]),
-    Case("call at the end", _WITH_CALL[:2], [TOOL]),
-    Case("tools unused", [_u("qzuser"), _a("qzreply")], [TOOL]),
-    Case("calls in turn", [_u("qzuser"), _a(None, tool_calls=[_call(0, _PLACE)]), _result(0, "qzresulta"),
-                           _a(None, tool_calls=[_call(1, {"place": "qzvalueb"})]), _result(1, "qzresultb"),
-                           _a("qzreply")], [TOOL]),
-    Case("thought and call", [_u("qzuser"), _a("", reasoning_content="qzthoughta", tool_calls=[_call(0, _PLACE)]),
-                              _result(0, "qzresulta"), _a("qzreply", reasoning_content="qzthoughtb")], [TOOL]),
-    Case("call, then a turn", [*_WITH_CALL, _u("qzuserb"), _a("qzreplyb")], [TOOL]),
-    Case("unicode", [_s("qzsystem 船"), _u("qzuser 🚢 naïve"), _a("qzreply 海の上です。")]),
-    Case("spaces around", [_u("  qzuser \n"), _a("\n qzreply\n\n")]),
-    Case("empty reply", [_u("qzuser"), _a("")]),
-    Case("weight 0", [_u("qzusera"), _a("qzreplya", weight=0), _u("qzuserb"), _a("qzreplyb", weight=1)]),
-    Case("users in a row", [_u("qzusera"), _u("qzuserb"), _a("qzreply")]),
-    Case("control text", [_u("qzuser <|im_end|> </s> <end_of_turn>"), _a("qzreply <|im_end|> qztoo")]),
-    Case("no thinking", [_u("qzuser"), _a("qzreply")], None, {"enable_thinking": False}),
-    Case("thinking", [_u("qzusera"), _a("qzreplya"), _u("qzuserb"), _a("qzreplyb", reasoning_content="qzthought")],
-         None, {"enable_thinking": True}),
-    Case("call without arguments", [_u("qzuser"), _a("", tool_calls=[_call(0, {})]), _result(0, "qzresulta"),
-                                    _a("qzreply")], [TOOL]),
-]  # fmt: skip
 
 # -- what is expected -------------------------------------------------------------------------------------------------
 
@@ -283,10 +177,10 @@ class Oracle:
         after = whole[last:]
         if messages[at].get("tool_calls"):
             calls = messages[at]["tool_calls"]
-            follow = [_result(n, "qznext", "other") for n in range(len(calls))]
+            follow = [result(n, "qznext", "other") for n in range(len(calls))]
             follow = [{**r, "tool_call_id": c["id"]} for r, c in zip(follow, calls, strict=True)]
         else:
-            follow = [_u("qznext")]
+            follow = [user("qznext")]
         longer = self.text(messages[: at + 1] + follow, case)
         if longer is not None and "qznext" in longer:
             behind = longer[: longer.index("qznext")]
