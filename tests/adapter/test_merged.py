@@ -22,7 +22,7 @@ from tests.base.test_quantizer import mxfp4_folder
 from tests.families.tiny import small_config
 
 IMAGE_TEXT = ["gemma3", "qwen3_5", "mistral3", "qwen3_vl", "internvl"]
-TEXT = ["phi3", "gpt2", "falcon_h1", "nemotron_h", "qwen3_moe", "gpt_oss"]
+TEXT = ["phi3", "gpt2", "falcon_h1", "nemotron_h", "qwen3_moe", "gpt_oss", "diffllama"]
 EXPERTS = ["qwen3_moe", "gpt_oss", "nemotron_h", "mixtral", "qwen3_vl_moe"]
 # Transformers' or PEFT's own objections to an adapter there: a kernel takes out_proj's weight past its adapter, and a
 # router answers with a tuple.

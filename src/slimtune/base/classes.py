@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -67,6 +68,8 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     loader = language_class(config, str(folder))
     with torch.device("meta"), upstream_errors(str(folder)):
         model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
+        # `torch.normal` with a size knows nothing of the device at hand: DiffLlama's lambdas would hold values.
+        nn.Module.to(model, "meta")
     return model
 
 

@@ -181,7 +181,7 @@ def fits_options(config: Config) -> str | None:
         "rows of added tokens that train": config.add_tokens is not None,
         "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
         "a router's auxiliary loss": config.router_aux_loss is not None,
-        f"the optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
+        f"optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
     }
     return next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
 
