@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from slimtune.base.load import Base, load_base
 from slimtune.errors import UserError
@@ -90,3 +92,19 @@ def test_a_model_with_code_of_its_own_is_refused_and_not_run(
     with pytest.raises(UserError):
         load_base(str(tmp_path), hardware, compute_dtype="fp32")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_soft_cap_is_never_left_out(tmp_path: Path, model_folder: Path, hardware: Hardware) -> None:
+    config = Gemma2Config(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, attn_logit_softcapping=2.0, query_pre_attn_scalar=1, initializer_range=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    expected.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_folder / name, tmp_path / name)
+    loaded = load_base(str(tmp_path), hardware, compute_dtype="fp32", quantization="none").model
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected.eval()(ids).logits)

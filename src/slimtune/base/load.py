@@ -74,6 +74,9 @@ def load_base(
     if not trust_remote_code:
         check_attention(source, getattr(already, "_attn_implementation", None))
     auto = language_class(already, source)
+    if getattr(already.get_text_config(), "attn_logit_softcapping", None):
+        # Transformers before 5.23 takes torch's attention for Gemma 2 by default, which leaves the soft cap out.
+        options["attn_implementation"] = "eager"
     stored = stored_format(model, already)
     if stored == "mxfp4":
         _forget_stored_format(already)
