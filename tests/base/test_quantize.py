@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
-from slimtune.base import quantize
+from slimtune.base import load, quantize, quantizer
 from slimtune.base.load import Base, load_base
+from slimtune.base.packed import Nf4Tensor, misreads_partial_blocks
 from slimtune.base.quantize import bytes_by_part, fingerprint
 from slimtune.engine.kernels import reference
 from slimtune.errors import UserError
@@ -65,29 +68,42 @@ def test_what_bitsandbytes_misreads_is_known() -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
     right = reference.dequantize(packed, state.absmax, shape=(6, 96), dtype=torch.float32)
-    assert quantize._misreads_partial_blocks() != torch.allclose(dequantize_4bit(packed, state), right, atol=1e-5)
+    assert misreads_partial_blocks() != torch.allclose(dequantize_4bit(packed, state), right, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "misreads", "refused"), [(96, True, True), (96, False, False), (128, True, False)])
-def test_a_base_that_would_be_misread_is_refused(
+@pytest.mark.parametrize(("width", "misreads", "packed"), [(96, True, True), (96, False, False), (128, True, False)])
+def test_what_would_be_misread_is_packed_otherwise(
     width: int,
     misreads: bool,
-    refused: bool,
+    packed: bool,
     tiny_model: Path,
     tmp_path: Path,
     hardware: Hardware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quantize, "_misreads_partial_blocks", lambda: misreads)
+    monkeypatch.setattr(quantizer, "misreads_partial_blocks", lambda: misreads)
+    monkeypatch.setattr(quantize, "misreads_partial_blocks", lambda: False)
     config = AutoModelForCausalLM.from_pretrained(tiny_model).config
     config.intermediate_size = width
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     for file in tiny_model.iterdir():
         if not (tmp_path / "model" / file.name).exists():
             (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    if refused:
-        with pytest.raises(UserError, match=r"misreads .*down_proj.weight .* in 4 bits on this CPU"):
-            load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32")
-    else:
-        assert load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32").quantized
-    assert not load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32", quantization="none").quantized
+    base = load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32")
+    assert base.quantized
+    down: Any = base.model.model.layers[0].mlp.down_proj
+    assert isinstance(down.weight, Nf4Tensor) == packed
+    assert isinstance(base.model.model.layers[0].mlp.up_proj, Linear4bit)
+    if packed:
+        plain = load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32", quantization="none").model
+        weight = plain.model.layers[0].mlp.down_proj.weight
+        codes, state = quantize_4bit(weight.reshape(-1, 64), quant_type="nf4", blocksize=64, compress_statistics=True)
+        assert torch.equal(down.weight.unpack().reshape(-1, 64), dequantize_4bit(codes, state))
+
+
+def test_a_stored_base_that_would_be_misread_is_refused(
+    tiny_model: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "misread_weight", lambda model: "model.layers.0.mlp.down_proj.weight")
+    with pytest.raises(UserError, match=r"misreads .*down_proj.weight .* in 4 bits on this CPU"):
+        load_base(str(tiny_model), hardware, compute_dtype="fp32")

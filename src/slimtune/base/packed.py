@@ -29,7 +29,7 @@ from bitsandbytes.functional import (
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "unpack_"]
+__all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "misreads_partial_blocks", "unpack_"]
 
 NF4_BLOCK = 64
 """Weights to one scale (QLoRA, section 3)."""
@@ -291,6 +291,18 @@ class Mxfp4Tensor(PackedTensor):
         groups = values.view(*exponents.shape, _MXFP4_BLOCK)
         numbers = torch.ldexp(groups, exponents.int()[..., None] - 127).to(self.dtype).view(self.packed_shape)
         return numbers.transpose(-1, -2) if self.turned else numbers
+
+
+def misreads_partial_blocks() -> bool:
+    """Whether bitsandbytes, on this CPU, reads other numbers in rows of one and a half blocks than in rows of one.
+
+    Its kernel for CPUs with AVX512 begins a new block at each row (0.50, ``cdequantize_blockwise_cpu_nf4``).
+    """
+    ramp = torch.linspace(-1.0, 1.0, 3 * NF4_BLOCK).view(3, NF4_BLOCK)
+    packed, state = quantize_4bit(ramp, blocksize=NF4_BLOCK, quant_type="nf4")
+    whole: Tensor = dequantize_4bit(packed, state).flatten()
+    state.shape = torch.Size([2, 3 * NF4_BLOCK // 2])
+    return not torch.equal(dequantize_4bit(packed, state).flatten(), whole)
 
 
 def unpack_(model: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimtune.base.packed import NF4_BLOCK, PackedTensor
+from slimtune.base.packed import PackedTensor, misreads_partial_blocks
 from slimtune.base.quantizer import policy_of
 
 __all__ = [
@@ -48,19 +48,8 @@ def misread_weight(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None and parameter.device.type == "cpu" and state.shape[-1] % state.blocksize:
-            return name if _misreads_partial_blocks() else None
+            return name if misreads_partial_blocks() else None
     return None
-
-
-def _misreads_partial_blocks() -> bool:
-    """Whether the same codes and scales mean other numbers in rows of one and a half blocks than in rows of one."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    ramp = torch.linspace(-1.0, 1.0, 3 * NF4_BLOCK).view(3, NF4_BLOCK)
-    packed, state = quantize_4bit(ramp, blocksize=NF4_BLOCK, quant_type="nf4")
-    whole = dequantize_4bit(packed, state).flatten()
-    state.shape = torch.Size([2, 3 * NF4_BLOCK // 2])
-    return not torch.equal(dequantize_4bit(packed, state).flatten(), whole)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from slimtune.base.packed import Mxfp4Tensor, Nf4Tensor
+from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, misreads_partial_blocks
 from slimtune.errors import UserError
 
 __all__ = ["FourBitConfig", "FourBitQuantizer", "Policy", "four_bit_config", "policy_of"]
@@ -57,6 +57,11 @@ class Policy:
         four_bit = sum(size for name, size in self.sizes.items() if name in self.linears or name in self.packed)
         return four_bit / max(1, sum(self.sizes.values()))
 
+    def without_partial_rows(self, model: nn.Module) -> Policy:
+        """Weights whose rows aren't whole blocks packed by slimtune: bitsandbytes would misread them on some CPUs."""
+        partial = {name for name in self.linears if model.get_parameter(name).shape[-1] % NF4_BLOCK}
+        return replace(self, linears=self.linears - partial, packed=self.packed | partial)
+
     @property
     def rest(self) -> list[tuple[str, int]]:
         """What stays in 16 bits, as (name without layer numbers, weights), the largest first."""
@@ -66,6 +71,10 @@ class Policy:
                 plain = re.sub(r"\.\d+\.", ".*.", name)
                 sums[plain] = sums.get(plain, 0) + size
         return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def _on_cpu(device_map: Any) -> bool:
+    return isinstance(device_map, dict) and "cpu" in {str(device) for device in device_map.values()}
 
 
 def policy_of(model: nn.Module) -> Policy:
@@ -171,7 +180,12 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
             self.policy = replace(self.policy, linears=frozenset())
             return
         _check_share(model, self.policy)
-        self.quantization_config.llm_int8_skip_modules = [*_output_names(model), *sorted(self.policy.routers)]
+        if _on_cpu(options.get("device_map")) and misreads_partial_blocks():
+            self.policy = self.policy.without_partial_rows(model)
+        mine = (name.removesuffix(".weight") for name in self.policy.packed if name.endswith(".weight"))
+        self.quantization_config.llm_int8_skip_modules = [
+            *_output_names(model), *sorted(self.policy.routers), *sorted(mine),
+        ]  # fmt: skip
         super()._process_model_before_weight_loading(model, **options)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
