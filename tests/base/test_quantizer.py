@@ -16,8 +16,10 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    FalconH1Config,
     GptOssConfig,
     LlamaConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     Mxfp4Config,
     PreTrainedConfig,
@@ -132,6 +134,26 @@ def test_routers_convolutions_norms_embeddings_and_head_stay() -> None:
     assert {name.rsplit(".", 2)[-2] for name in policy.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert policy.share > 0.98
     assert policy.rest[0] == ("model.layers.*.mlp.gate.weight", 2 * 8 * 64)
+
+
+def test_a_weight_that_the_models_code_hands_to_a_kernel_is_no_raw_bytes() -> None:
+    config = FalconH1Config(**SMALL, intermediate_size=64, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=16)
+    with torch.device("meta"):
+        policy = policy_of(AutoModelForCausalLM.from_config(config))
+    assert {name.split(".", 3)[-1] for name in policy.packed} == {"mamba.out_proj.weight"}
+    assert "model.layers.0.mamba.in_proj.weight" in policy.linears
+
+
+def test_a_router_is_one_by_its_name_too() -> None:
+    # One output for each expert and one more for none.
+    config = LongcatFlashConfig(
+        vocab_size=64, hidden_size=64, num_layers=1, num_attention_heads=4, n_routed_experts=4, zero_expert_num=1,
+        expert_ffn_hidden_size=64, ffn_hidden_size=64, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=16, v_head_dim=16, head_dim=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        policy = policy_of(AutoModelForCausalLM.from_config(config))
+    assert policy.routers == {"model.layers.0.mlp.router.classifier"}
 
 
 class Odd(nn.Module):

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, misreads_partial_blocks
 from slimtune.errors import UserError
+from slimtune.families import read_family
 
 __all__ = ["FourBitConfig", "FourBitQuantizer", "Policy", "four_bit_config", "policy_of"]
 
@@ -34,7 +35,9 @@ WHOLE_SHARE = 0.97
 """What stays in 16 bits is named if the share is smaller."""
 _LEAST_SIDE = 16
 """Rows and columns of a matrix worth packing: smaller ones are scales, biases and decays."""
-_ROUTER = re.compile(r"(^|[._])(gate|router|wg)([._]|$)")
+_ROUTER = re.compile(r"(^|[._])router([._]|$)")
+_GATE = re.compile(r"(^|[._])(gate|wg)([._]|$)")
+"""A gate chooses experts if it has an output for each."""
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
@@ -45,7 +48,8 @@ class Policy:
     linears: frozenset[str]
     """Weights of linear layers that bitsandbytes packs."""
     packed: frozenset[str]
-    """Weights that slimtune packs: expert stacks, and linear layers with a forward of their own."""
+    """Weights that slimtune packs: expert stacks, linear layers with a forward of their own, and those whose weight the
+    model's code hands to a kernel itself."""
     routers: frozenset[str]
     """Modules that choose experts: small, and left as they are."""
     sizes: dict[str, int]
@@ -89,15 +93,17 @@ def policy_of(model: nn.Module) -> Policy:
     packed: set[str] = set()
     routers: set[str] = set()
     counts = _expert_counts(model)
+    uncalled = read_family(model).uncalled
     for name, (module, parameter) in owned.items():
         path, _, kind = name.rpartition(".")
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
-        if parameter.dim() == 2 and parameter.shape[0] in counts and _ROUTER.search(path):
+        if parameter.dim() == 2 and (_ROUTER.search(path) or (parameter.shape[0] in counts and _GATE.search(path))):
             routers.add(path)
         elif isinstance(module, nn.Linear | Conv1D):
             if kind == "weight":
-                (linears if type(module) is nn.Linear or isinstance(module, Conv1D) else packed).add(name)
+                plain = (type(module) is nn.Linear or isinstance(module, Conv1D)) and path not in uncalled
+                (linears if plain else packed).add(name)
         elif _is_stack(module, parameter):
             packed.add(name)
     sizes = {name: parameter.numel() for name, (_, parameter) in owned.items() if id(parameter) not in outside}

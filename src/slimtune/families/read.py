@@ -37,7 +37,8 @@ def read_family(model: Any) -> Family:
     towers = _towers(text)
     inside_towers = {id(module) for tower in towers for module in tower.modules()}
     unfit: dict[str, str] = {}
-    layers = tuple(_read_layer(layer, names, unfit) for layer in _layers(text, inside_towers))
+    uncalled: set[str] = set()
+    layers = tuple(_read_layer(layer, names, unfit, uncalled) for layer in _layers(text, inside_towers))
     head = model.get_output_embeddings()
     return Family(
         model_type=str(getattr(model.config, "model_type", "")),
@@ -45,6 +46,7 @@ def read_family(model: Any) -> Family:
         head="" if head is None else names.get(id(head), ""),
         layers=layers,
         towers=tuple(names[id(tower)] for tower in towers),
+        uncalled=frozenset(uncalled),
         unfit=unfit,
     )
 
@@ -92,10 +94,11 @@ def _sees_the_sequence(module: nn.Module) -> bool:
     return not _SEQUENCE.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
-def _read_layer(layer: nn.Module, names: dict[int, str], unfit: dict[str, str]) -> Layer:
+def _read_layer(layer: nn.Module, names: dict[int, str], unfit: dict[str, str], uncalled: set[str]) -> Layer:
     mixers = list(_mixers(layer))
     mixing = {id(part) for mixer in mixers for part in mixer.modules()}
     unreached = {id(part) for mixer in mixers for part in _read_past_the_call(mixer)}
+    uncalled |= {names[part] for part in unreached}
     attention: list[str] = []
     mlp: list[str] = []
     experts: list[str] = []

@@ -39,6 +39,8 @@ class Family:
     layers: tuple[Layer, ...]
     towers: tuple[str, ...] = ()
     """Modules inside the text part that see pictures or sound."""
+    uncalled: frozenset[str] = frozenset()
+    """Linear layers whose weight the model's code takes itself, for a fused kernel, instead of calling the layer."""
     unfit: dict[str, str] = field(default_factory=dict)
     """Linear layers of the text part that an adapter can't be put on, with the reason."""
 
