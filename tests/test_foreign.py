@@ -174,5 +174,5 @@ def test_a_file_of_nobodys_is_no_tools(tmp_path: Path) -> None:
         load_config(written(tmp_path, {"lora_rank": 4}))
     with pytest.raises(UserError, match="is slimtune's"):
         from_foreign(written(tmp_path, {"lora_r": 4}))
-    with pytest.raises(UserError, match="is no tool's that is translated"):
+    with pytest.raises(UserError, match="is the file of no tool that is known here"):
         from_foreign(written(tmp_path, {"compute_environment": "LOCAL"}))

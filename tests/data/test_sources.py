@@ -217,6 +217,12 @@ def test_a_folder_as_hubs_have_it_holds_its_files_further_down(tmp_path: Path) -
     write(tmp_path / "set" / "data" / "test-00000-of-00001.jsonl", {"text": "b"})
     (tmp_path / "set" / "README.md").write_text("about it")
     assert places(str(tmp_path / "set")) == ["data/train-00000-of-00001.jsonl:1"]
+    (tmp_path / "set" / "LICENSE.txt").write_text("not data")
+    assert places(str(tmp_path / "set")) == ["data/train-00000-of-00001.jsonl:1"]
+    write(tmp_path / "set" / "top.jsonl", {"text": "c"})
+    assert places(str(tmp_path / "set")) == ["top.jsonl:1"]
+    below = ("data/test-00000-of-00001.jsonl", "data/train-00000-of-00001.jsonl")
+    assert parse_source(str(tmp_path / "set")).found.left_out == below
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("One.\n\nTwo.")
     assert places(str(tmp_path / "texts")) == ["a.txt:1", "a.txt:3"]

@@ -46,8 +46,10 @@ def from_foreign(path: Path) -> str:
     if tool is None:
         own = values.keys() & Config.model_fields.keys()
         raise UserError(
-            f"{path} is {'slimtune' if own == values.keys() and own else 'no tool'}'s that is translated",
-            rule="axolotl's, LLaMA-Factory's, mlx-lm's, TRL's and ms-swift's files are.",
+            f"{path} is slimtune's own, or nearly: there is nothing to translate"
+            if own
+            else f"{path} is the file of no tool that is known here",
+            rule="Files of axolotl, LLaMA-Factory, mlx-lm, TRL and ms-swift are translated.",
         )
     lines = translated(values, tool)
     together: dict[str, Any] = {}

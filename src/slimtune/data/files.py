@@ -51,7 +51,7 @@ class Found:
     description: Description | None = None
     """How LLaMA-Factory describes their columns, if it does."""
     left_out: tuple[str, ...] = ()
-    """Files of a folder that its name doesn't mean: held-out data."""
+    """Files of a folder that its name doesn't mean: held-out data, and what lies deeper than its own files."""
     hub: str = ""
     """In place of files: the hub data set that a description names."""
 
@@ -150,24 +150,28 @@ def _loose(folder: Path, name: str, part: str) -> Found:
     kept = [file for file in files if file not in held_out]
     if not kept:
         raise _no_such_part(name, "train", sorted(filter(None, splits)))
-    return Found(_labelled(kept, folder), left_out=tuple(file.label for file in _labelled(held_out, folder)))
+    below = [file for file in _all_under(folder) if file not in files and format_of(file.name) != "txt"]
+    return Found(_labelled(kept, folder), left_out=tuple(file.label for file in _labelled(held_out + below, folder)))
 
 
 def _files_under(folder: Path) -> list[Path]:
-    """A folder's files of rows; text files only where there is nothing else, as they tend to be notes on the rest."""
-    for pattern in ("*", "**/*"):
-        found = sorted(
-            path
-            for path in folder.glob(pattern)
-            if path.is_file()
-            and format_of(path.name) is not None
-            and not any(step.startswith(".") for step in path.relative_to(folder).parts)
-            and path.name not in ("dataset_info.json", "dataset_infos.json", "config.json", "state.json")
-        )
-        rows = [path for path in found if format_of(path.name) != "txt"]
-        if found:
-            return rows or found
-    return []
+    """A folder's files of rows, or those of the folders below it where it holds none itself; text files only where
+    there is nothing else anywhere, as they tend to be notes on the rest."""
+    found = _all_under(folder)
+    rows = [path for path in found if format_of(path.name) != "txt"] or found
+    return [path for path in rows if path.parent == folder] or rows
+
+
+def _all_under(folder: Path) -> list[Path]:
+    """Every file that may hold rows, in a folder and below it."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and format_of(path.name) is not None
+        and not any(step.startswith(".") for step in path.relative_to(folder).parts)
+        and path.name not in ("dataset_info.json", "dataset_infos.json", "config.json", "state.json")
+    )
 
 
 def _split_of(name: str) -> str:

@@ -28,7 +28,15 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, float) and value != value:
         return "NaN"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names = {
+        bool: "true or false",
+        bytes: "binary data",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

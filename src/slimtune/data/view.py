@@ -126,7 +126,10 @@ def hints(proof: Proof, config: Config) -> list[str]:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
     if left_out := facts.get("left_out"):
         names = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-        said.append(f"Left for evaluation, by their names: {names}. --eval FOLDER:valid or FOLDER:test takes them.")
+        said.append(
+            f"Left out of the folder: {names}. --eval FOLDER:valid or FOLDER:test takes what is named for it, "
+            "'FOLDER/**/*.jsonl' what lies in folders below."
+        )
     if len(facts["shapes"]) > 1:
         said.append("The rows have more than one shape: is one of the files the wrong one?")
     return said
