@@ -16,6 +16,7 @@ from slimtune.use.evaluate import documents_of
 from slimtune.use.load import Opened
 from slimtune.use.questions import read_questions
 from slimtune.use.sampling import Sampling
+from slimtune.use.way import way_of
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What is 2 + 2?"}],
@@ -34,6 +35,7 @@ def test_ids_are_the_same_in_every_verb_and_in_training(
     trained, supervised = documents_of(opened, (str(rows),))[0]
     expected = trained[: int(supervised.argmax())].tolist()
 
+    way_of(opened)  # what is tried before the first reply goes through the model too
     seen: list[list[int]] = []
     inner = opened.model.get_base_model()
     forward = inner.forward
@@ -47,8 +49,10 @@ def test_ids_are_the_same_in_every_verb_and_in_training(
     session = ChatSession(opened, ONE, system=messages[0]["content"] if messages[0]["role"] == "system" else None)
     session.reply(messages[-1]["content"], lambda text: None)
     answer_file(opened, read_questions(str(rows)), tmp_path / "out.jsonl", ONE)
-    assert seen == [expected, expected]
+    # A prompt goes through the model in two parts, the last token by itself.
+    asked = [expected[:-1], expected[-1:]]
+    assert seen == asked * 2
     seen.clear()
     compare(opened, str(rows), general=False, sampling=ONE)
     # Two replies, then two losses on the whole document.
-    assert seen == [expected, expected, trained.tolist(), trained.tolist()]
+    assert seen == [*asked * 2, trained.tolist(), trained.tolist()]

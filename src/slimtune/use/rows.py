@@ -193,7 +193,8 @@ class _Forward:
         self.config = model.config.get_text_config(decoder=True)
         self.device: torch.device = model.get_input_embeddings().weight.device
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._takes = inspect.signature(bare.forward).parameters
+        # The class's: an instance's may be shadowed by one that hands everything on.
+        self._takes = inspect.signature(type(bare).forward).parameters
 
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, keep: int) -> Tensor:
         """The logits of what follows each of the last ``keep`` tokens, [rows, keep, vocabulary]; fills the cache."""
