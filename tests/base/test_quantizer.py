@@ -32,6 +32,7 @@ from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.quantizer import policy_of
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from tests.families.tiny import small_config
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -127,7 +128,7 @@ def test_routers_convolutions_norms_embeddings_and_head_stay() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, **EXPERTS, num_local_experts=8))
     policy = policy_of(model)
-    assert policy.routers == {f"model.layers.{index}.mlp.gate" for index in range(2)}
+    assert policy.left == {f"model.layers.{index}.mlp.gate" for index in range(2)}
     assert policy.packed == {
         f"model.layers.{index}.mlp.experts.{name}" for index in range(2) for name in ("gate_up_proj", "down_proj")
     }
@@ -153,7 +154,17 @@ def test_a_router_is_one_by_its_name_too() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         policy = policy_of(AutoModelForCausalLM.from_config(config))
-    assert policy.routers == {"model.layers.0.mlp.router.classifier"}
+    assert policy.left == {"model.layers.0.mlp.router.classifier"}
+
+
+def test_coefficients_stay() -> None:
+    """Gemma 3n reads and clamps their weights past the layers that hold them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small_config("gemma3n_text"))
+    policy = policy_of(model)
+    kept = {"modality_router", "prediction_coefs", "correction_coefs"}
+    assert {path.rpartition(".")[2] for path in policy.left} == kept
+    assert not any(name.rsplit(".", 2)[-2] in kept for name in policy.linears | policy.packed)
 
 
 class Odd(nn.Module):

@@ -34,7 +34,8 @@ LEAST_SHARE = 0.8
 WHOLE_SHARE = 0.97
 """What stays in 16 bits is named if the share is smaller."""
 _LEAST_SIDE = 16
-"""Rows and columns of a matrix worth packing: smaller ones are scales, biases and decays."""
+"""Rows and columns of a matrix worth packing: smaller ones are scales, biases, decays and coefficients, and Gemma 3n
+clamps such a layer's weight, which in 4 bits would be its codes."""
 _ROUTER = re.compile(r"(^|[._])router([._]|$)")
 _GATE = re.compile(r"(^|[._])(gate|wg)([._]|$)")
 """A gate chooses experts if it has an output for each."""
@@ -50,8 +51,8 @@ class Policy:
     packed: frozenset[str]
     """Weights that slimtune packs: expert stacks, linear layers with a forward of their own, and those whose weight the
     model's code hands to a kernel itself."""
-    routers: frozenset[str]
-    """Modules that choose experts: small, and left as they are."""
+    left: frozenset[str]
+    """Modules left as they are: those that choose experts, and matrices of a few rows or columns."""
     sizes: dict[str, int]
     """Weights of every parameter besides embeddings and head."""
 
@@ -85,29 +86,34 @@ def policy_of(model: nn.Module) -> Policy:
     """The policy for a model as Transformers makes it; on the meta device too.
 
     4 bits: linear layers, expert stacks, and subclasses of ``nn.Linear``. As they are: embeddings, head, routers,
-    norms, convolutions, and whatever is no matrix.
+    norms, convolutions, matrices of a few rows or columns, and whatever is no matrix.
     """
     owned = _owners(model)
     outside = {id(parameter) for parameter in _embeddings_and_head(model)}
     linears: set[str] = set()
     packed: set[str] = set()
-    routers: set[str] = set()
+    left: set[str] = set()
     counts = _expert_counts(model)
     uncalled = read_family(model).uncalled
     for name, (module, parameter) in owned.items():
         path, _, kind = name.rpartition(".")
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
-        if parameter.dim() == 2 and (_ROUTER.search(path) or (parameter.shape[0] in counts and _GATE.search(path))):
-            routers.add(path)
-        elif isinstance(module, nn.Linear | Conv1D):
+        linear = isinstance(module, nn.Linear | Conv1D)
+        if parameter.dim() == 2 and (
+            _ROUTER.search(path)
+            or (parameter.shape[0] in counts and _GATE.search(path))
+            or (linear and _is_small(parameter))
+        ):
+            left.add(path)
+        elif linear:
             if kind == "weight":
                 plain = (type(module) is nn.Linear or isinstance(module, Conv1D)) and path not in uncalled
                 (linears if plain else packed).add(name)
         elif _is_stack(module, parameter):
             packed.add(name)
     sizes = {name: parameter.numel() for name, (_, parameter) in owned.items() if id(parameter) not in outside}
-    return Policy(frozenset(linears), frozenset(packed), frozenset(routers), sizes)
+    return Policy(frozenset(linears), frozenset(packed), frozenset(left), sizes)
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -137,7 +143,11 @@ def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
     """Several matrices in one parameter. A convolution's weight has three dimensions too."""
     if isinstance(module, nn.modules.conv._ConvNd) or parameter.dim() != 3:
         return False
-    return parameter.shape[0] > 1 and min(parameter.shape[1:]) >= _LEAST_SIDE
+    return parameter.shape[0] > 1 and not _is_small(parameter[0])
+
+
+def _is_small(matrix: Tensor) -> bool:
+    return min(matrix.shape) < _LEAST_SIDE
 
 
 class FourBitConfig(BitsAndBytesConfig):
@@ -190,7 +200,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
             self.policy = self.policy.without_partial_rows(model)
         mine = (name.removesuffix(".weight") for name in self.policy.packed if name.endswith(".weight"))
         self.quantization_config.llm_int8_skip_modules = [
-            *_output_names(model), *sorted(self.policy.routers), *sorted(mine),
+            *_output_names(model), *sorted(self.policy.left), *sorted(mine),
         ]  # fmt: skip
         super()._process_model_before_weight_loading(model, **options)
 
