@@ -176,3 +176,22 @@ def test_a_file_of_nobodys_is_no_tools(tmp_path: Path) -> None:
         from_foreign(written(tmp_path, {"lora_r": 4}))
     with pytest.raises(UserError, match="is the file of no tool that is known here"):
         from_foreign(written(tmp_path, {"compute_environment": "LOCAL"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iters", "many"),
+        ("iters", float("inf")),
+        ("grad_accumulation_steps", "x"),
+        ("lora_parameters", {"rank": "x", "scale": "y"}),
+        ("lora_parameters", {"rank": None, "scale": None}),
+        ("lr_schedule", {"name": "cosine_decay", "warmup": "a lot"}),
+        ("lr_schedule", {"name": ["cosine_decay"]}),
+        ("optimizer", ["adam"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_said_beside_its_key(tmp_path: Path, key: str, value: object) -> None:
+    text = from_foreign(written(tmp_path, {"model": "m", "iters": 10, "fine_tune_type": "lora", key: value}))
+    assert "isn't of the kind that belongs there" in text
+    assert yaml.safe_load(text)["model"] == "m"

@@ -73,7 +73,10 @@ def _line(key: str, value: Any, values: Mapping[str, Any], tool: Tool, *, is_def
     rule = _rule(key, tool)
     if value is None:
         return Line(key, value, {}, "not set")
-    found = rule(value, values) if rule is not None else "no counterpart"
+    try:
+        found = rule(value, values) if rule is not None else "no counterpart"
+    except (TypeError, ValueError, OverflowError):  # text for a number, a list for a name: it stays, beside its reason
+        found = "this value, or one that it goes with, isn't of the kind that belongs there"
     return Line(key, value, {}, found) if isinstance(found, str) else Line(key, value, found, "", is_default)
 
 
