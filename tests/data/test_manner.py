@@ -123,3 +123,12 @@ def test_a_part_of_a_call_that_is_left_out_is_refused(kind: Kind) -> None:
     verdict = judge._judge("squeezed", case, judge.Oracle(tokenizer), ChatRenderer(tokenizer))
     assert verdict.verdict == "refused rightly"
     assert "as Python would" in verdict.why
+
+
+@pytest.mark.parametrize("content", ["    indented\n  code", "Here."])
+def test_a_thought_that_the_prompt_opens_leaves_the_replys_indent(kind: Kind, content: str) -> None:
+    (text,) = learnt(ChatRenderer(kind("opened")), {"messages": [ASK, {**REPLY, "content": content}]})
+    assert text.endswith(content + "<|EndOfReply|>")
+    inside = {**REPLY, "content": "<think>\nWhy.\n</think>\n\nHere."}
+    (text,) = learnt(ChatRenderer(kind("opened")), {"messages": [ASK, inside]})
+    assert text.endswith("</think>\n\nHere.<|EndOfReply|>")

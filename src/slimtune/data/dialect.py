@@ -431,7 +431,11 @@ class Dialect:
         if closes in turn and (not said or turn.index(closes) < turn.rfind(said.strip())):
             return turn
         thought = str(message.get("reasoning_content") or "") or inside.split(opens)[-1]
-        return f"{thought.strip()}{close.removesuffix(opening.empty)}{turn.lstrip()}"
+        reply = turn.lstrip()
+        indent = "" if closes in content else content[: len(content) - len(content.lstrip())]
+        if turn.removesuffix(reply).endswith(indent):
+            reply = indent + reply  # the reply's own, where the white space before it is the template's
+        return f"{thought.strip()}{close.removesuffix(opening.empty)}{reply}"
 
     def _thoughtless(self, message: Message) -> Message:
         """The message without its thought, wherever it stands in it."""
