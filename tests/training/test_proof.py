@@ -47,6 +47,11 @@ def test_an_expert_that_no_token_was_sent_to_is_found() -> None:
     assert all(map(is_expert, idle))
     assert 2 <= len(idle) <= 4
     assert named(idle) == f"model.layers.*.mlp.experts expert * × {len(idle)}"
+    inner = [
+        "model.layers.0.mlp.experts.base_layer expert 3",
+        "model.layers.1.mlp.experts.base_layer.base_layer.weight",
+    ]
+    assert named(inner) == "model.layers.*.mlp.experts expert *, model.layers.*.mlp.experts.weight"
     backward(model, torch.arange(3, 100)[None])
     assert without_gradient(model, idle) == ([], len(idle))
 

@@ -159,6 +159,7 @@ _JUDGED = re.compile(r"(?P<owner>.+?)\.(?:(?P<b>lora_B|lora_embedding_A)\.|modul
 
 def named(adapters: Iterable[str]) -> str:
     """Adapters in one line: alike ones together, their numbers left out ("layers.*.mlp.experts expert * × 12")."""
-    kinds = Counter(re.sub(r"(?<![^. ])\d+(?![^. ])", "*", name) for name in adapters)
+    plain = (name.replace(".base_layer", "") for name in adapters)  # PEFT wraps two stacks of a module twice
+    kinds = Counter(re.sub(r"(?<![^. ])\d+(?![^. ])", "*", name) for name in plain)
     told = [kind if count == 1 else f"{kind} × {count:,}" for kind, count in kinds.most_common(4)]
     return ", ".join(told) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
