@@ -112,3 +112,9 @@ def test_zero_turns_it_off(tmp_path: Path) -> None:
     with Watchdog(0.0, tmp_path / "stacks.txt") as watchdog:
         watchdog.beat("step")
     assert not (tmp_path / "stacks.txt").exists()
+
+
+def test_the_way_on_can_be_pasted_into_a_shell() -> None:
+    signals = StopSignals()
+    signals.run = Path("runs/my run")
+    assert "slimtune resume 'runs/my run'" in str(signals.stop())

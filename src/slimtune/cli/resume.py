@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +51,5 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
     if as_json:
         click.echo(json.dumps(folder.read_json(folder.facts_file), ensure_ascii=False, indent=2))
     else:
-        click.echo(f"\n  slimtune chat {run}\n  slimtune explain {run}", err=True)
+        name = shlex.quote(str(run))
+        click.echo(f"\n  slimtune chat {name}\n  slimtune explain {name}", err=True)

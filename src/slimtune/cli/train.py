@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,4 +43,5 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
     if as_json:
         click.echo(json.dumps(run.read_json(run.facts_file), ensure_ascii=False, indent=2))
     else:
-        click.echo(f"\n  slimtune chat {run.path}\n  slimtune explain {run.path}", err=True)
+        name = shlex.quote(str(run.path))
+        click.echo(f"\n  slimtune chat {name}\n  slimtune explain {name}", err=True)

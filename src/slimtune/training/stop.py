@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -94,7 +95,11 @@ class StopSignals:
     def stop(self, where: str = "") -> StopRequested:
         """The error that says what stopped the run and how to go on."""
         name = self.requested.name if self.requested is not None else "a request"
-        goes_on = f"Go on: slimtune resume {self.run}" if self.run is not None else "Give the same command again."
+        goes_on = (
+            f"Go on: slimtune resume {shlex.quote(str(self.run))}"
+            if self.run is not None
+            else "Give the same command again."
+        )
         return StopRequested(f"stopped by {name}{where}", way_out=goes_on)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -187,7 +192,11 @@ class Watchdog:
                         self._end(activity, now - last)
 
     def _end(self, activity: str, idle: float) -> None:
-        goes_on = f"Go on: slimtune resume {self.run}" if self.run is not None else "Give the same command again."
+        goes_on = (
+            f"Go on: slimtune resume {shlex.quote(str(self.run))}"
+            if self.run is not None
+            else "Give the same command again."
+        )
         line = f"slimtune: no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s). {goes_on}\n"
         # In a thread: a disk that hangs may be what the run hangs in.
         writer = threading.Thread(target=self._write_stacks, args=(line,), daemon=True)
