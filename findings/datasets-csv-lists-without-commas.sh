@@ -5,12 +5,12 @@
 # Behaviour: it is written as numpy prints arrays, without commas: ['a' 'b' 'c']. Python reads that as one string 'abc',
 # without an error; a list of objects becomes no syntax at all.
 # Why it matters: conversations saved by to_csv come back with all turns run together, or not at all.
-# Seen on 2026-11-29 with datasets 5.2.0, pyarrow 22.0.0, pandas 2.3.3.
+# Seen on 2026-11-29 with datasets 5.2.0, pyarrow 26.0.1, pandas 3.1.1.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check datasets==5.2.0 pyarrow==22.0.0 pandas==2.3.3 numpy==2.3.5
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 numpy==2.4.6
 HF_HUB_OFFLINE=1 HF_HOME="$work/cache" "$work/venv/bin/python" - "$work/rows.csv" <<'PYTHON'
 import ast
 import csv

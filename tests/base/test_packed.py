@@ -163,12 +163,14 @@ def test_gradients_are_those_of_the_numbers(
         gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
         found.append((output.logits, gradients))
     (logits, gradients), (expected, expected_gradients) = found
-    assert torch.equal(logits, expected)
+    # Batched products are of copies that lie elsewhere, and some CPUs' libraries choose their kernel by alignment.
+    same = {"rtol": 1e-5, "atol": 1e-6} if implementation == "batched_mm" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(logits, expected, **same)
     assert gradients.keys() == expected_gradients.keys()
     assert sum(".experts." in name for name in gradients) == (8 if experts else 0)
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0, name
-        assert torch.equal(gradient, expected_gradients[name]), name
+        torch.testing.assert_close(gradient, expected_gradients[name], **same, msg=name)
 
 
 def test_no_numbers_are_kept_for_the_backward(mixture: tuple[Any, Any]) -> None:
