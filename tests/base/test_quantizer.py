@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
+from transformers.core_model_loading import MergeModulelist
 
 from slimtune.base.load import load_base
 from slimtune.base.packed import Mxfp4Tensor, Nf4Tensor, PackedTensor
@@ -88,6 +89,26 @@ def test_experts_are_packed_one_by_one_as_they_are_read(mixture: Path, hardware:
     assert parts["experts"].parameters == 2 * 4 * 3 * 64 * 64
     assert parts["experts"].bytes_now < parts["experts"].bytes_16bit / 3
     assert parts["router"].format == "fp32"
+
+
+def test_the_experts_of_a_layer_never_lie_stacked_in_16_bits(
+    mixture: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked: list[tuple[int, ...]] = []
+    plain = MergeModulelist.convert
+
+    def convert(self: Any, *arguments: Any, **options: Any) -> Any:
+        made = plain(self, *arguments, **options)
+        stacked.extend(tuple(tensor.shape) for tensor in made.values())
+        return made
+
+    monkeypatch.setattr(MergeModulelist, "convert", convert)
+    load_base(str(mixture), hardware, compute_dtype="fp32")
+    assert stacked
+    assert {shape[0] for shape in stacked} == {1}
+    stacked.clear()
+    load_base(str(mixture), hardware, compute_dtype="fp32", quantization="none")
+    assert {shape[0] for shape in stacked} == {4}
 
 
 def test_a_changed_bit_of_an_expert_changes_the_fingerprint(mixture: Path, hardware: Hardware) -> None:

@@ -215,6 +215,13 @@ class Nf4Tensor(PackedTensor):
         parts = {name: torch.stack([one[name] for one in made]) for name in made[0]}
         return cls(parts, matrices.shape, matrices.dtype)
 
+    @classmethod
+    def stacked(cls, stacks: Sequence[Nf4Tensor]) -> Nf4Tensor:
+        """Stacks of matrices of one shape as one stack; none of them is turned."""
+        first = stacks[0]
+        parts = {name: torch.cat([stack.parts[name] for stack in stacks]) for name in first.parts}
+        return cls(parts, (sum(stack.shape[0] for stack in stacks), *first.shape[1:]), first.dtype)
+
     @staticmethod
     def _quantize_one(matrix: Tensor, *, double_quant: bool) -> dict[str, Tensor]:
         flat = matrix.detach().contiguous().reshape(-1)

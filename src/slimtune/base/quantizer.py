@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, misreads_partial_blocks
+from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, PackedTensor, misreads_partial_blocks
 from slimtune.errors import UserError
 from slimtune.families import read_family
 
@@ -221,6 +221,9 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *of_model: Any) -> list[Any]:
         """Transformers' conversions from the files' tensors to the model's, and MXFP4's if the files hold such."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *of_model)  # type: ignore[no-untyped-call]
+        for conversion in conversions:
+            if _goes_one_by_one(conversion):
+                conversion.operations = [_PackOneByOne(conversion.operations, self)]
         if not self.quantization_config.mxfp4:
             return conversions
         stacks = ("gate_up_proj", "down_proj")
@@ -241,7 +244,7 @@ class _Pack(Bnb4bitQuantize):
         made: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if isinstance(tensor, Mxfp4Tensor):
+            if isinstance(tensor, PackedTensor):
                 made[name] = nn.Parameter(tensor, requires_grad=False)
             elif name in policy.packed:
                 packed = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
@@ -249,6 +252,52 @@ class _Pack(Bnb4bitQuantize):
             else:
                 made |= super().convert({name: tensor}, **options)
         return made
+
+
+def _goes_one_by_one(conversion: Any) -> bool:
+    """Whether a conversion stacks a layer's experts, and does nothing across them after that."""
+    if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        return False
+    first, *others = conversion.operations
+    if not isinstance(first, MergeModulelist) or first.dim != 0:
+        return False
+    return all(
+        (isinstance(operation, Concatenate) and operation.dim > 0)
+        or (isinstance(operation, Transpose) and min(operation.dim0, operation.dim1) > 0)
+        for operation in others
+    )
+
+
+class _PackOneByOne(ConversionOps):
+    """What Transformers makes of a layer's experts, for one expert after the other, each packed before the next.
+
+    Stacked first, the experts of a layer would lie in 16 bits twice: as they were read, and as one tensor.
+    """
+
+    def __init__(self, operations: list[Any], quantizer: FourBitQuantizer) -> None:
+        self.operations, self.quantizer = operations, quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PackOneByOne:
+        return self  # Transformers copies a conversion for each parameter; this one keeps nothing of any
+
+    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        counts = {len(tensors) for tensors in input_dict.values()}
+        if options["full_layer_name"] not in self.quantizer.policy.packed or len(counts) != 1:
+            return self._converted(input_dict, options)
+        made: dict[str, list[Nf4Tensor]] = {}
+        for at in range(counts.pop()):
+            one = {pattern: [tensors[at]] for pattern, tensors in input_dict.items()}
+            for tensors in input_dict.values():
+                tensors[at] = None  # read, and let go once it is packed
+            for name, stack in self._converted(one, options).items():
+                double_quant = self.quantizer.quantization_config.bnb_4bit_use_double_quant
+                made.setdefault(name, []).append(Nf4Tensor.quantize(stack, double_quant=double_quant))
+        return {name: Nf4Tensor.stacked(stacks) for name, stacks in made.items()}
+
+    def _converted(self, tensors: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        for operation in self.operations:
+            tensors = operation.convert(tensors, **options)
+        return tensors
 
 
 class _TakeMxfp4(ConversionOps):
