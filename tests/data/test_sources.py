@@ -348,3 +348,10 @@ def test_what_a_description_says_of_pictures_hubs_and_raw_text_is_heard(describe
         parse_source(described)
     one, other = (content_hash(parse_source(f"{described}:{part}")) for part in ("chat", "seen"))
     assert one != other
+
+
+def test_a_second_list_of_rows_in_a_file_is_not_left_out_unsaid(tmp_path: Path) -> None:
+    file = tmp_path / "parts.json"
+    file.write_text(json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}))
+    with pytest.raises(UserError, match="a second list of rows, 'test'"):
+        list(read_rows(parse_source(str(file))))

@@ -158,6 +158,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _KEY = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
 _ROWS = re.compile(r"\[[ \t\r\n]*\{")
+_MORE_ROWS = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*\[[ \t\r\n]*\{')
 
 
 def _json_rows(stream: IO[bytes], label: str, *, lines: bool) -> Iterator[Row]:
@@ -174,7 +175,7 @@ def _json_rows(stream: IO[bytes], label: str, *, lines: bool) -> Iterator[Row]:
     if head[start] == "[":
         yield from _array_rows(head, chunks, label, start)
     elif not lines and (inside := _wrapped(head, start)) is not None:
-        yield from _array_rows(head, chunks, label, inside)
+        yield from _array_rows(head, chunks, label, inside, wrapped=True)
     elif lines or _is_json(head[start:].split("\n", 1)[0]):
         yield from _line_rows(head, chunks, label)
     else:
@@ -249,8 +250,14 @@ def _line_rows(head: str, chunks: Iterator[str], label: str) -> Iterator[Row]:
             yield _parse_line(place, line)
 
 
-def _array_rows(head: str, chunks: Iterator[str], label: str, start: int, *, array: bool = True) -> Iterator[Row]:
-    """Rows of one JSON array, or objects one after another, read with a buffer that holds one row."""
+def _array_rows(
+    head: str, chunks: Iterator[str], label: str, start: int, *, array: bool = True, wrapped: bool = False
+) -> Iterator[Row]:
+    """Rows of one JSON array, or objects one after another, read with a buffer that holds one row.
+
+    Raises:
+        UserError: No JSON; or the array is ``wrapped`` in an object that has another list of rows behind it.
+    """
     text, at, line, ended = head, start + 1, head.count("\n", 0, start + 1) + 1, False
     need_comma, number = False, 0
 
@@ -267,6 +274,13 @@ def _array_rows(head: str, chunks: Iterator[str], label: str, start: int, *, arr
             at, need_comma = at + 1, False
             continue
         if at < len(text) and text[at] == "]" and array and (need_comma or number == 0):
+            second = _MORE_ROWS.match(text[at + 1 :] + next(chunks, "")) if wrapped else None
+            if second is not None:
+                raise UserError(
+                    f"{label} holds a second list of rows, {second[1]!r}",
+                    rule="A file is one list of rows; which of them to train on isn't guessed.",
+                    way_out="Write each list into a file of its own; one of them can be held out by --eval.",
+                )
             return
         if at < len(text) and need_comma and array:
             raise refuse("a comma or the closing bracket is missing")
