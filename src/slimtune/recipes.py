@@ -240,7 +240,7 @@ def _train(
         if config.start_from is not None:
             start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
         _use_engine(config, hardware, trainer, reason_unfused, screen)
-        own_head = prove_loss(trainer, data.documents[0][0], torch_dtype(config.compute_dtype))
+        own_head = prove_loss(trainer, data.documents[0][0], torch_dtype(config.compute_dtype), config.batch_tokens)
         if own_head is not None:
             screen.say("loss", own_head)
         # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from slimtune.batch import MicroBatch
 from slimtune.config import Config
 from slimtune.data.packing import micro_batches
 from slimtune.data.preflight import prove
+from slimtune.engine.attention import Documents
+from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.errors import UserError
 from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder
@@ -214,6 +217,23 @@ def test_what_the_engine_doesnt_take_trains_on_the_plain_stack(
     if architecture:  # asked for, it is refused by the config alone, before the data is read
         with pytest.raises(UserError, match=reason):
             first_step(model, tmp_path / "no such file.jsonl", tmp_path / "none", engine="fused", **adamw)
+
+
+def test_an_engine_whose_documents_see_each_other_is_found_before_the_first_step(
+    chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved(tmp_path / "model", "llama", words)
+    adamw = {"optim": "adamw_8bit", "packing": True, "micro_batch": 1, "learning_rate": 1e-3}
+    run, _ = first_step(model, chats, tmp_path / "run", **adamw)
+    assert run.read_json(run.facts_file)["training"]["engine"] == "fused"
+
+    def mixed(self: Inputs, micro: MicroBatch, key: ShapeKey) -> Documents:
+        ends = torch.tensor([0, micro.tokens], dtype=torch.int32)
+        return Documents((micro.tokens,), ends, micro.tokens)
+
+    monkeypatch.setattr(Inputs, "documents", mixed)
+    with pytest.raises(UserError, match="the engine's loss on a document in a pack"):
+        first_step(model, chats, tmp_path / "mixed", **adamw)
 
 
 def test_a_class_that_takes_no_loss_arguments_weighs_tokens_all_the_same(

@@ -1,9 +1,9 @@
 """The step's proof: the loss that trains is the model's own, and every adapter gets a gradient.
 
 Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
-(TRL's head, or the engine), and by the model's own logits. TRL's head multiplies the last hidden state by the head's
-weight and knows the scalings of some families; where the two losses differ, or TRL's head can't take the model, the
-model's own logits train it.
+(TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits. TRL's head
+multiplies the last hidden state by the head's weight and knows the scalings of some families; where the two losses
+differ, or TRL's head can't take the model, the model's own logits train it.
 
 After the first accumulation window every adapter's B must have a gradient (A's is zero as long as B is). One that has
 none does nothing: it sits where text doesn't pass, or in an expert that no token was sent to yet.
@@ -16,9 +16,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slimtune.batch import IGNORED, MicroBatch
 from slimtune.errors import UserError
 from slimtune.training.plain import own_loss
 from slimtune.training.rng import rng_preserved
@@ -34,7 +37,7 @@ _CANT_TAKE = (AttributeError, IndexError, KeyError, NotImplementedError, Runtime
 """What Python and torch raise where a model isn't made as a caller thinks."""
 
 
-def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype) -> str | None:
+def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: int) -> str | None:
     """Compare the loss that trains with the model's own on one document; if they differ, the model's own head trains.
 
     Nothing of it shows afterwards: no random number is drawn, no gradient made, no metric kept.
@@ -43,6 +46,7 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype) -> str |
         trainer: A :class:`slimtune.training.fused.FusedTrainer` that is ready to train; its ``own_head`` is set.
         tokens: A document; the first few tokens of it are taken, all supervised.
         dtype: The compute dtype.
+        room: Tokens that a micro-batch may hold.
 
     Returns:
         Why the model's own head is used; None if it needn't be.
@@ -57,18 +61,32 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype) -> str |
     model.eval()
     try:
         with rng_preserved(), torch.no_grad():
-            return _prove(trainer, batch, _TOLERANCE[dtype])
+            given = batch if trainer.engine is None else _beside_others(ids[0].numpy(), room)
+            return _prove(trainer, batch, given, _TOLERANCE[dtype])
     finally:
         model.train(training)
 
 
-def _prove(trainer: Any, batch: dict[str, Tensor], tolerance: float) -> str | None:
+def _beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
+    """The document in a pack with another before it and one behind, which supervise nothing.
+
+    A loss that is the document's own there says that the engine keeps documents apart.
+    """
+    other = ids[::-1][: max(0, room - len(ids)) // 2]
+    parts = [part for part in (other, ids, other) if len(part)]
+    labels = [part if part is ids else np.full_like(part, IGNORED) for part in parts]
+    supervised = np.concatenate(labels)
+    supervised[len(other)] = IGNORED
+    return MicroBatch(np.concatenate(parts), supervised, tuple(map(len, parts)), padded=False).inputs()
+
+
+def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], tolerance: float) -> str | None:
     own = _own(trainer, batch)
     if trainer.engine is None and trainer.aux_loss_enabled:
         trainer.own_head = True
         return "the model's own head, which tells the routers' auxiliary loss too"
     try:
-        total, supervised = trainer.evaluation_sum(trainer.model, dict(batch))
+        total, supervised = trainer.evaluation_sum(trainer.model, dict(given))
         trains = float(total) / supervised
     except torch.OutOfMemoryError:
         raise
@@ -83,7 +101,7 @@ def _prove(trainer: Any, batch: dict[str, Tensor], tolerance: float) -> str | No
         return None
     if trainer.engine is not None:
         raise UserError(
-            f"the engine's loss on a document is {trains:.4f}, and the model's own {own:.4f}",
+            f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}",
             rule="What trains must be the model as it is.",
             way_out="It trains unfused: engine: plain.",
         )
