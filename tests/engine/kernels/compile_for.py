@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope
+from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, routing
 
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 
@@ -42,7 +42,7 @@ def compile_instead_of_running() -> None:
 
     jit.JITFunction.run = warm_up
     driver.set_active(NoDevice())
-    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope):
+    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, routing):
         module.runs_on_triton = lambda x: True
 
 
@@ -83,8 +83,18 @@ def launch_everything() -> None:
     adamw8bit.adamw_step_(flat, flat, state, lr=one, step=step, grad_scale=one, skip=skip)
 
 
+def launch_experts() -> None:
+    tokens, slots, count, hidden = 256, 8, 128, 2048
+    routes = routing.sort_by_expert(zeros(tokens, slots, dtype=torch.int64), count)
+    x, weights = zeros(tokens, hidden), zeros(tokens, slots, dtype=torch.float32)
+    rows = routing.gather_rows(x, routes, weights=weights, out=zeros(tokens * slots, hidden + 8)[:, :hidden])
+    routing.combine(rows, routes, weights=weights, addend=x)
+    routing.row_dot(rows, rows, routes)
+
+
 if __name__ == "__main__":
     if _triton.triton is None:
         raise SystemExit("no Triton here")
     compile_instead_of_running()
     launch_everything()
+    launch_experts()
