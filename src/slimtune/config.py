@@ -182,7 +182,8 @@ class Config(BaseModel):
     router_aux_loss: Annotated[float, Field(gt=0.0)] | None = None
     """Weight of the auxiliary loss that balances a mixture's experts; none: it isn't added, as routers are frozen."""
     engine: Literal["auto", "fused", "plain"] = "auto"
-    """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model."""
+    """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model
+    and its loss on a document is the model's own."""
     memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"
     """Most GPU memory that training may take, as 4GiB; it decides how much is recomputed. auto: what the card has,
     less a margin."""

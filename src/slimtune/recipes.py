@@ -43,6 +43,7 @@ from slimtune.data.render import Manner, renderer_for
 from slimtune.data.stdin import keep_stdin
 from slimtune.data.stops import save_stops
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
+from slimtune.engine.structure import CannotFuse
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
 from slimtune.plan import (
@@ -166,6 +167,35 @@ def _train(
     *,
     accept_changes: bool = False,
 ) -> None:
+    """Train and save; if the engine turns out not to compute the model, once more from the start, without it.
+
+    The base is loaded again: what was wrapped, and unpacked for the engine, isn't the plain stack's any more.
+    """
+    more = (signals, screen, formatting_func, observe)
+    try:
+        _train_once(config, run, list(choices), *more, accept_changes=accept_changes)
+        return
+    except CannotFuse as error:
+        if config.engine != "auto":
+            raise
+        unfit = Choice("engine", "plain", error.what)
+    screen.warn(f"{unfit.reason} → from the start on the plain stack")
+    gc.collect()  # the base that isn't needed any more
+    config = config.model_copy(update={"engine": "plain"})
+    _train_once(config, run, [*choices, unfit], *more, accept_changes=accept_changes)
+
+
+def _train_once(
+    config: Config,
+    run: RunFolder,
+    choices: list[Choice],
+    signals: StopSignals,
+    screen: Screen,
+    formatting_func: FormattingFunc | None,
+    observe: Observer | None,
+    *,
+    accept_changes: bool,
+) -> None:
     hardware = detect()
     with (
         disk_told(run),
@@ -189,6 +219,8 @@ def _train(
         # 2. The adapter; with it, who computes the steps, and how documents fill them.
         lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
         reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
+        if config.engine == "plain":
+            reason_unfused = next((choice.reason for choice in choices if choice.key == "engine"), reason_unfused)
         layout, more = lay_out(config, base.model, fused=reason_unfused is None)
         choices += more
         config = resolved(config, more)
@@ -207,9 +239,6 @@ def _train(
         signals.run = watchdog.run = run.path  # from here on it can be resumed
         run.write_json(run.environment_file, environment(hardware.as_dict()))
         run.write_json(run.facts_file, facts.as_dict())
-
-        if observe is not None:
-            observe(base.model, tokenizer)
 
         # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
         floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
@@ -253,6 +282,8 @@ def _train(
             screen.say("experts", _experts_line(facts.adapter, len(targets.stacks)))
 
         # 4. Train, and save the adapter alone.
+        if observe is not None:
+            observe(trainer.model, tokenizer)
         with screen.training():
             trainer.fit()
         if observe is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from slimtune.batch import MicroBatch
 from slimtune.config import Config
 from slimtune.data.packing import micro_batches
 from slimtune.data.preflight import prove
+from slimtune.engine import Engine
 from slimtune.engine.attention import Documents
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.errors import UserError
 from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder
+from slimtune.run.reasons import reason_in_chinese
 from slimtune.training.resumable import Progress
 from tests.tolerances import relative_error
 from tests.training.tiny import saved
@@ -219,21 +222,49 @@ def test_what_the_engine_doesnt_take_trains_on_the_plain_stack(
             first_step(model, tmp_path / "no such file.jsonl", tmp_path / "none", engine="fused", **adamw)
 
 
-def test_an_engine_whose_documents_see_each_other_is_found_before_the_first_step(
-    chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def mixed(self: Inputs, micro: MicroBatch, key: ShapeKey) -> Documents:
+    """All documents of a pack as one."""
+    ends = torch.tensor([0, micro.tokens], dtype=torch.int32)
+    return Documents((micro.tokens,), ends, micro.tokens)
+
+
+def broken(self: Engine, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "replaced", "reason"),
+    [
+        (Inputs, "documents", mixed, "the engine's loss on a document in a pack"),
+        (Engine, "evaluate", broken, r"can't compute a document in a pack \(RuntimeError: no such kernel\)"),
+    ],
+)
+def test_an_engine_that_isnt_the_model_is_found_before_the_first_step_and_the_plain_stack_trains(
+    owner: Any, method: str, replaced: Any, reason: str,
+    chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     model = saved(tmp_path / "model", "llama", words)
     adamw = {"optim": "adamw_8bit", "packing": True, "micro_batch": 1, "learning_rate": 1e-3}
     run, _ = first_step(model, chats, tmp_path / "run", **adamw)
     assert run.read_json(run.facts_file)["training"]["engine"] == "fused"
+    plain, _ = first_step(model, chats, tmp_path / "plain", engine="plain", **adamw)
 
-    def mixed(self: Inputs, micro: MicroBatch, key: ShapeKey) -> Documents:
-        ends = torch.tensor([0, micro.tokens], dtype=torch.int32)
-        return Documents((micro.tokens,), ends, micro.tokens)
-
-    monkeypatch.setattr(Inputs, "documents", mixed)
-    with pytest.raises(UserError, match="the engine's loss on a document in a pack"):
-        first_step(model, chats, tmp_path / "mixed", **adamw)
+    monkeypatch.setattr(owner, method, replaced)
+    with pytest.raises(UserError, match=reason):
+        first_step(model, chats, tmp_path / "asked for", engine="fused", **adamw)
+    assert not (tmp_path / "asked for").exists()
+    fallen, _ = first_step(model, chats, tmp_path / "fallen", **adamw)
+    facts, config = fallen.read_json(fallen.facts_file), fallen.config()
+    assert (config.engine, config.layout) == ("plain", "packed")
+    assert re.match(f"plain: .*{reason}", facts["training"]["engine"])
+    (choice,) = [choice for choice in facts["choices"] if choice["key"] == "engine"]
+    assert choice["value"] == "plain"
+    assert choice["reason"] == facts["training"]["engine"].removeprefix("plain: ")
+    assert facts["verified"]["keys_match"]
+    assert facts["verified"]["outputs_differ"]
+    assert all(choice["reason"] != reason_in_chinese(choice["reason"]) for choice in facts["choices"])
+    ours, asked = (load_file(one.adapter / "adapter_model.safetensors") for one in (fallen, plain))
+    assert all(torch.equal(ours[name], asked[name]) for name in asked)
 
 
 def test_a_class_that_takes_no_loss_arguments_weighs_tokens_all_the_same(

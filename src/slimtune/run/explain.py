@@ -161,6 +161,8 @@ def _training(facts: Facts, say: Say) -> Section | None:
         return None
     tokens, supervised = training["tokens"], training["supervised_tokens"]
     engine = plain(training["engine"])
+    kind, colon, reason = engine.partition(": ")
+    in_chinese = f"{kind}：{reason_in_chinese(reason)}" if colon else kind
     told = [
         Statement(
             say(
@@ -168,8 +170,8 @@ def _training(facts: Facts, say: Say) -> Section | None:
                 f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
                 f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
                 f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
-                f"{time_left(training['seconds'])}（引擎：{engine}）；处理 {tokens:,} 个词元，其中 {supervised:,} 个"
-                f"带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
+                f"{time_left(training['seconds'])}（引擎：{in_chinese}）；处理 {tokens:,} 个词元，"
+                f"其中 {supervised:,} 个带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
             )
         ),
         _loss(training, say),

@@ -21,6 +21,11 @@ _REASONS = (
     (r"the projections of what mixes tokens: (.+)", r"混合词元的投影层：\1"),
     (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
     (r"the engine computes documents by length", "引擎按长度分别计算各个文档"),
+    (
+        r"the engine's loss on a document in a pack is (.+), and the model's own (.+)",
+        r"打包后的文档，引擎算出的损失是 \1，而模型自己的是 \2",
+    ),
+    (r"the engine can't compute a document in a pack \((.+)\)", r"引擎算不了打包后的文档（\1）"),
     (r"one at a time", "一次一个文档"),
     (r"asked for", "按要求"),
     (r"a document's logits don't change with what is beside it", "文档的 logits 不随旁边的内容改变"),

@@ -3,7 +3,8 @@
 Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
 (TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits. TRL's head
 multiplies the last hidden state by the head's weight and knows the scalings of some families; where the two losses
-differ, or TRL's head can't take the model, the model's own logits train it.
+differ, or TRL's head can't take the model, the model's own logits train it. Where the engine's differs, it is
+refused (:class:`slimtune.engine.structure.CannotFuse`), and the recipe begins again on the plain stack.
 
 After the first accumulation window every adapter's B must have a gradient (A's is zero as long as B is). One that has
 none does nothing: it sits where text doesn't pass, or in an expert that no token was sent to yet.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.batch import IGNORED, MicroBatch
+from slimtune.engine.structure import CannotFuse
 from slimtune.errors import UserError
 from slimtune.training.plain import own_loss
 from slimtune.training.rng import rng_preserved
@@ -52,8 +54,8 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
         Why the model's own head is used; None if it needn't be.
 
     Raises:
-        UserError: The model can't compute a loss at all, has no auxiliary loss and is asked for it, or the engine's
-            loss isn't its own.
+        UserError: The model can't compute a loss at all, or has no auxiliary loss and is asked for it.
+        CannotFuse: The engine's loss isn't the model's own, or it can't take the model.
     """
     ids = torch.tensor([list(tokens)[:_TOKENS]], dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
@@ -91,22 +93,23 @@ def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], tolera
     except torch.OutOfMemoryError:
         raise
     except _CANT_TAKE as error:
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if trainer.engine is not None:
-            raise
+            raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
         trainer.own_head = True
-        return f"the model's own head, as TRL's can't take it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"the model's own head, as TRL's can't take it ({said})"
     finally:
         trainer._metrics["eval"].clear()
     if abs(trains - own) <= tolerance * max(1.0, own):
         return None
     if trainer.engine is not None:
-        raise UserError(
-            f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}",
-            rule="What trains must be the model as it is.",
-            way_out="It trains unfused: engine: plain.",
-        )
+        raise _unfit(f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}")
     trainer.own_head = True
     return f"the model's own head: TRL's gives a loss of {trains:.4g} on a document where the model's is {own:.4g}"
+
+
+def _unfit(what: str) -> CannotFuse:
+    return CannotFuse(what, rule="What trains must be the model as it is.", way_out="It trains unfused: engine: plain.")
 
 
 def _own(trainer: Any, batch: dict[str, Tensor]) -> float:
