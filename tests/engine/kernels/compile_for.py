@@ -90,6 +90,9 @@ def launch_experts() -> None:
     rows = routing.gather_rows(x, routes, weights=weights, out=zeros(tokens * slots, hidden + 8)[:, :hidden])
     routing.combine(rows, routes, weights=weights, addend=x)
     routing.row_dot(rows, rows, routes)
+    gates, dw = zeros(tokens * slots, 2 * 768).chunk(2, dim=1), zeros(tokens, slots, dtype=torch.float32)
+    h = mlp.gated_forward(*gates, activation="gelu_tanh")
+    mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,42 @@
 """The gated MLP's elementwise part.
 
-Forward: h = silu(gate) · up, with silu(g) = g · σ(g).
-Backward: dgate = dh · up · (σ + silu · (1 - σ)), dup = dh · silu; they overwrite gate and up, which nobody needs
-afterwards, and h is given back for who recomputes it.
+Forward: h = act(gate) · up with act(g) = g · σ(v(g)): v = g is silu (SwiGLU), v = √(8/π) (g + 0.044715 g³) is GELU in
+its tanh form (GeGLU). Backward, with a = act(gate) and s = σ(v(gate)): dgate = w · dh · up · (s + a · (1 - s) · v'),
+dup = w · dh · a; they overwrite gate and up, which nobody needs afterwards, and h is given back for who recomputes it.
+w is 1, or in a mixture of experts the router's weight of the row, whose gradient is Σ dh · h over the row.
 
 Layout: [T, F] with any row stride: gate and up may be the halves of one [T, 2 F] product, h the first columns of a
-wider buffer. Source: Shazeer 2020 (arXiv:2002.05202), as Transformers' ``LlamaMLP`` has it.
+wider buffer. A program takes a block of a row's columns, or the whole row where the weight's gradient is summed up.
+Source: Shazeer 2020 (arXiv:2002.05202), as Transformers' ``LlamaMLP`` and ``GemmaMLP`` have it; GELU by Hendrycks and
+Gimpel 2016 (arXiv:1606.08415), whose (1 + tanh(v / 2)) / 2 is σ(v).
 
-Dtype traps: Transformers rounds silu(gate) before it multiplies by up; here the product is rounded once.
+Dtype traps: Transformers rounds act(gate) before it multiplies by up; here the product is rounded once.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from slimtune.engine.kernels import reference
-from slimtune.engine.kernels._triton import cdiv, jit, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels import reference_mlp as reference
+from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels.reference_experts import Routes
+from slimtune.engine.kernels.reference_mlp import Activation
 
-__all__ = ["swiglu_backward_", "swiglu_forward"]
+__all__ = ["Activation", "gated_backward_", "gated_forward", "swiglu_backward_", "swiglu_forward"]
 
-_BLOCK = 2048  # with 4 warps 16 elements to a thread: two 16-byte loads of each operand in flight
+
+@jit
+def _activate(g: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+    """The activation of g and its slope."""
+    if GELU:
+        sigma = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        act = g * sigma
+        slope = sigma + act * (1.0 - sigma) * (1.5957691216057308 * (1.0 + 0.134145 * g * g))
+    else:
+        sigma = tl.sigmoid(g)
+        act = g * sigma
+        slope = sigma + act * (1.0 - sigma)
+    return act, slope
 
 
 @jit
@@ -31,6 +48,7 @@ def _forward(
     up_stride: int,
     h_stride: int,
     size: int,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
@@ -39,7 +57,8 @@ def _forward(
     mask = columns < size
     g = tl.load(gate + tl.multiple_of(row * gate_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + tl.multiple_of(row * up_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h + tl.multiple_of(row * h_stride, ALIGN) + columns, g * tl.sigmoid(g) * u, mask=mask)
+    act, _ = _activate(g, GELU)
+    tl.store(h + tl.multiple_of(row * h_stride, ALIGN) + columns, act * u, mask=mask)
 
 
 @jit
@@ -48,52 +67,99 @@ def _backward(
     gate: tl.tensor,
     up: tl.tensor,
     h: tl.tensor,
+    order: tl.tensor,
+    weights: tl.tensor,
+    dw: tl.tensor,
     dh_stride: int,
     gate_stride: int,
     up_stride: int,
     h_stride: int,
     size: int,
+    GELU: tl.constexpr,
     WITH_H: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WITH_DW: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < size
+    dh += tl.multiple_of(row * dh_stride, ALIGN)
     gate += tl.multiple_of(row * gate_stride, ALIGN)
     up += tl.multiple_of(row * up_stride, ALIGN)
-    d = tl.load(dh + tl.multiple_of(row * dh_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + columns, mask=mask, other=0.0).to(tl.float32)
-    sigma = tl.sigmoid(g)
-    silu = g * sigma
-    tl.store(gate + columns, d * u * (sigma + silu * (1.0 - sigma)), mask=mask)
-    tl.store(up + columns, d * silu, mask=mask)
-    if WITH_H:
-        tl.store(h + tl.multiple_of(row * h_stride, ALIGN) + columns, silu * u, mask=mask)
+    h += tl.multiple_of(row * h_stride, ALIGN)
+    if WEIGHTED:
+        w = tl.load(weights + tl.load(order + row)).to(tl.float32)
+    if WITH_DW:
+        total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, SPAN, BLOCK):
+        columns = tl.program_id(1) * SPAN + start + tl.arange(0, BLOCK)
+        mask = columns < size
+        d = tl.load(dh + columns, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + columns, mask=mask, other=0.0).to(tl.float32)
+        act, slope = _activate(g, GELU)
+        if WITH_DW:
+            total += d * (act * u)
+        if WEIGHTED:
+            d *= w
+        tl.store(gate + columns, d * u * slope, mask=mask)
+        tl.store(up + columns, d * act, mask=mask)
+        if WITH_H:
+            tl.store(h + columns, act * u, mask=mask)
+    if WITH_DW:
+        tl.store(dw + tl.load(order + row), tl.sum(total, axis=0))
 
 
-def swiglu_forward(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """See :func:`slimtune.engine.kernels.reference.swiglu_forward`."""
+def _block(size: int) -> int:
+    """Columns at a time: with 512 to a warp 16 elements to a thread, two 16-byte loads of each operand in flight."""
+    return min(max(pow2(size), 512), 2048)
+
+
+def gated_forward(gate: Tensor, up: Tensor, *, activation: Activation = "silu", out: Tensor | None = None) -> Tensor:
+    """See :func:`slimtune.engine.kernels.reference_mlp.gated_forward`."""
     if not runs_on_triton(gate):
-        return reference.swiglu_forward(gate, up, out=out)
+        return reference.gated_forward(gate, up, activation=activation, out=out)
     rows, size = gate.shape
     h = gate.new_empty(rows, size) if out is None else out
-    _forward[(rows, cdiv(size, _BLOCK))](
+    block = _block(size)
+    _forward[(rows, cdiv(size, block))](
         gate, up, h, gate.stride(0), up.stride(0), h.stride(0), size,
-        BLOCK=_BLOCK, ALIGN=row_alignment(gate, up, h), num_warps=4, enable_fp_fusion=True,
+        GELU=activation == "gelu_tanh", BLOCK=block, ALIGN=row_alignment(gate, up, h), num_warps=block // 512,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return h
 
 
-def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, *, h: Tensor | None = None) -> None:
-    """See :func:`slimtune.engine.kernels.reference.swiglu_backward_`."""
-    if not runs_on_triton(gate):
-        reference.swiglu_backward_(dh, gate, up, h=h)
+def gated_backward_(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation = "silu",
+    h: Tensor | None = None,
+    routes: Routes | None = None,
+    weights: Tensor | None = None,
+    dw: Tensor | None = None,
+) -> None:
+    """See :func:`slimtune.engine.kernels.reference_mlp.gated_backward_`."""
+    if not runs_on_triton(gate) or (routes is None and not (weights is None and dw is None)):
+        reference.gated_backward_(
+            dh, gate, up, activation=activation, h=h, routes=routes, weights=weights, dw=dw
+        )  # fmt: skip
         return
     rows, size = gate.shape
     place = dh if h is None else h
-    _backward[(rows, cdiv(size, _BLOCK))](
-        dh, gate, up, place, dh.stride(0), gate.stride(0), up.stride(0), place.stride(0), size,
-        WITH_H=h is not None, BLOCK=_BLOCK, ALIGN=row_alignment(dh, gate, up, h), num_warps=4, enable_fp_fusion=True,
+    block = _block(size)
+    span = block if dw is None else cdiv(size, block) * block
+    _backward[(rows, cdiv(size, span))](
+        dh, gate, up, place, dh if routes is None else routes.order,
+        dh if weights is None else weights.contiguous(), dh if dw is None else dw,
+        dh.stride(0), gate.stride(0), up.stride(0), place.stride(0), size,
+        GELU=activation == "gelu_tanh", WITH_H=h is not None, WEIGHTED=weights is not None, WITH_DW=dw is not None,
+        SPAN=span, BLOCK=block, ALIGN=row_alignment(dh, gate, up, h), num_warps=block // 512, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+swiglu_forward, swiglu_backward_ = gated_forward, gated_backward_
+"""The names by which the dense layer calls them."""

@@ -40,8 +40,6 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "rope_",
-    "swiglu_backward_",
-    "swiglu_forward",
 ]
 
 
@@ -267,34 +265,6 @@ def qk_norm_rope_backward(
         g, xhat = _rotate(d, cos, -sin, position_ids) * weight, _wide(x) * r[..., None]
         parts.append((g - xhat * (g * xhat).mean(-1, keepdim=True)) * r[..., None])
     return _store(torch.cat((*parts, _wide(dv)), dim=1), dq, out)
-
-
-# -- gated MLP ---------------------------------------------------------------------------------------------------------
-
-
-def swiglu_forward(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """h = silu(gate) x up, all [T, F] (Shazeer 2020, arXiv:2002.05202)."""
-    wide = _wide(gate)
-    return _store(torch.nn.functional.silu(wide) * _wide(up), gate, out)
-
-
-def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, *, h: Tensor | None = None) -> None:
-    """Overwrite gate with dgate and up with dup; give h back as well if there is a place for it.
-
-    Args:
-        dh: [T, F].
-        gate: [T, F]; becomes dgate = dh x up x sigma(gate) x (1 + gate x (1 - sigma(gate))).
-        up: [T, F]; becomes dup = dh x silu(gate).
-        h: [T, F] that takes silu(gate) x up; may be ``dh``.
-    """
-    d, g, u = _wide(dh), _wide(gate), _wide(up)
-    sigma = torch.sigmoid(g)
-    silu = g * sigma
-    dgate, dup = d * u * (sigma + silu * (1 - sigma)), d * silu
-    if h is not None:
-        h.copy_(silu * u)
-    gate.copy_(dgate)
-    up.copy_(dup)
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------
