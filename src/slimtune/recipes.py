@@ -62,6 +62,7 @@ from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, Verif
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
+from slimtune.run.replaced import tell_stranded
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_arguments, check_model, sft_arguments
@@ -404,6 +405,8 @@ def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Scree
 def _check_inputs(config: Config) -> None:
     if not config.data:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
+    if config.start_from is not None:
+        tell_stranded(config.start_from)
     check_arguments(config)
     if config.engine == "fused" and (folder := Path(model_source(config.model))).is_dir():
         why_unfused(config, skeleton(folder, trust_remote_code=config.trust_remote_code))

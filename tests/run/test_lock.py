@@ -35,7 +35,7 @@ def test_the_second_process_is_refused_and_the_first_is_named(tmp_path: Path) ->
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     with lock_run(tmp_path):  # it died with its owner
-        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()} slimtune\n"
 
 
 def is_held(folder: Path) -> bool:

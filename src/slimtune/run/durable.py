@@ -28,6 +28,7 @@ __all__ = [
     "atomic_folder",
     "discard",
     "free_bytes",
+    "listed",
     "remove_leftovers",
     "verify",
     "write_file",
@@ -111,12 +112,21 @@ def verify(folder: Path) -> None:
             raise DamagedError(name, f"has SHA-256 {actual[:12]}…, written was {expected[:12]}…")
 
 
+def listed(folder: Path) -> frozenset[str]:
+    """Names of the files that ``SHA256SUMS`` lists; none if it is missing or damaged."""
+    try:
+        return frozenset(_read_sums(folder))
+    except DamagedError:
+        return frozenset()
+
+
 def discard(folder: Path) -> None:
-    """Remove a folder so that a kill half-way leaves no partial folder under its name."""
+    """Remove a folder so that a kill half-way leaves no partial folder under its name; finish what one has left."""
     hidden = folder.with_name(f".{folder.name}{_DISCARDED}")
     _remove(hidden)
-    os.rename(folder, hidden)  # noqa: PTH104
-    _remove(hidden)
+    if folder.is_dir():
+        os.rename(folder, hidden)  # noqa: PTH104
+        _remove(hidden)
 
 
 def remove_leftovers(parent: Path) -> None:

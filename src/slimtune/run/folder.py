@@ -18,22 +18,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from slimtune.config import Config, load_config
-from slimtune.errors import UserError
+from slimtune.errors import GuardStop, StopRequested, UserError
+from slimtune.run import replaced
 from slimtune.run.durable import JsonLines, write_file
 from slimtune.run.lock import LOCK, lock_run
 
 __all__ = ["RunFolder"]
-
-
-SET_UP = frozenset({LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp"})
-"""What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
-REPLACED = ".replaced"
-"""Where the run that is written over waits until the new one has a checkpoint."""
 
 
 class RunFolder:
@@ -56,41 +51,26 @@ class RunFolder:
     @classmethod
     @contextmanager
     def create(cls, path: Path, *, overwrite: bool = False) -> Iterator[RunFolder]:
-        """A new run folder. If the body ends in a :class:`UserError`, nothing half-written is left behind, and the
-        run that was to be written over is back; but a run that has a checkpoint is kept, whatever happens to it.
+        """A new run folder. A run that was there is back, whole, if the body ends in whatever way before the new one
+        has a checkpoint. Nothing half-written is left of a new run that ends in a :class:`UserError` before that.
 
         Raises:
-            UserError: The folder holds something already and ``overwrite`` is off, or it can't be made or emptied.
+            UserError: The folder holds something already and ``overwrite`` is off, or it can't be made or put aside.
         """
-        fresh = not path.exists()
-        if not fresh and _occupied(path):
-            if not overwrite:
-                raise UserError(
-                    f"output {path} exists and is not empty",
-                    rule="A run never writes over another.",
-                    way_out="Choose another folder (-o), or pass --overwrite.",
-                )
-            _refuse_foreign(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output folder {path} can't be made: {error.strerror}") from None
-        with lock_run(path):
+        run = cls(path)
+        with ExitStack() as held:
+            taken = _Taken()
             try:
-                _set_aside(path)
-            except OSError as error:
-                raise UserError(f"output folder {path} can't be emptied: {error}") from None
-            run = cls(path)
-            try:
+                with _told(path):
+                    taken.place(path, overwrite, held)
                 yield run
-            except UserError:
+            except BaseException as error:
                 if not run.has_checkpoint:
-                    _put_back(path)
-                    if fresh:
-                        shutil.rmtree(path, ignore_errors=True)
+                    taken.give_back(path, error)
                 raise
             finally:
-                run.drop_replaced()
+                if taken.is_ours:
+                    run.drop_replaced()
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -99,6 +79,7 @@ class RunFolder:
         Raises:
             UserError: ``path`` holds no run.
         """
+        replaced.tell_stranded(path)
         run = cls(path)
         if not run.config_file.is_file():
             raise UserError(
@@ -110,7 +91,7 @@ class RunFolder:
     def drop_replaced(self) -> None:
         """Delete the run that this one was written over, once this one has a checkpoint."""
         if self.has_checkpoint:
-            shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+            replaced.drop(self.path)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -184,57 +165,53 @@ def _json_safe(record: Mapping[str, Any]) -> dict[str, Any]:
     return safe
 
 
-def _occupied(path: Path) -> bool:
-    """Whether ``path`` is anything but an empty folder, or that of a run that never began."""
-    if not path.is_dir() or any((path / "checkpoints").glob("*")):
-        return True
-    never_began = SET_UP if (path / LOCK).exists() else frozenset[str]()
-    return any(child.name not in never_began for child in path.iterdir())
+class _Taken:
+    """What was done to have a place for a new run, so that it can be undone."""
+
+    def __init__(self) -> None:
+        self.is_fresh = self.is_replaced = self.is_ours = False
+
+    def place(self, path: Path, overwrite: bool, held: ExitStack) -> None:
+        """Make an empty folder at ``path``, locked until ``held`` is closed, as is the run that goes aside for it."""
+        if replaced.is_stranded(path):
+            replaced.bring_back(path)
+        self.is_fresh = not path.exists()
+        if not self.is_fresh and replaced.is_occupied(path):
+            if not overwrite:
+                raise UserError(
+                    f"output {path} exists and is not empty",
+                    rule="A run never writes over another.",
+                    way_out="Choose another folder (-o), or pass --overwrite.",
+                )
+            replaced.check_replaceable(path)
+            held.enter_context(lock_run(path))
+            replaced.drop(path)
+            self.is_replaced = True  # said before it is done: a signal may come between the two
+            replaced.put_aside(path)
+        path.resolve().mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock_run(path))
+        self.is_ours = True
+        replaced.clear(path)
+
+    def give_back(self, path: Path, error: BaseException) -> None:
+        """Undo :meth:`place`, as ``error`` ended the run before there was anything to keep."""
+        if self.is_replaced and replaced.aside_of(path).is_dir():
+            replaced.bring_back(path)
+            if isinstance(error, StopRequested | GuardStop):  # theirs tells how to go on with what is no more
+                way_out = f"The run that was in {path} is back. Give the same command again."
+                raise type(error)(error.what, rule=error.rule, way_out=way_out) from error
+        elif self.is_ours and isinstance(error, UserError):
+            if self.is_fresh:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                replaced.clear(path)
+                (path / LOCK).unlink(missing_ok=True)
 
 
-def _contents(path: Path) -> list[Path]:
-    """What a run's folder holds, but for the lock that is held on it and the run that it was written over."""
-    return [child for child in path.iterdir() if child.name not in (LOCK, REPLACED)]
-
-
-def _set_aside(path: Path) -> None:
-    """Empty a run's folder: what it holds waits in :data:`REPLACED`, or goes if another run waits there already."""
-    aside, contents = path / REPLACED, _contents(path)
-    if aside.exists():
-        _delete(contents)
-    elif contents:
-        aside.mkdir()
-        for child in contents:
-            child.rename(aside / child.name)
-
-
-def _put_back(path: Path) -> None:
-    """Undo :func:`_set_aside`."""
-    _delete(_contents(path))
-    aside = path / REPLACED
-    if aside.exists():
-        for child in aside.iterdir():
-            child.rename(path / child.name)
-        aside.rmdir()
-    else:
-        (path / LOCK).unlink(missing_ok=True)
-
-
-def _delete(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _refuse_foreign(path: Path) -> None:
-    """--overwrite replaces a run, never somebody's other folder."""
-    if not path.is_dir() or not any(
-        (path / name).exists() for name in ("config.yaml", "log.txt", "environment.json", REPLACED)
-    ):
-        raise UserError(
-            f"output {path} is no run of slimtune",
-            rule="--overwrite replaces runs only.",
-            way_out="Choose another folder (-o).",
-        )
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses of an output folder is the person's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output folder {path} can't be made or put aside: {error.strerror}") from None

@@ -28,6 +28,7 @@ from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.render import Manner, prompt_ids, renderer_for
 from slimtune.errors import UserError
 from slimtune.hardware import detect
+from slimtune.run.replaced import tell_stranded
 
 __all__ = ["Found", "Opened", "find", "open_model", "stop_ids", "turn_ends"]
 
@@ -146,6 +147,7 @@ def find(target: str, *, base: str | None = None, trust_remote_code: bool = Fals
         UserError: ``target`` is none of these, or the base is missing or another one than the adapter's.
     """
     path = Path(target).expanduser()
+    tell_stranded(path)
     adapter = find_adapter(path) if path.is_dir() else None
     if adapter is None:
         if (path / "config.yaml").is_file():
