@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, routing
+from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, router, routing
 
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 
@@ -42,7 +42,7 @@ def compile_instead_of_running() -> None:
 
     jit.JITFunction.run = warm_up
     driver.set_active(NoDevice())
-    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, routing):
+    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, router, routing):
         module.runs_on_triton = lambda x: True
 
 
@@ -90,6 +90,11 @@ def launch_experts() -> None:
     rows = routing.gather_rows(x, routes, weights=weights, out=zeros(tokens * slots, hidden + 8)[:, :hidden])
     routing.combine(rows, routes, weights=weights, addend=x)
     routing.row_dot(rows, rows, routes)
+    logits, weight = zeros(tokens, count), zeros(count, dtype=torch.float32)
+    groups = router.Choice(slots, "sigmoid", groups=8, kept_groups=4)
+    for choice, bias, scale in ((router.Choice(slots), None, weight), (groups, weight, None)):
+        chosen = router.choose(logits, choice, bias=bias, expert_scale=scale)[1]
+        router.choose_backward(weights, logits, chosen, choice, expert_scale=scale)
     gates, dw = zeros(tokens * slots, 2 * 768).chunk(2, dim=1), zeros(tokens, slots, dtype=torch.float32)
     h = mlp.gated_forward(*gates, activation="gelu_tanh")
     mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)
