@@ -7,9 +7,36 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Ernie4_5Config,
+    Exaone4Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    HeliumConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
-FAMILIES = ("llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2")
+FAMILIES = (
+    "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma3_text", "glm", "glm4", "granite",
+    "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
+)  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
 """A pack of 64 tokens: document boundaries at odd places, one document of a single token."""
@@ -23,6 +50,10 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
+}
+_WINDOWS: dict[str, Any] = {
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 
 
@@ -44,6 +75,46 @@ def family_config(family: str) -> PretrainedConfig:
         case "smollm2":
             return LlamaConfig(**{**_COMMON, "num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192},
                 tie_word_embeddings=True)  # fmt: skip
+        case "cohere":
+            return CohereConfig(**_COMMON, logit_scale=0.25)
+        case "cohere2":
+            return Cohere2Config(**_COMMON, **_WINDOWS, logit_scale=0.25)
+        case "ernie4_5":
+            return Ernie4_5Config(**_COMMON, use_bias=True)
+        case "exaone4":
+            return Exaone4Config(**_COMMON, **_WINDOWS, sliding_window_pattern="LG")
+        case "exaone4-full":
+            return Exaone4Config(**_COMMON, sliding_window=None, layer_types=["full_attention"] * 3)
+        case "gemma":
+            return GemmaConfig(**_COMMON, head_dim=32, hidden_act="gelu_pytorch_tanh")
+        case "gemma3_text":
+            return Gemma3TextConfig(**_COMMON, **_WINDOWS, head_dim=32, query_pre_attn_scalar=24,
+                rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}})  # fmt: skip
+        case "glm":
+            return GlmConfig(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
+        case "glm4":
+            return Glm4Config(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
+        case "granite":
+            return GraniteConfig(**_COMMON, embedding_multiplier=12.0, residual_multiplier=0.22,
+                attention_multiplier=0.0625, logits_scaling=8.0)  # fmt: skip
+        case "helium":
+            return HeliumConfig(**_COMMON, head_dim=16)
+        case "ministral":
+            return MinistralConfig(**_COMMON, **_WINDOWS, head_dim=16)
+        case "olmo2":
+            return Olmo2Config(**_COMMON)
+        case "olmo3":
+            return Olmo3Config(**_COMMON, **_WINDOWS)
+        case "phi3":
+            return Phi3Config(**_COMMON, sliding_window=7)
+        case "phi3-partial":
+            return Phi3Config(**_COMMON, partial_rotary_factor=0.5, sliding_window=None)
+        case "seed_oss":
+            return SeedOssConfig(**_COMMON, head_dim=32, attention_bias=True, attention_out_bias=True, mlp_bias=True,
+                attention_dropout=0.0, residual_dropout=0.0)  # fmt: skip
+        case "smollm3":
+            return SmolLM3Config(**_COMMON, no_rope_layers=[1, 0, 1], use_sliding_window=False)
     raise AssertionError(family)
 
 

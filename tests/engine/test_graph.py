@@ -19,7 +19,7 @@ def pack(*lengths: int) -> MicroBatch:
 
 def keys(monkeypatch: pytest.MonkeyPatch, way: Way, room: int, *packs: MicroBatch) -> list[ShapeKey]:
     monkeypatch.setattr(graph_module, "choose", lambda *_: way)
-    inputs = Inputs(2048, 64, torch.float32, torch.device("cpu"))
+    inputs = Inputs(2048, (64,), torch.float32, torch.device("cpu"))
     inputs.padded_room = room
     made = []
     for micro in packs:
@@ -36,15 +36,15 @@ TWO = pack(1000, 500, 500, 48), pack(900, 100, 40, 500, 500, 8)
 
 def test_packs_of_other_lengths_have_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = keys(monkeypatch, "varlen", 0, *TWO)
-    assert first == second == ShapeKey(2048, "varlen", 8, 1024, recordable=True)
+    assert first == second == ShapeKey(2048, ("varlen",), 8, 1024, recordable=True)
 
 
 def test_the_memory_efficient_kernel_needs_room_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = keys(monkeypatch, "efficient", 8 * 1024, *TWO)
-    assert first == second == ShapeKey(2048, "efficient", 8, 1024, recordable=True)
+    assert first == second == ShapeKey(2048, ("efficient",), 8, 1024, recordable=True)
     first, second = keys(monkeypatch, "efficient", 8 * 1024 - 1, *TWO)
-    assert first == ShapeKey(2048, "efficient", 4, 1000, recordable=False)
-    assert second == ShapeKey(2048, "efficient", 6, 900, recordable=False)
+    assert first == ShapeKey(2048, ("efficient",), 4, 1000, recordable=False)
+    assert second == ShapeKey(2048, ("efficient",), 6, 900, recordable=False)
 
 
 def test_where_the_host_goes_over_the_documents_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimtune.engine.loss import head_loss, head_loss_and_grad, token_log_probs
+from slimtune.engine.structure import Norm
 
 TOKENS, HIDDEN, VOCABULARY = 30, 16, 53
 
@@ -18,7 +19,7 @@ def test_loss_and_gradient_equal_autograd(chunk: int) -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)
     head, weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64), torch.rand(HIDDEN, dtype=torch.float64)
-    norm = SimpleNamespace(weight=weight, variance_epsilon=1e-5)
+    norm = Norm(SimpleNamespace(weight=weight), 1e-5)
     rows, targets = torch.tensor([0, 3, 4, 17, 29]), torch.tensor([5, 0, 52, 7, 7])
     g = torch.full((TOKENS, HIDDEN), torch.nan, dtype=torch.float64)
     loss = head_loss_and_grad(x, residual, norm, head, rows, targets, chunk, g)
@@ -33,7 +34,7 @@ def test_loss_and_gradient_equal_autograd(chunk: int) -> None:
 
 
 def test_no_supervised_token() -> None:
-    norm = SimpleNamespace(weight=torch.ones(HIDDEN), variance_epsilon=1e-5)
+    norm = Norm(SimpleNamespace(weight=torch.ones(HIDDEN)), 1e-5)
     none = torch.zeros(0, dtype=torch.int64)
     g = torch.full((TOKENS, HIDDEN), torch.nan)
     x = torch.randn(TOKENS, HIDDEN)

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from slimtune.engine.attention import Way
-from slimtune.engine.decoder import Keep, LayerComputation, computations
-from slimtune.engine.memory import layer_bytes, plan_memory
-from slimtune.engine.structure import read_decoder
+from slimtune.engine.blocks import Keep, Memory
+from slimtune.engine.decoder import LayerComputation, computations
+from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.read import read_decoder
 
 VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
 
@@ -29,6 +30,14 @@ def layers_of(hidden: int, intermediate: int, count: int, heads: int) -> list[La
     return [layer for layer in made if layer is not None]
 
 
+def planned(
+    layers: list[LayerComputation], tokens: int, vocabulary: int, budget: float = math.inf,
+    *, longest: int | None = None, way: Way = "varlen",
+) -> MemoryPlan:  # fmt: skip
+    ways = {layer.layer.attention.head_dim: way for layer in layers}
+    return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways)
+
+
 @pytest.fixture(scope="module")
 def layers() -> list[LayerComputation]:
     """Qwen1.5-1.8B's shape."""
@@ -42,7 +51,7 @@ def small_layers() -> list[LayerComputation]:
 
 
 def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
-    plan = plan_memory(layers, TOKENS, VOCABULARY, math.inf, longest=LONGEST)
+    plan = planned(layers, TOKENS, VOCABULARY, math.inf, longest=LONGEST)
     assert set(plan.keep) == {Keep.ALL}
     assert plan.kept_weights == 24
     assert plan.part_tokens == TOKENS
@@ -51,23 +60,24 @@ def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
 @pytest.mark.parametrize("way", ["varlen", "efficient"])
 @pytest.mark.parametrize("gigabytes", [1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0])
 def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: float, way: Way) -> None:
-    plan = plan_memory(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
+    plan = planned(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
     assert plan.nbytes <= gigabytes * 1e9
     assert plan.part_tokens >= LONGEST
-    kept = sum(layer_bytes(layers[0], plan.part_tokens, level, way, plan.padded_room) for level in plan.keep)
+    memory = Memory(plan.part_tokens, plan.mlp_tokens, {128: way}, plan.padded_room)
+    kept = sum(layers[0].kept_bytes(memory, level) for level in plan.keep)
     assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
 
 
 def test_keeps_the_inputs_alone_when_there_is_no_more_room(layers: list[LayerComputation]) -> None:
-    plan = plan_memory(layers, TOKENS, VOCABULARY, 0.0, longest=LONGEST)
+    plan = planned(layers, TOKENS, VOCABULARY, 0.0, longest=LONGEST)
     assert set(plan.keep) == {Keep.INPUT}
     assert plan.kept_weights == 0
     assert plan.part_tokens == LONGEST
 
 
 def test_documents_are_never_cut(layers: list[LayerComputation]) -> None:
-    assert plan_memory(layers, TOKENS, VOCABULARY, 2e9).part_tokens == TOKENS
-    assert plan_memory(layers, 3000, VOCABULARY, 1e9, longest=2000).part_tokens >= 2000
+    assert planned(layers, TOKENS, VOCABULARY, 2e9).part_tokens == TOKENS
+    assert planned(layers, 3000, VOCABULARY, 1e9, longest=2000).part_tokens >= 2000
 
 
 def test_a_small_model_gives_the_memory_efficient_kernel_room_for_all_documents(
@@ -75,10 +85,10 @@ def test_a_small_model_gives_the_memory_efficient_kernel_room_for_all_documents(
 ) -> None:
     """A graph needs it, and a host takes longer to launch so small a model's kernels than they do."""
     plenty, tight = (
-        plan_memory(small_layers, 2048, 49152, budget, longest=1024, way="efficient") for budget in (14e9, 0.3e9)
+        planned(small_layers, 2048, 49152, budget, longest=1024, way="efficient") for budget in (14e9, 0.3e9)
     )
     assert plenty.padded_room >= 64 * 1024
     assert plenty.nbytes <= 14e9
     assert tight.padded_room == 0
     assert tight.nbytes <= 0.3e9
-    assert plan_memory(small_layers, 2048, 49152, 14e9, longest=1024).padded_room == 0
+    assert planned(small_layers, 2048, 49152, 14e9, longest=1024).padded_room == 0

@@ -1,123 +1,179 @@
 """The decoder's layers, forward and backward, written out by hand over flattened tokens.
 
-One layer computes, for x [T, H] (T tokens, H hidden, F intermediate, N heads, K kv heads of D):
+A layer is a list of residual branches. One computes, for the stream s [T, H] (T tokens, H hidden),
 
-    n1 = norm(x)           q, k, v = qkv(n1), rotated      o = attention(q, k, v)
-    m  = x + o_proj(o)     gate, up = gate_up(norm(m))     x' = m + down(silu(gate) x up)
+    n = norm(s)      y = sum of its blocks of n      s' = s + scale x norm_after(y)
 
 The base is frozen, so only adapters have weight gradients, and most intermediates are needed for nothing but dx. What a
-layer keeps from its forward is its :class:`Keep` level; the rest is computed again in its backward. The residual sum
-x' is left as the pair (down's output, m): the next norm adds it on its way.
+layer keeps from its forward is its :class:`Keep` level; the rest is computed again in its backward. The sum s' is left
+as the pair (what is added, s): the next norm adds it on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimtune.engine.attention import Attention, Documents, Way
-from slimtune.engine.kernels import mlp, norm, rope
-from slimtune.engine.structure import Decoder, Layer
-from slimtune.engine.weights import Gradients, Scratch, Site
+from slimtune.engine.blocks import AttentionBlock, Block, Keep, Memory, MlpBlock, Pass, RotaryTable, Sinks
+from slimtune.engine.kernels import norm
+from slimtune.engine.structure import Branch, Decoder, GatedMlp, Layer, Rotary, SelfAttention
+from slimtune.engine.weights import Scratch, Site
 
-__all__ = ["Keep", "LayerComputation", "LayerGradients", "Pass", "RotaryTable", "Saved", "computations"]
+__all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "rotary_tables"]
 
-
-class Keep(IntEnum):
-    """What a layer keeps for its backward; each level adds to the one before."""
-
-    INPUT = 0
-    """x alone; the whole layer but its last product is computed again."""
-    ATTENTION = 1
-    """q, k, v, o and m: the MLP's first product and the norms are computed again."""
-    GATES = 2
-    """gate and up: only norms are computed again."""
-    ALL = 3
-    """The adapters' inputs too: nothing is computed again but silu(gate) x up."""
+_STREAMS = 4
+"""Dropout streams that a layer has; a fifth site would share its masks with the next layer's first."""
 
 
-@dataclass(frozen=True)
-class RotaryTable:
-    """cos and sin of every position: float32 [positions, D / 2]."""
+@dataclass
+class BranchSaved:
+    """What a branch kept, or made anew."""
 
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(cls, decoder: Decoder, positions: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
-        """Made by the model's own rotary module, so that each of its scalings is right."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        like = torch.empty(0, dtype=wide, device=device)
-        cos, sin = decoder.backbone.rotary_emb(like, torch.arange(positions, device=device)[None])
-        half = decoder.head_dim // 2
-        return cls(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What all layers of one forward and backward pass share."""
-
-    documents: Documents
-    way: Way
-    position_ids: Tensor
-    """int64 or int32 [T]."""
-    rotary: RotaryTable
-    seed: Tensor | None
-    """int64 scalar of this micro-batch's dropout; None: no dropout (evaluation)."""
-    mlp_tokens: int
-    """Tokens that the MLP takes at once; fewer need less memory."""
+    s: Tensor
+    """Its input [T, H]."""
+    rstd: Tensor | None = None
+    """Of the norm before; None without one, and where it is not kept."""
+    inputs: tuple[Tensor, ...] | None = None
+    """Each block's input buffer."""
+    fresh: bool = False
+    """The inputs' own columns are still to be written."""
+    blocks: tuple[Any, ...] = ()
+    """What each block kept."""
+    y: Tensor | None = None
+    """The blocks' sum, where a norm comes after it."""
+    y_rstd: Tensor | None = None
 
 
 @dataclass
 class Saved:
-    """What a layer kept. Its ``x`` is always there."""
+    """What a layer kept."""
 
-    x: Tensor
     keep: Keep
-    rstd: Tensor | None = None
-    n1: Tensor | None = None
-    qkv: Tensor | None = None
-    """Rotated (unless there are q/k norms: then as projected)."""
-    rotated: tuple[Tensor, Tensor, Tensor] | None = None
-    """With q/k norms: q and k normalised and rotated, and their rstd."""
-    o: Tensor | None = None
-    """o_proj's input buffer."""
-    attention: tuple[Any, ...] = ()
-    m: Tensor | None = None
-    m_rstd: Tensor | None = None
-    n2: Tensor | None = None
-    gates: Tensor | None = None
+    branches: list[BranchSaved]
+    """At :attr:`Keep.INPUT` the first one's input alone."""
 
 
-@dataclass(frozen=True)
-class LayerGradients:
-    """Where a layer's adapter gradients are added, in the order of :attr:`Layer.projections`."""
+class BranchComputation:
+    """One residual branch."""
 
-    qkv: Gradients | None
-    o: Gradients | None
-    gate_up: Gradients | None
-    down: Gradients | None
+    def __init__(self, branch: Branch, blocks: tuple[Block, ...]) -> None:
+        self.branch, self.blocks = branch, blocks
+        self.sites = tuple(site for block in blocks for site in block.sites)
+        self.adapted = any(block.adapted for block in blocks)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None
+    ) -> tuple[Tensor, Tensor, BranchSaved]:
+        """The stream after it as a pair to be added, both [T, H], and what it kept."""
+        branch = self.branch
+        saved = self.enter(x, residual)
+        assert saved.inputs is not None
+        results = [block.forward(n, on, keep) for block, n in zip(self.blocks, saved.inputs, strict=True)]
+        y = results[0][0]
+        for other, _ in results[1:]:
+            y.add_(other)
+        kept = BranchSaved(saved.s, blocks=tuple(block for _, block in results))
+        if keep is not None and keep >= Keep.ATTENTION:
+            kept.rstd = saved.rstd
+        if keep is not None and keep >= Keep.ALL and any(block.reads_input for block in self.blocks):
+            kept.inputs = saved.inputs
+        if branch.norm_after is not None:
+            after = branch.norm_after
+            added, _, y_rstd = norm.norm_forward(y, after.weight, after.eps, centred=after.centred)
+            if keep is not None and keep >= Keep.ATTENTION:
+                kept.y, kept.y_rstd = y, y_rstd
+            y = added
+        return y if branch.scale == 1.0 else y.mul_(branch.scale), saved.s, kept
+
+    def enter(self, x: Tensor, residual: Tensor | None) -> BranchSaved:
+        """The stream's sum, normalised into the blocks' input buffers."""
+        first, over = self.blocks[0], self.branch.norm
+        if over is None:
+            s = x if residual is None else x + residual
+            return BranchSaved(s, None, tuple(self._filled(block, s) for block in self.blocks), fresh=True)
+        n, hidden = x.new_empty(x.shape[0], first.columns), x.shape[1]
+        _, s, rstd = norm.norm_forward(
+            x, over.weight, over.eps, residual=residual, centred=over.centred, out=n[:, :hidden]
+        )
+        others = (self._filled(block, n[:, :hidden]) for block in self.blocks[1:])
+        return BranchSaved(s, rstd, (n, *others), fresh=True)
+
+    @staticmethod
+    def _filled(block: Block, n: Tensor) -> Tensor:
+        if block.columns == n.shape[1]:
+            return n
+        buffer = n.new_empty(n.shape[0], block.columns)
+        buffer[:, : n.shape[1]].copy_(n)
+        return buffer
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, g: Tensor, saved: BranchSaved, on: Pass, sinks: Sinks, *, need_dx: bool, own_g: bool
+    ) -> Tensor | None:
+        """The gradient of its input, from that of its result.
+
+        Args:
+            g: [T, H].
+            saved: What the forward kept.
+            on: The pass.
+            sinks: Where the adapters' gradients go.
+            need_dx: Without it None is returned.
+            own_g: ``g`` may be overwritten.
+        """
+        branch = self.branch
+        dy = g if branch.scale == 1.0 else g * branch.scale
+        if branch.norm_after is not None:
+            assert saved.y is not None
+            assert saved.y_rstd is not None
+            after = branch.norm_after
+            dy = norm.norm_backward(dy, saved.y, after.weight, saved.y_rstd, centred=after.centred)
+        kept = saved.blocks or (None,) * len(self.blocks)
+        if saved.inputs is None and any(
+            was is None or block.reads_input for was, block in zip(kept, self.blocks, strict=True)
+        ):
+            again = self.enter(saved.s, None)
+            saved.inputs, saved.fresh, saved.rstd = again.inputs, True, again.rstd
+        dn: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            n = None if saved.inputs is None else saved.inputs[index]
+            d = block.backward(dy, n, kept[index], on, sinks, fresh=saved.fresh, need_dx=need_dx)
+            dn = d if dn is None or d is None else dn.add_(d)
+        if dn is None:
+            return None
+        over = branch.norm
+        if over is None:
+            return dn.add_(g)
+        assert saved.rstd is not None
+        return norm.norm_backward(
+            dn, saved.s, over.weight, saved.rstd, dresidual=g, centred=over.centred, out=g if own_g else dn
+        )
 
 
 class LayerComputation:
     """One decoder layer, computed for any :class:`Pass`."""
 
-    def __init__(self, decoder: Decoder, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch):
+    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch):
         self.layer, self.dtype = layer, dtype
-        self.heads, self.kv_heads, self.head_dim = decoder.heads, decoder.kv_heads, decoder.head_dim
-        self.qkv, self.o, self.gate_up, self.down = (
-            Site(projection, dtype, device, 4 * layer.index + number, scratch)
-            for number, projection in enumerate(layer.projections)
-        )
-        self.sites = (self.qkv, self.o, self.gate_up, self.down)
+        branches, stream = [], _STREAMS * layer.index
+        for branch in layer.branches:
+            blocks: list[Block] = []
+            for part in branch.blocks:
+                blocks.append(_block(part, dtype, device, stream, scratch))
+                stream += len(part.projections)
+            branches.append(BranchComputation(branch, tuple(blocks)))
+        if stream > _STREAMS * (layer.index + 1):
+            raise ValueError(f"layer {layer.index} has more projections than dropout streams")
+        self.branches = tuple(branches)
+        self.blocks = tuple(block for branch in branches for block in branch.blocks)
+        self.sites: tuple[Site, ...] = tuple(site for branch in branches for site in branch.sites)
         self.adapted = any(site.groups for site in self.sites)
-
-    # -- forward ------------------------------------------------------------------------------------------------------
+        self.hidden = self.sites[0].inputs
 
     def forward(self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None) -> tuple[Tensor, Tensor, Saved]:
         """The layer's result as a pair to be added, both [T, H], and what it kept.
@@ -128,193 +184,92 @@ class LayerComputation:
             on: The pass.
             keep: What to keep; None keeps nothing (evaluation).
         """
-        saved = self._attention_half(x, residual, on)
-        if saved.o is None:
-            raise RuntimeError("attention was not computed")
-        saved = self._middle(saved, self.o.forward(saved.o), on)
-        d = self._mlp(saved, on, keep)
-        m = saved.m
-        assert m is not None
-        return d, m, self._only(saved, keep)
+        level = keep or Keep.INPUT
+        kept: list[BranchSaved] = []
+        pair: tuple[Tensor, Tensor | None] = (x, residual)
+        for branch in self.branches:
+            y, s, saved = branch.forward(*pair, on, level)
+            pair = (y, s)
+            if level > Keep.INPUT or not kept:
+                kept.append(saved)
+        assert pair[1] is not None
+        return pair[0], pair[1], Saved(level, kept)
 
-    def _attention_half(self, x: Tensor, residual: Tensor | None, on: Pass) -> Saved:
-        n1 = self.qkv.input_buffer(x.shape[0])
-        _, total, rstd = self._norm(self.layer.attention_norm, x, residual, n1[:, : self.qkv.inputs])
-        self.qkv.fill_extra(n1, on.seed, 0)
-        saved = Saved(total, Keep.ALL, rstd=rstd, n1=n1, qkv=self.qkv.forward(n1))
-        self._attend(saved, on)
-        return saved
-
-    def _norm(self, module: Any, x: Tensor, residual: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return norm.rms_norm_forward(x, module.weight.detach(), module.variance_epsilon, residual=residual, out=out)
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._by_heads(qkv)
-        n, k = self.heads, self.kv_heads
-        return heads[:, :n], heads[:, n : n + k], heads[:, n + k :]
-
-    def _by_heads(self, x: Tensor) -> Tensor:
-        """[T, heads x D] as [T, heads, D], the same memory."""
-        return x.view(x.shape[0], -1, self.head_dim)
-
-    def _attend(self, saved: Saved, on: Pass) -> None:
-        """Rotate q and k, attend, and fill o_proj's input buffer."""
-        assert saved.qkv is not None
-        q, k, v = self._split(saved.qkv)
-        q_norm, k_norm = self.layer.q_norm, self.layer.k_norm
-        if q_norm is not None and k_norm is not None:
-            q, k, rstd = rope.qk_norm_rope(
-                q, k, q_norm.weight.detach(), k_norm.weight.detach(), q_norm.variance_epsilon,
-                on.rotary.cos, on.rotary.sin, on.position_ids,
-            )  # fmt: skip
-            saved.rotated = (q, k, rstd)
-        else:
-            rope.rope_(q, k, on.rotary.cos, on.rotary.sin, on.position_ids)
-        attended, saved.attention = self._attention(on).forward(q, k, v)
-        saved.o = self.o.buffer_of(attended.flatten(1), on.seed)
-
-    def _attention(self, on: Pass) -> Attention:
-        return Attention(on.documents, on.way, self.head_dim**-0.5, self.layer.window)
-
-    def _middle(self, saved: Saved, attended: Tensor, on: Pass) -> Saved:
-        """m = x + o_proj's output, and its norm in gate_up's input buffer."""
-        n2 = self.gate_up.input_buffer(attended.shape[0])
-        _, m, m_rstd = self._norm(self.layer.mlp_norm, attended, saved.x, n2[:, : self.gate_up.inputs])
-        return replace(saved, m=m, m_rstd=m_rstd, n2=n2)
-
-    def _chunks(self, on: Pass) -> Sequence[slice]:
-        tokens = on.position_ids.shape[0]
-        return [slice(i, min(i + on.mlp_tokens, tokens)) for i in range(0, tokens, on.mlp_tokens)]
-
-    def _mlp(self, saved: Saved, on: Pass, keep: Keep | None) -> Tensor:
-        """down's output [T, H]; the MLP is computed in chunks of tokens."""
-        assert saved.n2 is not None
-        n2, chunks = saved.n2, self._chunks(on)
-        tokens = n2.shape[0]
-        d = torch.empty(tokens, self.down.outputs, dtype=self.dtype, device=n2.device)
-        if keep is not None and keep >= Keep.GATES:
-            saved.gates = torch.empty(tokens, self.gate_up.outputs, dtype=self.dtype, device=n2.device)
-        for number, rows in enumerate(chunks):
-            self.gate_up.fill_extra(n2[rows], on.seed, number)
-            gates = self.gate_up.forward(n2[rows], out=None if saved.gates is None else saved.gates[rows])
-            h = self.down.input_buffer(gates.shape[0])
-            mlp.swiglu_forward(*gates.chunk(2, dim=1), out=h[:, : self.down.inputs])
-            self.down.fill_extra(h, on.seed, number)
-            self.down.forward(h, out=d[rows])
-        return d
-
-    def _only(self, saved: Saved, keep: Keep | None) -> Saved:
-        """Without what ``keep`` doesn't keep."""
-        if keep is None or keep == Keep.INPUT:
-            return Saved(saved.x, Keep.INPUT)
-        kept = replace(saved, keep=keep)
-        if keep < Keep.ALL or not self.qkv.groups:
-            kept.n1 = None
-        if keep < Keep.ALL or not self.gate_up.groups:
-            kept.n2 = None
-        return kept
-
-    # -- backward -----------------------------------------------------------------------------------------------------
-
-    def backward(
-        self, g: Tensor, saved: Saved, on: Pass, gradients: LayerGradients, *, need_dx: bool = True
-    ) -> Tensor | None:
+    def backward(self, g: Tensor, saved: Saved, on: Pass, sinks: Sinks, *, need_dx: bool = True) -> Tensor | None:
         """dx [T, H] from g [T, H], the gradient of the layer's result; the adapters' gradients are added.
 
         Consumes ``saved``: some of its buffers are overwritten.
         """
-        saved = self._recompute(saved, on)
-        dm = self._mlp_backward(g, saved, on, gradients)
-        assert saved.o is not None
-        assert saved.rstd is not None
-        do = self.o.backward(dm, saved.o, on.seed, gradients.o)
-        assert do is not None
-        dqkv = self._attention_backward(do, saved, on)
-        dn1 = self.qkv.backward(dqkv, saved.n1, on.seed, gradients.qkv, need_dx=need_dx)
-        if dn1 is None:
-            return None
-        weight = self.layer.attention_norm.weight
-        return norm.rms_norm_backward(dn1, saved.x, weight.detach(), saved.rstd, dresidual=dm, out=dm)
+        kept = self._again(saved.branches[0].s, on) if saved.keep == Keep.INPUT else saved.branches
+        last, d = len(self.branches) - 1, g
+        for index in range(last, -1, -1):
+            branch, wanted = self.branches[index], need_dx or any(x.adapted for x in self.branches[:index])
+            if not wanted and not branch.adapted:
+                return None
+            below = branch.backward(d, kept.pop(), on, sinks, need_dx=wanted, own_g=index < last)
+            if below is None:
+                return None
+            d = below
+        return d
 
-    def _recompute(self, saved: Saved, on: Pass) -> Saved:
-        """Compute again what the attention half needs and wasn't kept; the MLP's part follows chunk by chunk."""
-        if saved.keep == Keep.INPUT:
-            fresh = self._attention_half(saved.x, None, on)
-            assert fresh.o is not None
-            return self._middle(fresh, self.o.forward(fresh.o), on)
-        if self.qkv.groups and saved.n1 is None:
-            n1 = self.qkv.input_buffer(saved.x.shape[0])
-            self._norm(self.layer.attention_norm, saved.x, None, n1[:, : self.qkv.inputs])
-            self.qkv.fill_extra(n1, on.seed, 0)
-            saved = replace(saved, n1=n1)
-        if saved.n2 is None and (saved.gates is None or self.gate_up.groups):
-            assert saved.m is not None
-            n2 = self.gate_up.input_buffer(saved.x.shape[0])
-            self._norm(self.layer.mlp_norm, saved.m, None, n2[:, : self.gate_up.inputs])
-            saved = replace(saved, n2=n2)
-        return saved
+    # -- sizes --------------------------------------------------------------------------------------------------------
 
-    def _mlp_backward(self, g: Tensor, saved: Saved, on: Pass, gradients: LayerGradients) -> Tensor:
-        """dm [T, H]."""
-        assert saved.m is not None
-        assert saved.m_rstd is not None
-        chunks = self._chunks(on)
-        dn2 = torch.empty(g.shape, dtype=self.dtype, device=g.device) if len(chunks) > 1 else None
-        for number, rows in enumerate(chunks):
-            n2 = None if saved.n2 is None else saved.n2[rows]
-            if n2 is not None and (saved.gates is None or (self.gate_up.groups and saved.keep < Keep.ALL)):
-                self.gate_up.fill_extra(n2, on.seed, number)
-            if saved.gates is None:
-                assert n2 is not None
-                gates = self.gate_up.forward(n2)
-            else:
-                gates = saved.gates[rows]
-            self._gates_backward(g[rows], gates, on, number, gradients)
-            part = None if dn2 is None else dn2[rows]
-            d = self.gate_up.backward(gates, n2, on.seed, gradients.gate_up, chunk=number, out=part)
-            assert d is not None
-            if part is None:
-                dn2 = d
-            elif d.data_ptr() != part.data_ptr():
-                part.copy_(d)
-        assert dn2 is not None
-        weight = self.layer.mlp_norm.weight
-        return norm.rms_norm_backward(dn2, saved.m, weight.detach(), saved.m_rstd, dresidual=g, out=dn2)
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What its sizes follow from: layers of one kind have the same."""
+        sites = tuple((site.inputs, site.outputs, site.groups, site.extra, site.kept_bytes) for site in self.sites)
+        return sites, tuple(layer_part.head_dim for layer_part in (self.layer.attention,))
 
-    def _gates_backward(self, g: Tensor, gates: Tensor, on: Pass, number: int, gradients: LayerGradients) -> None:
-        """Overwrite gates [rows, 2 F] with their gradient."""
-        gate, up = gates.chunk(2, dim=1)
-        h = None
-        if self.down.groups:
-            h = self.down.input_buffer(g.shape[0])
-            mlp.swiglu_forward(gate, up, out=h[:, : self.down.inputs])
-            self.down.fill_extra(h, on.seed, number)
-        dh = self.down.backward(g, h, on.seed, gradients.down, chunk=number)
-        assert dh is not None
-        mlp.swiglu_backward_(dh, gate, up)
+    def kept_bytes(self, memory: Memory, keep: Keep) -> int:
+        """Bytes that it keeps from its forward to its backward."""
+        stream = memory.tokens * self.hidden * self.dtype.itemsize
+        total = stream + sum(block.kept_bytes(memory, keep) for block in self.blocks)
+        if keep >= Keep.ATTENTION:
+            for index, branch in enumerate(self.branches):
+                total += stream * (index > 0) + 4 * memory.tokens * (branch.branch.norm is not None)
+                total += (stream + 4 * memory.tokens) * (branch.branch.norm_after is not None)
+        return total
 
-    def _attention_backward(self, do: Tensor, saved: Saved, on: Pass) -> Tensor:
-        """dqkv [T, (N + 2 K) D], of the projection's output."""
-        assert saved.qkv is not None
-        assert saved.o is not None
-        q, k, v = self._split(saved.qkv)
-        o, do = self._by_heads(saved.o[:, : self.o.inputs]), self._by_heads(do)
-        tables = (on.rotary.cos, on.rotary.sin, on.position_ids)
-        if saved.rotated is None:
-            dq, dk, dv = self._attention(on).backward(do, q, k, v, o, saved.attention)
-            return rope.merge_qkv_grad(dq, dk, dv, *tables).flatten(1)
-        rotated_q, rotated_k, rstd = saved.rotated
-        dq, dk, dv = self._attention(on).backward(do, rotated_q, rotated_k, v, o, saved.attention)
-        q_norm, k_norm = self.layer.q_norm, self.layer.k_norm
-        assert q_norm is not None
-        assert k_norm is not None
-        weights = (q_norm.weight.detach(), k_norm.weight.detach())
-        return rope.qk_norm_rope_backward(dq, dk, dv, q, k, *weights, rstd, *tables).flatten(1)
+    def working_bytes(self, memory: Memory) -> int:
+        """Bytes that its backward takes at its peak beside what was kept, all of it computed again."""
+        stream = memory.tokens * self.hidden * self.dtype.itemsize
+        inputs = sum(block.columns for block in self.blocks[:-1]) * memory.tokens * self.dtype.itemsize
+        after = 2 * stream * any(branch.branch.norm_after is not None for branch in self.branches)
+        work = max(block.working_bytes(memory) for block in self.blocks)
+        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + after + work
+
+    def _again(self, x: Tensor, on: Pass) -> list[BranchSaved]:
+        """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""
+        kept: list[BranchSaved] = []
+        pair: tuple[Tensor, Tensor | None] = (x, None)
+        for branch in self.branches[:-1]:
+            y, s, saved = branch.forward(*pair, on, Keep.ALL)
+            pair = (y, s)
+            kept.append(saved)
+        last = self.branches[-1]
+        if last.branch.norm_after is None:
+            return [*kept, last.enter(*pair)]
+        return [*kept, last.forward(*pair, on, Keep.ATTENTION)[2]]
+
+
+def _block(
+    part: SelfAttention | GatedMlp, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch
+) -> Block:
+    if isinstance(part, SelfAttention):
+        return AttentionBlock(part, dtype, device, stream, scratch)
+    return MlpBlock(part, dtype, device, stream, scratch)
 
 
 def computations(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> list[LayerComputation | None]:
     """One for each layer of the model; None where the layer can't be fused."""
     scratch = Scratch()
-    return [
-        None if layer is None else LayerComputation(decoder, layer, dtype, device, scratch) for layer in decoder.layers
-    ]
+    return [None if layer is None else LayerComputation(layer, dtype, device, scratch) for layer in decoder.layers]
+
+
+def rotary_tables(
+    decoder: Decoder, positions: int, device: torch.device, dtype: torch.dtype
+) -> dict[Rotary, RotaryTable]:
+    """The table of every rotary embedding that a layer has."""
+    parts = [layer.attention for layer in decoder.fused]
+    sizes = {part.rotary: part.head_dim for part in parts if part.rotary is not None}
+    return {rotary: RotaryTable.of(rotary, dim, positions, device, dtype) for rotary, dim in sizes.items()}

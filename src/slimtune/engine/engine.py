@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.batch import MicroBatch
-from slimtune.engine.attention import ROUND
-from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
+from slimtune.engine.attention import ROUND, Way
+from slimtune.engine.decoder import Keep, LayerComputation, Pass, Saved, computations, rotary_tables
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import FlatParameters
-from slimtune.engine.structure import CannotFuse, Decoder, read_decoder
+from slimtune.engine.read import read_decoder
+from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, unpack_for_training
 
 __all__ = ["Engine"]
@@ -49,7 +50,7 @@ class Engine:
     tensor (:attr:`flat`), and their ``grad`` views of another, which :meth:`forward_backward` adds to.
 
     Args:
-        model: PEFT-wrapped causal language model of the Llama family; NF4, 16- or 32-bit base.
+        model: PEFT-wrapped causal language model of a family that it knows; NF4, 16- or 32-bit base.
         dtype: What is computed in: bfloat16, float16 or float32 (float64 to check against).
         tokens: Tokens in the largest micro-batch (T); the memory plan is made for it.
         longest: Tokens in the longest document, if that is less; a tight memory is met by taking fewer documents at
@@ -90,16 +91,16 @@ class Engine:
         self.flat = FlatParameters(self._check_trainable(model))
         self._sums = torch.zeros_like(self.flat.grad)
         self._stacked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._gradients = [LayerGradients(*(self._bind(site) for site in layer.sites)) for layer in self.layers]
+        self._sinks = {site: self._bind(site) for layer in self.layers for site in layer.sites if site.groups}
         self._lowest = next(index for index, layer in enumerate(self.layers) if layer.adapted)
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
-        self._inputs = Inputs(tokens, self.decoder.head_dim, dtype, self.device)
-        self._rotary = RotaryTable.of(self.decoder, tokens, self.device, dtype)
+        self._inputs = Inputs(tokens, self.decoder.head_dims, dtype, self.device)
+        self._tables = rotary_tables(self.decoder, tokens, self.device, dtype)
         budget = self._budget(memory)
         self.plan: MemoryPlan = plan_memory(
-            self.layers, tokens, self._head.shape[0], budget, longest=longest, way=self._inputs.packs_way
+            self.layers, tokens, self._head.shape[0], budget, longest=longest, ways=self._inputs.packs_ways
         )
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
@@ -107,12 +108,12 @@ class Engine:
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         self._recording = self.graphs
         self._recorded: dict[ShapeKey, _Recorded] = {}
-        self._warm: set[str] = set()
+        self._warm: set[tuple[Way, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._top_gradient: Tensor | None = None
         for layer in self.layers[: self.plan.kept_weights]:
-            for site in layer.sites:
-                site.keep()
+            for block in layer.blocks:
+                block.keep_weights()
 
     def _check_trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """The adapters' parameters in the engine's order; nothing else may train."""
@@ -126,10 +127,8 @@ class Engine:
                 )
         return mine
 
-    def _bind(self, site: Site) -> Gradients | None:
+    def _bind(self, site: Site) -> Gradients:
         """Let a site read its A from the flat tensor; where its gradients are summed up."""
-        if not site.groups:
-            return None
         adapters = site.projection.adapters
         first = adapters[0].a
         start = first.storage_offset()
@@ -204,7 +203,7 @@ class Engine:
         recorded = self._recorded.get(key)
         if not key.recordable:
             self._record_no_more()
-        if recorded is None and self._recording and key.way in self._warm:
+        if recorded is None and self._recording and key.ways in self._warm:
             recorded = self._recorded[key] = self._record(micro, key)
         if recorded is not None:
             recorded.forward.replay()
@@ -212,7 +211,7 @@ class Engine:
             recorded.backward.replay()
         else:
             # The first micro-batch of a kind runs as it is: it compiles the kernels and makes the libraries' plans.
-            self._warm.add(key.way)
+            self._warm.add(key.ways)
             on = self._pass(micro, key, training=True)
             x, residual, saved = self._forward(key, on, self.plan.keep)
             g = torch.empty_like(x)
@@ -232,8 +231,7 @@ class Engine:
             key = self._inputs.load(micro, 0)
             x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
             rows, targets = self._inputs.supervised(micro)
-            final_norm = self.decoder.backbone.norm
-            losses.append(head_loss(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens))
+            losses.append(head_loss(x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens))
         return torch.stack(losses).sum(), whole.supervised
 
     def _set_inverse(self, num_supervised: int | Tensor) -> None:
@@ -245,9 +243,9 @@ class Engine:
     def _pass(self, micro: MicroBatch, key: ShapeKey, *, training: bool) -> Pass:
         return Pass(
             documents=self._inputs.documents(micro, key),
-            way=key.way,
+            ways=self._inputs.ways(key),
             position_ids=self._inputs.position_ids(key),
-            rotary=self._rotary,
+            tables=self._tables,
             seed=self._inputs.seed if training else None,
             mlp_tokens=self.plan.mlp_tokens,
         )
@@ -260,6 +258,8 @@ class Engine:
         for matrix, stacked, _, _ in self._stacked:
             stacked.copy_(matrix)
         x = torch.nn.functional.embedding(self._inputs.input_ids(key), self._embedding).to(self.dtype)
+        if self.decoder.embedding_scale != 1.0:
+            x *= self.decoder.embedding_scale
         residual: Tensor | None = None
         saved = []
         for index, layer in enumerate(self.layers):
@@ -272,8 +272,7 @@ class Engine:
 
     def _head_and_loss(self, micro: MicroBatch, x: Tensor, residual: Tensor, g: Tensor) -> Tensor:
         rows, targets = self._inputs.supervised(micro)
-        final_norm = self.decoder.backbone.norm
-        return head_loss_and_grad(x, residual, final_norm, self._head, rows, targets, self.plan.head_tokens, g)
+        return head_loss_and_grad(x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens, g)
 
     def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass) -> None:
         """All layers' backward; what the adapters got is scaled and added to the flat gradient.
@@ -286,7 +285,7 @@ class Engine:
             stacked_sum.zero_()
         for index in range(len(self.layers) - 1, self._lowest - 1, -1):
             assert g is not None
-            g = self.layers[index].backward(g, saved.pop(), on, self._gradients[index], need_dx=index > self._lowest)
+            g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=index > self._lowest)
         for _, _, stacked_sum, total in self._stacked:
             total.copy_(stacked_sum)
         self.flat.grad.addcmul_(self._sums, self._inverse)

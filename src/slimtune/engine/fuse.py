@@ -21,14 +21,18 @@ from transformers.utils.generic import ModelOutput
 
 from slimtune.batch import IGNORED
 from slimtune.engine.attention import Documents, choose
-from slimtune.engine.decoder import Keep, LayerComputation, LayerGradients, Pass, RotaryTable, Saved, computations
+from slimtune.engine.blocks import RotaryTable
+from slimtune.engine.decoder import Keep, LayerComputation, Pass, Saved, computations, rotary_tables
 from slimtune.engine.loss import token_log_probs
-from slimtune.engine.structure import CannotFuse, Decoder, read_decoder
+from slimtune.engine.read import read_decoder
+from slimtune.engine.structure import CannotFuse, Decoder, Rotary
 from slimtune.engine.weights import Gradients, unpack_for_training
 
 __all__ = ["Fusion", "fuse"]
 
 _HEAD_TOKENS = 1024
+_MIXED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose own layers can be called between fused ones: one mask or two, one rotary table."""
 _REFUSED = ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position")
 
 
@@ -72,6 +76,9 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     backbone = decoder.backbone
     if hasattr(backbone.forward, "slimtune_fusion"):
         raise CannotFuse("the model is fused already", way_out="Undo that first: Fusion.undo().")
+    if decoder.unfused and decoder.backbone.config.model_type not in _MIXED:
+        name, reason = next(iter(decoder.unfused.items()))
+        raise CannotFuse(f"{name} can't be fused: {reason}", rule="Such a model is fused whole or not at all.")
     fusion = Fusion(model, len(decoder.fused), dict(decoder.unfused))
     for linear in decoder.linears():
         unpack_for_training(linear)
@@ -139,7 +146,7 @@ class _Runner:
     def __init__(self, decoder: Decoder, keep: Keep, keep_weights: bool) -> None:
         self.decoder, self.keep, self.keep_weights = decoder, keep, keep_weights
         self._layers: dict[torch.dtype, list[LayerComputation | None]] = {}
-        self._rotary: dict[torch.dtype, RotaryTable] = {}
+        self._tables: dict[torch.dtype, tuple[int, dict[Rotary, RotaryTable]]] = {}
 
     # -- what is computed ---------------------------------------------------------------------------------------------
 
@@ -194,17 +201,18 @@ class _Runner:
         if dtype not in self._layers:
             layers = computations(self.decoder, dtype, self.decoder.head.device)
             for layer in layers if self.keep_weights else ():
-                for site in layer.sites if layer is not None else ():
-                    site.keep()
+                for block in layer.blocks if layer is not None else ():
+                    block.keep_weights()
             self._layers[dtype] = layers
         return self._layers[dtype]
 
-    def _table(self, positions: int, dtype: torch.dtype) -> RotaryTable:
-        table = self._rotary.get(dtype)
-        if table is None or table.cos.shape[0] < positions:
-            table = RotaryTable.of(self.decoder, positions, self.decoder.head.device, dtype)
-            self._rotary[dtype] = table
-        return table
+    def _rotary(self, positions: int, dtype: torch.dtype) -> dict[Rotary, RotaryTable]:
+        """Tables of at least so many positions."""
+        known, tables = self._tables.get(dtype, (0, {}))
+        if known < positions:
+            tables = rotary_tables(self.decoder, positions, self.decoder.head.device, dtype)
+            self._tables[dtype] = positions, tables
+        return tables
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
@@ -212,12 +220,14 @@ class _Runner:
         """The backbone's output: last_hidden_state [B, S, H], after the final norm."""
         dtype, backbone = self._dtype(), self.decoder.backbone
         embedded: Tensor = backbone.embed_tokens(call.input_ids)
-        training = backbone.training
+        if not hasattr(backbone.embed_tokens, "embed_scale"):  # else the module has done it
+            embedded = embedded * self.decoder.embedding_scale
+        training, lengths = backbone.training, call.documents.lengths
         on = Pass(
             documents=call.documents,
-            way=choose(embedded.device, dtype, self.decoder.head_dim, call.documents.lengths),
+            ways={dim: choose(embedded.device, dtype, dim, lengths) for dim in self.decoder.head_dims},
             position_ids=call.position_ids.flatten(),
-            rotary=self._table(call.documents.longest, dtype),
+            tables=self._rotary(call.documents.longest, dtype),
             # Drawn from torch's own generator, so that a script's seed decides it.
             seed=torch.randint(2**62, (), device=embedded.device) if training else None,
             mlp_tokens=call.input_ids.numel(),
@@ -278,7 +288,7 @@ class _Runner:
         mask = labels != IGNORED
         head, dtype = self.decoder.head.detach(), self._dtype()
         log_probs, entropy, is_top1 = token_log_probs(
-            positions[mask].to(dtype), head.to(dtype), labels[mask], _HEAD_TOKENS
+            (positions[mask] * self.decoder.norm.scale).to(dtype), head.to(dtype), labels[mask], _HEAD_TOKENS
         )
         spread = {
             name: values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -315,16 +325,13 @@ class _FusedLayer(torch.autograd.Function):
             raise RuntimeError("a fused layer's backward ran twice: retain_graph is not supported")
         ctx.saved = None
         _load_adapters(layer)
-        sinks = [Gradients.zeros(site) if site.groups else None for site in layer.sites]
-        dx = layer.backward(
-            g.contiguous(), saved, ctx.on, LayerGradients(*sinks), need_dx=any(ctx.needs_input_grad[3:5])
-        )
+        sinks = {site: Gradients.zeros(site) for site in layer.sites if site.groups}
+        dx = layer.backward(g.contiguous(), saved, ctx.on, sinks, need_dx=any(ctx.needs_input_grad[3:5]))
         grads: list[Tensor] = []
-        for site, sink in zip(layer.sites, sinks, strict=True):
-            if sink is not None:
-                blocks = torch.split(sink.a, site.rank)
-                for adapter, da, db in zip(site.projection.adapters, blocks, sink.b, strict=True):
-                    grads += [da[: adapter.rank].to(adapter.a.dtype), db.to(adapter.b.dtype)]
+        for site, sink in sinks.items():
+            stacked = torch.split(sink.a, site.rank)
+            for adapter, da, db in zip(site.projection.adapters, stacked, sink.b, strict=True):
+                grads += [da[: adapter.rank].to(adapter.a.dtype), db.to(adapter.b.dtype)]
         return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *grads
 
 

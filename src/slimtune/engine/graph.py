@@ -25,7 +25,8 @@ class ShapeKey:
     """What a recorded graph holds for: micro-batches of one key can be replayed by one graph."""
 
     tokens: int
-    way: Way
+    ways: tuple[Way, ...]
+    """Attention's, for each head dimension that the model has."""
     documents: int
     """How many, or the most that a graph takes."""
     longest: int
@@ -37,8 +38,8 @@ class ShapeKey:
 class Inputs:
     """Device buffers for micro-batches of up to ``tokens`` tokens, filled by one copy without waiting for it."""
 
-    def __init__(self, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._head_dim, self._dtype, self._device = head_dim, dtype, device
+    def __init__(self, tokens: int, head_dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._head_dims, self._dtype, self._device = head_dims, dtype, device
         self.room = tokens
         """Tokens that there is room for."""
         self.padded_room = 0
@@ -51,9 +52,13 @@ class Inputs:
         self._busy: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
 
     @property
-    def packs_way(self) -> Way:
-        """How attention over documents of any lengths is computed."""
-        return choose(self._device, self._dtype, self._head_dim, (1, 2))
+    def packs_ways(self) -> dict[int, Way]:
+        """How attention over documents of any lengths is computed, by head dimension."""
+        return {dim: choose(self._device, self._dtype, dim, (1, 2)) for dim in self._head_dims}
+
+    def ways(self, key: ShapeKey) -> dict[int, Way]:
+        """How attention is computed for micro-batches of a key, by head dimension."""
+        return dict(zip(self._head_dims, key.ways, strict=True))
 
     @property
     def seed(self) -> Tensor:
@@ -124,10 +129,11 @@ class Inputs:
 
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)
-        way = choose(self._device, self._dtype, self._head_dim, micro.lengths)
-        if way in ("varlen", "efficient"):
+        ways = tuple(choose(self._device, self._dtype, dim, micro.lengths) for dim in self._head_dims)
+        if not {"varlen", "efficient"}.isdisjoint(ways):
             most = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
             rounded = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
-            if way == "varlen" or padded_tokens(most, rounded) <= self.padded_room:
-                return ShapeKey(micro.tokens, way, most, rounded, recordable=True)
-        return ShapeKey(micro.tokens, way, count, longest, recordable=way == "cudnn")
+            room = "efficient" not in ways or padded_tokens(most, rounded) <= self.padded_room
+            if room and "torch" not in ways:
+                return ShapeKey(micro.tokens, ways, most, rounded, recordable=True)
+        return ShapeKey(micro.tokens, ways, count, longest, recordable=set(ways) == {"cudnn"})

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.kernels import cross_entropy, norm
+from slimtune.engine.structure import Norm
 
 __all__ = ["head_loss", "head_loss_and_grad", "token_log_probs"]
 
 
 def head_loss_and_grad(
-    x: Tensor, residual: Tensor, final_norm: Any, head: Tensor, rows: Tensor, targets: Tensor, chunk: int, g: Tensor
+    x: Tensor, residual: Tensor, final_norm: Norm, head: Tensor, rows: Tensor, targets: Tensor, chunk: int, g: Tensor
 ) -> Tensor:
     """Sum of the supervised tokens' negative log-likelihoods, float32; its gradient is written into ``g``.
 
     Args:
         x: [T, H], the last layer's result as a pair to be added:
         residual: [T, H].
-        final_norm: RMS norm before the head.
+        final_norm: Before the head.
         head: [V, H].
         rows: int64 [n], the supervised tokens.
         targets: int64 [n], what follows each of them.
@@ -42,12 +43,13 @@ def head_loss_and_grad(
         logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
         total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0)
         torch.mm(logits, head, out=part)
-    g.index_copy_(0, rows, norm.rms_norm_backward(y, s, final_norm.weight.detach(), rstd, out=y))
+    dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
+    g.index_copy_(0, rows, dx)
     return total
 
 
 def head_loss(
-    x: Tensor, residual: Tensor, final_norm: Any, head: Tensor, rows: Tensor, targets: Tensor, chunk: int
+    x: Tensor, residual: Tensor, final_norm: Norm, head: Tensor, rows: Tensor, targets: Tensor, chunk: int
 ) -> Tensor:
     """As :func:`head_loss_and_grad`, without a gradient."""
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -60,11 +62,14 @@ def head_loss(
     return total
 
 
-def _normed(x: Tensor, residual: Tensor, final_norm: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return norm.rms_norm_forward(
-        x.index_select(0, rows), final_norm.weight.detach(), final_norm.variance_epsilon,
+def _normed(x: Tensor, residual: Tensor, final_norm: Norm, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return norm.norm_forward(
+        x.index_select(0, rows),
+        final_norm.weight,
+        final_norm.eps,
         residual=residual.index_select(0, rows),
-    )  # fmt: skip
+        centred=final_norm.centred,
+    )
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -1,20 +1,23 @@
 """Turns a memory budget into what each layer keeps, which weights stay dequantised, and how much is done at once.
 
-All sizes are worked out from shapes before anything is allocated. A plan is chosen by a cost model of the work that
-it adds: products computed again, weights dequantised again, and products too small to fill the device. The model's
-rates are an H100's; only their ratios count.
+All sizes are worked out from shapes before anything is allocated: blocks tell theirs, and layers may differ. A plan is
+chosen by a cost model of the work that it adds: products computed again, weights dequantised again, and products too
+small to fill the device. The model's rates are an H100's; only their ratios count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from slimtune.engine.attention import Way
-from slimtune.engine.decoder import Keep, LayerComputation
+from slimtune.engine.blocks import Keep, Memory
+from slimtune.engine.decoder import LayerComputation
 
-__all__ = ["MemoryPlan", "layer_bytes", "plan_memory", "working_bytes"]
+__all__ = ["MemoryPlan", "plan_memory"]
 
 _CHUNKS = (1 << 30, 8192, 4096, 2048, 1024, 512)
 """Tokens that the MLP may take at once."""
@@ -48,124 +51,110 @@ class MemoryPlan:
     """What all of this is predicted to take, besides the model itself."""
 
 
-def layer_bytes(layer: LayerComputation, tokens: int, keep: Keep, way: Way = "varlen", padded_room: int = 0) -> int:
-    """Bytes that a layer keeps from its forward to its backward, attention computed by ``way``."""
-    size = layer.dtype.itemsize
-    columns = layer.down.outputs
-    floats = 0
-    if keep >= Keep.ATTENTION:
-        columns += layer.qkv.outputs + layer.o.inputs + layer.o.extra + layer.down.outputs
-        # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
-        sums = max(4 * tokens, padded_room) if way == "efficient" else tokens
-        floats = layer.heads * sums + 2 * tokens
-        if layer.layer.q_norm is not None:
-            columns += (layer.heads + layer.kv_heads) * layer.head_dim
-            floats += (layer.heads + layer.kv_heads) * tokens
-    if keep >= Keep.GATES:
-        columns += layer.gate_up.outputs
-    if keep >= Keep.ALL:
-        columns += sum(site.inputs + site.extra for site in (layer.qkv, layer.gate_up) if site.groups)
-    return tokens * columns * size + 4 * floats
-
-
-def working_bytes(
-    layer: LayerComputation, tokens: int, mlp_tokens: int, way: Way = "varlen", padded_room: int = 0
-) -> int:
-    """Bytes that one layer's backward takes at its peak beside what was kept, all of it computed again."""
-    size = layer.dtype.itemsize
-    hidden, qkv = layer.down.outputs, layer.qkv.outputs
-    q = layer.heads * layer.head_dim
-    again = layer_bytes(layer, tokens, Keep.ATTENTION, way, padded_room)
-    again += tokens * (layer.qkv.inputs + layer.qkv.extra) * size
-    n2 = tokens * (layer.gate_up.inputs + layer.gate_up.extra) * size
-    mlp = n2 + tokens * hidden * size + min(tokens, mlp_tokens) * 3 * layer.gate_up.outputs * size
-    # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
-    attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
-    if way == "efficient":
-        # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with as many heads as q, and o.
-        attention += 4 * q * (max(2 * tokens, padded_room) - tokens) + tokens * 5 * q * size
-    gradient_stream = 2 * tokens * hidden * size
-    return again + gradient_stream + max(mlp, attention)
-
-
-def _head_bytes(layer: LayerComputation, tokens: int, head_tokens: int, vocabulary: int) -> int:
-    size = layer.dtype.itemsize
-    return min(head_tokens, tokens) * vocabulary * size + 4 * tokens * layer.down.outputs * size
-
-
 @dataclass(frozen=True)
 class _Shape:
     """What the cost model knows of a model and a micro-batch."""
 
-    layer: LayerComputation
-    layers: int
+    layers: Sequence[LayerComputation]
     tokens: int
     vocabulary: int
-    way: Way
+    ways: Mapping[int, Way]
 
-    @property
-    def weights(self) -> int:
-        """Bytes of one layer's weights in the compute dtype."""
-        return sum(site.kept_bytes for site in self.layer.sites)
+    @cached_property
+    def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
+        """A layer of each kind, and the places of all of its kind."""
+        found: dict[object, tuple[LayerComputation, list[int]]] = {}
+        for index, layer in enumerate(self.layers):
+            found.setdefault(layer.kind, (layer, []))[1].append(index)
+        return list(found.values())
+
+    @cached_property
+    def weights(self) -> list[int]:
+        """Bytes of each layer's weights in the compute dtype."""
+        return self._by_layer(lambda layer: sum(block.weight_bytes for block in layer.blocks))
+
+    @cached_property
+    def scratch(self) -> int:
+        """Bytes of the buffers that weights are made anew in, one for each shape."""
+        sites = (site for layer, _ in self.kinds for site in layer.sites)
+        return sum({(site.outputs, site.inputs + site.extra): site.kept_bytes for site in sites}.values())
+
+    def _by_layer(self, size: Callable[[LayerComputation], int]) -> list[int]:
+        sizes = [0] * len(self.layers)
+        for layer, places in self.kinds:
+            value = size(layer)
+            for place in places:
+                sizes[place] = value
+        return sizes
+
+    def memory(self, plan: MemoryPlan) -> Memory:
+        """What blocks are asked about."""
+        return Memory(plan.part_tokens, plan.mlp_tokens, self.ways, plan.padded_room)
 
     def added_seconds(self, plan: MemoryPlan) -> float:
         """Time that the plan adds to the products of a forward and a backward that keep everything."""
-        qkv, o, gate_up, down = (site.inputs * site.outputs for site in self.layer.sites)
-        again = {Keep.INPUT: qkv + o + gate_up, Keep.ATTENTION: gate_up, Keep.GATES: 0, Keep.ALL: 0}
         # Attention's own products and the elementwise passes are about an eighth of the projections' time.
         extra = {Keep.INPUT: 1.25, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
-        elementwise = {Keep.GATES: 0.01, Keep.ALL: 0.0}
-        products = 2.0 * self.tokens / _FLOPS
-        parts = -(-self.tokens // plan.part_tokens)
-        added = 0.0
-        for index, keep in enumerate(plan.keep):
-            added += products * again[keep] * extra[keep]
-            added += products * (qkv + o + gate_up + down) * elementwise.get(keep, 0.01)
-            if index >= plan.kept_weights:
-                uses = 2 + (keep < Keep.ATTENTION) + (keep < Keep.GATES)
-                added += parts * uses * self.weights / _DEQUANTIZED / 1.5
-        attention = 2 * products * self.layers * (qkv + o) * _FILL / min(plan.part_tokens, self.tokens)
-        mlp = 2 * products * self.layers * (gate_up + down) * _FILL / min(plan.mlp_tokens, plan.part_tokens)
-        hidden = self.layer.down.outputs
-        head = 2 * products * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
-        added += attention + mlp + head
-        if self.way == "efficient" and not plan.padded_room:  # no graph: the device may wait for the host
-            device = 2 * products * self.layers * (qkv + o + gate_up + down) + added
-            added += max(0.0, parts * self.layers * _LAUNCHES - device)
+        seconds = 2.0 * self.tokens / _FLOPS
+        parts, memory = -(-self.tokens // plan.part_tokens), self.memory(plan)
+        added = device = 0.0
+        for layer, places in self.kinds:
+            products = sum(block.products for block in layer.blocks)
+            weights = self.weights[places[0]]
+            for level, count in Counter(plan.keep[place] for place in places).items():
+                again = sum(block.products_again(level) for block in layer.blocks)
+                added += count * seconds * (again * extra[level] + products * 0.01 * (level < Keep.ALL))
+            for place in places:
+                if place >= plan.kept_weights:
+                    uses = 2 + (plan.keep[place] < Keep.ATTENTION) + (plan.keep[place] < Keep.GATES)
+                    added += parts * uses * weights / _DEQUANTIZED / 1.5
+            filling = sum(block.products / block.rows(memory) for block in layer.blocks)
+            added += 2 * seconds * len(places) * _FILL * filling
+            device += 2 * seconds * len(places) * products
+        hidden = self.layers[0].hidden
+        added += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
+        if "efficient" in self.ways.values() and not plan.padded_room:  # no graph: the device may wait for the host
+            added += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added)
         return added
 
     def filled(
         self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_room: int, budget: float
     ) -> MemoryPlan:
         """The plan with these sizes that keeps as much as the budget has room for."""
-        first, count = self.layer, self.layers
-
-        def kept_by(level: Keep) -> int:
-            return layer_bytes(first, part_tokens, level, self.way, padded_room)
-
-        scratch = sum(site.kept_bytes for site in first.sites)
-        work = working_bytes(first, part_tokens, mlp_tokens, self.way, padded_room)
-        fixed = max(work, _head_bytes(first, part_tokens, head_tokens, self.vocabulary)) + scratch
-        room = budget - fixed - count * kept_by(Keep.INPUT)
+        count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room)
+        sizes = {
+            level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
+        }
+        work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
+        fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch
+        room = budget - fixed - sum(sizes[Keep.INPUT])
         keep = [Keep.INPUT] * count
 
         def raise_layers(level: Keep) -> None:
             nonlocal room
-            cost = kept_by(level) - kept_by(Keep(level - 1))
             # The last layers' backward comes first, so what they keep is given back soonest.
             for index in reversed(range(count)):
+                cost = sizes[level][index] - sizes[Keep(level - 1)][index]
                 if keep[index] == level - 1 and cost <= room:
                     keep[index] = level
                     room -= cost
 
         raise_layers(Keep.ATTENTION)
-        kept_weights = count if self.weights == 0 else int(min(count, max(0.0, room) // self.weights))
-        room -= kept_weights * self.weights
+        kept_weights = 0
+        while kept_weights < count and self.weights[kept_weights] <= max(0.0, room):
+            room -= self.weights[kept_weights]
+            kept_weights += 1
         raise_layers(Keep.GATES)
         raise_layers(Keep.ALL)
-        kept = sum(map(kept_by, keep))
-        nbytes = fixed + kept + kept_weights * self.weights
+        kept = sum(sizes[level][index] for index, level in enumerate(keep))
+        nbytes = fixed + kept + sum(self.weights[:kept_weights])
         return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes)
+
+    def _head_bytes(self, tokens: int, head_tokens: int) -> int:
+        layer = self.layers[0]
+        return min(head_tokens, tokens) * self.vocabulary * layer.dtype.itemsize + 4 * tokens * layer.hidden * (
+            layer.dtype.itemsize
+        )
 
 
 def _sizes(tokens: int, longest: int, padded: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -186,20 +175,21 @@ def plan_memory(
     budget: float = math.inf,
     *,
     longest: int | None = None,
-    way: Way = "varlen",
+    ways: Mapping[int, Way],
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
     Args:
-        layers: The fused layers, all of one shape.
+        layers: The fused layers.
         tokens: Tokens in a micro-batch.
         vocabulary: Rows of the head.
         budget: Bytes for everything but the model's own tensors.
         longest: Tokens in the longest document; a part can't be smaller.
-        way: How attention is computed.
+        ways: How attention is computed, by head dimension.
     """
-    shape = _Shape(layers[0], len(layers), tokens, vocabulary, way)
-    padded = (_SUMS // (4 * layers[0].heads * layers[0].head_dim), 0) if way == "efficient" else (0,)
+    shape = _Shape(layers, tokens, vocabulary, ways)
+    widest = max(layer.layer.attention.heads * layer.layer.attention.head_dim for layer in layers)
+    padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
     plans = [shape.filled(*size, budget) for size in sizes]
     fitting = [plan for plan in plans if plan.nbytes <= budget]

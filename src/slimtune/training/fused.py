@@ -17,7 +17,7 @@ from slimtune.base.load import torch_dtype
 from slimtune.batch import IGNORED
 from slimtune.config import Config
 from slimtune.engine import Engine, FusedAdamW8bit
-from slimtune.engine.structure import EIGHT_BIT_ADAMW, fits
+from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
 from slimtune.training.plain import PlainTrainer

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, router, routing
+from slimtune.engine.kernels.formats import Pairs
 
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 
@@ -62,14 +63,19 @@ def launch_everything() -> None:
         lora.lora_down_backward_(u, x, a, da=a, dx=x, **options)
         lora.lora_up_backward_(x, u[:, :rank], 1.0, db=zeros(hidden, rank, dtype=torch.float32))
     weight, few = zeros(hidden), zeros(64, hidden)
-    rstd = norm.rms_norm_forward(few, weight, 1e-5, residual=few)[2]
-    norm.rms_norm_backward(few, few, weight, rstd, dresidual=few)
+    rstd = norm.norm_forward(few, weight, 1e-5, residual=few)[2]
+    norm.norm_backward(few, few, weight, rstd, dresidual=few)
+    rstd = norm.norm_forward(few, weight, 1e-5, residual=few, centred=True)[2]
+    norm.norm_backward(few, few, weight, rstd, dresidual=few, centred=True)
     gates = zeros(64, 2 * inner).chunk(2, dim=1)
     mlp.swiglu_backward_(mlp.swiglu_forward(*gates), *gates, h=zeros(64, inner))
     q, k, v, head = zeros(64, 16, 128), zeros(64, 4, 128), zeros(64, 4, 128), zeros(128)
     table, ids = zeros(64, 64, dtype=torch.float32), torch.arange(64)
     rope.rope_(q, k, table, table, ids)
     rope.merge_qkv_grad(q, k, v, table, table, ids)
+    for pairs in (Pairs(64), Pairs(64, interleaved=True)):
+        rope.rope_(q, k, table, table, ids, pairs)
+        rope.merge_qkv_grad(q, k, v, table, table, ids, pairs)
     rstd = rope.qk_norm_rope(q, k, head, head, 1e-6, table, table, ids)[2]
     rope.qk_norm_rope_backward(q, k, v, q, k, head, head, rstd, table, table, ids)
     cross_entropy.loss_and_grad_(zeros(4, vocabulary), torch.zeros(4, dtype=torch.int64), zeros(dtype=torch.float32))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rope
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_rope
 
 from slimtune.engine.kernels import reference, rope
+from slimtune.engine.kernels.formats import Pairs
 from tests.engine.kernels.maker import Maker
 from tests.tolerances import assert_close
 
@@ -94,3 +97,50 @@ def test_head_norms_forward_and_gradient(make: Maker, shape: tuple[int, int, int
         q.double(), k.double(), q_weight.double(), k_weight.double(), 1e-6, cos.double(), sin.double(), ids
     )[2]
     assert_close(rstd, want_rstd, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [None, 32])
+def test_other_pairs_as_transformers_has_them(make: Maker, turned: int | None, interleaved: bool) -> None:
+    """Phi's partial rotation of halves, GLM's of neighbours."""
+    tokens, heads, kv, dim = 11, 6, 2, 64
+    q, k, _ = fused(make, tokens, heads, kv, dim)
+    (cos, sin), ids = tables(make, turned or dim), positions(make, tokens)
+    leaves = [x.double().requires_grad_() for x in (q, k)]
+    theirs = glm_rope if interleaved else phi3_rope
+    wide = [torch.cat((table, table), -1)[ids][None].double() for table in (cos, sin)]
+    wants = theirs(*(leaf.transpose(0, 1)[None] for leaf in leaves), *wide)
+    wants = [want[0].transpose(0, 1) for want in wants]
+
+    passing = dim // 2 - cos.shape[1]
+    cos = torch.nn.functional.pad(cos, (0, passing), value=1.0)
+    sin = torch.nn.functional.pad(sin, (0, passing))
+    pairs = Pairs(turned, interleaved)
+    rope.rope_(q, k, cos, sin, ids, pairs)
+    dq, dk, dv = make(tokens, heads, dim), make(tokens, kv, dim), make(tokens, kv, dim)
+    merged = rope.merge_qkv_grad(dq, dk, dv, cos, sin, ids, pairs)
+    for got, want, d, leaf in zip((q, k), wants, (dq, dk), leaves, strict=True):
+        assert_close(got, want.detach(), dtype=make.dtype)
+        want.backward(d.double())
+        assert leaf.grad is not None
+    assert_close(merged, torch.cat((leaves[0].grad, leaves[1].grad, dv.double()), dim=1), dtype=make.dtype)
+
+
+def test_head_norms_with_other_pairs(make: Maker) -> None:
+    tokens, heads, kv, dim, pairs = 7, 4, 2, 64, Pairs(48)
+    q, k, _ = fused(make, tokens, heads, kv, dim)
+    weights = make(dim), make(dim)
+    (cos, sin), ids = tables(make, dim), positions(make, tokens)
+    q_out, k_out, rstd = rope.qk_norm_rope(q, k, *weights, 1e-6, cos, sin, ids, pairs)
+    dq, dk, dv = make(tokens, heads, dim), make(tokens, kv, dim), make(tokens, kv, dim)
+    merged = rope.qk_norm_rope_backward(dq, dk, dv, q, k, *weights, rstd, cos, sin, ids, pairs)
+    tables64 = cos.double(), sin.double()
+    wants = []
+    for x, weight, d, got in ((q, weights[0], dq, q_out), (k, weights[1], dk, k_out)):
+        leaf = x.double().requires_grad_()
+        normed = torch.nn.functional.rms_norm(leaf, (dim,), weight.double(), 1e-6)
+        rotated = reference._rotate(normed, *tables64, ids, pairs)
+        rotated.backward(d.double())
+        assert_close(got, rotated.detach(), dtype=make.dtype)
+        wants.append(leaf.grad)
+    assert_close(merged, torch.cat((*wants, dv.double()), dim=1), dtype=make.dtype)

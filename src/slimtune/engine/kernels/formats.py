@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "HALVES",
     "MIN_8BIT",
     "NF4_CODE",
     "ZERO_CODE",
     "AdamWState",
     "NestedScales",
+    "Pairs",
     "aligned_offsets",
     "dynamic_map",
 ]
@@ -159,3 +162,28 @@ def dynamic_map(*, signed: bool) -> Tensor:
             values += (-means).tolist()
     values += [0.0] * (256 - len(values))
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+class Pairs(NamedTuple):
+    """Which columns of a head rotate against each other."""
+
+    dim: int | None = None
+    """Columns that are rotated, from the first; the others pass. None: all."""
+    interleaved: bool = False
+    """Neighbouring columns are pairs; else column i and i + dim / 2."""
+
+    def columns(self, size: int) -> tuple[Tensor, Tensor]:
+        """The firsts and the seconds of the pairs of a head of ``size`` columns, int64 [size / 2] each.
+
+        What passes makes pairs of its own, after the others; their angle is zero.
+        """
+        pair = torch.arange(size // 2)
+        if self.interleaved:
+            return 2 * pair, 2 * pair + 1
+        turned = size if self.dim is None else self.dim
+        first = torch.where(pair < turned // 2, pair, pair + turned // 2)
+        return first, first + torch.where(pair < turned // 2, turned // 2, (size - turned) // 2)
+
+
+HALVES = Pairs()
+"""A head's first half against its second, as in Llama."""

@@ -1,10 +1,12 @@
-"""RMS norm, with the residual's addition in the same pass.
+"""RMS norm and LayerNorm, with the residual's addition in the same pass.
 
 Forward, a row x of H elements: s = x + residual; rstd = 1 / sqrt(mean(s²) + eps); y = s · rstd · weight.
 Backward for a frozen weight, with g = dy · weight and ŝ = s · rstd: ds = rstd · (g - ŝ · mean(g · ŝ)) + dresidual.
+Centred, as LayerNorm is: s - mean(s) stands for s above, and g - mean(g) for g in the backward.
 
 Layout: [T, H] with any row stride. One program takes one row, which stays in registers, so that memory is passed
-over once. Source: Zhang and Sennrich 2019 (arXiv:1910.07467), as Transformers' ``LlamaRMSNorm`` has it.
+over once. Source: Zhang and Sennrich 2019 (arXiv:1910.07467), as Transformers' ``LlamaRMSNorm`` has it; Ba et al. 2016
+(arXiv:1607.06450), as its ``CohereLayerNorm``.
 
 Dtype traps: s is rounded to x's dtype *before* it is normalised, because that is what the backward will read again;
 Transformers rounds s · rstd before it multiplies by the weight, here the product is rounded once.
@@ -18,7 +20,7 @@ from torch import Tensor
 from slimtune.engine.kernels import reference
 from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
 
-__all__ = ["rms_norm_backward", "rms_norm_forward"]
+__all__ = ["norm_backward", "norm_forward"]
 
 
 @jit
@@ -36,6 +38,7 @@ def _forward(
     size: int,
     eps: float,
     ADD: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
@@ -49,6 +52,8 @@ def _forward(
         rounded = s.to(total.dtype.element_ty)
         tl.store(total + tl.multiple_of(row * total_stride, ALIGN) + columns, rounded, mask=mask)
         s = rounded.to(tl.float32)
+    if CENTRED:
+        s = tl.where(mask, s - tl.sum(s, axis=0) / size, 0.0)
     r = 1.0 / tl.sqrt_rn(tl.sum(s * s, axis=0) / size + eps)
     tl.store(rstd + row, r)
     tl.store(y + tl.multiple_of(row * y_stride, ALIGN) + columns, s * r * w, mask=mask)
@@ -68,6 +73,7 @@ def _backward(
     dx_stride: int,
     size: int,
     ADD: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
@@ -81,6 +87,9 @@ def _backward(
     if ADD:
         path = tl.load(dresidual + tl.multiple_of(row * dresidual_stride, ALIGN) + columns, mask=mask, other=0.0)
     g *= w
+    if CENTRED:
+        g = tl.where(mask, g - tl.sum(g, axis=0) / size, 0.0)
+        xhat = tl.where(mask, xhat - tl.sum(xhat, axis=0) / size, 0.0)
     xhat *= r
     d = (g - xhat * (tl.sum(g * xhat, axis=0) / size)) * r
     if ADD:
@@ -93,18 +102,19 @@ def _num_warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
-def rms_norm_forward(
+def norm_forward(
     x: Tensor,
     weight: Tensor,
     eps: float,
     *,
     residual: Tensor | None = None,
+    centred: bool = False,
     out: Tensor | None = None,
     out_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`slimtune.engine.kernels.reference.rms_norm_forward`."""
+    """See :func:`slimtune.engine.kernels.reference.norm_forward`."""
     if not runs_on_triton(x):
-        return reference.rms_norm_forward(x, weight, eps, residual=residual, out=out, out_sum=out_sum)
+        return reference.norm_forward(x, weight, eps, residual=residual, centred=centred, out=out, out_sum=out_sum)
     rows, size = x.shape
     y = x.new_empty(rows, size) if out is None else out
     total = x if residual is None else x.new_empty(rows, size) if out_sum is None else out_sum
@@ -113,31 +123,32 @@ def rms_norm_forward(
     _forward[(rows,)](
         x, x if residual is None else residual, weight, y, total, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0), total.stride(0), size, eps,
-        ADD=residual is not None, BLOCK=block, ALIGN=row_alignment(x, residual, y, total),
+        ADD=residual is not None, CENTRED=centred, BLOCK=block, ALIGN=row_alignment(x, residual, y, total),
         num_warps=_num_warps(block), enable_fp_fusion=True,
     )  # fmt: skip
     return y, total, rstd
 
 
-def rms_norm_backward(
+def norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
     *,
     dresidual: Tensor | None = None,
+    centred: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`slimtune.engine.kernels.reference.rms_norm_backward`."""
+    """See :func:`slimtune.engine.kernels.reference.norm_backward`."""
     if not runs_on_triton(x):
-        return reference.rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, out=out)
+        return reference.norm_backward(dy, x, weight, rstd, dresidual=dresidual, centred=centred, out=out)
     rows, size = x.shape
     dx = dy.new_empty(rows, size) if out is None else out
     block = pow2(size)
     _backward[(rows,)](
         dy, x, weight, rstd, dy if dresidual is None else dresidual, dx,
         dy.stride(0), x.stride(0), 0 if dresidual is None else dresidual.stride(0), dx.stride(0), size,
-        ADD=dresidual is not None, BLOCK=block, ALIGN=row_alignment(dy, x, dresidual, dx),
+        ADD=dresidual is not None, CENTRED=centred, BLOCK=block, ALIGN=row_alignment(dy, x, dresidual, dx),
         num_warps=_num_warps(block), enable_fp_fusion=True,
     )  # fmt: skip
     return dx

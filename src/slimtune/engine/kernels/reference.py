@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels.formats import BLOCK, NF4_CODE, ZERO_CODE, AdamWState, NestedScales
+from slimtune.engine.kernels.formats import BLOCK, HALVES, NF4_CODE, ZERO_CODE, AdamWState, NestedScales, Pairs
 
 __all__ = [
     "adamw_step_",
@@ -35,10 +35,10 @@ __all__ = [
     "lora_up_backward_",
     "loss_and_grad_",
     "merge_qkv_grad",
+    "norm_backward",
+    "norm_forward",
     "qk_norm_rope",
     "qk_norm_rope_backward",
-    "rms_norm_backward",
-    "rms_norm_forward",
     "rope_",
 ]
 
@@ -93,15 +93,16 @@ def dequantize(
     return weight.to(dtype) if out is None else out.copy_(weight)
 
 
-# -- RMS norm ----------------------------------------------------------------------------------------------------------
+# -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def rms_norm_forward(
+def norm_forward(
     x: Tensor,
     weight: Tensor,
     eps: float,
     *,
     residual: Tensor | None = None,
+    centred: bool = False,
     out: Tensor | None = None,
     out_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +113,7 @@ def rms_norm_forward(
         weight: [H].
         eps: Added to the mean square.
         residual: [T, H], added to x first.
+        centred: s without its mean is normalised, as LayerNorm does.
         out: [T, H] that takes y.
         out_sum: [T, H] that takes s; may be ``residual`` or ``x`` itself.
 
@@ -120,20 +122,23 @@ def rms_norm_forward(
     """
     total = x if residual is None else _store(_wide(x) + _wide(residual), x, out_sum)
     wide = _wide(total)
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     return _store(wide * rstd[:, None] * weight, x, out), total, rstd
 
 
-def rms_norm_backward(
+def norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
     *,
     dresidual: Tensor | None = None,
+    centred: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dx [T, H] of :func:`rms_norm_forward` for a frozen weight, plus ``dresidual``.
+    """dx [T, H] of :func:`norm_forward` for a frozen weight, plus ``dresidual``.
 
     Args:
         dy: [T, H].
@@ -141,9 +146,13 @@ def rms_norm_backward(
         weight: [H].
         rstd: [T], as the forward gave it.
         dresidual: [T, H], the gradient that reaches s on the residual path.
+        centred: As in the forward.
         out: [T, H] that takes dx; may be ``dy`` or ``dresidual``.
     """
-    g, xhat = _wide(dy) * weight, _wide(x) * rstd[:, None]
+    g, wide = _wide(dy) * weight, _wide(x)
+    if centred:
+        g, wide = g - g.mean(-1, keepdim=True), wide - wide.mean(-1, keepdim=True)
+    xhat = wide * rstd[:, None]
     dx = (g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None]
     if dresidual is not None:
         dx = dx + _wide(dresidual)
@@ -153,14 +162,26 @@ def rms_norm_backward(
 # -- rotary position embedding ----------------------------------------------------------------------------------------
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-    """x [T, heads, D] rotated, wide. The halves of a head rotate against each other, as in Transformers."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, pairs: Pairs) -> Tensor:
+    """x [T, heads, D] rotated, wide."""
     c, s = cos[position_ids][:, None], sin[position_ids][:, None]
-    first, second = _wide(x).chunk(2, dim=-1)
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    first, second = (index.to(x.device) for index in pairs.columns(x.shape[2]))
+    a, b = _wide(x)[..., first], _wide(x)[..., second]
+    turned = torch.empty_like(_wide(x))
+    turned[..., first], turned[..., second] = a * c - b * s, b * c + a * s
+    return turned
 
 
-def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, inverse: bool = False) -> None:
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    pairs: Pairs = HALVES,
+    *,
+    inverse: bool = False,
+) -> None:
     """Rotate q [T, heads, D] and k [T, kv_heads, D] in place, by the tables' rows at position_ids.
 
     Args:
@@ -169,15 +190,24 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, 
         cos: float32 [positions, D / 2].
         sin: float32 [positions, D / 2].
         position_ids: int64 [T].
+        pairs: Which columns rotate against each other.
         inverse: Rotate back; it is the backward too, since a rotation's transpose is its inverse.
     """
     sin = -sin if inverse else sin
-    q.copy_(_rotate(q, cos, sin, position_ids))
-    k.copy_(_rotate(k, cos, sin, position_ids))
+    q.copy_(_rotate(q, cos, sin, position_ids, pairs))
+    k.copy_(_rotate(k, cos, sin, position_ids, pairs))
 
 
 def merge_qkv_grad(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, out: Tensor | None = None
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    pairs: Pairs = HALVES,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention's three gradients as one [T, heads + 2 kv_heads, D], dq and dk rotated back on the way.
 
@@ -188,9 +218,11 @@ def merge_qkv_grad(
         cos: float32 [positions, D / 2].
         sin: float32 [positions, D / 2].
         position_ids: int64 [T].
+        pairs: As in the forward.
         out: Takes the result.
     """
-    merged = torch.cat((_rotate(dq, cos, -sin, position_ids), _rotate(dk, cos, -sin, position_ids), _wide(dv)), dim=1)
+    turned = [_rotate(d, cos, -sin, position_ids, pairs) for d in (dq, dk)]
+    merged = torch.cat((*turned, _wide(dv)), dim=1)
     return _store(merged, dq, out)
 
 
@@ -203,6 +235,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
+    pairs: Pairs = HALVES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Qwen3's attention inputs: RMS norm over each head of q and k, then the rotation.
 
@@ -215,6 +248,7 @@ def qk_norm_rope(
         cos: float32 [positions, D / 2].
         sin: float32 [positions, D / 2].
         position_ids: int64 [T].
+        pairs: Which columns rotate against each other.
 
     Returns:
         q and k, normalised and rotated, contiguous; rstd [T, heads + kv_heads] in float32 (float64 for float64).
@@ -223,7 +257,7 @@ def qk_norm_rope(
     for x, weight in ((q, q_weight), (k, k_weight)):
         wide = _wide(x)
         rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-        results.append(_rotate(wide * rstd[..., None] * weight, cos, sin, position_ids).to(x.dtype))
+        results.append(_rotate(wide * rstd[..., None] * weight, cos, sin, position_ids, pairs).to(x.dtype))
         rstds.append(rstd)
     return results[0], results[1], torch.cat(rstds, dim=1)
 
@@ -240,6 +274,7 @@ def qk_norm_rope_backward(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
+    pairs: Pairs = HALVES,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -257,12 +292,13 @@ def qk_norm_rope_backward(
         cos: float32 [positions, D / 2].
         sin: float32 [positions, D / 2].
         position_ids: int64 [T].
+        pairs: As in the forward.
         out: Takes the result.
     """
     heads = q.shape[1]
     parts = []
     for d, x, weight, r in ((dq, q, q_weight, rstd[:, :heads]), (dk, k, k_weight, rstd[:, heads:])):
-        g, xhat = _rotate(d, cos, -sin, position_ids) * weight, _wide(x) * r[..., None]
+        g, xhat = _rotate(d, cos, -sin, position_ids, pairs) * weight, _wide(x) * r[..., None]
         parts.append((g - xhat * (g * xhat).mean(-1, keepdim=True)) * r[..., None])
     return _store(torch.cat((*parts, _wide(dv)), dim=1), dq, out)
 

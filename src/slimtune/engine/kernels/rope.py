@@ -1,12 +1,15 @@
 """Rotary position embedding of queries and keys, and Qwen3's RMS norm over each of their heads.
 
-Forward, a head's halves (a, b) at a position with angles c = cos, s = sin: (a·c - b·s, b·c + a·s). A rotation's
-transpose is its inverse, so the backward is the same with -s. With norms, a head h of D elements becomes
+Forward, a pair (a, b) of a head's columns at a position with angles c = cos, s = sin: (a·c - b·s, b·c + a·s). A
+rotation's transpose is its inverse, so the backward is the same with -s. With norms, a head h of D elements becomes
 h · rstd · weight first; the backward of that is RMS norm's (see ``norm.py``), the weight being frozen.
+
+Which columns make a pair differs (:class:`~slimtune.engine.kernels.formats.Pairs`); where only some are rotated, the
+tables go on with c = 1, s = 0 for the others, up to D / 2 columns.
 
 Layout: q, k [T, heads, D], each token's heads neighbours in memory, tokens with any stride: views of a fused
 [T, (heads + 2 kv_heads) · D] buffer. cos and sin are float32 tables [positions, D / 2]. One program takes one token.
-Source: Su et al. 2021 (arXiv:2104.09864), halves paired as in Transformers' ``rotate_half``.
+Source: Su et al. 2021 (arXiv:2104.09864), paired as in Transformers' ``rotate_half``s.
 
 Dtype traps: Transformers rounds cos and sin to the model's dtype; here the angles stay in float32 and a result is
 rounded once.
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from slimtune.engine.kernels import reference
 from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels.formats import HALVES, Pairs
 
 __all__ = ["merge_qkv_grad", "qk_norm_rope", "qk_norm_rope_backward", "rope_"]
 
@@ -31,14 +35,34 @@ def _rotated(a: tl.tensor, b: tl.tensor, c: tl.tensor, s: tl.tensor) -> tl.tenso
 
 
 @jit
-def _halves(
-    x: tl.tensor, start: int, HEADS: tl.constexpr, DIM: tl.constexpr, HEADS_P: tl.constexpr, HALF_P: tl.constexpr
-) -> tl.tensor:
-    """Offsets of the heads' first halves [HEADS_P, HALF_P] from a token's start, and the mask; + DIM // 2: second."""
+def _columns(DIM: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, HALF_P: tl.constexpr) -> tl.tensor:
+    """Where a head's pairs lie: the columns of the first and of the second of each, [HALF_P]."""
+    pair = tl.arange(0, HALF_P)
+    if INTERLEAVED:
+        first = 2 * pair
+        second = first + 1
+    elif TURNED == DIM:
+        first = pair
+        second = pair + DIM // 2
+    else:
+        # What isn't rotated makes pairs of its own, whose angle is zero.
+        turned = pair < TURNED // 2
+        first = tl.where(turned, pair, pair + TURNED // 2)
+        second = first + tl.where(turned, TURNED // 2, (DIM - TURNED) // 2)
+    return first, second
+
+
+@jit
+def _pairs(
+    x: tl.tensor, start: int, HEADS: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS_P: tl.constexpr, HALF_P: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Pointers to the firsts and seconds of a token's pairs, [HEADS_P, HALF_P] each, and the mask."""
     head = tl.arange(0, HEADS_P)
-    column = tl.arange(0, HALF_P)
-    mask = (head < HEADS)[:, None] & (column < DIM // 2)[None, :]
-    return x + start + head[:, None] * DIM + column[None, :], mask
+    first, second = _columns(DIM, TURNED, INTERLEAVED, HALF_P)
+    mask = (head < HEADS)[:, None] & (tl.arange(0, HALF_P) < DIM // 2)[None, :]
+    row = x + start + head[:, None] * DIM
+    return row + first[None, :], row + second[None, :], mask
 
 
 @jit
@@ -65,26 +89,29 @@ def _turn(
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS_P: tl.constexpr,
     HALF_P: tl.constexpr,
 ) -> None:
     """The heads of one token of x, normalised if NORM, rotated, to out."""
-    source, mask = _halves(x, x_start, HEADS, DIM, HEADS_P, HALF_P)
-    a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(source + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    source_a, source_b, mask = _pairs(x, x_start, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P)
+    a = tl.load(source_a, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source_b, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        column = tl.arange(0, HALF_P)
+        first, second = _columns(DIM, TURNED, INTERLEAVED, HALF_P)
+        inside = tl.arange(0, HALF_P) < DIM // 2
         head = tl.arange(0, HEADS_P)
-        wa = tl.load(weight + column, mask=column < DIM // 2, other=0.0).to(tl.float32)
-        wb = tl.load(weight + DIM // 2 + column, mask=column < DIM // 2, other=0.0).to(tl.float32)
+        wa = tl.load(weight + first, mask=inside, other=0.0).to(tl.float32)
+        wb = tl.load(weight + second, mask=inside, other=0.0).to(tl.float32)
         r = 1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, axis=1) / DIM + eps)
         tl.store(rstd + head, r, mask=head < HEADS)
         a *= r[:, None] * wa[None, :]
         b *= r[:, None] * wb[None, :]
-    first, second = _rotated(a, b, c, s)
-    target, mask = _halves(out, out_start, HEADS, DIM, HEADS_P, HALF_P)
-    tl.store(target, first, mask=mask)
-    tl.store(target + DIM // 2, second, mask=mask)
+    a, b = _rotated(a, b, c, s)
+    target_a, target_b, mask = _pairs(out, out_start, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P)
+    tl.store(target_a, a, mask=mask)
+    tl.store(target_b, b, mask=mask)
 
 
 @jit
@@ -109,6 +136,8 @@ def _forward(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS_P: tl.constexpr,
     KV_HEADS_P: tl.constexpr,
     HALF_P: tl.constexpr,
@@ -121,11 +150,12 @@ def _forward(
     rstd += token * (HEADS + KV_HEADS)
     _turn(
         q, q_out, q_weight, rstd, tl.multiple_of(token * q_stride, ALIGN), tl.multiple_of(token * q_out_stride, ALIGN),
-        c, s, eps, NORM, HEADS, DIM, HEADS_P, HALF_P,
+        c, s, eps, NORM, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P,
     )  # fmt: skip
     _turn(
         k, k_out, k_weight, rstd + HEADS, tl.multiple_of(token * k_stride, ALIGN),
-        tl.multiple_of(token * k_out_stride, ALIGN), c, s, eps, NORM, KV_HEADS, DIM, KV_HEADS_P, HALF_P,
+        tl.multiple_of(token * k_out_stride, ALIGN), c, s, eps,
+        NORM, KV_HEADS, DIM, TURNED, INTERLEAVED, KV_HEADS_P, HALF_P,
     )  # fmt: skip
 
 
@@ -144,31 +174,34 @@ def _turn_back(
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS_P: tl.constexpr,
     HALF_P: tl.constexpr,
 ) -> None:
     """The gradient of the heads of one token, from after the rotation to before it and before the norm."""
-    source, mask = _halves(dy, dy_start, HEADS, DIM, HEADS_P, HALF_P)
-    a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(source + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    source_a, source_b, mask = _pairs(dy, dy_start, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P)
+    a = tl.load(source_a, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source_b, mask=mask, other=0.0).to(tl.float32)
     a, b = _rotated(a, b, c, -s)
     if NORM:
-        column = tl.arange(0, HALF_P)
+        first, second = _columns(DIM, TURNED, INTERLEAVED, HALF_P)
+        inside = tl.arange(0, HALF_P) < DIM // 2
         head = tl.arange(0, HEADS_P)
-        wa = tl.load(weight + column, mask=column < DIM // 2, other=0.0).to(tl.float32)
-        wb = tl.load(weight + DIM // 2 + column, mask=column < DIM // 2, other=0.0).to(tl.float32)
+        wa = tl.load(weight + first, mask=inside, other=0.0).to(tl.float32)
+        wb = tl.load(weight + second, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(rstd + head, mask=head < HEADS, other=0.0)[:, None]
-        before, inside = _halves(x, x_start, HEADS, DIM, HEADS_P, HALF_P)
-        xa = tl.load(before, mask=inside, other=0.0).to(tl.float32) * r
-        xb = tl.load(before + DIM // 2, mask=inside, other=0.0).to(tl.float32) * r
+        before_a, before_b, mask = _pairs(x, x_start, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P)
+        xa = tl.load(before_a, mask=mask, other=0.0).to(tl.float32) * r
+        xb = tl.load(before_b, mask=mask, other=0.0).to(tl.float32) * r
         a *= wa[None, :]
         b *= wb[None, :]
         mean = (tl.sum(a * xa + b * xb, axis=1) / DIM)[:, None]
         a = (a - xa * mean) * r
         b = (b - xb * mean) * r
-    target, mask = _halves(out, out_start, HEADS, DIM, HEADS_P, HALF_P)
-    tl.store(target, a, mask=mask)
-    tl.store(target + DIM // 2, b, mask=mask)
+    target_a, target_b, mask = _pairs(out, out_start, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P)
+    tl.store(target_a, a, mask=mask)
+    tl.store(target_b, b, mask=mask)
 
 
 @jit
@@ -195,6 +228,8 @@ def _backward(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS_P: tl.constexpr,
     KV_HEADS_P: tl.constexpr,
     HALF_P: tl.constexpr,
@@ -204,23 +239,26 @@ def _backward(
     c, s = _angles(cos, sin, tl.load(position_ids + token), DIM, HALF_P)
     rstd += token * (HEADS + KV_HEADS)
     target = tl.multiple_of(token * out_stride, ALIGN)
-    value, mask = _halves(dv, tl.multiple_of(token * dv_stride, ALIGN), KV_HEADS, DIM, KV_HEADS_P, HALF_P)
-    va = tl.load(value, mask=mask, other=0.0)
-    vb = tl.load(value + DIM // 2, mask=mask, other=0.0)
+    dv_start = tl.multiple_of(token * dv_stride, ALIGN)
+    value_a, value_b, mask = _pairs(dv, dv_start, KV_HEADS, DIM, DIM, False, KV_HEADS_P, HALF_P)
+    va = tl.load(value_a, mask=mask, other=0.0)
+    vb = tl.load(value_b, mask=mask, other=0.0)
     _turn_back(
         dq, q, q_weight, rstd, out, tl.multiple_of(token * dq_stride, ALIGN), tl.multiple_of(token * q_stride, ALIGN),
-        target, c, s, NORM, HEADS, DIM, HEADS_P, HALF_P,
+        target, c, s, NORM, HEADS, DIM, TURNED, INTERLEAVED, HEADS_P, HALF_P,
     )  # fmt: skip
     _turn_back(
         dk, k, k_weight, rstd + HEADS, out + HEADS * DIM, tl.multiple_of(token * dk_stride, ALIGN),
-        tl.multiple_of(token * k_stride, ALIGN), target, c, s, NORM, KV_HEADS, DIM, KV_HEADS_P, HALF_P,
+        tl.multiple_of(token * k_stride, ALIGN), target, c, s,
+        NORM, KV_HEADS, DIM, TURNED, INTERLEAVED, KV_HEADS_P, HALF_P,
     )  # fmt: skip
-    place, mask = _halves(out + (HEADS + KV_HEADS) * DIM, target, KV_HEADS, DIM, KV_HEADS_P, HALF_P)
-    tl.store(place, va, mask=mask)
-    tl.store(place + DIM // 2, vb, mask=mask)
+    values = out + (HEADS + KV_HEADS) * DIM
+    place_a, place_b, mask = _pairs(values, target, KV_HEADS, DIM, DIM, False, KV_HEADS_P, HALF_P)
+    tl.store(place_a, va, mask=mask)
+    tl.store(place_b, vb, mask=mask)
 
 
-def _shape(q: Tensor, k: Tensor, others: Sequence[Tensor]) -> dict[str, int]:
+def _shape(q: Tensor, k: Tensor, others: Sequence[Tensor], pairs: Pairs) -> dict[str, int]:
     """The constants that a launch is compiled for.
 
     Raises:
@@ -235,6 +273,8 @@ def _shape(q: Tensor, k: Tensor, others: Sequence[Tensor]) -> dict[str, int]:
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "DIM": dim,
+        "TURNED": dim if pairs.dim is None else pairs.dim,
+        "INTERLEAVED": pairs.interleaved,
         "HEADS_P": pow2(heads),
         "KV_HEADS_P": pow2(kv_heads),
         "HALF_P": pow2(dim // 2),
@@ -247,12 +287,21 @@ def _num_warps(shape: dict[str, int]) -> int:
     return min(max(shape["HEADS_P"] * shape["HALF_P"] // 256, 1), 16)
 
 
-def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, inverse: bool = False) -> None:
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    pairs: Pairs = HALVES,
+    *,
+    inverse: bool = False,
+) -> None:
     """See :func:`slimtune.engine.kernels.reference.rope_`."""
     if not runs_on_triton(q):
-        reference.rope_(q, k, cos, sin, position_ids, inverse=inverse)
+        reference.rope_(q, k, cos, sin, position_ids, pairs, inverse=inverse)
         return
-    shape = _shape(q, k, ())
+    shape = _shape(q, k, (), pairs)
     _forward[(q.shape[0],)](
         q, k, q, k, q, k, cos, cos, sin, position_ids,
         q.stride(0), k.stride(0), q.stride(0), k.stride(0), 0.0,
@@ -261,13 +310,21 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, 
 
 
 def merge_qkv_grad(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, *, out: Tensor | None = None
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    pairs: Pairs = HALVES,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference.merge_qkv_grad`."""
     if not runs_on_triton(dq):
-        return reference.merge_qkv_grad(dq, dk, dv, cos, sin, position_ids, out=out)
+        return reference.merge_qkv_grad(dq, dk, dv, cos, sin, position_ids, pairs, out=out)
     merged = _merged(dq, dk) if out is None else out
-    shape = _shape(dq, dk, (dv, merged))
+    shape = _shape(dq, dk, (dv, merged), pairs)
     _backward[(dq.shape[0],)](
         dq, dk, dv, dq, dk, dq, dk, cos, merged, cos, sin, position_ids,
         dq.stride(0), dk.stride(0), dv.stride(0), 0, 0, merged.stride(0),
@@ -285,13 +342,14 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
+    pairs: Pairs = HALVES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`slimtune.engine.kernels.reference.qk_norm_rope`."""
     if not runs_on_triton(q):
-        return reference.qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin, position_ids)
+        return reference.qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin, position_ids, pairs)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     rstd = torch.empty(q.shape[0], q.shape[1] + k.shape[1], dtype=torch.float32, device=q.device)
-    shape = _shape(q, k, (q_out, k_out))
+    shape = _shape(q, k, (q_out, k_out), pairs)
     _forward[(q.shape[0],)](
         q, k, q_out, k_out, q_weight, k_weight, rstd, cos, sin, position_ids,
         q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0), eps,
@@ -312,16 +370,17 @@ def qk_norm_rope_backward(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
+    pairs: Pairs = HALVES,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference.qk_norm_rope_backward`."""
     if not runs_on_triton(dq):
         return reference.qk_norm_rope_backward(
-            dq, dk, dv, q, k, q_weight, k_weight, rstd, cos, sin, position_ids, out=out
+            dq, dk, dv, q, k, q_weight, k_weight, rstd, cos, sin, position_ids, pairs, out=out
         )
     merged = _merged(dq, dk) if out is None else out
-    shape = _shape(dq, dk, (dv, q, k, merged))
+    shape = _shape(dq, dk, (dv, q, k, merged), pairs)
     _backward[(dq.shape[0],)](
         dq, dk, dv, q, k, q_weight, k_weight, rstd, merged, cos, sin, position_ids,
         dq.stride(0), dk.stride(0), dv.stride(0), q.stride(0), k.stride(0), merged.stride(0),

@@ -15,7 +15,8 @@ from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.targets import find_targets
 from slimtune.config import Config
 from slimtune.engine import CannotFuse, Engine
-from slimtune.engine.structure import MODEL_TYPES, fits
+from slimtune.engine.read import fits
+from slimtune.families.decoders import DECODERS
 from tests.engine.models import FAMILIES, family_config, make_base, quantize
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,7 +103,7 @@ def test_layers_of_different_sizes_are_not_computed_by_the_first_ones() -> None:
 
 def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
     model: Any = make_base("mistral")
-    assert model.config.model_type in MODEL_TYPES
+    assert model.config.model_type in DECODERS
     model.__class__ = type("OwnMistral", (type(model),), {"__module__": "transformers_modules.own"})
     assert fits(run_config(), model) == "OwnMistral is code of its own"
     with pytest.raises(CannotFuse, match="code of its own"):

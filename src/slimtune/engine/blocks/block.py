@@ -1,0 +1,184 @@
+"""What every block offers, and what one pass shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.attention import Documents, Way
+from slimtune.engine.kernels.formats import Pairs
+from slimtune.engine.structure import Rotary
+from slimtune.engine.weights import Gradients, Site
+
+__all__ = ["Block", "Keep", "Memory", "Pass", "RotaryTable", "Sinks"]
+
+Sinks = Mapping[Site, Gradients]
+"""Where each site's adapter gradients are added; one without adapters has no entry."""
+
+
+class Keep(IntEnum):
+    """What a layer keeps for its backward; each level adds to the one before."""
+
+    INPUT = 0
+    """Its input alone; all of the layer but its last product is computed again."""
+    ATTENTION = 1
+    """Every branch's input and result, and what mixers need (q, k, v, o); feed-forwards and norms again."""
+    GATES = 2
+    """What feed-forwards need too (gate and up): only norms are computed again."""
+    ALL = 3
+    """The adapters' inputs too: nothing is computed again but act(gate) x up."""
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin of every position, float32 [positions, head dim / 2], and which columns they turn."""
+
+    cos: Tensor
+    sin: Tensor
+    pairs: Pairs
+
+    @classmethod
+    def of(cls, rotary: Rotary, head_dim: int, positions: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
+        """Made by the model's own rotary module, so that each of its scalings is right."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        like = torch.empty(0, dtype=wide, device=device)
+        which = () if rotary.layer_type is None else (rotary.layer_type,)
+        made, tables = rotary.module(like, torch.arange(positions, device=device)[None], *which), []
+        for table, passes in zip(made, (1.0, 0.0), strict=True):
+            first, second = table[0].chunk(2, dim=1)
+            # A module gives each angle twice, for both columns of its pair: side by side, or the whole row again.
+            angles = first if bool((first == second).all()) else table[0][:, ::2]
+            rest = head_dim // 2 - angles.shape[1]
+            tables.append(torch.nn.functional.pad(angles, (0, rest), value=passes).contiguous())
+        return cls(tables[0], tables[1], Pairs(None if rotary.dim == head_dim else rotary.dim, rotary.interleaved))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one forward and backward pass share."""
+
+    documents: Documents
+    ways: Mapping[int, Way]
+    """How attention is computed, by head dimension."""
+    position_ids: Tensor
+    """int64 or int32 [T]."""
+    tables: Mapping[Rotary, RotaryTable]
+    seed: Tensor | None
+    """int64 scalar of this micro-batch's dropout; None: no dropout (evaluation)."""
+    mlp_tokens: int
+    """Tokens that a feed-forward takes at once; fewer need less memory."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.position_ids.shape[0]
+
+    @property
+    def chunks(self) -> Sequence[slice]:
+        """The tokens that a feed-forward takes at once."""
+        return [slice(i, min(i + self.mlp_tokens, self.tokens)) for i in range(0, self.tokens, self.mlp_tokens)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The sizes that a memory plan asks blocks about."""
+
+    tokens: int
+    """In a micro-batch, or a part of it."""
+    mlp_tokens: int
+    """That a feed-forward takes at once."""
+    ways: Mapping[int, Way]
+    padded_room: int
+    """What :func:`slimtune.engine.attention.padded_tokens` may be in one call."""
+
+
+class Block(ABC):
+    """One mixer or feed-forward of a branch: y = block(n) of the branch's normalised input n [T, H].
+
+    Its input buffer may be wider than H: the block's own columns follow n's.
+    """
+
+    sites: tuple[Site, ...]
+    """Its projections."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has anything to train."""
+        return any(site.groups for site in self.sites)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights in the compute dtype, where they are held or made anew."""
+        return sum(site.kept_bytes for site in self.sites)
+
+    def keep_weights(self) -> None:
+        """Hold the weights in the compute dtype from now on."""
+        for site in self.sites:
+            site.keep()
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Width of its input buffer, H or more; the caller writes the first H columns."""
+
+    @property
+    @abstractmethod
+    def reads_input(self) -> bool:
+        """Whether the backward needs the input even if everything else was kept."""
+
+    @abstractmethod
+    def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
+        """y [T, H], and what was kept (None below the level from which it keeps anything, and for None).
+
+        Args:
+            n: The input buffer, its first H columns written.
+            on: The pass.
+            keep: What to keep; None: there will be no backward.
+        """
+
+    @abstractmethod
+    def backward(
+        self, dy: Tensor, n: Tensor | None, kept: Any, on: Pass, sinks: Sinks, *, fresh: bool, need_dx: bool
+    ) -> Tensor | None:
+        """dn [T, H] from dy [T, H], which stays as it is; the adapters' gradients are added.
+
+        Consumes ``kept``: some of its buffers are overwritten.
+
+        Args:
+            dy: The gradient of y.
+            n: The input buffer; None only where neither ``reads_input`` nor a missing ``kept`` needs it.
+            kept: What the forward kept.
+            on: The pass.
+            sinks: Where the gradients go.
+            fresh: n was made anew: the block's own columns are still to be written.
+            need_dx: Without it None is returned.
+        """
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def kept_bytes(self, memory: Memory, keep: Keep) -> int:
+        """Bytes kept from the forward to the backward, the input buffer among them at :attr:`Keep.ALL`."""
+
+    @abstractmethod
+    def working_bytes(self, memory: Memory) -> int:
+        """Bytes that the backward takes at its peak beside what a layer keeps at :attr:`Keep.ATTENTION`."""
+
+    @abstractmethod
+    def rows(self, memory: Memory) -> int:
+        """Rows that a product takes at once: few don't fill a device."""
+
+    @property
+    @abstractmethod
+    def products(self) -> float:
+        """Multiply-adds of the frozen products for one token, forward."""
+
+    @abstractmethod
+    def products_again(self, keep: Keep) -> float:
+        """Of those, how many the backward computes again."""

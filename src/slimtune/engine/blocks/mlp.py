@@ -1,0 +1,117 @@
+"""The gated MLP: y = down(act(gate) x up), gate, up = gate_up(n), in chunks of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.kernels import mlp
+from slimtune.engine.structure import GatedMlp
+from slimtune.engine.weights import Scratch, Site
+
+__all__ = ["MlpBlock"]
+
+
+class MlpBlock(Block):
+    """F gates and ups. It keeps gate and up [T, 2 F] from :attr:`Keep.GATES` on."""
+
+    def __init__(self, part: GatedMlp, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch):
+        self.part, self.dtype = part, dtype
+        self.gate_up, self.down = (
+            Site(projection, dtype, device, stream + number, scratch)
+            for number, projection in enumerate(part.projections)
+        )
+        self.sites = (self.gate_up, self.down)
+
+    @property
+    def columns(self) -> int:
+        """gate_up's."""
+        return self.gate_up.inputs + self.gate_up.extra
+
+    @property
+    def reads_input(self) -> bool:
+        """For the gradients of gate_up's adapters."""
+        return self.gate_up.groups > 0
+
+    def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
+        """See :meth:`Block.forward`."""
+        kept = None
+        y = torch.empty(on.tokens, self.down.outputs, dtype=self.dtype, device=n.device)
+        if keep is not None and keep >= Keep.GATES:
+            kept = torch.empty(on.tokens, self.gate_up.outputs, dtype=self.dtype, device=n.device)
+        for number, rows in enumerate(on.chunks):
+            self.gate_up.fill_extra(n[rows], on.seed, number)
+            gates = self.gate_up.forward(n[rows], out=None if kept is None else kept[rows])
+            h = self.down.input_buffer(gates.shape[0])
+            mlp.gated_forward(*gates.chunk(2, dim=1), activation=self.part.activation, out=h[:, : self.down.inputs])
+            self.down.fill_extra(h, on.seed, number)
+            self.down.forward(h, out=y[rows])
+        return y, kept
+
+    def backward(
+        self, dy: Tensor, n: Tensor | None, kept: Any, on: Pass, sinks: Sinks, *, fresh: bool, need_dx: bool
+    ) -> Tensor | None:
+        """See :meth:`Block.backward`."""
+        chunks = on.chunks
+        dn = torch.empty(dy.shape, dtype=self.dtype, device=dy.device) if need_dx and len(chunks) > 1 else None
+        for number, rows in enumerate(chunks):
+            part = None if n is None else n[rows]
+            if part is not None and fresh:
+                self.gate_up.fill_extra(part, on.seed, number)
+            if kept is None:
+                assert part is not None
+                gates = self.gate_up.forward(part)
+            else:
+                gates = kept[rows]
+            self._gates_backward(dy[rows], gates, on, number, sinks)
+            out = None if dn is None else dn[rows]
+            d = self.gate_up.backward(
+                gates, part, on.seed, sinks.get(self.gate_up), chunk=number, need_dx=need_dx, out=out
+            )
+            if out is None:
+                dn = d
+            elif d is not None and d.data_ptr() != out.data_ptr():
+                out.copy_(d)
+        return dn
+
+    def _gates_backward(self, dy: Tensor, gates: Tensor, on: Pass, number: int, sinks: Sinks) -> None:
+        """Overwrite gates [rows, 2 F] with their gradient."""
+        gate, up = gates.chunk(2, dim=1)
+        h = None
+        if self.down.groups:
+            h = self.down.input_buffer(dy.shape[0])
+            mlp.gated_forward(gate, up, activation=self.part.activation, out=h[:, : self.down.inputs])
+            self.down.fill_extra(h, on.seed, number)
+        dh = self.down.backward(dy, h, on.seed, sinks.get(self.down), chunk=number)
+        assert dh is not None
+        mlp.gated_backward_(dh, gate, up, activation=self.part.activation)
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def kept_bytes(self, memory: Memory, keep: Keep) -> int:
+        """See :meth:`Block.kept_bytes`."""
+        columns = self.gate_up.outputs if keep >= Keep.GATES else 0
+        if keep >= Keep.ALL and self.gate_up.groups:
+            columns += self.columns
+        return memory.tokens * columns * self.dtype.itemsize
+
+    def working_bytes(self, memory: Memory) -> int:
+        """See :meth:`Block.working_bytes`."""
+        columns = self.columns + self.down.outputs
+        return (memory.tokens * columns + self.rows(memory) * 3 * self.gate_up.outputs) * self.dtype.itemsize
+
+    def rows(self, memory: Memory) -> int:
+        """See :meth:`Block.rows`."""
+        return min(memory.tokens, memory.mlp_tokens)
+
+    @property
+    def products(self) -> float:
+        """See :attr:`Block.products`."""
+        return float(sum(site.inputs * site.outputs for site in self.sites))
+
+    def products_again(self, keep: Keep) -> float:
+        """See :meth:`Block.products_again`."""
+        return float(self.gate_up.inputs * self.gate_up.outputs) if keep < Keep.GATES else 0.0

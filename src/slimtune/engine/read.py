@@ -1,0 +1,351 @@
+"""Reads a model instance, wrapped by PEFT or not, into what the engine computes with; changes nothing.
+
+PEFT's layers are known by their attributes (``base_layer``, ``lora_A``, …), so this module imports no PEFT, and
+bitsandbytes' 4-bit weights by their ``quant_state``. What the modules tell (biases, norms of q and k, windows, merged
+projections) is read off them; the rest is the family's :class:`~slimtune.families.decoders.DecoderForm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from slimtune.config import Config
+from slimtune.engine.structure import (
+    Activation,
+    Adapter,
+    Branch,
+    CannotFuse,
+    Decoder,
+    GatedMlp,
+    Layer,
+    Linear,
+    Norm,
+    Projection,
+    Rotary,
+    SelfAttention,
+)
+from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm
+
+__all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
+
+EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
+"""The optimizers that the engine runs in one launch."""
+
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose angles depend on the position alone, not on the longest sequence seen."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PLAIN = "It trains unfused: engine: plain."
+
+
+def fits_options(config: Config) -> str | None:
+    """Why the engine has nothing for what a run's config asks, whatever its model is; None if it has."""
+    unknown = {
+        "DoRA": config.dora,
+        "biases that train": config.lora_bias != "none",
+        "modules_to_save": bool(config.modules_to_save),
+        "rows of added tokens that train": config.add_tokens is not None,
+        "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),
+        "a router's auxiliary loss": config.router_aux_loss is not None,
+        f"optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
+    }
+    return next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
+
+
+def fits(config: Config, model: nn.Module, adapted: Collection[str] | None = None) -> str | None:
+    """Why the engine doesn't take this run; None if it does. The one answer, before the model is wrapped.
+
+    What :func:`read_decoder` would refuse of the wrapped model follows from the three arguments, and is found here by
+    the same code: an engine that was promised can be made.
+
+    Args:
+        config: The run's options.
+        model: The base; its weights may lie on the meta device.
+        adapted: Names of its modules that get an adapter; None where that isn't known yet.
+    """
+    reason = fits_options(config)
+    if reason is not None:
+        return reason
+    try:
+        decoder = _describe(model, frozen=False)
+    except CannotFuse as refusal:
+        return refusal.what
+    if decoder.unfused:
+        name, reason = next(iter(decoder.unfused.items()))
+        return f"the engine can't compute {name}: {reason}"
+    computed = {id(linear.base) for linear in decoder.linears()}
+    beside = next((name for name in adapted or () if id(model.get_submodule(name)) not in computed), None)
+    if beside is not None:
+        return f"the engine has no adapter on {beside}"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the engine computes on one device, and the model lies on several"
+    return "there is no adapter to train" if adapted is not None and not adapted else None
+
+
+def read_decoder(model: nn.Module) -> Decoder:
+    """Describe ``model``, which may be wrapped by PEFT.
+
+    Raises:
+        CannotFuse: It is of no family that the engine knows, has nothing to train, or trains something besides LoRA.
+    """
+    wrapped: Any = model
+    if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
+        raise CannotFuse("the model learns a prompt", rule="The fused engine computes LoRA adapters.")
+    decoder = _describe(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped, frozen=True)
+    if not any(linear.adapter for linear in decoder.linears()):
+        raise CannotFuse(
+            "the model has no LoRA adapter that trains", way_out="Wrap it first: peft.get_peft_model(model, config)."
+        )
+    return decoder
+
+
+def _describe(inner: Any, *, frozen: bool) -> Decoder:
+    """The model as the engine sees it; ``frozen``: PEFT has wrapped it, and nothing but adapters may train.
+
+    Raises:
+        CannotFuse: No layer of it is one that the engine computes.
+    """
+    backbone = inner.get_decoder()
+    config, name = backbone.config, type(inner).__name__
+    form = DECODERS.get(config.model_type)
+    if form is None:
+        raise CannotFuse(
+            f"the engine doesn't know models of type {config.model_type}",
+            rule=f"It knows {', '.join(sorted(DECODERS))}.",
+            way_out=_PLAIN,
+        )
+    if not type(inner).__module__.startswith("transformers.models."):
+        raise CannotFuse(f"{name} is code of its own", rule="The fused engine computes what Transformers' classes do.")
+    for what, is_so in _foreign(inner, config).items():
+        if is_so:
+            raise CannotFuse(f"{name} has {what}", rule="The fused engine computes no such model.")
+    layers: list[Layer | None] = []
+    unfused: dict[str, str] = {}
+    for index, module in enumerate(backbone.layers):
+        try:
+            layers.append(_Reader(index, module, backbone, form, frozen=frozen).layer())
+        except CannotFuse as refusal:
+            layers.append(None)
+            unfused[f"layers.{index}"] = refusal.what
+    if not any(layers):
+        raise CannotFuse(
+            f"no layer of {name} can be fused: {next(iter(unfused.values()), 'it has none')}", way_out=_PLAIN
+        )
+    return Decoder(
+        model=inner,
+        backbone=backbone,
+        layers=tuple(layers),
+        norm=_norm(backbone.norm, form, scale=_times(config, form.logits_times) / _times(config, form.logits_over)),
+        embedding_scale=_embedding_scale(inner, config, form),
+        unfused=unfused,
+    )
+
+
+def _foreign(inner: Any, config: Any) -> dict[str, bool]:
+    """What a family's configs can ask for and the engine doesn't compute."""
+    ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
+    return {
+        "layers of different sizes": bool(getattr(config, "is_heterogeneous", False)),
+        f"rotary embedding {', '.join(map(repr, sorted(ropes - STATIC_ROPE)))}": bool(ropes - STATIC_ROPE),
+        "dropout on attention weights": bool(getattr(config, "attention_dropout", 0.0)),
+        "dropout on what a layer adds": any(
+            getattr(config, part, 0.0) for part in ("residual_dropout", "resid_pdrop", "embd_pdrop")
+        ),
+        "a soft cap on logits": getattr(config, "final_logit_softcapping", None) is not None,
+        "an adapter or a bias on the head": not _plain_head(inner),
+    }
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """The types of a config's rotary embeddings, one for all layers or one for each type of layer."""
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(each.get("rope_type", "default")) for each in nested or [parameters]}
+
+
+def _times(config: Any, name: str | None) -> float:
+    return 1.0 if name is None else float(getattr(config, name))
+
+
+def _embedding_scale(inner: Any, config: Any, form: DecoderForm) -> float:
+    if not form.scaled_embedding:
+        return _times(config, form.embedding_times)
+    root = torch.tensor(config.hidden_size**0.5, device="cpu")
+    return root.to(inner.get_input_embeddings().weight.dtype).item()
+
+
+def _plain_head(inner: Any) -> bool:
+    head: Any = inner.get_output_embeddings()
+    return (
+        _is_bare(head)
+        and type(head) is nn.Linear
+        and getattr(head, "bias", None) is None
+        and head.weight.dtype in _FLOATS
+    )
+
+
+def _is_bare(module: Any) -> bool:
+    return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
+
+
+def _norm(module: Any, form: DecoderForm, *, scale: float = 1.0) -> Norm:
+    eps = getattr(module, "variance_epsilon", None)
+    return Norm(module, float(module.eps if eps is None else eps), form.norm_offset, form.centred, scale)
+
+
+class _Reader:
+    """Reads one decoder layer."""
+
+    def __init__(self, index: int, module: Any, backbone: Any, form: DecoderForm, *, frozen: bool) -> None:
+        self.index, self.module, self.backbone, self.form, self.frozen = index, module, backbone, form, frozen
+        self.config, self.name = backbone.config, f"layers.{index}"
+
+    def layer(self) -> Layer:
+        """The layer.
+
+        Raises:
+            CannotFuse: It has something that the engine doesn't compute.
+        """
+        branches = tuple(self._branch(branch) for branch in self.form.branches)
+        layer = Layer(self.index, self.module, branches)
+        for projection in layer.projections:
+            if len({adapter.dropout for adapter in projection.adapters}) > 1:
+                raise CannotFuse(f"{self.name} has adapters of different dropout on one input")
+        return layer
+
+    def _branch(self, branch: BranchForm) -> Branch:
+        blocks = []
+        for name in branch.blocks:
+            part = getattr(self.module, name)
+            blocks.append(self._attention(part) if name == "self_attn" else self._mlp(part, name))
+        return Branch(
+            norm=None if branch.norm is None else self._norm(self.module, branch.norm),
+            blocks=tuple(blocks),
+            norm_after=None if branch.norm_after is None else self._norm(self.module, branch.norm_after),
+            scale=_times(self.config, self.form.residual_times),
+        )
+
+    def _norm(self, parent: Any, name: str) -> Norm:
+        module = getattr(parent, name)
+        if not _is_bare(module) or (self.frozen and module.weight.requires_grad):
+            raise CannotFuse(f"{self.name} trains a norm, which the fused engine keeps frozen")
+        if module.weight.ndim != 1:
+            raise CannotFuse(f"{self.name} has a {name} with other weights for each head")
+        return _norm(module, self.form)
+
+    def _attention(self, module: Any) -> SelfAttention:
+        if getattr(module, "is_causal", True) is False:
+            raise CannotFuse(f"{self.name} sees tokens to come")
+        if getattr(module, "attn_logit_softcapping", None) is not None:
+            raise CannotFuse(f"{self.name} has a soft cap on its scores")
+        names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+        normed = hasattr(module, "q_norm")
+        head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
+        heads = o.in_features // head_dim
+        qkv = self._projection("self_attn", module, names)
+        window = self._window(module)
+        return SelfAttention(
+            qkv=qkv,
+            o=o,
+            heads=heads,
+            kv_heads=(qkv.out_features // head_dim - heads) // 2,
+            head_dim=head_dim,
+            scale=float(module.scaling),
+            window=window,
+            rotary=self._rotary(head_dim) if self._is_turned(module, window) else None,
+            q_norm=self._norm(module, "q_norm") if normed else None,
+            k_norm=self._norm(module, "k_norm") if normed else None,
+            norms_rows=self.form.norms_rows,
+        )
+
+    def _window(self, module: Any) -> int | None:
+        window = getattr(self.config if self.form.window_of_all else module, "sliding_window", None)
+        return int(window) if window and getattr(module, "is_sliding", True) else None
+
+    def _is_turned(self, module: Any, window: int | None) -> bool:
+        if not getattr(module, "use_rope", True):
+            return False
+        if self.form.turned == "windowed if any":
+            return window is not None or getattr(self.config, "sliding_window", None) is None
+        return self.form.turned == "all" or window is not None
+
+    def _rotary(self, head_dim: int) -> Rotary:
+        module = self.backbone.rotary_emb
+        kinds = getattr(self.config, "layer_types", None) or ()
+        kind = kinds[self.index] if self.index < len(kinds) else None
+        by_kind = getattr(module, f"{kind}_inv_freq", None)
+        angles = getattr(module, "inv_freq", None) if by_kind is None else by_kind
+        if angles is None:
+            raise CannotFuse(f"{self.name} is rotated by a {type(module).__name__}")
+        dim = 2 * int(angles.shape[0])
+        if dim > head_dim:
+            raise CannotFuse(f"{self.name} rotates {dim} columns of heads of {head_dim}")
+        return Rotary(module, None if by_kind is None else kind, dim, self.form.interleaved)
+
+    def _mlp(self, module: Any, name: str) -> GatedMlp:
+        merged = hasattr(module, "gate_up_proj")
+        names = ("gate_up_proj",) if merged else ("gate_proj", "up_proj")
+        if not all(hasattr(module, part) for part in (*names, "down_proj")):
+            raise CannotFuse(f"{self.name} has a {type(module).__name__} for a feed-forward")
+        return GatedMlp(
+            gate_up=self._projection(name, module, names),
+            down=self._projection(name, module, ("down_proj",)),
+            activation=self._activation(getattr(module, "activation_fn" if merged else "act_fn", None)),
+        )
+
+    def _activation(self, module: Any) -> Activation:
+        known: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+        for name, activation in known.items():
+            if type(module) is type(ACT2FN[name]):
+                return activation
+        raise CannotFuse(f"{self.name} has activation {type(module).__name__}")
+
+    def _projection(self, owner: str, module: Any, names: tuple[str, ...]) -> Projection:
+        linears = (_linear(f"{self.name}.{owner}.{part}", getattr(module, part), frozen=self.frozen) for part in names)
+        return Projection(tuple(linears))
+
+
+def _linear(name: str, module: Any, *, frozen: bool) -> Linear:
+    base: Any = getattr(module, "base_layer", module)
+    weight: Any = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise CannotFuse(f"{name} is a {type(base).__name__} without a weight")
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        if state.quant_type != "nf4":
+            raise CannotFuse(f"{name} is quantised as {state.quant_type}, not nf4")
+        if weight.dtype != torch.uint8 and not getattr(state, "packing_format_for_cpu", False):
+            raise CannotFuse(f"{name} has its 4-bit codes stored as {weight.dtype}")
+        out_features, in_features = state.shape
+    elif type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATS:
+        out_features, in_features = weight.shape
+    else:
+        raise CannotFuse(f"{name} is a {type(base).__name__} of {weight.dtype}, neither NF4 nor a 16- or 32-bit linear")
+    if frozen and any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+        raise CannotFuse(f"{name} trains its base weight or bias, which the fused engine keeps frozen")
+    adapter = _adapter(name, module) if module is not base else None
+    return Linear(name, base, module, adapter, int(in_features), int(out_features))
+
+
+def _adapter(name: str, module: Any) -> Adapter | None:
+    if not hasattr(module, "lora_A"):
+        raise CannotFuse(f"{name} has a {type(module).__name__}, not a LoRA adapter")
+    active = [key for key in module.active_adapters if key in module.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise CannotFuse(f"{name} has {len(active)} active adapters; the fused engine computes one")
+    key = active[0]
+    if key in module.lora_variant or module.use_dora.get(key, False):
+        raise CannotFuse(f"{name} has a LoRA variant ({type(module.lora_variant.get(key)).__name__}), not plain LoRA")
+    if module.merged_adapters:
+        raise CannotFuse(f"{name} has its adapter merged into the base")
+    a, b, dropout = module.lora_A[key], module.lora_B[key], module.lora_dropout[key]
+    if b.bias is not None:
+        raise CannotFuse(f"{name} has a LoRA bias")
+    if not isinstance(dropout, nn.Identity | nn.Dropout):
+        raise CannotFuse(f"{name} has a {type(dropout).__name__} on the adapter's input")
+    return Adapter(a.weight, b.weight, float(module.scaling[key]), float(getattr(dropout, "p", 0.0)))

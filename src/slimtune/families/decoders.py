@@ -1,0 +1,95 @@
+"""How the decoder layers of Transformers' model types are put together, where their modules don't tell it. No torch.
+
+To add a family to the engine: its line in :data:`DECODERS`, its tiny config in ``tests/engine/models.py``. The tests
+hold every one against the unfused model; a run holds it against the model's own loss before its first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["DECODERS", "BranchForm", "DecoderForm"]
+
+
+@dataclass(frozen=True)
+class BranchForm:
+    """One residual branch, by the names of the layer's modules."""
+
+    blocks: tuple[str, ...]
+    norm: str | None = None
+    norm_after: str | None = None
+
+
+@dataclass(frozen=True)
+class DecoderForm:
+    """What the layers of a model type have in common."""
+
+    branches: tuple[BranchForm, ...]
+    norm_offset: float = 0.0
+    """What norms add to their weights."""
+    centred: bool = False
+    """Norms take the mean away first, as LayerNorm."""
+    interleaved: bool = False
+    """Rotation turns neighbouring columns against each other; else a head's halves."""
+    norms_rows: bool = False
+    """The norms of q and k go over all heads of a token."""
+    window_of_all: bool = False
+    """The config's ``sliding_window`` is every layer's; else the attention module has its own."""
+    turned: Literal["all", "windowed", "windowed if any"] = "all"
+    """Which layers are rotated: those with a window alone, or so only where the config has one."""
+    scaled_embedding: bool = False
+    """Embedded tokens are multiplied with the root of the hidden size, rounded to their dtype."""
+    embedding_times: str | None = None
+    """The config's name of what embedded tokens are multiplied with."""
+    residual_times: str | None = None
+    """The config's name of what each branch's result is multiplied with."""
+    logits_times: str | None = None
+    """The config's name of what logits are multiplied with."""
+    logits_over: str | None = None
+    """The config's name of what logits are divided by."""
+
+
+_BEFORE = (BranchForm(("self_attn",), "input_layernorm"), BranchForm(("mlp",), "post_attention_layernorm"))
+_AFTER = (
+    BranchForm(("self_attn",), norm_after="post_attention_layernorm"),
+    BranchForm(("mlp",), norm_after="post_feedforward_layernorm"),
+)
+_AROUND = (
+    BranchForm(("self_attn",), "input_layernorm", "post_attention_layernorm"),
+    BranchForm(("mlp",), "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_GLM4 = (
+    BranchForm(("self_attn",), "input_layernorm", "post_self_attn_layernorm"),
+    BranchForm(("mlp",), "post_attention_layernorm", "post_mlp_layernorm"),
+)
+_BESIDE = (BranchForm(("self_attn", "mlp"), "input_layernorm"),)
+
+DECODERS: dict[str, DecoderForm] = {
+    "cohere": DecoderForm(_BESIDE, centred=True, interleaved=True, logits_times="logit_scale"),
+    "cohere2": DecoderForm(_BESIDE, centred=True, interleaved=True, turned="windowed", logits_times="logit_scale"),
+    "ernie4_5": DecoderForm(_BEFORE, interleaved=True),
+    "exaone4": DecoderForm(_AFTER, turned="windowed if any"),
+    "gemma": DecoderForm(_BEFORE, norm_offset=1.0, scaled_embedding=True),
+    "gemma3_text": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True),
+    "glm": DecoderForm(_BEFORE, interleaved=True),
+    "glm4": DecoderForm(_GLM4, interleaved=True),
+    "granite": DecoderForm(
+        _BEFORE,
+        embedding_times="embedding_multiplier",
+        residual_times="residual_multiplier",
+        logits_over="logits_scaling",
+    ),
+    "helium": DecoderForm(_BEFORE, interleaved=True),
+    "llama": DecoderForm(_BEFORE),
+    "ministral": DecoderForm(_BEFORE),
+    "mistral": DecoderForm(_BEFORE, window_of_all=True),
+    "olmo2": DecoderForm(_AFTER, norms_rows=True),
+    "olmo3": DecoderForm(_AFTER, norms_rows=True),
+    "phi3": DecoderForm(_BEFORE, window_of_all=True),
+    "qwen2": DecoderForm(_BEFORE),
+    "qwen3": DecoderForm(_BEFORE),
+    "seed_oss": DecoderForm(_BEFORE),
+    "smollm3": DecoderForm(_BEFORE),
+}
+"""By ``model_type``."""
