@@ -30,6 +30,19 @@ def test_a_tokenizer_may_have_no_template_or_be_given_one(tmp_path: Path, model_
         load_tokenizer(str(tmp_path), template=tmp_path / "absent.jinja")
 
 
+def test_a_template_without_a_generation_prompt_is_completed_and_it_is_said(tmp_path: Path) -> None:
+    bare = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+    tokenizer = load_tokenizer("smollm2-135m", template=_write(tmp_path / "bare.jinja", bare))
+    ask = [{"role": "user", "content": "Where?"}]
+    asked = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+    assert str(asked).endswith("Where?<|im_end|>\n<|im_start|>assistant\n")
+    (line,) = remarks(tokenizer)
+    assert repr("<|im_start|>assistant\n") in line
+    save_tokenizer(tokenizer, tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == tokenizer.chat_template
+    assert remarks(load_tokenizer("smollm2-135m")) == []
+
+
 def _write(file: Path, text: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)

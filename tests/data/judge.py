@@ -8,6 +8,7 @@ must be the reply with its thought, its calls and its end mark, and nothing else
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from slimtune.data.conversation import RowRefused, normalise
+from slimtune.data.header import completed
 from slimtune.data.render import ChatRenderer
 from slimtune.errors import UserError
 from tests.data.conversations import CASES, Case, Messages, result, user
@@ -67,6 +69,13 @@ def tokenizer_for(source: str) -> PreTrainedTokenizerBase:
     return made
 
 
+def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with its template as slimtune takes it over."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = completed(str(tokenizer.chat_template), tokenizer.special_tokens_map)
+    return made
+
+
 # -- what is expected -------------------------------------------------------------------------------------------------
 
 _THOUGHT_MARKS = [
@@ -96,10 +105,13 @@ class Unusable(Exception):
 
 
 class Oracle:
-    """Transformers' rendering of one template, and what must follow from it."""
+    """Transformers' rendering of one template, and what must follow from it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    ``header`` is what the template should have written as its generation prompt and doesn't.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, header: str = "") -> None:
+        self.tokenizer, self.header = tokenizer, header
         special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.special = re.compile("|".join(re.escape(text) for text in sorted({*special, *added}, key=len)[::-1]))
@@ -107,11 +119,10 @@ class Oracle:
 
     def text(self, messages: Messages, case: Case, *, prompt: bool = False, tools: Any = ()) -> str | None:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=case.tools, tokenize=False, add_generation_prompt=prompt, **case.variables
-                )
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=case.tools, tokenize=False, add_generation_prompt=prompt, **case.variables
             )
+            return str(text) + self.header * prompt
         except Exception:  # noqa: BLE001 - whatever a stranger's template raises
             return None
 
@@ -191,6 +202,11 @@ class Oracle:
             behind = ""
         shared = after[: _common(after, behind)]
         if marks := list(self.special.finditer(shared)):
+            # A header that stands behind every conversation begins with a mark of its own, which ends nothing.
+            standing = after[len(shared) :].strip()
+            bare = self.text(messages[:at], case) or ""
+            if standing and bare.strip().endswith(standing) and bare == self.text(messages[:at], case, prompt=True):
+                marks = marks[:-1] or marks
             return after[: marks[-1].end()]
         if mark := self.special.search(after):
             return after[: mark.end()]
@@ -397,15 +413,15 @@ class Verdict:
     why: str = ""
 
 
-def judged(name: str, source: str) -> list[Verdict]:
-    """The verdicts on a template with each conversation."""
+def judged(name: str, source: str, header: str = "") -> list[Verdict]:
+    """The verdicts on a template with each conversation; ``header`` as :class:`Oracle` has it."""
     try:
         tokenizer = tokenizer_for(source)
     except Exception as error:  # noqa: BLE001 - no template of Transformers' either
         return [Verdict(name, case.name, "refused rightly", f"no template: {error}") for case in CASES]
-    oracle = Oracle(tokenizer)
+    oracle = Oracle(tokenizer, header)
     try:
-        renderer: ChatRenderer | UserError = ChatRenderer(tokenizer)
+        renderer: ChatRenderer | UserError = ChatRenderer(as_loaded(tokenizer))
     except UserError as error:
         renderer = error
     return [_judge(name, case, oracle, renderer) for case in CASES]

@@ -23,11 +23,18 @@ OWN = Path(__file__).parent / "templates" / "kinds"
 FOLDER = Path(os.environ.get("TEMPLATES_FOLDER", OWN))
 NEVER_STOPS = {"no-end"}
 """The kinds that are refused whole."""
+HEADERS = {
+    "no-prompt": "<|im_start|>assistant\n",
+    "no-prompt-thinks": "<|im_start|>assistant\n",
+    "half-prompt": "assistant\n",
+    "words": " ASSISTANT:",
+}
+"""What the kinds' generation prompts lack."""
 
 
 @pytest.mark.parametrize("path", sorted(OWN.glob("*.jinja")), ids=lambda path: path.stem)
 def test_what_is_trained_is_what_is_asked_and_written(path: Path) -> None:
-    verdicts = judge.judged(path.stem, path.read_text(encoding="utf-8"))
+    verdicts = judge.judged(path.stem, path.read_text(encoding="utf-8"), HEADERS.get(path.stem, ""))
     bad = [v for v in verdicts if v.verdict not in ("right", "refused rightly")]
     assert not bad, "\n".join(f"{v.case}: {v.verdict}: {v.why}" for v in bad)
     right = sum(v.verdict == "right" for v in verdicts)
@@ -38,7 +45,7 @@ def test_what_is_trained_is_what_is_asked_and_written(path: Path) -> None:
 def test_the_ids_that_a_model_is_asked_with_begin_its_documents(path: Path) -> None:
     if path.stem in NEVER_STOPS:
         pytest.skip("refused whole")
-    tokenizer = judge.tokenizer_for(path.read_text(encoding="utf-8"))
+    tokenizer = judge.as_loaded(judge.tokenizer_for(path.read_text(encoding="utf-8")))
     renderer = ChatRenderer(tokenizer)
     held = 0
     for case in judge.CASES:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from slimtune.base.source import check_folder, from_pretrained, local_revision, model_source
+from slimtune.data.header import added_header, completed
 from slimtune.data.render import renderer_for
 from slimtune.errors import UserError
 
@@ -29,19 +30,25 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model``, with its own chat template or the one in ``template``.
 
-    It may have none: raw text needs none, and conversations say so where they are rendered.
+    It may have none: raw text needs none, and conversations say so where they are rendered. One that ignores
+    ``add_generation_prompt`` is completed (:mod:`slimtune.data.header`).
 
     Raises:
         UserError: It can't be loaded, or the template file can't be read.
     """
-    source = model_source(model)
-    check_folder(source, trust_remote_code)
-    tokenizer = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    folder = model_source(model)
+    check_folder(folder, trust_remote_code)
+    tokenizer = read_tokenizer(folder, revision=revision, trust_remote_code=trust_remote_code)
     if template is not None:
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat template {template} can't be read: {error}") from None
+    variables, source = tokenizer.special_tokens_map, tokenizer.chat_template
+    if isinstance(source, dict):
+        tokenizer.chat_template = {name: completed(text, variables) for name, text in source.items()}
+    elif source:
+        tokenizer.chat_template = completed(source, variables)
     return tokenizer
 
 
@@ -115,6 +122,13 @@ def remarks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         lines.append(
             f"tokenizer: Transformers cuts {text!r} otherwise than the SentencePiece model it was converted from, "
             "which the base was most likely trained with; a folder with the model's tokenizer.json is read right"
+        )
+    source = tokenizer.chat_template
+    header = added_header(source if isinstance(source, str) else (source or {}).get("default", ""))
+    if header is not None:
+        lines.append(
+            f"template: its generation prompt doesn't say that it is the assistant's turn; {header!r}, which it writes "
+            "in front of each reply, was added to it, in the copy beside the adapter too"
         )
     as_text = renderer_for(tokenizer).encoder.read_as_text
     if as_text:

@@ -37,7 +37,7 @@ from slimtune.data.fit import (
     with_thought,
 )
 from slimtune.data.guard import Guard
-from slimtune.data.template import ChatTemplate, TemplateRefused
+from slimtune.data.template import ChatTemplate, TemplateRefused, common_length
 from slimtune.data.tokens import TokenEncoder
 from slimtune.errors import UserError
 
@@ -200,16 +200,25 @@ class Dialect:
             until = longer.index(str(follow["content"]))
             begin = last if longer.startswith(whole[:last]) else _last_end(longer[:until], words)
             behind = longer[begin:until]
-        kept = _common(after, behind)
+        kept = common_length(after, behind)
         found = self._end_marks(after)
         named = [mark for mark in found if self._encoder.controls[mark[0]] in self._stops]
         shared = [mark for mark in found if mark.end() <= kept]
+        if len(shared) > 1 and self._always_opens(before, tools, after[kept:].strip()):
+            del shared[-1]
         if mark := next(iter(named), None) or next(reversed(shared), None) or next(iter(found), None):
             return Ending(mark[0])
         if (mark := next(iter(self._end_marks(behind)), None)) and behind[: mark.start()].strip() == after.strip():
-            kept = _common(after, behind)
+            kept = common_length(after, behind)
             return Ending(mark[0], after[kept:], behind[kept : mark.end()])
         return None
+
+    def _always_opens(self, before: list[Message], tools: Tools, rest: str) -> bool:
+        """Whether the template writes the next reply's header behind all conversations, asked for or not. ``rest`` is
+        what stands there and nowhere else; the mark in front of it opens a turn and ends none."""
+        return bool(rest) and all(
+            (self._try(before, tools, prompt=asked) or "").rstrip().endswith(rest) for asked in (False, True)
+        )
 
     def _end_marks(self, text: str) -> list[re.Match[str]]:
         controls, special = self._encoder.controls, self._encoder.special
@@ -282,7 +291,7 @@ class Dialect:
             return None  # the same marks in another place: nothing that one has and the other lacks
         if len(marks) == 1 and next(iter(marks)) not in whole[:at]:
             return None  # something is opened that no turn shows: what should follow can't be known
-        generation = prompt[_common(prompt, self._try(before, tools) or "") :]
+        generation = prompt[common_length(prompt, self._try(before, tools) or "") :]
         closes = (self._thoughts[1:] if self._thoughts is not None else _COMMON_THOUGHT)[1]
         empty = begins if word == "qzreply" else ""
         if word == "qztool" and closes in begins:
@@ -291,7 +300,7 @@ class Dialect:
 
     def _apart(self, prompt: str, whole: str) -> int:
         """Where prompt and turn part, in front of the mark that they part in."""
-        at = _common(prompt, whole)
+        at = common_length(prompt, whole)
         for text in (prompt, whole):
             for pattern in (self._encoder.pattern, _TAG):
                 at = next((f.start() for f in pattern.finditer(text) if f.start() < at < f.end()), at)
@@ -331,7 +340,7 @@ class Dialect:
             whole = self._try([_ASK, call, _RESULT, _ANSWER], [_TOOL])
             if asked is None or called is None or answered is None or whole is None:
                 continue
-            written = called[_common(asked, called) :]
+            written = called[common_length(asked, called) :]
             if "None" in written or "{'" in written or '\\"qzarg' in written:
                 continue
             if not all(word in written for word in ("qztool", "qzarg", "qzvalue")) or "qzresult" not in answered:
@@ -472,14 +481,3 @@ def _behind(empty: str, turn: str) -> str:
 
 def _last_end(text: str, words: tuple[str, ...]) -> int:
     return max((text.rindex(word) + len(word) for word in words if word in text), default=len(text))
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the longest common prefix."""
-    if one.startswith(other) or other.startswith(one):
-        return min(len(one), len(other))
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low

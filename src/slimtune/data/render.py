@@ -32,6 +32,7 @@ __all__ = ["NOTES", "ChatRenderer", "Draft", "Manner", "prompt_ids", "renderer_f
 
 NOTES: dict[str, str] = {
     "thoughts-left-out": "the template leaves a reply's thoughts out",
+    "indent-lost": "the template takes the white space off a reply's first line",
     "text-changed": "the template changes the text of a tool's result",
     "as-asked": "the template's training text isn't what it asks with: the reply was put behind what it asks with",
     "thought-opened": "the template's prompt opens a thought that its training text lacks: the thought was written in",
@@ -377,12 +378,19 @@ def _checked(reply: Reply, messages: list[Message], begin: int) -> list[str]:
                 thought = thought or inner.replace("<think>", "")
             if thought.strip() and thought.strip() not in reply.text:
                 notes.append("thoughts-left-out")
+            if content[:1].isspace() and _first_line(content) not in reply.text:
+                notes.append("indent-lost")
         if content.strip() not in (reply.text if is_reply else reply.prompt):
             if message["role"] != "tool":
                 what = f"the template leaves out or changes what the {message['role']} says"
                 raise RowRefused("", f"turn {at + 1}: {what}", "template")
             notes.append("text-changed")
     return notes
+
+
+def _first_line(content: str) -> str:
+    """The first line that says something, with its indent and without what stands behind it."""
+    return content[: len(content) - len(content.lstrip())].rpartition("\n")[2] + content.strip().partition("\n")[0]
 
 
 def _check_call(function: dict[str, Any], text: str, turn: int) -> None:

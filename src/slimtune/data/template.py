@@ -24,7 +24,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-__all__ = ["MAX_OUTPUT", "MAX_STEPS", "ChatTemplate", "TemplateRefused"]
+__all__ = ["MAX_OUTPUT", "MAX_STEPS", "ChatTemplate", "TemplateRefused", "common_length"]
 
 MAX_STEPS = 400_000
 """Most loop passes and macro calls in one rendering."""
@@ -371,3 +371,14 @@ class ChatTemplate:
         ) as error:  # fmt: skip
             raise TemplateRefused(f"{type(error).__name__}: {error}") from None
         return "".join(parts)
+
+
+def common_length(one: str, other: str) -> int:
+    """Length of the longest common prefix of two texts."""
+    if one.startswith(other) or other.startswith(one):
+        return min(len(one), len(other))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
