@@ -97,8 +97,11 @@ def expected(
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "granite", "granitemoe", "cohere2", "gemma2", "gemma4_text", "llama4_text", "qwen3_moe", "gpt2"],
-)
+    [
+        "llama", "granite", "granitemoe", "cohere2", "gemma2", "gemma4_text", "llama4_text", "qwen3_moe", "gpt2",
+        "recurrent_gemma",  # whose soft cap TRL's head doesn't know: it hardly moves the loss of so small a model
+    ],
+)  # fmt: skip
 def test_a_window_is_one_mean_over_its_tokens_by_the_models_own_logits(
     family: str, chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase
 ) -> None:

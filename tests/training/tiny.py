@@ -32,6 +32,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": _SIZES
     | {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
     | {"attention_chunk_size": 256},
+    "recurrent_gemma": _SIZES
+    | {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "attention"]}
+    | {"logits_soft_cap": 150.0},
     "gpt2": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
     | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
     "deepseek_v3": _SIZES

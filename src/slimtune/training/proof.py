@@ -3,7 +3,8 @@
 Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
 (TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits. TRL's head
 multiplies the last hidden state by the head's weight and knows the scalings of some families; where the two losses
-differ, or TRL's head can't take the model, the model's own logits train it. Where the engine's differs, it is
+differ, or what they say of single tokens (a soft cap hardly moves the mean), or TRL's head can't take the model, the
+model's own logits train it. Where the engine's differs, it is
 refused (:class:`slimtune.engine.structure.CannotFuse`), and the recipe begins again on the plain stack.
 
 After the first accumulation window every adapter's B must have a gradient (A's is zero as long as B is). One that has
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ LOOK_AGAIN = 20
 _TOKENS = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Nats, or share of the loss if that is over 1: what rounding leaves in a mean over 64 tokens, by the compute dtype."""
+_HEAD_TOLERANCE = {torch.float32: 2**-16, torch.float64: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+"""Share of the largest logit that a token's log-probability may be off on average, by one head and another: a few
+roundings of 16 bits, as autocast may be on for the one alone; in 32 bits the order of a few thousand terms."""
 _CANT_TAKE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What Python and torch raise where a model isn't made as a caller thinks."""
 
@@ -64,7 +69,7 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
     try:
         with rng_preserved(), torch.no_grad():
             given = batch if trainer.engine is None else _beside_others(ids[0].numpy(), room)
-            return _prove(trainer, batch, given, _TOLERANCE[dtype])
+            return _prove(trainer, batch, given, dtype)
     finally:
         model.train(training)
 
@@ -82,30 +87,64 @@ def _beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
     return MicroBatch(np.concatenate(parts), supervised, tuple(map(len, parts)), padded=False).inputs()
 
 
-def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], tolerance: float) -> str | None:
-    own = _own(trainer, batch)
-    if trainer.engine is None and trainer.aux_loss_enabled:
-        trainer.own_head = True
-        return "the model's own head, which tells the routers' auxiliary loss too"
-    try:
-        total, supervised = trainer.evaluation_sum(trainer.model, dict(given))
-        trains = float(total) / supervised
-    except torch.OutOfMemoryError:
-        raise
-    except _CANT_TAKE as error:
-        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if trainer.engine is not None:
-            raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
-        trainer.own_head = True
-        return f"the model's own head, as TRL's can't take it ({said})"
-    finally:
-        trainer._metrics["eval"].clear()
-    if abs(trains - own) <= tolerance * max(1.0, own):
-        return None
+def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], dtype: torch.dtype) -> str | None:
+    with _outputs(trainer.model) as outputs:
+        own = _own(trainer, batch)
+        if trainer.engine is None and trainer.aux_loss_enabled:
+            trainer.own_head = True
+            return "the model's own head, which tells the routers' auxiliary loss too"
+        try:
+            total, supervised = trainer.evaluation_sum(trainer.model, dict(given))
+            trains = float(total) / supervised
+        except torch.OutOfMemoryError:
+            raise
+        except _CANT_TAKE as error:
+            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            if trainer.engine is not None:
+                raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
+            trainer.own_head = True
+            return f"the model's own head, as TRL's can't take it ({said})"
+        finally:
+            trainer._metrics["eval"].clear()
+    same = abs(trains - own) <= _TOLERANCE[dtype] * max(1.0, own)
     if trainer.engine is not None:
+        if same:
+            return None
         raise _unfit(f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}")
+    off, allowed = _off(outputs[0].logits, outputs[-1].log_probs, batch["input_ids"], _HEAD_TOLERANCE[dtype])
+    if same and off <= allowed:
+        return None
     trainer.own_head = True
-    return f"the model's own head: TRL's gives a loss of {trains:.4g} on a document where the model's is {own:.4g}"
+    return (
+        f"the model's own head: TRL's gives a loss of {trains:.4g} on a document where the model's is {own:.4g}"
+        if not same
+        else f"the model's own head: the log-probability of a token is {off:.2g} off by TRL's"
+    )
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[list[Any]]:
+    """What ``model`` gives back while the body runs."""
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _off(logits: Tensor, log_probs: Tensor, ids: Tensor, share: float) -> tuple[float, float]:
+    """How far log-probabilities are from those of ``logits`` on average, and how far they may be.
+
+    Args:
+        logits: [1, S, V].
+        log_probs: [1, S - 1], of each token but the first.
+        ids: [1, S].
+        share: Of the largest logit.
+    """
+    own = logits[:, :-1].float()
+    exact = own.log_softmax(-1).gather(-1, ids[:, 1:, None].to(own.device))[..., 0]
+    return float((log_probs - exact).abs().mean()), share * max(1.0, float(own.abs().max()))
 
 
 def _unfit(what: str) -> CannotFuse:
