@@ -96,6 +96,10 @@ def launch_experts() -> None:
     rows = routing.gather_rows(x, routes, weights=weights, out=zeros(tokens * slots, hidden + 8)[:, :hidden])
     routing.combine(rows, routes, weights=weights, addend=x)
     routing.row_dot(rows, rows, routes)
+    nested = nf4.NestedScales(zeros(4, 8, dtype=torch.float32), weights, zeros(4, dtype=torch.float32))
+    codes, scales = zeros(4, 768 * hidden // 2, dtype=torch.uint8), zeros(4, 768 * hidden // 64, dtype=torch.uint8)
+    stack = zeros(4, 768, hidden + 8)[..., :hidden]
+    nf4.dequantize_stack(codes, scales, shape=(768, hidden), dtype=DTYPE, nested=nested, out=stack)
     logits, weight = zeros(tokens, count), zeros(count, dtype=torch.float32)
     groups = router.Choice(slots, "sigmoid", groups=8, kept_groups=4)
     for choice, bias, scale in ((router.Choice(slots), None, weight), (groups, weight, None)):
