@@ -33,9 +33,11 @@ def test_it_answers_and_ends_with_0_on_a_signal(tiny_model: Path) -> None:
                     break
             time.sleep(0.05)
         with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            stream = client.completions.create(model="tiny", prompt="?", max_tokens=60, stream=True)
-            next(iter(stream))
-            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                stream = client.completions.create(model="tiny", prompt="?", max_tokens=60, stream=True)
+                next(iter(stream))
+            finally:  # or the server would serve on, and the test hang, where a request fails
+                os.kill(os.getpid(), signal.SIGINT)
             return 1 + sum(1 for _ in stream)
 
     handler, threads = signal.getsignal(signal.SIGINT), threading.active_count()

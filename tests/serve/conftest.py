@@ -34,6 +34,7 @@ class Served:
     api: Api
     url: str
     client: OpenAI
+    web: WebServer
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +81,7 @@ def serving(models: dict[str, Opened]) -> Callable[..., object]:
             url = url_of(listening)
             try:
                 with OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, timeout=60) as client:
-                    yield Served(api, url, client)
+                    yield Served(api, url, client, server)
             finally:
                 server.should_exit = True
                 thread.join(60)

@@ -17,7 +17,7 @@ from transformers import (
 
 from slimtune.serve.attention import attend_by_request
 from slimtune.serve.models import sharing
-from slimtune.serve.paged import OLD_TRANSFORMERS
+from slimtune.serve.upstream import OLD_TRANSFORMERS
 from tests.engine.models import make_base
 from tests.tolerances import assert_close
 

@@ -49,11 +49,13 @@ def workers():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 def ask(url):
-    with OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
-        for model in client.models.list():
-            client.completions.create(model=model.id, prompt=list(range(5, 250)), max_tokens=4)
-    seen.append(workers())
-    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        with OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+            for model in client.models.list():
+                client.completions.create(model=model.id, prompt=list(range(5, 250)), max_tokens=4)
+        seen.append(workers())
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
 
 seen, url_of = [], server.url_of
 def asked(listening):
@@ -76,6 +78,7 @@ def test_serving_several_models_takes_one_set_of_workers(runs: list[Path]) -> No
         capture_output=True,
         text=True,
         check=True,
+        timeout=300,
     )
     before, after, exit_code = map(int, made.stdout.split())
     assert before > 0

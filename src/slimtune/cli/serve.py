@@ -29,6 +29,7 @@ __all__ = ["command"]
 @click.option(
     "--max-seconds", "seconds", default=300.0, show_default=True, metavar="S", help="Most time for a request."
 )
+@click.option("--connections", default=512, show_default=True, metavar="N", help="Most connections at a time.")
 @click.option("--cache-tokens", default=8192, show_default=True, metavar="N", help="Tokens kept in memory, per model.")
 @click.option("--log", type=click.Path(path_type=Path), help="A file for faults and upstream's words.")
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
@@ -79,6 +80,7 @@ def command(
     # First of all the port: that it is taken should be said before a model is loaded.
     with listen(host, port) as listening, upstream_to_log(log):
         from slimtune.serve.api import Api
+        from slimtune.serve.log import seldom
         from slimtune.serve.server import run
         from slimtune.serve.thread import CallingThread
         from slimtune.use.attention import any_length
@@ -89,7 +91,7 @@ def command(
         api = Api(models, bounds, computing, key)
         if api.slow is not None:
             click.echo(api.slow, err=True)
-        with any_length():
+        with any_length(), seldom():
             run(api, listening, computing, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
 
 
@@ -99,8 +101,17 @@ def _key(given: str | None, file: Path | None) -> str | None:
             given = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"the API key's file can't be read: {error}") from None
-    if given is not None and not given.strip():
+    if given is None:
+        return None
+    given = given.strip()
+    if not given:
         raise UserError("the API key is empty")
+    if not (given.isascii() and given.isprintable()):
+        raise UserError(
+            "the API key has a character that no header carries as it is",
+            rule="Clients send it in a header: printable ASCII.",
+            way_out="Make another: python -c 'import secrets; print(secrets.token_urlsafe())'",
+        )
     return given
 
 

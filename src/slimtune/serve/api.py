@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
+from importlib.metadata import version
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,30 +19,35 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from slimtune.errors import UserError
+from slimtune.errors import SlimtuneError, UserError
 from slimtune.serve import protocol
+from slimtune.serve.answer import Answer, Stream, while_connected
+from slimtune.serve.deadline import Deadlines
 from slimtune.serve.door import Door, read_body
-from slimtune.serve.engine import Engine, Token
+from slimtune.serve.engine import Engine
 from slimtune.serve.in_turn import InTurn
 from slimtune.serve.limits import Gate, Limits
 from slimtune.serve.metrics import Metrics
 from slimtune.serve.paged import why_not_paged
 from slimtune.serve.refusal import Refusal
-from slimtune.serve.reply import Part, parts
-from slimtune.serve.shape import Chat, Completion, Shape, usage
+from slimtune.serve.shape import Chat, Completion, Shape
+from slimtune.serve.upstream import TRIED
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
+from slimtune.use.way import FAULTS
 
 __all__ = ["Api"]
 
 _log = logging.getLogger("slimtune.serve")
 # The page is one file: nothing is loaded from anywhere, and only this server is asked.
 _PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-T = TypeVar("T")
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# How often it is looked whether the requests under way are through, when the server ends.
+_GLANCE_SECONDS = 0.05
 
 
 class Api:
@@ -67,6 +71,9 @@ class Api:
             name: kind(opened, limits, computing) for name, opened in models.items()
         }
         self.gate = Gate(limits.batch + limits.waiting)
+        self.deadlines = Deadlines(limits.seconds)
+        self.fault: SlimtuneError | None = None
+        """Why it can't go on, once it can't."""
         self.metrics = Metrics()
         self.metrics.inside.set_function(lambda: self.gate.inside)
         for name, engine in self.engines.items():
@@ -76,8 +83,8 @@ class Api:
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="slimtune-prompts")
         self.app = Starlette(
             routes=[
-                Route("/v1/chat/completions", self._counted(self.chat), methods=["POST"]),
-                Route("/v1/completions", self._counted(self.completions), methods=["POST"]),
+                Route(_CHAT, self._counted(_CHAT, self.chat), methods=["POST"]),
+                Route(_COMPLETIONS, self._counted(_COMPLETIONS, self.completions), methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/health", self.health),
@@ -98,11 +105,49 @@ class Api:
         for engine in self.engines.values():
             engine.start()
         try:
+            await self.greet()
             yield
         finally:
             for engine in self.engines.values():
                 await engine.stop()
             self._renderer.shutdown(cancel_futures=True)
+
+    async def greet(self) -> None:
+        """Have every engine say one token, as it would to a client: what can't answer should never be asked.
+
+        What goes wrong is left in :attr:`fault`.
+        """
+        for name, engine in self.engines.items():
+            try:
+                async with engine.reply([engine.opened.pad_id], Sampling(max_new_tokens=1)) as tokens:
+                    async for _ in tokens:
+                        pass
+            except (Refusal, *FAULTS) as error:
+                self.fault = SlimtuneError(
+                    f"{name} can't be served: {error}",
+                    rule=f"It was tried with one token, by Transformers {version('transformers')}; "
+                    f"tried with {TRIED['transformers']} were others.",
+                    way_out="--log FILE writes down what went wrong.",
+                )
+                return
+
+    def check(self) -> None:
+        """Look whether every engine still runs; what doesn't is left in :attr:`fault`."""
+        for name, engine in self.engines.items():
+            if self.fault is None and not engine.running:
+                self.fault = SlimtuneError(
+                    f"the engine of {name} has stopped",
+                    rule="A server that can't answer ends, so that whatever watches over it starts it anew.",
+                    way_out="--log FILE writes down what went wrong.",
+                )
+
+    async def finish(self, seconds: float) -> None:
+        """Let nobody in any more, and the requests under way end within ``seconds``; then end them."""
+        self.gate.closed = True
+        end = time.monotonic() + seconds
+        while self.gate.inside and self.fault is None and time.monotonic() < end:
+            await asyncio.sleep(_GLANCE_SECONDS)
+        self.deadlines.end()
 
     # -- the routes ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +156,7 @@ class Api:
         asked = protocol.read(protocol.ChatRequest, await self._body(request), self.limits)
         engine = self._engine(asked.model)
         prompt = await self._rendered(
-            lambda: engine.opened.prompt_ids(asked.messages, asked.shown_tools, asked.chat_template_kwargs)
+            lambda: engine.opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs)
         )
         return await self._answer(request, asked, engine, prompt, Chat)
 
@@ -173,17 +218,21 @@ class Api:
         if len(prompt) > engine.longest_prompt:
             words = f"the prompt has {len(prompt)} tokens; this server takes {engine.longest_prompt}"
             raise Refusal(400, words, "context_length_exceeded")
-        reply = _Reply(self, asked, engine, prompt, shape)
+        rows = engine.opened.model.get_input_embeddings().weight.shape[0]
+        if max(prompt) >= rows:
+            words = f"a token of the prompt is {max(prompt)}; the model has {rows}"
+            raise Refusal(400, words, "invalid_prompt")
+        answer = Answer(asked, prompt, engine, shape, self.limits, self.metrics)
         if asked.stream:
             self.gate.check()
-            return _Stream(reply, self)
+            return Stream(answer, self.gate, self.deadlines)
         with self.gate.entered():
-            return JSONResponse(await while_connected(request.receive, reply.whole()))
+            return JSONResponse(await while_connected(request.receive, answer.whole(self.deadlines)))
 
     def _described(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._started, "owned_by": "slimtune"}
 
-    def _counted(self, handler: Callable[[Request], Coroutine[Any, Any, Any]]) -> Callable[[Request], Any]:
+    def _counted(self, path: str, handler: Callable[[Request], Coroutine[Any, Any, Any]]) -> Callable[[Request], Any]:
         async def counted(request: Request) -> Any:
             status = 500
             try:
@@ -198,135 +247,9 @@ class Api:
                 status = 499
                 return Response(status_code=status)
             finally:
-                self.metrics.requests.labels(request.url.path, status).inc()
+                self.metrics.requests.labels(path, status).inc()
 
         return counted
-
-
-class _Reply:
-    """One request on its way to an answer."""
-
-    def __init__(
-        self, api: Api, asked: protocol.Request, engine: Engine | InTurn, prompt: list[int], shape: type[Shape]
-    ) -> None:
-        self.api, self.asked, self.engine, self.prompt = api, asked, engine, prompt
-        self.shape = shape(asked.model, asked.wanted_logprobs is not None, self._spell)
-        room = engine.opened.context - len(prompt)
-        _, wanted = asked.wanted_tokens
-        self.sampling = Sampling(
-            temperature=asked.temperature or 0.0,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            max_new_tokens=min(wanted or api.limits.output_tokens, room),
-            seed=secrets.randbits(31) if asked.seed is None else asked.seed % 2**31,
-        )
-
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """The reply in parts, timed and counted, within the time that a request has."""
-        metrics, name = self.api.metrics, self.asked.model
-        started, first = time.perf_counter(), True
-        metrics.prompt_tokens.labels(name).inc(len(self.prompt))
-        made = parts(self.engine, self.prompt, self.sampling, self.asked.stops, self.asked.wanted_logprobs)
-        async with aclosing(made):
-            async for part in made:
-                if first:
-                    metrics.first_token.labels(name).observe(time.perf_counter() - started)
-                    first = False
-                metrics.reply_tokens.labels(name).inc(len(part.tokens))
-                yield part
-        metrics.seconds.labels(name).observe(time.perf_counter() - started)
-
-    async def whole(self) -> dict[str, Any]:
-        """The answer at once.
-
-        Raises:
-            Refusal: It took too long, or the engine stopped.
-        """
-        text: list[str] = []
-        tokens: list[Token] = []
-        finish: str | None = None
-        try:
-            async with asyncio.timeout(self.api.limits.seconds), aclosing(self.parts()) as made:
-                async for part in made:
-                    text.append(part.text)
-                    tokens += part.tokens
-                    finish = part.finish
-        except TimeoutError:
-            raise _too_slow(self.api.limits) from None
-        return self.shape.whole("".join(text), tokens, finish, usage(len(self.prompt), len(tokens)))
-
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer as a stream's chunks."""
-        for chunk in self.shape.opening():
-            yield chunk
-        count = 0
-        async with aclosing(self.parts()) as made:
-            async for part in made:
-                count += len(part.tokens)
-                yield self.shape.chunk(part)
-        if self.asked.includes_usage:
-            yield self.shape.last(usage(len(self.prompt), count))
-
-    def _spell(self, token: int) -> tuple[str, list[int]]:
-        text = str(self.engine.opened.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return text, list(text.encode())
-
-
-class _Stream:
-    """A reply as server-sent events. A client that goes away, or reads too slowly, ends it where it is."""
-
-    status_code = 200
-
-    def __init__(self, reply: _Reply, api: Api) -> None:
-        self._reply, self._api = reply, api
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        with self._api.gate.entered():
-            try:
-                async with asyncio.timeout(self._api.limits.seconds):
-                    await while_connected(receive, self._send(send))
-            except (TimeoutError, ClientDisconnect, OSError):
-                # Nobody is there to tell. The connection is closed without the stream's end.
-                self._api.metrics.left.inc()
-
-    async def _send(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def event(data: str) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
-
-        try:
-            async with aclosing(self._reply.events()) as events:
-                async for chunk in events:
-                    await event(json.dumps(chunk, ensure_ascii=False))
-            await event("[DONE]")
-        except Refusal as refusal:
-            await event(json.dumps(refusal.content()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled as soon as the client goes away.
-
-    Raises:
-        ClientDisconnect: It went away.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _plain_ids(opened: Opened, prompt: Any) -> list[int]:
@@ -341,10 +264,6 @@ def _plain_ids(opened: Opened, prompt: Any) -> list[int]:
     if not ids:
         raise UserError("the prompt is empty")
     return ids
-
-
-def _too_slow(limits: Limits) -> Refusal:
-    return Refusal(503, f"the reply took longer than {limits.seconds:g} s", "timeout", retry_after=5)
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -41,8 +41,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cache: PagedAttentionCache,
     cu_seq_lens_q: Tensor,
+    cache: PagedAttentionCache | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
@@ -52,11 +52,12 @@ def packed_attention(
     Args:
         module: The layer's attention.
         query: New tokens' queries, [1, heads, tokens, head size].
-        key: Their keys, [1, key heads, tokens, head size]; those before them are in ``cache``.
+        key: Their keys, [1, key heads, tokens, head size], if there is a ``cache``; else all keys, request by request.
         value: Their values, shaped as ``key``.
         attention_mask: None; there is nothing to mask between requests.
-        cache: The paged cache, which takes up the new keys and values and gives out all.
         cu_seq_lens_q: Where each request's queries begin and end, int32 [requests + 1].
+        cache: The paged cache, which takes up the new keys and values and gives out all. None since Transformers 5.24,
+            whose layers do that before they call their attention.
         scaling: Of the scores; by the head size unless given.
         sliding_window: Most keys that a query sees, itself included.
         kwargs: What else the model and the manager hand over: the cache's indices, and where each request's keys are.
@@ -70,11 +71,12 @@ def packed_attention(
     for name in _NOT_DONE:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention by request has no {name}")
-    keys, values = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     asking = itertools.pairwise(cu_seq_lens_q.tolist())
     asked = itertools.pairwise(kwargs["cu_seq_lens_k"].tolist())
     made = [
-        _attention(query[:, :, q0:q1], keys[:, :, k0:k1], values[:, :, k0:k1], scaling, sliding_window)
+        _attention(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], scaling, sliding_window)
         for (q0, q1), (k0, k1) in zip(asking, asked, strict=True)
     ]
     return torch.cat(made, 2).transpose(1, 2).contiguous(), None

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
+from slimtune.serve.refusal import Refusal
 from slimtune.use.sampling import Draws, Sampling
+from slimtune.use.way import FAULTS
 
 __all__ = ["Chances", "Choice", "Chooser"]
 
@@ -39,17 +41,22 @@ class Choice:
     """How many likeliest tokens to note beside each; None: no log probabilities at all."""
     chances: list[Chances] = field(default_factory=list)
     """One for each token so far, where log probabilities were asked for."""
+    failed: Exception | None = None
+    """What went wrong with this request, in a batch whose other requests go on."""
 
     def __post_init__(self) -> None:
         self._draws = Draws(self.sampling, [0])
 
-    @property
-    def needed(self) -> bool:
-        """Whether there is more to do than to take the highest score."""
-        return not self.sampling.greedy or self.top_logprobs is not None
-
     def choose(self, scores: Tensor) -> None:
-        """Make the chosen token's score the highest of ``scores`` [vocabulary], in place."""
+        """Make the chosen token's score the highest of ``scores`` [vocabulary], in place.
+
+        Raises:
+            Refusal: The scores aren't finite: there is nothing to choose from.
+        """
+        if not scores.amax().isfinite():  # a score of minus infinity is a token that can't be; of NaN, amax is NaN
+            raise Refusal(500, "what the model computes for this request isn't finite", "not_finite")
+        if self.sampling.greedy and self.top_logprobs is None:
+            return
         token = int(self._draws.choose(scores[None])[0])
         if self.top_logprobs is not None:
             logprobs = scores.log_softmax(-1)
@@ -66,7 +73,7 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
         super().__init__(LogitsProcessorList())
         self.do_processing = True
         self.choices: dict[str, Choice] = {}
-        """By request id; a request that is not here takes the highest score."""
+        """By request id; a request that is not here has been left."""
         self._rows: list[str] = []
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
@@ -75,9 +82,15 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def __call__(self, input_ids: Any, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Choose for every row of ``scores`` [rows, vocabulary]."""
+        """Choose for every row of ``scores`` [rows, vocabulary].
+
+        What goes wrong with one is noted there: raised here, it would end the engine for all.
+        """
         for row, request in enumerate(self._rows):
             choice = self.choices.get(request)
-            if choice is not None:
-                choice.choose(scores[row])
+            if choice is not None and choice.failed is None:
+                try:
+                    choice.choose(scores[row])
+                except (Refusal, *FAULTS) as error:
+                    choice.failed = error
         return scores

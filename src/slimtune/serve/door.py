@@ -6,8 +6,9 @@ import asyncio
 import hmac
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slimtune.serve.address import is_loopback
 from slimtune.serve.limits import Limits
@@ -15,18 +16,23 @@ from slimtune.serve.refusal import Refusal
 
 __all__ = ["Door", "read_body"]
 
-_OPEN = ("/", "/health")
+_OPEN = (b"/", b"/health")
+# What is said is what it is said to be, whatever it looks like to a browser.
+_HEADERS = ((b"x-content-type-options", b"nosniff"),)
 # A body over the limit is read up to this many times the limit before it is refused: a client that is still sending
 # would see its connection break, not the answer.
 _DISCARDED = 32
 
 
 class Door:
-    """Middleware: the API key where there is one, and the Host header where there is none.
+    """Middleware: the API key where there is one, the Host header where there is none, and headers for browsers.
 
     Without a key, only this machine may ask. Web pages in its browser are kept out: another site's page can't send
     ``application/json`` without a preflight, which nothing here answers, and a name that was rebound to this machine
     is seen in the Host header.
+
+    What is open is known by the path as it came in with the request line, byte for byte: nothing that is made from
+    headers decides.
 
     Args:
         app: The application.
@@ -39,21 +45,27 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it (401, 403)."""
-        if scope["type"] == "http":
-            refusal = self._refusal(Request(scope))
-            if refusal is not None:
-                await refusal.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
 
-    def _refusal(self, request: Request) -> Refusal | None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+            await send(message)
+
+        refusal = self._refusal(scope)
+        await (self.app if refusal is None else refusal.response())(scope, receive, sent)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        headers = Headers(scope=scope)
         if self.key is None:
-            if not is_loopback(_host(request.headers.get("host", ""))):
+            if not is_loopback(_host(headers.get("host", ""))):
                 return Refusal(403, "without an API key, only localhost may ask", "wrong_host")
             return None
-        if request.url.path in _OPEN:
+        if scope["raw_path"] in _OPEN:
             return None
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         # Compared as a whole whatever the scheme, in a time that doesn't tell how much of it was right.
         if hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.key) and scheme.lower() == "bearer":
             return None

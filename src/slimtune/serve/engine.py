@@ -98,9 +98,7 @@ class Engine:
         """
         identity = uuid.uuid4().hex
         ticket = self._tickets[identity] = _Ticket()
-        choice = Choice(sampling, top_logprobs)
-        if choice.needed:
-            self._chooser.choices[identity] = choice
+        choice = self._chooser.choices[identity] = Choice(sampling, top_logprobs)
         try:
             taken = self._manager.add_request(
                 list(prompt), request_id=identity, max_new_tokens=sampling.max_new_tokens, streaming=True
@@ -112,7 +110,7 @@ class Engine:
             del self._tickets[identity]
             if not ticket.done:
                 self._manager.cancel_request(identity)
-            self._chooser.choices.pop(identity, None)
+            del self._chooser.choices[identity]
 
     def _created(self, create: Callable[[], Any]) -> Callable[[], Any]:
         """``create``, whose processor leaves all that touches the model or the cache to the thread that computes."""
@@ -163,6 +161,8 @@ class _Ticket:
             await self._changed.wait()
             self._changed.clear()
             ids, done = self.ids, self.done
+            if choice.failed is not None:
+                raise choice.failed
             if self._error is not None:
                 raise stopped()
             for at in range(given, len(ids)):

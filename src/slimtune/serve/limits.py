@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from slimtune.errors import UserError
+from slimtune.serve.deadline import ending
 from slimtune.serve.refusal import Refusal
 
 __all__ = ["Gate", "Limits"]
@@ -30,13 +32,17 @@ class Limits:
     """Most time for a request, from its first byte to the last one that its client takes."""
     body_seconds: float = 15.0
     """Most time for a request's body to come in."""
+    head_seconds: float = 10.0
+    """Most time for a request's head to come in, from the connection's beginning or the last answer's end."""
+    connections: int = 512
+    """Most connections at a time; over that, the one that has waited longest for a request is given up."""
     cache_tokens: int = 8192
     """Tokens whose keys and values are kept, for each model; never less than one longest request needs."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < (0 if field.name == "waiting" else 1):
+            if not (0 if field.name == "waiting" else 1) <= value < math.inf:
                 raise UserError(f"{field.name.replace('_', ' ')} can't be {value}", rule="It is a positive number.")
 
 
@@ -46,6 +52,8 @@ class Gate:
     def __init__(self, room: int) -> None:
         self.room = room
         self.inside = 0
+        self.closed = False
+        """Whether the server ends: nobody is let in any more."""
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -65,7 +73,9 @@ class Gate:
         """Refuse now what would be refused later.
 
         Raises:
-            Refusal: The room is full (503, with Retry-After).
+            Refusal: The room is full, or closed (503, with Retry-After).
         """
+        if self.closed:
+            raise ending()
         if self.inside >= self.room:
             raise Refusal(503, "the server is busy: too many requests wait", "server_busy", retry_after=2)

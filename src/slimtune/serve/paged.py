@@ -16,19 +16,18 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from slimtune.serve.attention import attend_by_request
 from slimtune.serve.choice import Chooser
 from slimtune.serve.models import sharing
+from slimtune.serve.upstream import OLD_TRANSFORMERS, what_transformers_lacks
 from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 from slimtune.use.way import FAULTS, apart, at_once, is_rounding, trial_prompts
 
-__all__ = ["OLD_TRANSFORMERS", "PAGE", "make_manager", "why_not_paged"]
+__all__ = ["PAGE", "make_manager", "why_not_paged"]
 
 # Prompts that begin alike share whole pages: the smaller a page, the less of a known beginning is computed again.
 PAGE = 8
 # The second: never fetches a kernel from the hub, and computes attention in the same way on every machine.
 _NAMES: dict[str, Any] = {"page_size": PAGE, "auto_switch_to_flash": False}
-# Transformers 5.17 calls a page a block, knows no switch, and hands its cache to the attention in another way.
 _OLD_NAMES: dict[str, Any] = {"block_size": PAGE}
-OLD_TRANSFORMERS = "page_size" not in ContinuousBatchingConfig.__dataclass_fields__
 # The trial's: its prompts are computed in parts, and some tokens follow each.
 _TRIAL_TOKENS, _TRIAL_NEW = 24, 3
 
@@ -65,6 +64,8 @@ def make_manager(opened: Opened, pages: int, step_tokens: int, requests: int) ->
 @torch.inference_mode()
 def why_not_paged(opened: Opened) -> str | None:
     """Why this model can't be computed so, or None."""
+    if (lacks := what_transformers_lacks()) is not None:
+        return lacks
     config = opened.model.config.get_text_config(decoder=True)
     bare = opened.model.get_base_model() if opened.found.adapter is not None else opened.model
     if what_it_holds(config) is not Holds.KEYS:

@@ -7,12 +7,14 @@ honours is refused, never ignored: a client must not believe that it got what it
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimtune.serve.limits import Limits
+from slimtune.serve.messages import Message
 from slimtune.serve.refusal import Refusal
+from slimtune.use.sampling import LEAST
 
 __all__ = ["ChatRequest", "CompletionRequest", "Request", "read"]
 
@@ -20,41 +22,61 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 # A message's text, role and marks are this many tokens at least.
 _MESSAGE_TOKENS = 4
 R = TypeVar("R", bound="Request")
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[int, Field(ge=1, le=1)]
 
 
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = False
 
 
 class Request(BaseModel):
     """What both kinds of requests have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     """Greedy (0) unless given, as every verb of slimtune."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=LEAST, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Literal[1] | None = 1
+    n: One | None = 1
 
     # Honoured at their neutral value only.
-    frequency_penalty: Literal[0] | None = 0
-    presence_penalty: Literal[0] | None = 0
+    frequency_penalty: Zero | None = 0.0
+    presence_penalty: Zero | None = 0.0
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     # Words to OpenAI's own service, without bearing on an answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for wrong, words in self._conflicts():
+            if wrong:
+                raise ValueError(words)
+        return self
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """What may not be together: whether it is, and what to say of it."""
+        return [
+            (
+                self.temperature is not None and 0 < self.temperature < LEAST,
+                f"temperature is 0 or at least {LEAST:g}",
+            ),
+            (self.stream_options is not None and not self.stream, "stream_options goes with stream: true"),
+        ]
 
     @property
     def stops(self) -> list[str]:
@@ -74,13 +96,13 @@ class Request(BaseModel):
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the count of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ChatRequest(Request):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -93,6 +115,24 @@ class ChatRequest(Request):
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        return [
+            *super()._conflicts(),
+            (self.top_logprobs is not None and not self.logprobs, "top_logprobs goes with logprobs: true"),
+            (self.tool_choice is not None and not self.tools, "tool_choice goes with tools"),
+            (self.parallel_tool_calls is not None and not self.tools, "parallel_tool_calls goes with tools"),
+            (
+                both and self.max_tokens != self.max_completion_tokens,
+                "max_tokens is the old name of max_completion_tokens; they differ",
+            ),
+        ]
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages as plain values, without what is null."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
 
     @property
     def wanted_tokens(self) -> tuple[str, int | None]:
@@ -115,10 +155,14 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """``POST /v1/completions``."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: (
+        str
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=1)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = False
-    best_of: Literal[1] | None = 1
+    best_of: One | None = 1
     suffix: None = None
 
     @property
@@ -147,11 +191,15 @@ def read(kind: type[R], body: bytes, limits: Limits) -> R:
 
 
 def _refused(error: ValidationError) -> Refusal:
-    """The first fault, in words that name the field."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """One fault, in words that name the field."""
+    # Where a field may be of several kinds there is a fault for each; what went wrong deepest inside says most.
+    first = max(
+        error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"])
+    )
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['msg']}", "invalid_json")
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"unknown or unsupported parameter: {json.dumps(param)}", "unknown_parameter", param=param)
-    return Refusal(400, f"{param}: {first['msg']}" if param else str(first["msg"]), "invalid_value", param=param)
+    words = first["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{param}: {words}" if param else words, "invalid_value", param=param)

@@ -11,13 +11,18 @@ import uvicorn
 
 from slimtune.serve.address import url_of
 from slimtune.serve.api import Api
+from slimtune.serve.connection import connection_type, places
 from slimtune.serve.thread import CallingThread
+from slimtune.serve.upstream import check_uvicorn
 
 __all__ = ["WebServer", "run"]
 
+# Of the 5 s that ending takes at most: what requests under way have to come to their end by themselves.
+_PATIENCE_SECONDS = 3.0
+
 
 def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then end what is under way (5 s at most) and return.
+    """Serve until SIGINT or SIGTERM, then end what is under way (in 5 s) and return.
 
     The server has a thread of its own; this one computes.
 
@@ -26,6 +31,10 @@ def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Cal
         listening: From :func:`slimtune.serve.address.listen`.
         computing: The application's.
         ready: Called with the URL when requests are answered.
+
+    Raises:
+        SlimtuneError: An engine can't answer, or has stopped.
+        UserError: The process may open too few files.
     """
     web = WebServer(api, lambda: ready(url_of(listening)))
     before = {number: signal.signal(number, web.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -38,6 +47,8 @@ def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Cal
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if api.fault is not None:
+        raise api.fault
 
 
 class WebServer(uvicorn.Server):
@@ -46,14 +57,20 @@ class WebServer(uvicorn.Server):
     Args:
         api: The application.
         ready: Called when requests are answered.
+
+    Raises:
+        UserError: The installed uvicorn isn't as it must be, or the process may open too few files.
     """
 
     def __init__(self, api: Api, ready: Callable[[], None]) -> None:
+        check_uvicorn()
+        room = places(api.limits)
         super().__init__(
             uvicorn.Config(
                 api.app,
                 loop="asyncio",
-                http="h11",
+                http=connection_type(api.limits, room.connections),
+                backlog=room.backlog,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -61,13 +78,25 @@ class WebServer(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=5,
-                timeout_graceful_shutdown=5,
+                timeout_graceful_shutdown=1,
             )
         )
-        self._ready = ready
+        self._api, self._ready = api, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
         await super().startup(sockets=sockets)
-        if self.started:
+        if self.started and self._api.fault is None:
             self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to end: because it was asked to, or because an engine has stopped."""
+        self._api.check()
+        return await super().on_tick(counter) or self._api.fault is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let requests end, tell those that don't why they are ended, and close."""
+        for server in self.servers:
+            server.close()
+        await self._api.finish(_PATIENCE_SECONDS)
+        await super().shutdown(sockets)

@@ -16,7 +16,11 @@ from slimtune.errors import UserError
 if TYPE_CHECKING:
     from slimtune.use.load import Opened
 
-__all__ = ["Draws", "Sampling"]
+__all__ = ["LEAST", "Draws", "Sampling"]
+
+LEAST = 1e-6
+"""The least temperature over 0, and the least top_p: far below, what is computed with them in fp32 isn't finite, or no
+token is left to draw."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, holds, rule in (
-            ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "It lies between 0 and 100."),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "It lies over 0 and up to 1."),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature == 0.0 or LEAST <= self.temperature <= 100.0,
+                f"It is 0, or lies between {LEAST:g} and 100.",
+            ),
+            ("top_p", self.top_p, LEAST <= self.top_p <= 1.0, f"It lies between {LEAST:g} and 1."),
             ("top_k", self.top_k, self.top_k >= 0, "It is a number of tokens, or 0 for all."),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "It is at least 1."),
         ):
@@ -86,7 +95,7 @@ class Draws:
         if self.sampling.top_k:
             chances[:, self.sampling.top_k :] = 0
         before = chances.cumsum(-1) - chances
-        chances[before >= self.sampling.top_p] = 0
+        chances[:, 1:][before[:, 1:] >= self.sampling.top_p] = 0  # the likeliest always stays
         reached = chances.cumsum(-1)
         uniform = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
         # The first place where the sum of chances passes the random number; never one of chance 0.
