@@ -65,7 +65,7 @@ from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import tell_stranded
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
-from slimtune.training.arguments import check_arguments, check_model, sft_arguments
+from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
@@ -105,6 +105,7 @@ def finetune(
         StopRequested: The run was asked to stop, and can be resumed.
     """
     screen = screen or Screen(quiet=True)
+    check_alone()
     _check_inputs(config)
     config, choices = resolve_machine(config, detect())
     output = config.output or default_output(config.model, datetime.now())
@@ -141,6 +142,7 @@ def resume(
         StopRequested: The run was asked to stop, and can be resumed.
     """
     screen = screen or Screen(quiet=True)
+    check_alone()
     run = RunFolder.open(path)
     with StopSignals(path) as signals, lock_run(path):
         config = (config or run.config()).model_copy(update={"output": path})

@@ -74,6 +74,45 @@ def test_a_second_signal_ends_the_process_at_once(how: str) -> None:
     assert process.wait(30) == 75
 
 
+WAITS = """
+import os, sys, threading
+from slimtune.training.stop import StopSignals
+kind = sys.argv[1]
+with StopSignals() as signals, signals.deferrable():
+    while True:
+        try:
+            print("ready", flush=True)
+            threading.Event().wait() if kind == "swallowed" else os.read(os.pipe()[0], 1)
+        except Exception:
+            if kind != "swallowed":
+                threading.Event().wait()  # a library that joins its threads on the way out
+"""
+
+
+@pytest.mark.parametrize(("kind", "number"), [("swallowed", signal.SIGTERM), ("joins", signal.SIGINT)])
+def test_before_the_first_step_one_signal_is_enough(kind: str, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"stopped by {number.name}" in said
+
+
+def test_from_the_first_step_on_it_waits_for_the_steps_end() -> None:
+    ended = []
+    with pytest.raises(StopRequested), StopSignals() as signals, signals.deferrable():  # noqa: PT012
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(6)  # longer than the grace of what isn't deferred
+        signals.defer()  # as each step does
+        ended.append("step")
+    assert ended == ["step"]
+
+
 HANG = """
 import sys, threading
 from pathlib import Path
@@ -118,3 +157,49 @@ def test_the_way_on_can_be_pasted_into_a_shell() -> None:
     signals = StopSignals()
     signals.run = Path("runs/my run")
     assert "slimtune resume 'runs/my run'" in str(signals.stop())
+
+
+STOPPED = """
+import sys, threading, time
+from pathlib import Path
+from slimtune.training.stop import Watchdog
+with Watchdog(1.0, Path(sys.argv[1])) as watchdog:
+    watchdog.beat("save")
+    for number in range(int(sys.argv[2])):
+        if number % 2 == 0:
+            watchdog.beat("save")
+        print(number, flush=True)
+        time.sleep(0.2)
+"""
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path / "stacks.txt"), "10"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)  # longer than the watchdog, and than what stands behind it
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
+    assert not (tmp_path / "stacks.txt").exists()
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from pathlib import Path
+from slimtune.training.stop import Watchdog
+def stuck_here():
+    ctypes.PyDLL(None).pause()  # as a library's deadlock: without letting go of the interpreter's lock
+with Watchdog(0.5, Path(sys.argv[1])) as watchdog:
+    watchdog.beat("step")
+    stuck_here()
+"""
+
+
+def test_a_hang_that_holds_the_interpreter_ends_with_its_stacks(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "stacks.txt")], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert b"Python itself hangs" in done.stderr
+    assert "stuck_here" in (tmp_path / "stacks.txt").read_text()

@@ -18,7 +18,7 @@ import click
 
 import slimtune
 from slimtune.errors import SlimtuneError, StopRequested, UserError
-from slimtune.training.stop import STOP_SIGNALS
+from slimtune.training.stop import STOP_SIGNALS, end_anyway
 
 __all__ = ["main", "nobody_reads", "say_error", "slimtune_command"]
 
@@ -129,6 +129,7 @@ def end(error: SlimtuneError, *, debug: bool) -> NoReturn:
     if isinstance(error, StopRequested):
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        end_anyway()
     if debug:
         traceback.print_exc()
     say_error(error)

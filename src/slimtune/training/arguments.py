@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,30 @@ from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
-__all__ = ["check_arguments", "check_model", "sft_arguments"]
+__all__ = ["check_alone", "check_arguments", "check_model", "sft_arguments"]
+
+
+_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes they have started; accelerate waits for all of them (1.14, ``state.py``)."""
+
+
+def check_alone() -> None:
+    """See that this process wasn't started as one of several, for the others would be waited for.
+
+    Raises:
+        UserError: It was.
+    """
+    told = {name: os.environ[name] for name in (*_PROCESSES, "LOCAL_RANK") if os.environ.get(name, "")}
+    if told.get("WORLD_SIZE") == "1" or told.get("LOCAL_RANK") == "-1":
+        told.pop("LOCAL_RANK", None)
+    several = [f"{name}={value}" for name, value in told.items() if name == "LOCAL_RANK" or value != "1"]
+    if several:
+        raise UserError(
+            f"this process was started as one of several ({', '.join(several)})",
+            rule="A run of slimtune takes one process and one GPU.",
+            way_out="Start it without torchrun, accelerate launch or mpirun; "
+            f"or take it out of their environment: env -u {several[0].partition('=')[0]} slimtune …",
+        )
 
 
 def check_arguments(config: Config) -> None:

@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer):
             self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
             safety.checkpoints.best_step = self.progress.best_step
         self.add_callback(_Hooks(self))
-        with safety.watchdog.watching("step"), safety.signals.deferred():
+        with safety.watchdog.watching("step"), safety.signals.deferrable():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 self._secure()
@@ -481,6 +481,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.safety.watchdog.beat("step")
+        trainer.safety.signals.defer()
         trainer._step_random, trainer._step_logs = trainer._draws(), trainer._logs_so_far()
         trainer._step_inputs, trainer._step_losses = [], []
 

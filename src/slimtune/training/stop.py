@@ -1,14 +1,15 @@
 """Stopping on request and stopping a hang: signals, and a watchdog. Standard library only.
 
-The first SIGTERM, SIGINT or SIGUSR1 asks: training saves at the end of the step, every other phase ends where it is;
-the exit code is 75. The second one ends the process at once, which is safe because everything on disk is written whole
-or not at all (:mod:`slimtune.run.durable`).
+The first SIGTERM, SIGINT or SIGUSR1 asks: training saves at the end of the step, every other phase ends where it is,
+within seconds, whatever it waits for; the exit code is 75. The second one ends the process at once. Both are safe
+because everything on disk is written whole or not at all (:mod:`slimtune.run.durable`).
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import select
 import shlex
 import signal
 import sys
@@ -21,10 +22,23 @@ from types import FrameType
 from typing import Any, Self
 
 from slimtune.errors import GuardStop, StopRequested
+from slimtune.training.backstop import Backstop
 
-__all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog"]
+__all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog", "end_anyway"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_GRACE = 4.0
+"""Seconds that a phase which ends where it is has for that; what it waits for (a network, a disk, other processes) may
+never come."""
+_LOOK = 0.2
+"""Seconds from one look to the next whether it has ended."""
+
+
+def end_anyway() -> None:
+    """End this process in a moment, whatever its threads wait for: it is on its way out after a signal."""
+    timer = threading.Timer(_GRACE, os._exit, (StopRequested.exit_code,))
+    timer.daemon = True
+    timer.start()
 
 
 class StopSignals:
@@ -40,7 +54,7 @@ class StopSignals:
         self.run = run
         """The run's folder once there is something to go on from; it makes the message."""
         self.requested: signal.Signals | None = None
-        self._deferred = 0
+        self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup: tuple[int, int] | None = None
         self._wakeup_before = -1
@@ -69,19 +83,36 @@ class StopSignals:
             raise self.stop() from error
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal only sets :attr:`requested`: the body looks at it where it can stop well.
+    def deferrable(self) -> Iterator[None]:
+        """Inside, once :meth:`defer` is called, a signal only sets :attr:`requested`: the body looks at it where it can
+        stop well. Until then it stops where it is, for nothing has been done that could be saved.
 
         Raises:
             StopRequested: A signal came, before the body or in it.
         """
         self.check()
-        self._deferred += 1
         try:
             yield
         finally:
-            self._deferred -= 1
+            self._deferred = False
         self.check()
+
+    def defer(self) -> None:
+        """From here on the body of :meth:`deferrable` stops by itself.
+
+        Raises:
+            StopRequested: A signal came before, and a library has kept it to itself.
+        """
+        if not self._deferred:
+            self.check()
+            self._deferred = True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """:meth:`deferrable`, with all of its body deferred."""
+        with self.deferrable():
+            self.defer()
+            yield
 
     def check(self) -> None:
         """Stop here if a signal came.
@@ -108,12 +139,21 @@ class StopSignals:
             if not self._deferred:
                 raise self.stop()
 
-    @staticmethod
-    def _watch(read: int) -> None:
-        seen = 0
-        while data := os.read(read, 64):
-            seen += sum(number in STOP_SIGNALS for number in data)
+    def _watch(self, read: int) -> None:
+        seen, waited = 0, 0.0
+        while True:
+            if select.select([read], [], [], _LOOK if seen else None)[0]:
+                data = os.read(read, 64)
+                if not data:
+                    break
+                seen += sum(number in STOP_SIGNALS for number in data)
+            elif not self._deferred:
+                waited += _LOOK
             if seen > 1:
+                os._exit(StopRequested.exit_code)
+            if waited >= _GRACE:
+                sys.stderr.write(f"slimtune: {self.stop(f', and did not end by itself within {_GRACE:.0f} s')}\n")
+                sys.stderr.flush()
                 os._exit(StopRequested.exit_code)
         os.close(read)
 
@@ -125,8 +165,9 @@ class Watchdog:
     is taken out by :meth:`rest`. When the last beat of any activity is older than ``seconds``, the stacks go to
     ``stacks``, and the process ends without unwinding (its threads hang, after all).
 
-    The watching thread needs Python's interpreter lock. For code that hangs while it holds the lock, faulthandler's own
-    C thread stands behind it: after twice the time it writes the stacks and exits 1.
+    Time in which the process was stopped (Ctrl-Z) doesn't count: the watching thread sees that it slept longer than it
+    meant to. It needs Python's interpreter lock; for code that hangs while it holds the lock, a process of its own
+    stands behind it, and kills after twice the time (:mod:`slimtune.training.backstop`).
     """
 
     def __init__(self, seconds: float, stacks: Path, *, run: Path | None = None) -> None:
@@ -137,20 +178,22 @@ class Watchdog:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._file: Any = None
+        self._tick = min(1.0, seconds / 10)
+        self._backstop: Backstop | None = None
 
     def __enter__(self) -> Self:
         if self.seconds > 0:
             # Opened now: on a full disk, or one that hangs, it couldn't be opened later.
             self._file = self.stacks.open("a", encoding="utf-8")
-            self._arm()
+            self._backstop = Backstop(self._tick, 2 * self.seconds, self._file)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._closed.set()
-        if self._file is not None:
-            faulthandler.cancel_dump_traceback_later()
+        if self._backstop is not None:
+            self._backstop.close()
             self._file.close()
             self._file = None
             with suppress(OSError):  # an empty file that stays is no fault; the run's own error is what counts
@@ -174,20 +217,19 @@ class Watchdog:
         finally:
             self.rest(activity)
 
-    def _arm(self) -> None:
-        faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self._file)
-
     def _watch(self) -> None:
-        armed = time.monotonic()
-        while not self._closed.wait(min(1.0, self.seconds / 10)):
+        before = time.monotonic()
+        while not self._closed.wait(self._tick):
             now = time.monotonic()
+            slept, before = now - before - self._tick, now
             with self._lock:
                 if self._closed.is_set():
                     return
-                if now - armed > self.seconds / 4:
-                    self._arm()
-                    armed = now
+                assert self._backstop is not None
+                self._backstop.beat()
                 for activity, last in list(self._beats.items()):
+                    if slept > self._tick:  # so did all else in this process
+                        self._beats[activity] = last = min(now, last + slept)
                     if now - last > self.seconds:
                         self._end(activity, now - last)
 

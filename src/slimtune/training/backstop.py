@@ -1,0 +1,80 @@
+"""The watchdog behind the watchdog: a process of its own, for code that hangs while it holds the interpreter's lock.
+
+Nothing in a process can count how long it itself was stopped (Ctrl-Z, a frozen container): every clock and timer that
+it could read goes on, faulthandler's too, which then ends it on waking. So another process counts, in beats of its own,
+and leaves out those in which the watched one is stopped.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import IO
+
+__all__ = ["Backstop"]
+
+_DUMP = signal.SIGRTMIN + 5
+"""The signal whose C handler writes the stacks; no lock is needed for that."""
+
+_COUNTER = """
+import os, select, signal, sys, time
+pid, tick, most, dump, words = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)  # a run that is asked to stop goes on for a while
+idle = 0
+while idle < most:
+    if select.select([0], [], [], tick)[0]:
+        if not os.read(0, 4096):
+            sys.exit()
+        idle = 0
+        continue
+    if os.getppid() != pid:
+        sys.exit()
+    with open(f"/proc/{pid}/stat") as stat:
+        idle += stat.read().rpartition(")")[2].split()[0] not in ("T", "t")
+sys.stderr.write(words)
+sys.stderr.flush()
+os.kill(pid, dump)
+time.sleep(min(5.0, 10 * tick))
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+class Backstop:
+    """Kills this process, its stacks written, when :meth:`beat` isn't called for a time in which it ran.
+
+    Args:
+        tick: Seconds from one look to the next.
+        seconds: How long to wait for a beat.
+        stacks: Where the stacks go; an open file.
+    """
+
+    def __init__(self, tick: float, seconds: float, stacks: IO[str]) -> None:
+        faulthandler.register(_DUMP, file=stacks, all_threads=True)
+        words = f"slimtune: Python itself hangs since {seconds:.0f} s; all threads' stacks are in {stacks.name}\n"
+        values = (os.getpid(), tick, max(1, round(seconds / tick)), int(_DUMP), words)
+        self._counter = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _COUNTER, *map(str, values)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._counter.stdin is not None
+        self._pipe = self._counter.stdin.fileno()
+        os.set_blocking(self._pipe, False)
+
+    def beat(self) -> None:
+        """Python runs."""
+        with suppress(BlockingIOError, BrokenPipeError):  # it has beats enough, or somebody ended it
+            os.write(self._pipe, b".")
+
+    def close(self) -> None:
+        """Count no more."""
+        assert self._counter.stdin is not None
+        self._counter.stdin.close()
+        self._counter.wait()
+        faulthandler.unregister(_DUMP)
