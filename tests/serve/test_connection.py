@@ -106,6 +106,7 @@ def test_one_that_is_being_answered_keeps_its_place(strict: Served) -> None:
     assert until(lambda: not strict.web.server_state.connections)
     body = HEAD.replace(b"GET /health", b"POST /v1/completions")
     with many(strict, 8, body + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"):
+        assert until(lambda: sum(one._answering is not None for one in strict.web.server_state.connections) == 8)
         assert until(lambda: health(strict) == 503)
     assert until(lambda: health(strict) == 200)
 
