@@ -78,7 +78,7 @@ def run_slimtune(file: str, options: dict[str, Any]) -> dict[str, Any]:
     meter = Meter()
     proof = examine(config, tokenizer)
     read = meter.read()
-    batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
+    batches = micro_batches(proof.train, config) if len(proof.train) else None
     assert batches is None or isinstance(batches, PackedBatches)
     facts = {key: proof.facts[key] for key in ("rows", "rows_trained", "rows_dropped", "tokens", "supervised_tokens")}
     packs = {} if batches is None else {"packs": batches.per_epoch, "fill": round(batches.fill, 4)}

@@ -50,6 +50,7 @@ def test_what_a_trainer_is_handed_is_read_back(batch: dict[str, torch.Tensor]) -
         assert torch.equal(made[name], batch[name]), name
     shown = made["attention_mask"] == 1 if micro.padded else torch.ones_like(made["input_ids"]) == 1
     assert torch.equal(made["input_ids"][shown], batch["input_ids"][shown])
+    assert (made["input_ids"][~shown] == micro.input_ids[0]).all()
 
 
 def test_lengths_that_are_known_are_not_looked_for() -> None:
@@ -105,5 +106,6 @@ def test_a_part_is_filled_by_a_document_that_supervises_nothing() -> None:
     assert filled.lengths == (17, 5, 8)
     assert filled.position_ids[-8:].tolist() == list(range(8))
     assert (filled.labels[-8:] == IGNORED).all()
+    assert (filled.input_ids[-8:] == part.input_ids[0]).all(), "another token may have no gradient"
     assert filled.supervised == part.supervised
     assert micro.filled(10) is micro

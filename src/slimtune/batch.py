@@ -68,6 +68,14 @@ class MicroBatch:
         return self.labels[self.rows + 1]
 
     @property
+    def filler(self) -> int:
+        """What stands where no document is: a token of the documents, which the model has a gradient for.
+
+        A padding token's embedding is zero in many models, and where a root is taken of it, as in Gemma 3n, no number.
+        """
+        return int(self.input_ids[0])
+
+    @property
     def supervised(self) -> int:
         """n."""
         return int(self.rows.shape[0])
@@ -101,17 +109,17 @@ class MicroBatch:
         labels[np.cumsum(lengths) - lengths] = IGNORED
         return cls(ids, labels, lengths, padded=not packed)
 
-    def inputs(self, pad_id: int = 0) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """A model's inputs on the host, and the lengths, which no model takes.
 
         ``input_ids`` and ``labels`` int64 [1, T] with ``position_ids`` [1, T]; or, if :attr:`padded`, [documents,
-        longest] with ``attention_mask``.
+        longest] with ``attention_mask``, and its first token (:attr:`filler`) in the padding.
         """
         if not self.padded:
             made = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
             return {**{key: torch.from_numpy(value)[None] for key, value in made.items()}, LENGTHS: self.lengths}
         there = np.arange(max(self.lengths)) < np.asarray(self.lengths)[:, None]
-        ids, labels = np.full(there.shape, pad_id, np.int64), np.full(there.shape, IGNORED, np.int64)
+        ids, labels = np.full(there.shape, self.filler, np.int64), np.full(there.shape, IGNORED, np.int64)
         ids[there], labels[there] = self.input_ids, self.labels
         made = {"input_ids": ids, "labels": labels, "attention_mask": there.astype(np.int64)}
         return {**{key: torch.from_numpy(value) for key, value in made.items()}, LENGTHS: self.lengths}
@@ -138,7 +146,8 @@ class MicroBatch:
         missing = tokens - self.tokens
         if missing <= 0:
             return self
-        ids, labels = np.pad(self.input_ids, (0, missing)), np.pad(self.labels, (0, missing), constant_values=IGNORED)
+        ids = np.pad(self.input_ids, (0, missing), constant_values=self.filler)
+        labels = np.pad(self.labels, (0, missing), constant_values=IGNORED)
         return MicroBatch(ids, labels, (*self.lengths, missing), padded=self.padded)
 
     def levelled(self, round_to: int, most: int) -> MicroBatch:
@@ -151,7 +160,7 @@ class MicroBatch:
         count, longest = len(self.lengths), max(self.lengths)
         length = max(longest, min(-(-longest // round_to) * round_to, most // count))
         there = np.arange(length) < np.asarray(self.lengths)[:, None]
-        ids, labels = np.zeros(there.shape, np.int64), np.full(there.shape, IGNORED, np.int64)
+        ids, labels = np.full(there.shape, self.filler, np.int64), np.full(there.shape, IGNORED, np.int64)
         ids[there], labels[there] = self.input_ids, self.labels
         return MicroBatch(ids.reshape(-1), labels.reshape(-1), (length,) * count, padded=self.padded)
 

@@ -227,7 +227,7 @@ def _train_once(
         layout, more = lay_out(config, base.model, fused=reason_unfused is None)
         choices += more
         config = resolved(config, more)
-        data, held_out = _micro_batches(config, proof, tokenizer.pad_token_id)
+        data, held_out = _micro_batches(config, proof)
         config, more = resolve_steps(config, data.per_epoch)
         choices += more
         total = micro_batches_of_run(config, data.per_epoch)
@@ -439,10 +439,10 @@ def _read(
     return tokenizer, proof
 
 
-def _micro_batches(config: Config, proof: Proof, pad_id: int) -> tuple[MicroBatches, MicroBatches | None]:
+def _micro_batches(config: Config, proof: Proof) -> tuple[MicroBatches, MicroBatches | None]:
     """What to train on, and what to evaluate on."""
-    held_out = None if proof.eval is None else micro_batches(proof.eval, config, pad_id)
-    return micro_batches(proof.train, config, pad_id), held_out
+    held_out = None if proof.eval is None else micro_batches(proof.eval, config)
+    return micro_batches(proof.train, config), held_out
 
 
 def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:

@@ -35,7 +35,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 
 def packs(proof: Proof, **changed: Any) -> PackedBatches:
-    values = {"tokens": 512, "pad_id": 2, "seed": 3, "longest": 256, **changed}
+    values = {"tokens": 512, "seed": 3, "longest": 256, **changed}
     return PackedBatches(proof.train, **values)
 
 
@@ -121,7 +121,7 @@ def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
             assert batch["labels"][at + 1 : end].tolist() == expected
             at = end
         assert (batch["labels"][at:] == IGNORED).all()
-        assert (batch["input_ids"][at:] == 2).all()
+        assert (batch["input_ids"][at:] == batch["input_ids"][0]).all()
         assert at == 512 or batch["position_ids"][at] == 0
         assert int(batch["position_ids"].max()) < 256
         assert len(batches.rows(position)) == len(batches.members(position))
@@ -132,7 +132,7 @@ def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedToke
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
     config = Config.make(data=str(file), micro_batch=2)
-    batches = micro_batches(prove(config, tokenizer).train, config, 2)
+    batches = micro_batches(prove(config, tokenizer).train, config)
     assert batches.per_epoch == 1
     assert batches.batch(5)["input_ids"].shape == (1, 64)
     assert (batches.batch(5)["labels"] != IGNORED).sum() == 2  # "b" and the end mark
@@ -140,7 +140,7 @@ def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedToke
 
 def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None:
     config = Config.make(data="rows.jsonl", packing=False, micro_batch=3)
-    batches = micro_batches(proof.train, config, 2)
+    batches = micro_batches(proof.train, config)
     assert batches.per_epoch == 67
     seen = [m for at in range(batches.per_epoch) for m in batches.members(at)]
     assert sorted(seen) == list(range(200))
@@ -153,6 +153,7 @@ def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
         assert batch["labels"][row, 1:n].tolist() == np.where(supervised, ids, IGNORED)[1:].tolist()
         assert (batch["labels"][row, n:] == IGNORED).all()
+        assert (batch["input_ids"][row, n:] == batch["input_ids"][0, 0]).all()
         # pad is the end mark here (SmolLM2): the reply's own stays supervised
         assert batch["labels"][row, n - 2] == 2
 
@@ -178,7 +179,7 @@ def test_rows_of_chat_lengths_are_little_padding() -> None:
 
 def test_rows_hold_a_packs_tokens_and_each_document_once_an_epoch(proof: Proof) -> None:
     config = Config.make(data="rows.jsonl", max_length=256, micro_batch=2, layout="padded", seed=3)
-    batches, again = (micro_batches(proof.train, config, 2) for _ in range(2))
+    batches, again = (micro_batches(proof.train, config) for _ in range(2))
     assert isinstance(batches, GroupedBatches)
     assert batches.fill > 0.9
     n = batches.per_epoch

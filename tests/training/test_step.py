@@ -84,7 +84,7 @@ def expected(
                 parameter.copy_(adapter[name])
             elif "lora_B" in name:
                 parameter.zero_()
-    data = micro_batches(prove(config, tokenizer).train, config, tokenizer.pad_token_id)
+    data = micro_batches(prove(config, tokenizer).train, config)
     window = [int(member) for at in range(config.gradient_accumulation) for member in data.members(at)]
     supervised = sum(int(data.documents[at][1][1:].sum()) for at in window)
     for at in window:

@@ -80,7 +80,7 @@ def command(
         if config.add_tokens is not None:
             add_tokens(tokenizer, config.add_tokens)
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
-        batches = micro_batches(proof.train, config, tokenizer.pad_token_id) if len(proof.train) else None
+        batches = micro_batches(proof.train, config) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)
     lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config)]
     if batches is not None and (line := few_steps(config, batches.per_epoch, proof.facts)) is not None:

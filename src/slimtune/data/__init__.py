@@ -28,7 +28,7 @@ What the other layers call::
     proof.facts                       # rows, tokens, supervised_tokens, dropped, repaired, noted, lengths, key, …
     proof.save_ledger(run / "ledger.jsonl")
 
-    batches = micro_batches(proof.train, config, tokenizer.pad_token_id)       # of packs, or of rows
+    batches = micro_batches(proof.train, config)       # of packs, or of rows
     batches.per_epoch                 # micro-batches in an epoch
     batches.batch(position)           # a trainer's dict (slimtune.batch); position counts micro-batches over all epochs
     batches.rows(position)            # list[Place]: file:line of what is in it

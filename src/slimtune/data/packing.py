@@ -54,8 +54,8 @@ class MicroBatches(ABC):
     per_epoch: int
     """Micro-batches in one epoch; the same in each."""
 
-    def __init__(self, documents: Documents, pad_id: int, seed: int) -> None:
-        self.documents, self.pad_id, self.seed = documents, pad_id, seed
+    def __init__(self, documents: Documents, seed: int) -> None:
+        self.documents, self.seed = documents, seed
 
     @abstractmethod
     def members(self, position: int) -> npt.NDArray[np.int64]:
@@ -67,7 +67,7 @@ class MicroBatches(ABC):
 
     def batch(self, position: int) -> dict[str, Any]:
         """The micro-batch at ``position`` as a trainer hands it through (:meth:`slimtune.batch.MicroBatch.inputs`)."""
-        return self.micro_batch(position).inputs(self.pad_id)
+        return self.micro_batch(position).inputs()
 
     def _documents(self, position: int) -> MicroBatch:
         """The documents at ``position``, as rows."""
@@ -104,12 +104,11 @@ class FilledBatches(MicroBatches):
     Args:
         documents: What to fill in; none is longer than ``tokens``.
         tokens: T, the tokens of a micro-batch.
-        pad_id: What fills the rest; never supervised.
         seed: The run's seed.
     """
 
-    def __init__(self, documents: Documents, *, tokens: int, pad_id: int, seed: int) -> None:
-        super().__init__(documents, pad_id, seed)
+    def __init__(self, documents: Documents, *, tokens: int, seed: int) -> None:
+        super().__init__(documents, seed)
         self.tokens = tokens
         self._lengths = documents.lengths
         shuffled = np.random.default_rng([seed, 0]).permutation(len(documents))
@@ -172,7 +171,7 @@ class PackedBatches(FilledBatches):
         missing = self.tokens - filled.tokens
         padding = [min(self._longest, missing - at) for at in range(0, missing, self._longest)]
         return MicroBatch(
-            np.pad(filled.input_ids, (0, missing), constant_values=self.pad_id),
+            np.pad(filled.input_ids, (0, missing), constant_values=filled.filler),
             np.pad(filled.labels, (0, missing), constant_values=IGNORED),
             (*filled.lengths, *padding),
         )
@@ -209,8 +208,8 @@ class PaddedBatches(MicroBatches):
     The last batch of an epoch may be smaller.
     """
 
-    def __init__(self, documents: Documents, *, batch_size: int, pad_id: int, seed: int) -> None:
-        super().__init__(documents, pad_id, seed)
+    def __init__(self, documents: Documents, *, batch_size: int, seed: int) -> None:
+        super().__init__(documents, seed)
         self.batch_size = batch_size
         self.per_epoch = -(-len(documents) // batch_size)
         self._order = lru_cache(maxsize=2)(
@@ -226,17 +225,17 @@ class PaddedBatches(MicroBatches):
         return self._documents(position)
 
 
-def micro_batches(documents: Documents, config: Config, pad_id: int) -> MicroBatches:
+def micro_batches(documents: Documents, config: Config) -> MicroBatches:
     """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded rows.
 
     Packs of a file that doesn't fill one have its size: what is padded is computed like any token.
     """
     if not config.packing:
-        return PaddedBatches(documents, batch_size=config.micro_batch, pad_id=pad_id, seed=config.seed)
+        return PaddedBatches(documents, batch_size=config.micro_batch, seed=config.seed)
     if config.layout in ("padded", "alone"):
-        return GroupedBatches(documents, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed)
+        return GroupedBatches(documents, tokens=config.batch_tokens, seed=config.seed)
     tokens = min(config.batch_tokens, -(-documents.tokens // _TILE) * _TILE)
-    return PackedBatches(documents, tokens=tokens, pad_id=pad_id, seed=config.seed, longest=config.max_length)
+    return PackedBatches(documents, tokens=tokens, seed=config.seed, longest=config.max_length)
 
 
 def assign_rows(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[npt.NDArray[np.int64], int]:
