@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from bench import DTYPE, Case, main
 
-from slimtune.engine.kernels import nf4, reference
+from slimtune.engine.kernels import nf4, reference_nf4
 
 
 def bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, nested: nf4.NestedScales, shape: tuple[int, int]):
@@ -35,10 +35,10 @@ def cases() -> Iterator[Case]:
             lambda p=packed, a=absmax, k=options, o=out: nf4.dequantize(p, a, **k, out=o),
             bitsandbytes(packed, absmax, nested, shape)
             if find_spec("bitsandbytes")
-            else lambda p=packed, a=absmax, k=options: reference.dequantize(p, a, **k),
+            else lambda p=packed, a=absmax, k=options: reference_nf4.dequantize(p, a, **k),
             rows * columns * 5 // 2 + blocks,
             lambda p=packed, a=absmax, k=options, o=out: nf4.dequantize(p, a, **k, out=o),
-            lambda p=packed, a=absmax, k=options: reference.dequantize(p, a, **k),
+            lambda p=packed, a=absmax, k=options: reference_nf4.dequantize(p, a, **k),
             bound=0.0,
         )
 

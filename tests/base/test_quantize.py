@@ -15,7 +15,7 @@ from slimtune.base import load, quantize, quantizer
 from slimtune.base.load import Base, load_base
 from slimtune.base.packed import Nf4Tensor, misreads_partial_blocks
 from slimtune.base.quantize import bytes_by_part, fingerprint
-from slimtune.engine.kernels import reference
+from slimtune.engine.kernels import reference_nf4
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
@@ -67,7 +67,7 @@ def test_wrapping_does_not_change_the_fingerprint(base: Base) -> None:
 def test_what_bitsandbytes_misreads_is_known() -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
-    right = reference.dequantize(packed, state.absmax, shape=(6, 96), dtype=torch.float32)
+    right = reference_nf4.dequantize(packed, state.absmax, shape=(6, 96), dtype=torch.float32)
     assert misreads_partial_blocks() != torch.allclose(dequantize_4bit(packed, state), right, atol=1e-5)
 
 

@@ -68,7 +68,7 @@ def launch_everything() -> None:
     rstd = norm.norm_forward(few, weight, 1e-5, residual=few, centred=True)[2]
     norm.norm_backward(few, few, weight, rstd, dresidual=few, centred=True)
     gates = zeros(64, 2 * inner).chunk(2, dim=1)
-    mlp.swiglu_backward_(mlp.swiglu_forward(*gates), *gates, h=zeros(64, inner))
+    mlp.gated_backward_(mlp.gated_forward(*gates), *gates, h=zeros(64, inner))
     q, k, v, head = zeros(64, 16, 128), zeros(64, 4, 128), zeros(64, 4, 128), zeros(128)
     table, ids = zeros(64, 64, dtype=torch.float32), torch.arange(64)
     rope.rope_(q, k, table, table, ids)

@@ -22,7 +22,7 @@ from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs
 from slimtune.engine.kernels.reference_experts import Routes
 from slimtune.engine.kernels.reference_mlp import Activation
 
-__all__ = ["Activation", "gated_backward_", "gated_forward", "swiglu_backward_", "swiglu_forward"]
+__all__ = ["Activation", "gated_backward_", "gated_forward"]
 
 
 @jit
@@ -159,7 +159,3 @@ def gated_backward_(
         GELU=activation == "gelu_tanh", WITH_H=h is not None, WEIGHTED=weights is not None, WITH_DW=dw is not None,
         SPAN=span, BLOCK=block, ALIGN=row_alignment(dh, gate, up, h), num_warps=block // 512, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-swiglu_forward, swiglu_backward_ = gated_forward, gated_backward_
-"""The names by which the dense layer calls them."""

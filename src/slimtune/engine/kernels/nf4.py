@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels import reference, reference_experts
+from slimtune.engine.kernels import reference_nf4 as reference
 from slimtune.engine.kernels._triton import cdiv, jit, runs_on_triton, tl
 from slimtune.engine.kernels.formats import NF4_CODE, NestedScales
 
@@ -85,7 +85,7 @@ def dequantize(
     blocksize: int = 64,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`slimtune.engine.kernels.reference.dequantize`.
+    """See :func:`slimtune.engine.kernels.reference_nf4.dequantize`.
 
     in_features that isn't a multiple of 8, or rows of ``out`` that don't start at one, take the reference path.
     """
@@ -110,13 +110,13 @@ def dequantize_stack(
     blocksize: int = 64,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`slimtune.engine.kernels.reference_experts.dequantize_stack`.
+    """See :func:`slimtune.engine.kernels.reference_nf4.dequantize_stack`.
 
     The reference path is taken as by :func:`dequantize`, and where matrices of ``out`` don't start at a multiple of 8.
     """
     weight = torch.empty(packed.shape[0], *shape, dtype=dtype, device=packed.device) if out is None else out
     if not runs_on_triton(packed) or any(n % 8 for n in (shape[1], *weight.stride()[:2])):
-        return reference_experts.dequantize_stack(
+        return reference.dequantize_stack(
             packed, absmax, shape=shape, dtype=dtype, nested=nested, blocksize=blocksize, out=weight
         )
     _launch(packed, absmax, nested, blocksize, weight)

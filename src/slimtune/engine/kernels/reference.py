@@ -22,12 +22,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels.formats import BLOCK, HALVES, NF4_CODE, ZERO_CODE, AdamWState, NestedScales, Pairs
+from slimtune.engine.kernels.formats import BLOCK, HALVES, ZERO_CODE, AdamWState, Pairs
 
 __all__ = [
     "adamw_step_",
     "clip_factor",
-    "dequantize",
     "dropout_keep",
     "global_norm",
     "lora_down",
@@ -51,46 +50,6 @@ def _wide(x: Tensor) -> Tensor:
 def _store(value: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
     """``value`` rounded to the dtype of ``like``, in ``out`` if there is one."""
     return value.to(like.dtype) if out is None else out.copy_(value)
-
-
-# -- NF4 ---------------------------------------------------------------------------------------------------------------
-
-
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    *,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    nested: NestedScales | None = None,
-    blocksize: int = 64,
-    out: Tensor | None = None,
-) -> Tensor:
-    """NF4 weight [out_features, in_features] in ``dtype``, equal to bitsandbytes' ``dequantize_4bit`` to the bit.
-
-    Args:
-        packed: uint8, two codes to a byte, the earlier one in the high bits; any shape of out x in / 2 elements.
-        absmax: Block scales: float32, or uint8 codes when ``nested`` is given.
-        shape: (out_features, in_features); in_features is even.
-        dtype: Dtype of the result when ``out`` isn't given.
-        nested: The scales' own quantisation.
-        blocksize: Weights that share a block scale.
-        out: [out_features, in_features] to write into.
-    """
-    if nested is not None:
-        scales = nested.code[absmax.int()].view(-1)
-        repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
-        absmax = scales * repeated + nested.offset
-    code = torch.tensor(NF4_CODE, device=packed.device)
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
-    values = torch.nn.functional.embedding(packed.view(-1).int(), pairs).view(-1)
-    full = values.numel() // blocksize * blocksize
-    scaled = values[:full].view(-1, blocksize).mul_(absmax[: full // blocksize, None])
-    if full < values.numel():
-        values[full:] *= absmax[full // blocksize]
-        scaled = values
-    weight = scaled.view(shape)
-    return weight.to(dtype) if out is None else out.copy_(weight)
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels.formats import NestedScales
 from slimtune.engine.kernels.reference import _store as store
 from slimtune.engine.kernels.reference import _wide as wide
-from slimtune.engine.kernels.reference import dequantize
 
-__all__ = ["Routes", "combine", "dequantize_stack", "gather_rows", "row_dot", "sort_by_expert"]
+__all__ = ["Routes", "combine", "gather_rows", "row_dot", "sort_by_expert"]
 
 
 @dataclass(frozen=True)
@@ -112,35 +110,3 @@ def row_dot(a: Tensor, b: Tensor, routes: Routes, *, out: Tensor | None = None) 
     """
     products = (wide(a) * wide(b)).sum(-1)[routes.place]
     return products if out is None else out.copy_(products)
-
-
-# -- NF4 ---------------------------------------------------------------------------------------------------------------
-
-
-def dequantize_stack(
-    packed: Tensor,
-    absmax: Tensor,
-    *,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    nested: NestedScales | None = None,
-    blocksize: int = 64,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A stack of NF4 weights [stack, out_features, in_features], each as ``reference.dequantize`` makes it.
-
-    Args:
-        packed: uint8 [stack, bytes], each matrix filled up to whole blocks.
-        absmax: [stack, blocks], as there.
-        shape: (out_features, in_features) of one matrix; in_features is even.
-        dtype: Dtype of the result when ``out`` isn't given.
-        nested: The scales' own quantisation: absmax [stack, blocks / 256 rounded up], one code, offset [stack].
-        blocksize: Weights that share a block scale.
-        out: [stack, out_features, in_features] to write into.
-    """
-    size = shape[0] * shape[1] // 2
-    weight = torch.empty(packed.shape[0], *shape, dtype=dtype, device=packed.device) if out is None else out
-    for index, (codes, scales) in enumerate(zip(packed, absmax, strict=True)):
-        own = nested and NestedScales(nested.absmax[index], nested.code, nested.offset[index], nested.blocksize)
-        dequantize(codes[:size], scales, shape=shape, dtype=dtype, nested=own, blocksize=blocksize, out=weight[index])
-    return weight
