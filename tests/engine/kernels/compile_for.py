@@ -13,9 +13,25 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from slimtune.engine.kernels import _triton, adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, router, routing
+from slimtune.engine.kernels import (
+    _triton,
+    adamw8bit,
+    cross_entropy,
+    grouped,
+    grouped_lora,
+    lora,
+    mlp,
+    nf4,
+    norm,
+    rope,
+    router,
+    routing,
+)
 from slimtune.engine.kernels.formats import Pairs
 
+KERNEL_MODULES = (
+    adamw8bit, cross_entropy, grouped, grouped_lora, lora, mlp, nf4, norm, rope, router, routing
+)  # fmt: skip
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 
 
@@ -43,7 +59,7 @@ def compile_instead_of_running() -> None:
 
     jit.JITFunction.run = warm_up
     driver.set_active(NoDevice())
-    for module in (adamw8bit, cross_entropy, lora, mlp, nf4, norm, rope, router, routing):
+    for module in KERNEL_MODULES:
         module.runs_on_triton = lambda x: True
 
 
@@ -105,6 +121,15 @@ def launch_experts() -> None:
     for choice, bias, scale in ((router.Choice(slots), None, weight), (groups, weight, None)):
         chosen = router.choose(logits, choice, bias=bias, expert_scale=scale)[1]
         router.choose_backward(weights, logits, chosen, choice, expert_scale=scale)
+    for size in (hidden, hidden + 8):  # an expert of sixteen tokens, and of a thousand
+        stack = zeros(count if size == hidden else 2, 64, size)
+        y = grouped.grouped_forward(zeros(tokens * slots, size), stack, routes.ends)
+        grouped.grouped_backward(y, stack, routes.ends)
+    for rank in (8, 64):
+        a, b = (zeros(count, *shape, dtype=torch.float32) for shape in ((rank, hidden), (hidden, rank)))
+        u = grouped_lora.expert_down(rows, a, routes.ends)
+        grouped_lora.expert_down_backward_(u, rows, a, routes.ends, da=a, dx=rows)
+        grouped_lora.expert_up_backward_(rows, u, routes.ends, 1.0, db=b)
     gates, dw = zeros(tokens * slots, 2 * 768).chunk(2, dim=1), zeros(tokens, slots, dtype=torch.float32)
     h = mlp.gated_forward(*gates, activation="gelu_tanh")
     mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)

@@ -9,6 +9,7 @@ this CPU path looks at them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,18 @@ from torch import Tensor
 from slimtune.engine.kernels.reference import _store as store
 from slimtune.engine.kernels.reference import _wide as wide
 
-__all__ = ["Routes", "combine", "gather_rows", "row_dot", "sort_by_expert"]
+__all__ = [
+    "Routes",
+    "combine",
+    "expert_down",
+    "expert_down_backward_",
+    "expert_up_backward_",
+    "gather_rows",
+    "grouped_backward",
+    "grouped_forward",
+    "row_dot",
+    "sort_by_expert",
+]
 
 
 @dataclass(frozen=True)
@@ -110,3 +122,101 @@ def row_dot(a: Tensor, b: Tensor, routes: Routes, *, out: Tensor | None = None) 
     """
     products = (wide(a) * wide(b)).sum(-1)[routes.place]
     return products if out is None else out.copy_(products)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which."""
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+def grouped_forward(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """y [R, N]: each row times its expert's matrix, W[e] x[r].
+
+    Args:
+        rows: [R, K], sorted by expert.
+        weights: [E, N, K] with any row and matrix stride, in the rows' dtype.
+        ends: int32 [E], the row after each expert's last; the last of them is R.
+    """
+    y = rows.new_empty(rows.shape[0], weights.shape[1])
+    for expert, own in _slices(ends):
+        torch.mm(rows[own], weights[expert].t(), out=y[own])
+    return y
+
+
+def grouped_backward(dy: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """dx [R, K] of :func:`grouped_forward`, W[e] transposed times dy[r]; the matrices are frozen.
+
+    Args:
+        dy: [R, N].
+        weights: [E, N, K], the forward's.
+        ends: int32 [E], the forward's.
+    """
+    dx = dy.new_empty(dy.shape[0], weights.shape[2])
+    for expert, own in _slices(ends):
+        torch.mm(dy[own], weights[expert], out=dx[own])
+    return dx
+
+
+def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None, ones: bool = False) -> Tensor:
+    """u[r] = A[e] x[r], for experts with adapters of their own.
+
+    Args:
+        x: [R, K], sorted by expert.
+        a: [E, r, K]; any float dtype, rounded to x's before the product.
+        ends: int32 [E], the row after each expert's last.
+        out: [R, r] that takes u, or wider: the columns after u become zero.
+        ones: The column after u becomes one instead (it multiplies a bias).
+
+    Returns:
+        u [R, r] in x's dtype, or ``out``.
+    """
+    rank = a.shape[1]
+    u = x.new_empty(x.shape[0], rank) if out is None else out
+    u[:, rank:] = 0.0
+    if ones:
+        u[:, rank] = 1.0
+    for expert, own in _slices(ends):
+        u[own, :rank] = (wide(x[own]) @ wide(a[expert].to(x.dtype)).T).to(u.dtype)
+    return u
+
+
+def expert_down_backward_(
+    du: Tensor, x: Tensor, a: Tensor, ends: Tensor, *, da: Tensor | None, dx: Tensor | None
+) -> None:
+    """Backward of :func:`expert_down` with the same arguments: adds to da and to dx.
+
+    Args:
+        du: [R, r].
+        x: [R, K], as the forward took it.
+        a: [E, r, K], as the forward took it.
+        ends: int32 [E].
+        da: float32 [E, r, K]; the sum of du[r] x[r] over an expert's rows is added to it.
+        dx: [R, K] in x's dtype; A[e] transposed times du[r] is added to it.
+    """
+    for expert, own in _slices(ends):
+        d = wide(du[own])
+        if da is not None:
+            da[expert].add_(d.T @ wide(x[own]))
+        if dx is not None:
+            dx[own] = (wide(dx[own]) + d @ wide(a[expert].to(x.dtype))).to(dx.dtype)
+
+
+def expert_up_backward_(dy: Tensor, u: Tensor, ends: Tensor, scaling: float, *, db: Tensor) -> None:
+    """Add scaling x the sum of dy[r] u[r] over each expert's rows to db.
+
+    Args:
+        dy: [R, N], the gradient of the experts' output.
+        u: [R, r], as :func:`expert_down` gave it; times the row's weight where dy is without it.
+        ends: int32 [E].
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        db: float32 [E, N, r].
+    """
+    for expert, own in _slices(ends):
+        db[expert].add_(wide(dy[own]).T @ wide(u[own]), alpha=scaling)

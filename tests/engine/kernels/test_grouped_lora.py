@@ -1,0 +1,57 @@
+"""The experts' own adapters against float64 and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slimtune.engine.kernels import grouped_lora
+from tests.engine.kernels.maker import Maker
+from tests.engine.kernels.test_grouped import COUNTS, ends_of
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(("rank", "tail", "ones"), [(8, 0, False), (4, 4, True), (24, 8, False)])
+def test_down(make: Maker, counts: tuple[int, ...], rank: int, tail: int, ones: bool) -> None:
+    ends, expert = ends_of(counts, make.device)
+    x = make.strided_copy(make(len(expert), 200))
+    a = make(len(counts), rank, 200, dtype=torch.float32)
+    out = make.strided(len(expert), rank + tail)
+    u = grouped_lora.expert_down(x, a, ends, out=out, ones=ones)
+    assert u.data_ptr() == out.data_ptr()
+    want = torch.einsum("rk,rnk->rn", x.double(), a.to(make.dtype).double()[expert])
+    assert_close(u[:, :rank], want, dtype=make.dtype)
+    assert (u[:, rank:] == torch.tensor([float(ones)] + [0.0] * (tail - 1))[:tail].to(u)).all()
+    assert torch.isnan(out._base[:, rank + tail :]).all(), "wrote outside its columns"
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("rank", [8, 24])
+@pytest.mark.parametrize("what", ["da", "dx", "both"])
+def test_down_backward_adds_the_gradients(make: Maker, counts: tuple[int, ...], rank: int, what: str) -> None:
+    ends, expert = ends_of(counts, make.device)
+    x, du = make.strided_copy(make(len(expert), 200)), make.strided_copy(make(len(expert), rank))
+    a = make(len(counts), rank, 200, dtype=torch.float32)
+    leaves = x.double().requires_grad_(), a.to(make.dtype).double().requires_grad_()
+    torch.einsum("rk,rnk->rn", leaves[0], leaves[1][expert]).backward(du.double())
+    da = make(*a.shape, dtype=torch.float32) if what != "dx" else None
+    dx = make.strided_copy(make(*x.shape)) if what != "da" else None
+    want_da = None if da is None else da.double() + leaves[1].grad
+    want_dx = None if dx is None else dx.double() + leaves[0].grad
+    grouped_lora.expert_down_backward_(du, x, a, ends, da=da, dx=dx)
+    if da is not None:
+        assert_close(da, want_da, dtype=torch.float32)
+    if dx is not None:
+        assert_close(dx, want_dx, dtype=make.dtype)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_up_backward_adds_the_gradient(make: Maker, counts: tuple[int, ...]) -> None:
+    ends, expert = ends_of(counts, make.device)
+    dy, u = make.strided_copy(make(len(expert), 200)), make.strided_copy(make(len(expert), 8))
+    db = make(len(counts), 200, 8, dtype=torch.float32)
+    want = db.double()
+    want.index_add_(0, expert, 2.0 * torch.einsum("rn,rk->rnk", dy.double(), u.double()))
+    grouped_lora.expert_up_backward_(dy, u, ends, 2.0, db=db)
+    assert_close(db, want, dtype=torch.float32)
