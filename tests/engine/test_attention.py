@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimtune.engine import attention as attention_module
-from slimtune.engine.attention import Attention, Documents, Way, choose, efficient_is_right
+from slimtune.engine.attention import Attention, Documents, Way, choose, is_right
 
 HEADS, DIM = 6, 16
 LENGTHS = (9, 9, 1, 130, 4)
@@ -20,7 +20,14 @@ def inputs(kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return list(fused.split([HEADS, kv_heads, kv_heads], dim=1))
 
 
-def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def expected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q kᵀ / 4) v over the pack, everything outside the documents masked."""
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     place = torch.arange(sum(LENGTHS))
@@ -30,15 +37,29 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
     share = HEADS // k.shape[1]
     k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     scores = torch.einsum("tnd,snd->nts", q, k) * 0.25
-    return torch.einsum("nts,snd->tnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True) + (0.0 if sinks is None else sinks.exp()[:, None, None])
+    return torch.einsum("nts,snd->tnd", weights / total, v)
 
 
-def compare(way: Way, device: str, dtype: torch.dtype, kv_heads: int, window: int | None, room: int = 0) -> list[float]:
+def compare(
+    way: Way,
+    device: str,
+    dtype: torch.dtype,
+    kv_heads: int,
+    window: int | None,
+    room: int = 0,
+    softcap: float | None = None,
+    sunk: bool = False,
+) -> list[float]:
     """Relative errors of o, dq, dk and dv."""
     q, k, v = (x.to(device) for x in inputs(kv_heads, dtype))
     # As a recorded graph has them: the boundaries go on, and the longest is rounded up, but not past the tokens.
     ends = torch.tensor([0, *LENGTHS, 0, 0]).cumsum(0).int().to(device)
-    attention = Attention(Documents(LENGTHS, ends, sum(LENGTHS), room), way, 0.25, window)
+    sinks = torch.linspace(-1, 2, HEADS, dtype=dtype, device=device) if sunk else None
+    attention = Attention(Documents(LENGTHS, ends, sum(LENGTHS), room), way, 0.25, window, softcap, sinks)
     o, saved = attention.forward(q, k, v)
     do = torch.randn(o.shape, dtype=torch.float64).to(device, dtype)
     # do and o are the first columns of wider buffers, as the engine has them.
@@ -47,7 +68,7 @@ def compare(way: Way, device: str, dtype: torch.dtype, kv_heads: int, window: in
     grads = attention.backward(do, q, k, v, o, saved)
 
     wide = [x.double().cpu().requires_grad_() for x in (q, k, v)]
-    want = expected(*wide, window)
+    want = expected(*wide, window, softcap, None if sinks is None else sinks.double().cpu())
     want.backward(do.double().cpu())
     pairs = list(zip((o, *grads), (want.detach(), *(x.grad for x in wide)), strict=True))
     assert all(actual.dtype == dtype for actual, _ in pairs)
@@ -63,6 +84,38 @@ def test_forward_and_backward(dtype: torch.dtype, bound: float, kv_heads: int, w
     assert max(compare("torch", "cpu", dtype, kv_heads, window)) < bound
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("softcap", "sunk"), [(2.0, False), (None, True), (3.0, True)])
+@pytest.mark.parametrize(
+    ("way", "device", "dtype", "bound"),
+    [
+        ("torch", "cpu", torch.float64, 1e-12),
+        ("torch", "cpu", torch.bfloat16, 2e-2),
+        ("triton", "cpu", torch.float64, 1e-12),  # the kernel's specification
+        pytest.param("torch", "cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", torch.bfloat16, 1e-2, marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", torch.float16, 3e-3, marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", torch.float32, 1e-5, marks=pytest.mark.gpu),
+        pytest.param("varlen", "cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_soft_caps_and_sinks(
+    way: Way, device: str, dtype: torch.dtype, bound: float, softcap: float | None, sunk: bool, window: int | None
+) -> None:
+    if way == "varlen" and softcap is not None:
+        with pytest.raises(ValueError, match="no soft cap"):
+            compare(way, device, dtype, 2, window, softcap=softcap, sunk=sunk)
+    else:
+        assert max(compare(way, device, dtype, 2, window, softcap=softcap, sunk=sunk)) < bound
+
+
+def test_a_way_that_has_no_sinks_says_so() -> None:
+    documents = Documents(LENGTHS, torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))
+    with pytest.raises(ValueError, match="no sinks"):
+        Attention(documents, "cudnn", 0.25, sinks=torch.zeros(HEADS))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize("kv_heads", [6, 2])
@@ -75,6 +128,9 @@ def test_forward_and_backward(dtype: torch.dtype, bound: float, kv_heads: int, w
         ("efficient", torch.float16, 3e-3),
         ("varlen", torch.float16, 3e-3),
         ("varlen", torch.bfloat16, 2e-2),
+        ("triton", torch.bfloat16, 1e-2),
+        ("triton", torch.float16, 3e-3),
+        ("triton", torch.float32, 1e-5),
     ],
     ids=str,
 )
@@ -85,19 +141,22 @@ def test_forward_and_backward_on_a_gpu(
         assert max(compare(way, "cuda", dtype, kv_heads, window, room)) < bound
 
 
+H100, T4 = (9, 0), (7, 5)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "lengths", "way"),
     [
-        ((9, 0), torch.bfloat16, 128, (2048, 2048), "cudnn"),
-        ((9, 0), torch.bfloat16, 128, (2047, 2047), "varlen"),  # a length that comes once
-        ((9, 0), torch.bfloat16, 128, (16,), "varlen"),
+        (H100, torch.bfloat16, 128, (2048, 2048), "cudnn"),
+        (H100, torch.bfloat16, 128, (2047, 2047), "varlen"),  # a length that comes once
+        (H100, torch.bfloat16, 128, (16,), "varlen"),
         ((8, 6), torch.float16, 64, (64, 128), "varlen"),
-        ((9, 0), torch.bfloat16, 512, (64, 64), "efficient"),
-        ((9, 0), torch.float32, 128, (64, 64), "efficient"),
-        ((7, 5), torch.float16, 128, (64, 64), "efficient"),  # a T4
-        ((7, 5), torch.bfloat16, 128, (64, 64), "torch"),
-        ((9, 0), torch.float64, 128, (64, 64), "torch"),
-        ((9, 0), torch.bfloat16, 20, (64, 64), "torch"),
+        (H100, torch.bfloat16, 512, (64, 64), "triton"),
+        (H100, torch.float32, 128, (64, 64), "efficient"),
+        (T4, torch.float16, 128, (64, 64), "efficient"),
+        (T4, torch.bfloat16, 128, (64, 64), "torch"),
+        (H100, torch.float64, 128, (64, 64), "torch"),
+        (H100, torch.bfloat16, 20, (64, 64), "triton"),
     ],
 )
 def test_each_device_gets_the_fastest_way_that_it_has(
@@ -109,9 +168,42 @@ def test_each_device_gets_the_fastest_way_that_it_has(
     way: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention_module, "efficient_is_right", lambda *_: True)
+    monkeypatch.setattr(attention_module, "is_right", lambda *_: True)
     assert choose(torch.device("cuda"), dtype, head_dim, lengths) == way
     assert choose(torch.device("cpu"), dtype, head_dim, lengths) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "softcap", "sunk", "right", "without"),
+    [
+        (H100, torch.bfloat16, 128, 50.0, False, "triton", "torch"),
+        (H100, torch.bfloat16, 64, None, True, "triton", "varlen"),  # sinks are put into FlashAttention-2's logsumexp
+        (H100, torch.bfloat16, 64, 50.0, True, "triton", "torch"),
+        (H100, torch.bfloat16, 512, None, False, "triton", "efficient"),
+        (H100, torch.float32, 64, 50.0, False, "triton", "torch"),
+        (T4, torch.float16, 64, None, True, "triton", "torch"),
+    ],
+)
+def test_what_pytorch_has_no_kernel_for(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    softcap: float | None,
+    sunk: bool,
+    right: str,
+    without: str,
+) -> None:
+    """Triton's kernel, where it is there and right; ``without`` it what is left."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    sinks = torch.zeros(4) if sunk else None
+    for found, way in ((True, right), (False, without)):
+        monkeypatch.setattr(attention_module, "is_right", lambda way, *_, found=found: found or way != "triton")
+        assert choose(torch.device("cuda"), dtype, head_dim, (64, 64), softcap=softcap, sinks=sinks) == way
+
+
+def test_without_triton_its_kernel_is_not_taken() -> None:
+    assert not is_right("triton", torch.device("cpu"), torch.bfloat16, 64)
 
 
 def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +213,8 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.
         with monkeypatch.context() as patch:
             for name, function in {"forward": Attention._torch_forward, "backward": backward, **replaced}.items():
                 patch.setattr(Attention, f"_efficient_{name}", function)
-            efficient_is_right.cache_clear()
-            return efficient_is_right(torch.device("cpu"), torch.float32, 16)
+            is_right.cache_clear()
+            return is_right("efficient", torch.device("cpu"), torch.float32, 16)
 
     def backward(self: Attention, *arguments: Any) -> Any:
         return self._torch_backward(*arguments)
@@ -139,17 +231,27 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.
         assert not verdict(backward=off)
     with pytest.warns(UserWarning, match="plain products"):
         assert not verdict(forward=missing)
-    efficient_is_right.cache_clear()
+    is_right.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(attention_module, "efficient_is_right", lambda *_: False)
+    monkeypatch.setattr(attention_module, "is_right", lambda *_: False)
     assert choose(torch.device("cuda"), torch.float16, 64, (8,)) == "torch"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_memory_efficient_kernel_is_right_here(dtype: torch.dtype, head_dim: int) -> None:
-    assert efficient_is_right(torch.device("cuda"), dtype, head_dim)
+@pytest.mark.parametrize(
+    ("way", "dtype", "head_dim", "softcap", "sinks"),
+    [
+        ("efficient", torch.float16, 64, False, False),
+        ("efficient", torch.float32, 128, False, False),
+        ("triton", torch.bfloat16, 64, False, True),
+        ("triton", torch.bfloat16, 256, True, False),
+        ("triton", torch.bfloat16, 512, False, False),
+        ("triton", torch.bfloat16, 80, True, True),
+        ("triton", torch.float32, 64, True, True),
+    ],
+)
+def test_kernels_are_right_here(way: Way, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool) -> None:
+    assert is_right(way, torch.device("cuda"), dtype, head_dim, softcap, sinks)
 
 
 @pytest.mark.parametrize(

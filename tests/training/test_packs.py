@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 )
 
 from slimtune.engine.attention import Documents
+from slimtune.training import packs
 from slimtune.training.packs import (
     NAME,
     CannotPack,
@@ -31,7 +32,6 @@ from tests.tolerances import assert_close
 
 LENGTHS = (17, 5, 30, 1, 8, 3)
 TOKENS = sum(LENGTHS)
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def documents(device: str = "cpu") -> Documents:
@@ -76,7 +76,9 @@ PATTERNS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    ("device", "way"), [("cpu", None), ("cpu", "triton"), pytest.param("cuda", None, marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize(
     ("pattern", "heads", "sizes", "softcap", "sinks"),
     [
@@ -92,8 +94,18 @@ PATTERNS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
     ],
 )
 def test_forward_and_backward(
-    device: str, pattern: str, heads: tuple[int, int], sizes: tuple[int, int], softcap: float | None, sinks: bool
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    way: str | None,
+    pattern: str,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    softcap: float | None,
+    sinks: bool,
 ) -> None:
+    """``way``: as if the engine had this one for the device; on a CPU the kernel's specification is computed."""
+    if way is not None:
+        monkeypatch.setattr(packs, "choose", lambda *_, **__: way)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     shapes = [(1, heads[0], TOKENS, sizes[0]), (1, heads[1], TOKENS, sizes[0]), (1, heads[1], TOKENS, sizes[1])]

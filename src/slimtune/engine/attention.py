@@ -1,6 +1,6 @@
 """Causal attention inside each document, forward and backward, without autograd.
 
-Four ways to compute it, chosen by :func:`choose`:
+Five ways to compute it, chosen by :func:`choose`:
 
 - ``cudnn``: all documents are rows of one length, and that a round one (a pack of full rows); PyTorch's cuDNN kernel,
   the fastest, which builds a plan for each new length: rows as long as their texts happen to be would pay for it at
@@ -8,12 +8,16 @@ Four ways to compute it, chosen by :func:`choose`:
 - ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
   it reads on the device, so a CUDA graph follows new lengths.
 - ``efficient``: PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and its like, 32 bits.
-  It is compared with plain products once, on the device itself (:func:`efficient_is_right`). Its memory grows with
+  It is compared with plain products once, on the device itself (:func:`is_right`). Its memory grows with
   documents x the longest one: where there is room for that it takes all of them, and reads their boundaries on the
   device, as FlashAttention-2 does; else the host gives it a few neighbours at a time (:attr:`Documents.runs`).
+- ``triton``: soft caps, sinks and heads of more than 256, which PyTorch's kernels don't take; slimtune's own kernel
+  (:mod:`slimtune.engine.kernels.attention`), which reads the boundaries on the device. It is compared likewise.
 - ``torch``: anything else (a CPU, 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain matrix
-  products where a sliding window is shorter than a document. The host goes over the documents, so no CUDA graph can
-  follow new lengths.
+  products where a sliding window is shorter than a document or scores have a soft cap. The host goes over the
+  documents, so no CUDA graph can follow new lengths.
+
+What is computed: :mod:`slimtune.engine.kernels.reference_attention`.
 
 Shapes: T tokens, N heads, K kv heads, D head dimension.
 """
@@ -29,9 +33,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "efficient_is_right", "padded_tokens"]
+from slimtune.engine.kernels import attention as kernel
+from slimtune.engine.kernels import reference_attention as reference
+from slimtune.engine.kernels._triton import TritonError
+from slimtune.engine.kernels.reference_attention import as_many_heads
 
-Way = Literal["cudnn", "varlen", "efficient", "torch"]
+__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "is_right", "padded_tokens"]
+
+Way = Literal["cudnn", "varlen", "efficient", "triton", "torch"]
 
 ROUND = 64
 """Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
@@ -96,18 +105,32 @@ def padded_tokens(documents: int, longest: int) -> int:
     return documents * -(-longest // _EFFICIENT_BLOCK) * _EFFICIENT_BLOCK
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, lengths: tuple[int, ...]) -> Way:
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    lengths: tuple[int, ...],
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Way:
     """The fastest way that computes documents of these lengths on this device."""
-    if device.type != "cuda" or dtype == torch.float64 or head_dim % 8:
+    if device.type != "cuda" or dtype == torch.float64:
         return "torch"
     old = torch.cuda.get_device_capability(device)[0] < 8  # FlashAttention-2's, cuDNN's and bf16's kernels begin there
     if old and dtype == torch.bfloat16:
         return "torch"
-    if old or dtype == torch.float32 or head_dim > 256:
-        return "efficient" if efficient_is_right(device, dtype, head_dim) else "torch"
-    if len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128:
-        return "cudnn"
-    return "varlen"
+    narrow = old or dtype == torch.float32
+    flash = softcap is None and head_dim % 8 == 0 and head_dim <= 256 and not narrow
+    if flash and sinks is None:
+        return "cudnn" if len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128 else "varlen"
+    ways: tuple[Way, ...] = ("efficient", "triton") if narrow else ("triton", "efficient")
+    if softcap is not None or sinks is not None or head_dim % 8:
+        ways = ("triton",)
+    for way in ways:
+        if is_right(way, device, dtype, head_dim, softcap is not None, sinks is not None):
+            return way
+    return "varlen" if flash else "torch"
 
 
 @dataclass(frozen=True)
@@ -119,17 +142,33 @@ class Attention:
         way: How to compute it.
         scale: What the scores are multiplied with.
         window: Sliding window in tokens, or None.
+        softcap: Scores are softcap · tanh(score / softcap); None: as they are. By ``triton`` and ``torch`` alone.
+        sinks: One logit a query head, [N], that takes its share of the softmax and gives no value; frozen here.
+            By ``triton``, ``varlen`` and ``torch`` alone, whose logsumexp they are put into.
     """
 
     documents: Documents
     way: Way
     scale: float
     window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.way not in ("triton", "torch"):
+            raise ValueError(f"{self.way} attention has no soft cap")
+        if self.sinks is not None and self.way not in ("triton", "varlen", "torch"):
+            raise ValueError(f"{self.way} attention has no sinks")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """o [T, N, D] of q [T, N, D], k and v [T, K, D], and what the backward needs besides them."""
         if self.way == "varlen":
             return self._varlen_forward(q, k, v)
+        if self.way == "triton":
+            o, logsumexp = kernel.attention_forward(
+                q, k, v, self.documents.boundaries, window=self.window, sinks=self.sinks, **self._scores
+            )
+            return o, (logsumexp,)
         if self.way == "efficient":
             return self._efficient_forward(q, k, v)
         if self.way == "cudnn" and not self._windowed(self.documents.longest):
@@ -144,6 +183,9 @@ class Attention:
         """dq [T, N, D], dk and dv [T, K, D]."""
         if self.way == "torch":
             return self._torch_backward(do, q, k, v, o, saved)
+        if self.way == "triton":
+            ends = self.documents.boundaries
+            return kernel.attention_backward(do, q, k, v, o, saved[0], ends, window=self.window, **self._scores)
         if self.way == "efficient":
             return self._efficient_backward(do, q, k, v, o, saved)
         if self.way == "cudnn" and not self._windowed(self.documents.longest):
@@ -152,6 +194,21 @@ class Attention:
 
     def _windowed(self, length: int) -> bool:
         return self.window is not None and self.window < length
+
+    @property
+    def _scores(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap}
+
+    def _sunk(self, o: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+        """o [..., N, L, D] and logsumexp [..., N, L] when the sinks have taken their share.
+
+        Of a softmax whose logsumexp is l a sink s leaves sigmoid(l - s), and the logsumexp is log(exp(l) + exp(s)). A
+        backward that is given these two is right as it is.
+        """
+        if self.sinks is None:
+            return o, logsumexp
+        sinks = self.sinks.to(logsumexp.dtype)[:, None]
+        return o * torch.sigmoid(logsumexp - sinks)[..., None].to(o.dtype), torch.logaddexp(logsumexp, sinks)
 
     # -- FlashAttention-2 over cumulative lengths ---------------------------------------------------------------------
 
@@ -168,7 +225,8 @@ class Attention:
         o, logsumexp, rng, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, ends, ends, longest, longest, 0.0, True, False, **self._varlen_options()
         )
-        return o, (logsumexp, rng, unused)
+        o, logsumexp = self._sunk(o.transpose(0, 1), logsumexp)
+        return o.transpose(0, 1), (logsumexp, rng, unused)
 
     def _varlen_backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]
@@ -189,7 +247,7 @@ class Attention:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         saved = []
         for run in self.documents.runs:
-            parts = [_as_many_heads(x[run.tokens], q.shape[1])[None] for x in (q, k, v)]
+            parts = [as_many_heads(x[run.tokens], q.shape[1])[None] for x in (q, k, v)]
             piece, logsumexp, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
                 *parts, None, run.boundaries, run.boundaries, run.longest, run.longest, 0.0, _CAUSAL_FROM_TOP_LEFT,
                 True, **self._efficient_options(run),
@@ -203,7 +261,7 @@ class Attention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         for run, (logsumexp, seed, offset) in zip(self.documents.runs, saved, strict=True):
-            do_, q_, k_, v_ = (_as_many_heads(x[run.tokens], q.shape[1])[None] for x in (do, q, k, v))
+            do_, q_, k_, v_ = (as_many_heads(x[run.tokens], q.shape[1])[None] for x in (do, q, k, v))
             # The kernel takes o for contiguous without a look at its strides (torch 2.11, kernel_backward.h).
             o_ = o[run.tokens].contiguous()[None]
             *pieces, _ = torch.ops.aten._efficient_attention_backward(
@@ -258,14 +316,14 @@ class Attention:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         saved = []
         for tokens, rows in self._pieces():
-            parts = [_as_rows(x[tokens], rows, q.shape[1]) for x in (q, k, v)]
-            if self._by_flash_kernel(parts[0]):
-                piece, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *parts, 0.0, True, scale=self.scale
+            q_, k_, v_ = (_as_rows(x[tokens], rows, q.shape[1]) for x in (q, k, v))
+            if self._by_flash_kernel(q_):
+                piece, logsumexp = self._sunk(
+                    *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, 0.0, True, scale=self.scale)
                 )
             else:
-                probabilities, logsumexp = self._probabilities(parts[0], parts[1], None)
-                piece = probabilities @ parts[2]
+                hidden = reference.hidden_in(q_.shape[2], self.window, q.device)
+                piece, logsumexp = reference.plain_forward(q_, k_, v_, hidden, sinks=self.sinks, **self._scores)
             o[tokens] = piece.transpose(1, 2).flatten(0, 1)
             saved.append(logsumexp)
         return o, tuple(saved)
@@ -281,65 +339,61 @@ class Attention:
                     do_, q_, k_, v_, o_, logsumexp, 0.0, True, scale=self.scale
                 )
             else:
-                piece = self._plain_backward(do_, q_, k_, v_, o_, logsumexp)
+                hidden = reference.hidden_in(q_.shape[2], self.window, q.device)
+                piece = reference.plain_backward(do_, q_, k_, v_, o_, logsumexp, hidden, **self._scores)
             for grad, part in zip(grads, piece, strict=True):
                 grad[tokens] = _summed_heads(part.transpose(1, 2).flatten(0, 1), grad.shape[1])
         return grads[0], grads[1], grads[2]
 
     def _by_flash_kernel(self, q: Tensor) -> bool:
-        return q.device.type == "cpu" and not self._windowed(q.shape[2])
-
-    def _probabilities(self, q: Tensor, k: Tensor, logsumexp: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
-        position = torch.arange(q.shape[2], device=q.device)
-        distance = position[:, None] - position
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        logsumexp = torch.logsumexp(scores, dim=-1) if logsumexp is None else logsumexp
-        return torch.exp(scores - logsumexp[..., None]).to(q.dtype), logsumexp
-
-    def _plain_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        p, _ = self._probabilities(q, k, logsumexp)
-        dp = do @ v.transpose(2, 3)
-        ds = p * (dp - (do * o).sum(-1, keepdim=True)) * self.scale
-        return ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ do
+        return q.device.type == "cpu" and self.softcap is None and not self._windowed(q.shape[2])
 
 
 @cache
-def efficient_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the memory-efficient kernel computes on this device what plain products in float32 do.
+def is_right(
+    way: Way, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool = False, sinks: bool = False
+) -> bool:
+    """Whether a kernel computes on this device what plain products in float32 do.
 
     Each architecture, dtype and head dimension has a kernel of its own, and no one has tried them all with documents
     packed like these. Draws from a generator of its own.
     """
+    if way == "triton" and not kernel.fits(device, dtype, head_dim):
+        return False
     lengths, heads = (150, 9, 64, 1, 32), 2
     tokens, columns = sum(lengths), heads * head_dim
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(4, tokens, columns + 8, generator=generator).to(device, dtype)
-    # Rows of wider buffers, as the engine's are.
+    # Rows of wider buffers, as the engine's are; both query heads share a kv head.
     q, k, v, do = (x[:, :columns].view(tokens, heads, head_dim) for x in wide)
     ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
     documents = Documents(lengths, ends, tokens, padded_room=padded_tokens(len(ends), tokens))
+    extra: dict[str, Any] = {
+        "softcap": 2.0 if softcap else None,
+        "sinks": torch.tensor([0.5, -1.0], device=device) if sinks else None,
+    }
 
-    def computed(way: Way, dtype: torch.dtype) -> list[Tensor]:
-        attention = Attention(documents, way, head_dim**-0.5)
-        q_, k_, v_, do_ = (x.to(dtype) for x in (q, k, v, do))
+    def computed(way: Way, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+        attention = Attention(documents, way, head_dim**-0.5, window, **extra)
+        q_, k_, v_, do_ = (x.to(dtype) for x in (q, k[:, :1], v[:, :1], do))
         o, saved = attention.forward(q_, k_, v_)
         o = torch.nn.functional.pad(o.flatten(1), (0, 8))[:, :columns].view(o.shape)
         return [x.float() for x in (o, *attention.backward(do_, q_, k_, v_, o, saved))]
 
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
     try:
-        pairs = zip(computed("efficient", dtype), computed("torch", torch.float32), strict=True)
-        bound = 1e-4 if dtype == torch.float32 else 2e-2
-        right = all(bool((a - b).norm() <= bound * b.norm()) for a, b in pairs)
-    except RuntimeError:  # no kernel for it
+        right = all(
+            bool((a - b).norm() <= bound * b.norm())
+            for window in (None, 40)
+            for a, b in zip(computed(way, dtype, window), computed("torch", torch.float32, window), strict=True)
+        )
+    except (RuntimeError, TritonError):  # no kernel for it
         right = False
     if not right:
+        name = "PyTorch's memory-efficient attention" if way == "efficient" else "slimtune's attention kernel"
         warnings.warn(
-            f"PyTorch's memory-efficient attention is wrong on {device} in {dtype}, head dimension {head_dim}: "
-            "plain products are taken, which are slower",
+            f"{name} is wrong on {device} in {dtype}, head dimension {head_dim}: another way is taken, "
+            "plain products at last, which are slower",
             stacklevel=2,
         )
     return right
@@ -347,14 +401,7 @@ def efficient_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 def _as_rows(x: Tensor, rows: int, heads: int) -> Tensor:
     """[rows x length, heads or fewer, D] as [rows, heads, length, D]; kv heads are repeated for their query heads."""
-    return _as_many_heads(x, heads).reshape(rows, -1, heads, x.shape[2]).transpose(1, 2)
-
-
-def _as_many_heads(x: Tensor, heads: int) -> Tensor:
-    """[T, heads or fewer, D] as [T, heads, D]; kv heads are repeated for their query heads."""
-    if x.shape[1] == heads:
-        return x
-    return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1).reshape(x.shape[0], heads, x.shape[2])
+    return as_many_heads(x, heads).reshape(rows, -1, heads, x.shape[2]).transpose(1, 2)
 
 
 def _summed_heads(grad: Tensor, kv_heads: int) -> Tensor:

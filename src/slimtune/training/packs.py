@@ -9,8 +9,9 @@ computed here, ends in :class:`CannotPack` or in an error of its own: the proof 
 :mod:`slimtune.training.isolation` sees it, and the run goes unpacked.
 
 What is computed: causal attention, sliding windows, whatever pattern the model's mask function draws inside a document
-(chunks), soft caps, attention sinks, grouped heads, values of another size than queries, dropout. On CUDA in 16 bits by
-FlashAttention over cumulative lengths, without a mask; else document by document.
+(chunks), soft caps, attention sinks, grouped heads, values of another size than queries, dropout. On CUDA by the
+engine's attention over cumulative lengths, without a mask; patterns other than windows, dropout and what the engine has
+no kernel for document by document.
 
 Shapes: T tokens, N heads, K kv heads, D head dimension.
 """
@@ -31,7 +32,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from slimtune.engine.attention import Attention, Documents, choose
+from slimtune.engine.attention import Attention, Documents, Way, choose
 
 __all__ = ["NAME", "CannotPack", "DocumentAttention", "PackMask", "documents_of", "pack_mask", "packed_attention"]
 
@@ -209,9 +210,10 @@ def packed_attention(
     if torch.is_autocast_enabled(device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plain = dropout == 0.0 and softcap is None and attention_mask.is_window
-    if plain and device.type == "cuda" and _flash_takes(query, value, attention_mask.documents):
-        return _by_flash(query, key, value, s_aux, scale, attention_mask), None
+    if dropout == 0.0 and attention_mask.is_window:
+        way = _way(query, value, attention_mask.documents, softcap, s_aux)
+        if way in _BY_LENGTHS:
+            return _by_lengths(query, key, value, scale, attention_mask, way, softcap, s_aux), None
     made = [
         _document(
             query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
@@ -261,56 +263,58 @@ def _document(
     return functional.dropout(probabilities, dropout) @ value
 
 
-# -- FlashAttention over cumulative lengths ---------------------------------------------------------------------------
+# -- the engine's attention over cumulative lengths --------------------------------------------------------------------
+
+_BY_LENGTHS = ("cudnn", "varlen", "triton")
 
 
-def _flash_takes(query: Tensor, value: Tensor, documents: Documents) -> bool:
+def _way(query: Tensor, value: Tensor, documents: Documents, softcap: float | None, sinks: Tensor | None) -> Way:
     size = _padded_size(query, value)
-    return size <= 256 and choose(query.device, query.dtype, size, documents.lengths) in ("varlen", "cudnn")
+    return choose(query.device, query.dtype, size, documents.lengths, softcap=softcap, sinks=sinks)
 
 
 def _padded_size(query: Tensor, value: Tensor) -> int:
     return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
 
 
-def _by_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, mask: PackMask) -> Tensor:
+def _by_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: PackMask,
+    way: Way,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[1, T, N, D of the values]."""
     size = _padded_size(query, value)
     q, k, v = (functional.pad(x, (0, size - x.shape[-1])).squeeze(0).transpose(0, 1) for x in (query, key, value))
-    # cuDNN's kernel for rows of one length is faster, and keeps its logsumexp in a form that sinks can't be put into.
-    way = "varlen" if sinks is not None else choose(query.device, query.dtype, size, mask.documents.lengths)
-    attention = Attention(mask.documents, way, scale, mask.window)
-    o: Tensor = _Flash.apply(q, k, v, sinks, attention)
+    kept = None if sinks is None else sinks.detach()
+    attention = Attention(mask.documents, way, scale, mask.window, softcap, kept)
+    o: Tensor = _ByLengths.apply(q, k, v, sinks, attention)
     return o[None, ..., : value.shape[-1]]
 
 
-class _Flash(torch.autograd.Function):
-    """The engine's attention for autograd, with sinks.
-
-    A sink s takes its share of a softmax whose logsumexp is l: what is left of o is o · sigmoid(l − s), of a softmax
-    whose logsumexp is log(exp(l) + exp(s)). FlashAttention's backward is right for these two as they are, and
-    ds = −Σ exp(s − logsumexp) · (do · o) over the tokens.
-    """
+class _ByLengths(torch.autograd.Function):
+    """The engine's attention for autograd. The sinks' gradient: ds = -Σ exp(s - logsumexp) (do · o) over the tokens."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, attention: Attention) -> Tensor:
         """o [T, N, D] of q [T, N, D], k and v [T, K, D], sinks [N]."""
-        o, (logsumexp, *random) = attention.forward(q, k, v)
-        if sinks is not None:
-            sink = sinks.float()[:, None]
-            o = o * torch.sigmoid(logsumexp - sink).transpose(0, 1)[..., None].to(o.dtype)
-            logsumexp = torch.logaddexp(logsumexp, sink)
-        ctx.save_for_backward(q, k, v, o, sinks, logsumexp, *random)
+        o, saved = attention.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, o, sinks, *saved)
         ctx.attention = attention
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         """Gradients of q, k, v and the sinks."""
-        q, k, v, o, sinks, logsumexp, *random = ctx.saved_tensors
+        q, k, v, o, sinks, *saved = ctx.saved_tensors
         do = do.contiguous()
-        dq, dk, dv = ctx.attention.backward(do, q, k, v, o, (logsumexp, *random))
+        dq, dk, dv = ctx.attention.backward(do, q, k, v, o, tuple(saved))
         ds = None
         if sinks is not None and ctx.needs_input_grad[3]:
-            share = torch.exp(sinks.float()[:, None] - logsumexp).transpose(0, 1)
+            share = torch.exp(sinks.float()[:, None] - saved[0]).transpose(0, 1)
             ds = -(share * (do.float() * o.float()).sum(-1)).sum(0).to(sinks.dtype)
         return dq, dk, dv, ds, None

@@ -1,5 +1,6 @@
-"""Compile every kernel for a GPU that isn't here: python compile_for.py CAPABILITY DTYPE
+"""Compile kernels for a GPU that isn't here: python compile_for.py CAPABILITY DTYPE SHARED [attention HEAD_DIM SOFTCAP]
 
+SHARED is what one program may take there, in bytes. Without the last three all kernels but attention's are compiled.
 Prints one JSON line a kernel: its name and the shared memory that one program takes, in bytes.
 """
 
@@ -16,6 +17,7 @@ from triton.runtime import driver, jit
 from slimtune.engine.kernels import (
     _triton,
     adamw8bit,
+    attention,
     cross_entropy,
     grouped,
     grouped_lora,
@@ -30,9 +32,9 @@ from slimtune.engine.kernels import (
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, cross_entropy, grouped, grouped_lora, lora, mlp, nf4, norm, rope, router, routing
+    adamw8bit, attention, cross_entropy, grouped, grouped_lora, lora, mlp, nf4, norm, rope, router, routing
 )  # fmt: skip
-CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
+CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 
 
 class NoDevice:
@@ -59,6 +61,7 @@ def compile_instead_of_running() -> None:
 
     jit.JITFunction.run = warm_up
     driver.set_active(NoDevice())
+    attention.shared_memory = lambda device: SHARED
     for module in KERNEL_MODULES:
         module.runs_on_triton = lambda x: True
 
@@ -135,9 +138,22 @@ def launch_experts() -> None:
     mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)
 
 
+def launch_attention(head_dim: int, softcap: float) -> None:
+    """With sinks, and unless it is 0 with a soft cap."""
+    heads, kv_heads, tokens = 8, 2, 64
+    q, k, v = zeros(tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    ends, sinks = torch.tensor([0, tokens], dtype=torch.int32), zeros(heads)
+    options = {"scale": 0.1, "softcap": softcap or None}
+    o, logsumexp = attention.attention_forward(q, k, v, ends, sinks=sinks, **options)
+    attention.attention_backward(torch.zeros_like(o), q, k, v, o, logsumexp, ends, **options)
+
+
 if __name__ == "__main__":
     if _triton.triton is None:
         raise SystemExit("no Triton here")
     compile_instead_of_running()
-    launch_everything()
-    launch_experts()
+    if sys.argv[4:5] == ["attention"]:
+        launch_attention(int(sys.argv[5]), float(sys.argv[6]))
+    else:
+        launch_everything()
+        launch_experts()

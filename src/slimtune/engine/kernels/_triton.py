@@ -12,10 +12,23 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import TritonError
 except ModuleNotFoundError:  # torch for a machine without an NVIDIA or AMD GPU comes without Triton
     triton = tl = None
+    TritonError = RuntimeError
 
-__all__ = ["cdiv", "jit", "jit_one_for_all", "pow2", "row_alignment", "runs_on_triton", "tl"]
+__all__ = [
+    "TritonError",
+    "cdiv",
+    "constant",
+    "jit",
+    "jit_one_for_all",
+    "pow2",
+    "row_alignment",
+    "runs_on_triton",
+    "shared_memory",
+    "tl",
+]
 
 
 def jit(function: Any) -> Any:
@@ -26,6 +39,11 @@ def jit(function: Any) -> Any:
 def jit_one_for_all(*names: str) -> Callable[[Any], Any]:
     """:func:`jit` without special code for arguments of these names that happen to be multiples of 16."""
     return lambda function: function if triton is None else triton.jit(function, do_not_specialize=names)
+
+
+def constant(value: float) -> Any:
+    """A number of a module's that its kernels may read."""
+    return value if tl is None else tl.constexpr(value)
 
 
 def runs_on_triton(x: Tensor) -> bool:
@@ -53,3 +71,14 @@ def row_alignment(*matrices: Tensor | None) -> int:
     """
     strides = [stride for m in matrices if m is not None for stride in m.stride()[:-1]]
     return math.gcd(8, *strides)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take: on a GPU what it has, in the interpreter any number; 0: no
+    Triton for this device."""
+    if triton is None:
+        return 0
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    return 1 << 40 if triton.knobs.runtime.interpret else 0
