@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS
 from slimtune.adapter.lora import Coverage, check_names, coverage, give_dropout_, lora_config
 from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
+from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.adapter.state import start_from
 from slimtune.adapter.targets import default_targets, find_targets
 from slimtune.base.classes import skeleton

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS, attach_adapter
+from slimtune.adapter.files import attach_adapter
+from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.errors import UserError
 
 __all__ = ["Change", "read_changes", "rows_made", "trains_rows", "why_not_mergeable"]

@@ -16,29 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from slimtune.adapter.patterns import check_patterns
+from slimtune.adapter.settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, check_values
 from slimtune.adapter.vocabulary import fit_vocabulary, is_copy
 from slimtune.base.packed import Mxfp4Tensor
-from slimtune.base.trust import check_adapter_folder
 from slimtune.errors import UserError
 
 __all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
     "TensorSpec",
     "UnpackedFiles",
     "WeightFiles",
-    "adapter_config",
     "attach_adapter",
     "find_adapter",
     "write_safetensors",
 ]
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -89,7 +84,7 @@ class WeightFiles:
         if index.is_file():
             try:
                 files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{index} can't be read: {error}") from None
         elif whole.is_file():
             files = [whole]
@@ -103,6 +98,12 @@ class WeightFiles:
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                     part = handle.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise UserError(
+                            f"{file}: {name} is of type {part.get_dtype()}",
+                            rule=f"Weights are read as {', '.join(DTYPES)}.",
+                            way_out="Take the 16-bit original that it was made from.",
+                        )
                     self.file_of[name] = file
                     self.specs[name] = TensorSpec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
@@ -219,29 +220,6 @@ def find_adapter(path: Path) -> Path | None:
     return None
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """PEFT's config of the adapter in ``folder``.
-
-    Raises:
-        UserError: It can't be read, isn't a LoRA adapter, or could do more than hold one.
-    """
-    check_adapter_folder(folder)
-    file = folder / ADAPTER_CONFIG
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} holds a {config.get('peft_type')} adapter", rule="slimtune uses LoRA adapters.")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} has no {ADAPTER_WEIGHTS}",
-            rule="slimtune reads adapters from safetensors, never from a pickle.",
-            way_out="Save the adapter with safe_serialization=True.",
-        )
-    return config
-
-
 def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> PeftModel:
     """Wrap ``model`` with the adapter in ``folder``, as plain PEFT does; its vocabulary becomes the adapter's.
 
@@ -254,6 +232,8 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
         UserError: The adapter doesn't fit the model, its file is damaged, or it could do more than hold an adapter.
     """
     settings = adapter_config(folder)
+    check_values(folder)
+    check_patterns(str(folder / ADAPTER_CONFIG), settings, _names(model))
     device = {"torch_device": "cpu"} if on_meta else {}
     try:
         # PeftModel.from_pretrained, in its two steps, for it keeps the second one's result to itself: of names that
@@ -269,11 +249,29 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise _unfit(folder, " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])) from error
-    unknown = [name for name in loaded.unexpected_keys if not is_copy(name)]
-    for problem, names in (("lacks", loaded.missing_keys), ("holds the unknown", unknown)):
+    modules = {name.removeprefix("base_model.model.") for name, _ in wrapped.named_modules()}
+    unknown = [name for name in loaded.unexpected_keys if not is_copy(name, modules)]
+    missing = loaded.missing_keys or _missing_biases(wrapped, folder, settings)
+    for problem, names in (("lacks", missing), ("holds the unknown", unknown)):
         if names:
             raise _unfit(folder, f"it {problem} {names[0].removeprefix('base_model.model.')}")
     return wrapped
+
+
+def _names(model: nn.Module) -> list[str]:
+    """All names that PEFT looks for an adapter's among."""
+    return [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+
+
+def _missing_biases(wrapped: nn.Module, folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The biases that trained with the adapter, and aren't in its file; PEFT doesn't miss them."""
+    if settings.get("bias") not in ("all", "lora_only"):
+        return []
+    expected = get_peft_model_state_dict(
+        wrapped, state_dict=dict(wrapped.named_parameters()), save_embedding_layers=False
+    )
+    with _opened(folder / ADAPTER_WEIGHTS) as handle:
+        return sorted(expected.keys() - set(handle.keys()))
 
 
 def _make_room(wrapped: nn.Module, folder: Path) -> None:

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from slimtune.adapter.patterns import check_patterns
 from slimtune.adapter.targets import Targets
 from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
@@ -110,9 +111,12 @@ def check_names(config: Config, model: Any) -> None:
     """See that the modules to save and the layers that the config names are the model's.
 
     Raises:
-        UserError: A name matches no module, or a layer isn't there; the nearest name is proposed.
+        UserError: A name matches no module, or a layer isn't there; the nearest name is proposed. Or a pattern is none,
+            or isn't matched in time.
     """
     paths = [name for name, _ in model.named_modules()]
+    asked = config.model_dump(include={"rank_pattern", "alpha_pattern", "modules_to_save"})
+    check_patterns("the run's config", asked, [*paths, *(name for name, _ in model.named_parameters())])
     endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
     for name in config.modules_to_save:
         if not any(path == name or path.endswith(f".{name}") for path in paths):

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.adapter.change import Change, read_changes, rows_made, trains_rows, why_not_mergeable
-from slimtune.adapter.files import TensorSpec, UnpackedFiles, adapter_config
+from slimtune.adapter.files import TensorSpec, UnpackedFiles
 from slimtune.adapter.layout import Layout, Unit
+from slimtune.adapter.settings import adapter_config
 from slimtune.base.classes import skeleton
 from slimtune.errors import UserError
 

@@ -18,7 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS, TensorSpec, WeightFiles, write_safetensors
+from slimtune.adapter.files import TensorSpec, WeightFiles, write_safetensors
+from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.base.tokenizer import probe_ids
 from slimtune.config import FREE_KEYS, Config
 from slimtune.data.render import writes_date

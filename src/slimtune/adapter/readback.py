@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS, attach_adapter
+from slimtune.adapter.files import attach_adapter
+from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.adapter.state import adapter_tensors
 from slimtune.base.quantize import is_adapters
 

@@ -12,8 +12,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS, adapter_config, find_adapter
+from slimtune.adapter.files import find_adapter
 from slimtune.adapter.passport import check_base, read_passport
+from slimtune.adapter.settings import ADAPTER_WEIGHTS, adapter_config, check_values
 from slimtune.errors import UserError
 
 __all__ = ["adapter_config_bytes", "adapter_tensors", "own_storage_", "restore_adapter", "start_from"]
@@ -80,6 +81,7 @@ def start_from(model: nn.Module, path: Path, base: Path) -> None:
     if folder is None:
         raise UserError(f"{path} holds no adapter to start from", way_out="Give a finished run, or its adapter folder.")
     adapter_config(folder)
+    check_values(folder)
     passport = read_passport(folder)
     if passport is not None:
         check_base(passport, base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ __all__ = ["base_rows", "fit_vocabulary", "is_copy"]
 _COPY = re.compile(
     r"\.(modules_to_save|original_module|token_adapter)\.(weight|bias|base_layer\.\w+|trainable_tokens_\w+)$"
 )
+_SPARE = 4096
+"""Rows that a vocabulary may have beyond its tokens."""
 _PARTS = {"weight": 0, "base_layer.weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0, "lora_magnitude_vector": 0}
 """For the tensors of an embedding or a head: the dimension that counts tokens. PEFT's names."""
 
@@ -29,9 +31,11 @@ def base_rows(base: Path) -> int | None:
     return None if rows is None else int(rows)
 
 
-def is_copy(key: str) -> bool:
-    """Whether PEFT saved a tensor under this name beside its own: it does so where the vocabulary was resized."""
-    return _COPY.search(key) is not None
+def is_copy(key: str, modules: Collection[str]) -> bool:
+    """Whether PEFT saved a tensor of one of ``modules`` under this name beside its own: it does so where the vocabulary
+    was resized."""
+    found = _COPY.search(key)
+    return found is not None and key[: found.start()].removeprefix("base_model.model.") in modules
 
 
 def fit_vocabulary(model: Any, folder: Path, config: Mapping[str, Any], weights: Path) -> None:
@@ -56,9 +60,14 @@ def fit_vocabulary(model: Any, folder: Path, config: Mapping[str, Any], weights:
         told = " and ".join(f"{name} of {size:,} rows" for size, name in sorted(sizes.items()))
         raise UserError(f"the adapter in {folder} holds {told}, and one model has one vocabulary")
     indices = config.get("trainable_token_indices") or {}
-    lists = indices.values() if isinstance(indices, dict) else [indices]
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices]
     least = max((row + 1 for rows in lists for row in rows), default=0)
     rows = next(iter(sizes), max(before, least))
+    if rows > before + sum(map(len, lists)) + _SPARE and not sizes:
+        raise UserError(
+            f"the adapter in {folder} trains row {least - 1:,} of a vocabulary, and its base has {before:,} rows",
+            rule="New tokens follow the base's own, and each of them trains.",
+        )
     if rows < least:
         raise UserError(f"the adapter in {folder} trains row {least - 1:,} of a vocabulary of {rows:,} rows")
     if rows == before:

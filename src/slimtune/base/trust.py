@@ -7,8 +7,8 @@ library import or fetch code, links and paths that lead out of the folder, files
 Upstream's doors, by their fields: ``auto_map`` and ``custom_pipelines`` (Transformers imports Python from the folder),
 ``attn_implementation`` and ``experts_implementation`` with a hub id, ``kernel_config`` and ``use_kernels``
 (Transformers' ``integrations/hub_kernels.py`` fetches compiled code), ``auto_mapping`` (PEFT's ``auto.py`` imports the
-module it names), ``megatron_core`` (PEFT's ``lora/tp_layer.py``), regular expressions that never end
-(``target_modules``).
+module it names), ``megatron_core`` (PEFT's ``lora/tp_layer.py``). What an adapter's other fields may say, and patterns
+that never end, are :mod:`slimtune.adapter.settings`' and :mod:`slimtune.adapter.patterns`' to look at.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ _BUILT_IN = frozenset({"eager", "sdpa", "flex_attention"})
 _WORDS = frozenset({"tokenizer.json", "vocab.json"})
 """Megabytes of words, read by the tokenizers library, which loads nothing else."""
 _MAX_JSON = 256 * 2**20
-_MAX_PATTERN = 4096
-_MAX_REPEATS = 12
 
 
 def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -74,11 +72,6 @@ def check_adapter_folder(folder: Path) -> None:
             raise _code_refused(config_file, key, config[key])
     if config.get("megatron_core") not in (None, "megatron.core"):
         raise _code_refused(config_file, "megatron_core", config["megatron_core"])
-    patterns = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            _refuse_endless_pattern(config_file, pattern)
 
 
 def check_attention(name: str, implementation: Any) -> None:
@@ -195,25 +188,3 @@ def _refuse_outside_shards(file: Path, content: Any) -> None:
                 f"{file} names the weight file {shard!r}",
                 rule="Weight files are safetensors in the model's own folder.",
             )
-
-
-def _refuse_endless_pattern(file: Path, pattern: str) -> None:
-    """A regular expression whose matching can take for ever: a repeated group, or repeats beyond counting."""
-    problem = ""
-    if len(pattern) > _MAX_PATTERN:
-        problem = f"has {len(pattern):,} characters"
-    elif len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern)) > _MAX_REPEATS:
-        problem = "has too many repeats"
-    elif re.search(r"(?<!\\)\)(\*|\+|\{\d*,\d*\})", pattern):
-        problem = "repeats a group"
-    else:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError):
-            problem = "is no valid regular expression"
-    if problem:
-        raise UserError(
-            f"{file}: the pattern {pattern[:80]!r} {problem}",
-            rule="Matching it against the model's modules might never end.",
-            way_out="Name the modules in a list instead.",
-        )

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from typing import NoReturn
 
-from slimtune.adapter.files import adapter_config
+from slimtune.adapter.settings import adapter_config
 from slimtune.errors import UserError
 from slimtune.serve.models import Named, base_name
 

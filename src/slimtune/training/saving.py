@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.adapter.files import ADAPTER_CONFIG
+from slimtune.adapter.settings import ADAPTER_CONFIG
 from slimtune.adapter.state import adapter_config_bytes
 from slimtune.run.identity import Identity
 from slimtune.training.checkpoint import (

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slimtune.adapter.files import ADAPTER_WEIGHTS
+from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.errors import UserError
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimtune.adapter.files import adapter_config, attach_adapter, find_adapter
+from slimtune.adapter.files import attach_adapter, find_adapter
 from slimtune.adapter.passport import (
     Passport,
     check_base,
@@ -21,6 +21,7 @@ from slimtune.adapter.passport import (
     read_passport,
     tokenizer_hash,
 )
+from slimtune.adapter.settings import adapter_config
 from slimtune.base.load import load_base
 from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source

@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
-from slimtune.adapter.files import adapter_config
 from slimtune.adapter.passport import PASSPORT_FILE, Passport
+from slimtune.adapter.settings import adapter_config
 from slimtune.data.stops import GENERATION_CONFIG
 from slimtune.errors import UserError
 from slimtune.run.chart import Line, line_chart
