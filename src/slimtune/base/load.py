@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.classes import check_whole, language_class
+from slimtune.base.finite import check_finite
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.source import from_pretrained, local_revision, model_source
@@ -98,6 +99,7 @@ def load_base(
         **options,
     )
     check_whole(model, loaded, loading["missing_keys"])
+    check_finite(model, loaded)
     keep_trainable_layout(loaded)
     misread = misread_weight(loaded)
     if misread is not None:

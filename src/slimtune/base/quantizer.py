@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from slimtune.base.finite import is_finite
 from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, PackedTensor, misreads_partial_blocks
 from slimtune.errors import UserError
 from slimtune.families import read_family
@@ -189,9 +190,11 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
     quantization_config: FourBitConfig
     policy: Policy
+    not_finite: list[str]
+    """What held a NaN or an infinity when it was read; an error raised there would be the loader's own."""
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:  # type: ignore[override]
-        self.policy = policy_of(model)
+        self.policy, self.not_finite = policy_of(model), []
         if not self.quantization_config.linears:
             self.policy = replace(self.policy, linears=frozenset())
             return
@@ -246,7 +249,10 @@ class _Pack(Bnb4bitQuantize):
             tensor = value[0] if isinstance(value, list) else value
             if isinstance(tensor, PackedTensor):
                 made[name] = nn.Parameter(tensor, requires_grad=False)
-            elif name in policy.packed:
+                continue
+            if not is_finite(tensor):
+                self.hf_quantizer.not_finite.append(name)
+            if name in policy.packed:
                 packed = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
                 made[name] = nn.Parameter(packed, requires_grad=False)
             else:
@@ -290,6 +296,8 @@ class _PackOneByOne(ConversionOps):
             for tensors in input_dict.values():
                 tensors[at] = None  # read, and let go once it is packed
             for name, stack in self._converted(one, options).items():
+                if not is_finite(stack):
+                    self.quantizer.not_finite.append(name)
                 double_quant = self.quantizer.quantization_config.bnb_4bit_use_double_quant
                 made.setdefault(name, []).append(Nf4Tensor.quantize(stack, double_quant=double_quant))
         return {name: Nf4Tensor.stacked(stacks) for name, stacks in made.items()}
