@@ -130,9 +130,9 @@ def launch_experts() -> None:
         grouped.grouped_backward(y, stack, routes.ends)
     for rank in (8, 64):
         a, b = (zeros(count, *shape, dtype=torch.float32) for shape in ((rank, hidden), (hidden, rank)))
-        u = grouped_lora.expert_down(rows, a, routes.ends)
-        grouped_lora.expert_down_backward_(u, rows, a, routes.ends, da=a, dx=rows)
-        grouped_lora.expert_up_backward_(rows, u, routes.ends, 1.0, db=b)
+        u = grouped_lora.expert_down(rows, a, routes)
+        grouped_lora.expert_down_backward_(u, rows, a, routes, da=a, dx=rows)
+        grouped_lora.expert_up_backward_(rows, u, routes, 1.0, db=b, weights=weights)
     gates, dw = zeros(tokens * slots, 2 * 768).chunk(2, dim=1), zeros(tokens, slots, dtype=torch.float32)
     h = mlp.gated_forward(*gates, activation="gelu_tanh")
     mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)

@@ -1,7 +1,7 @@
 """LoRA's skinny products for a stack of experts, each with adapters of its own.
 
-Forward, for the rows r of expert e: u[r] = A[e] x[r]. Backward: dA[e] += Σ_r du[r] x[r]ᵀ; dx[r] += A[e]ᵀ du[r];
-dB[e] += scaling · Σ_r dy[r] u[r]ᵀ.
+Forward, for the rows r of expert e: u[r] = A[e] x[r]. Backward: dA[e] += Σ_r w[r] du[r] x[r]ᵀ; dx[r] += A[e]ᵀ du[r];
+dB[e] += scaling · Σ_r w[r] dy[r] u[r]ᵀ. w is 1, or the router's weight of the row where dy and du are without it.
 
 Layout: x, dx, dy and u, du by rows sorted by expert, with any row stride; A [E, r, K] and B [E, N, r]. What PEFT stores
 for ``target_parameters`` is A as [E r, K], the same memory, and B as [N, r E], the expert fastest. The forward takes a
@@ -11,8 +11,8 @@ every time. No expert has more rows than there are tokens, which bounds a walk h
 
 Source: Hu et al. 2021 (arXiv:2106.09685); PEFT's ``ParamWrapper``, which has no dropout.
 
-Dtype traps: A is float32 in training and rounded to x's dtype before the product; sums are float32, and gradients stay
-so.
+Dtype traps: A is float32 in training and rounded to x's dtype before the product, and so is w · du; sums are float32,
+and gradients stay so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from slimtune.engine.kernels import reference_experts as reference
 from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs_on_triton, tl
 from slimtune.engine.kernels.grouped import tile_of
+from slimtune.engine.kernels.reference_experts import Routes
 
 __all__ = ["expert_down", "expert_down_backward_", "expert_up_backward_"]
 
@@ -78,6 +79,8 @@ def _backward(
     x: tl.tensor,
     a: tl.tensor,
     ends: tl.tensor,
+    order: tl.tensor,
+    weights: tl.tensor,
     da: tl.tensor,
     dx: tl.tensor,
     scale: float,
@@ -91,6 +94,7 @@ def _backward(
     column_stride: int,
     WITH_DA: tl.constexpr,
     WITH_DX: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,7 +122,12 @@ def _backward(
             if WITH_DA:
                 x_place = x + tl.multiple_of(row.to(tl.int64) * x_stride, ALIGN)[:, None] + column[None, :]
                 xt = tl.load(x_place, mask=mask, other=0.0)
-                total = tl.dot(tl.trans(xt), d, total, input_precision=PRECISION)
+                weighted = d
+                if WEIGHTED:
+                    pair = tl.load(order + row, mask=row < end, other=0)
+                    w = tl.load(weights + pair, mask=row < end, other=0.0).to(tl.float32)
+                    weighted = (d.to(tl.float32) * w[:, None]).to(d.dtype)
+                total = tl.dot(tl.trans(xt), weighted, total, input_precision=PRECISION)
             if WITH_DX:
                 dx_place = dx + tl.multiple_of(row.to(tl.int64) * dx_stride, ALIGN)[:, None] + column[None, :]
                 before = tl.load(dx_place, mask=mask, other=0.0).to(tl.float32)
@@ -133,10 +142,10 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None, ones: bool = False) -> Tensor:
+def expert_down(x: Tensor, a: Tensor, routes: Routes, *, out: Tensor | None = None, ones: bool = False) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference_experts.expert_down`."""
     if not runs_on_triton(x):
-        return reference.expert_down(x, a, ends, out=out, ones=ones)
+        return reference.expert_down(x, a, routes, out=out, ones=ones)
     (total, size), (count, rank) = x.shape, a.shape[:2]
     u = x.new_empty(total, rank) if out is None else out
     a = a.contiguous()
@@ -144,7 +153,7 @@ def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None
     block_k = 64 if block_r > 64 or x.dtype == torch.float32 else 128
     tail = u.shape[1] - rank
     _down[(cdiv(total, block_t) + min(count, total),)](
-        x, a, ends, u, size, x.stride(0), a.stride(0), u.stride(0),
+        x, a, routes.ends, u, size, x.stride(0), a.stride(0), u.stride(0),
         COUNT=count, COUNT_P=pow2(count), RANK=rank, TAIL=tail, ONES=ones,
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, BLOCK_TAIL=pow2(max(tail, 1)),
         ALIGN=row_alignment(x), PRECISION=_precision(x), num_warps=4, num_stages=2, enable_fp_fusion=True,
@@ -153,36 +162,52 @@ def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None
 
 
 def expert_down_backward_(
-    du: Tensor, x: Tensor, a: Tensor, ends: Tensor, *, da: Tensor | None, dx: Tensor | None
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    routes: Routes,
+    *,
+    da: Tensor | None,
+    dx: Tensor | None,
+    weights: Tensor | None = None,
 ) -> None:
     """See :func:`slimtune.engine.kernels.reference_experts.expert_down_backward_`."""
     if not runs_on_triton(x):
-        reference.expert_down_backward_(du, x, a, ends, da=da, dx=dx)
+        reference.expert_down_backward_(du, x, a, routes, da=da, dx=dx, weights=weights)
         return
-    _launch_backward(du, x, a.contiguous(), ends, da, dx, 1.0)
+    _launch_backward(du, x, a.contiguous(), routes, da, dx, weights, 1.0)
 
 
-def expert_up_backward_(dy: Tensor, u: Tensor, ends: Tensor, scaling: float, *, db: Tensor) -> None:
+def expert_up_backward_(
+    dy: Tensor, u: Tensor, routes: Routes, scaling: float, *, db: Tensor, weights: Tensor | None = None
+) -> None:
     """See :func:`slimtune.engine.kernels.reference_experts.expert_up_backward_`."""
     if not runs_on_triton(dy):
-        reference.expert_up_backward_(dy, u, ends, scaling, db=db)
+        reference.expert_up_backward_(dy, u, routes, scaling, db=db, weights=weights)
         return
-    # dBᵀ = scaling · uᵀ dy has the shape of dA = duᵀ x.
-    _launch_backward(u, dy, u, ends, db.transpose(1, 2), None, scaling)
+    # dBᵀ = scaling · (w u)ᵀ dy has the shape of dA = (w du)ᵀ x.
+    _launch_backward(u, dy, u, routes, db.transpose(1, 2), None, weights, scaling)
 
 
 def _launch_backward(
-    du: Tensor, x: Tensor, a: Tensor, ends: Tensor, da: Tensor | None, dx: Tensor | None, scale: float
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    routes: Routes,
+    da: Tensor | None,
+    dx: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
 ) -> None:
-    size, rank, count = x.shape[1], du.shape[1], ends.shape[0]
+    size, rank = x.shape[1], du.shape[1]
     target, sums = x if dx is None else dx, x if da is None else da
     block_r = max(pow2(rank), 16)
     block_k = 32 if block_r > 64 else 64 if block_r > 16 else 128
     strides = (0, 0, 0) if da is None else da.stride()
-    _backward[(cdiv(size, block_k), count)](
-        du, x, a, ends, sums, target, scale, size,
+    _backward[(cdiv(size, block_k), routes.ends.shape[0])](
+        du, x, a, routes.ends, routes.order, x if weights is None else weights.contiguous(), sums, target, scale, size,
         du.stride(0), x.stride(0), a.stride(0), target.stride(0), *strides,
-        WITH_DA=da is not None, WITH_DX=dx is not None, RANK=rank,
+        WITH_DA=da is not None, WITH_DX=dx is not None, WEIGHTED=weights is not None, RANK=rank,
         BLOCK_T=64 if block_r <= 64 else 32, BLOCK_K=block_k, BLOCK_R=block_r, ALIGN=row_alignment(x, dx),
         PRECISION=_precision(x), num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -164,13 +164,13 @@ def grouped_backward(dy: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return dx
 
 
-def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None, ones: bool = False) -> Tensor:
+def expert_down(x: Tensor, a: Tensor, routes: Routes, *, out: Tensor | None = None, ones: bool = False) -> Tensor:
     """u[r] = A[e] x[r], for experts with adapters of their own.
 
     Args:
         x: [R, K], sorted by expert.
         a: [E, r, K]; any float dtype, rounded to x's before the product.
-        ends: int32 [E], the row after each expert's last.
+        routes: As :func:`sort_by_expert` gave it.
         out: [R, r] that takes u, or wider: the columns after u become zero.
         ones: The column after u becomes one instead (it multiplies a bias).
 
@@ -182,13 +182,27 @@ def expert_down(x: Tensor, a: Tensor, ends: Tensor, *, out: Tensor | None = None
     u[:, rank:] = 0.0
     if ones:
         u[:, rank] = 1.0
-    for expert, own in _slices(ends):
+    for expert, own in _slices(routes.ends):
         u[own, :rank] = (wide(x[own]) @ wide(a[expert].to(x.dtype)).T).to(u.dtype)
     return u
 
 
+def _weighted(d: Tensor, routes: Routes, weights: Tensor | None) -> Tensor:
+    """The rows of d times their pairs' weights, rounded as a kernel's operand is; wide."""
+    if weights is not None:
+        d = (wide(d) * wide(weights).reshape(-1)[routes.order, None]).to(d.dtype)
+    return wide(d)
+
+
 def expert_down_backward_(
-    du: Tensor, x: Tensor, a: Tensor, ends: Tensor, *, da: Tensor | None, dx: Tensor | None
+    du: Tensor,
+    x: Tensor,
+    a: Tensor,
+    routes: Routes,
+    *,
+    da: Tensor | None,
+    dx: Tensor | None,
+    weights: Tensor | None = None,
 ) -> None:
     """Backward of :func:`expert_down` with the same arguments: adds to da and to dx.
 
@@ -196,27 +210,33 @@ def expert_down_backward_(
         du: [R, r].
         x: [R, K], as the forward took it.
         a: [E, r, K], as the forward took it.
-        ends: int32 [E].
-        da: float32 [E, r, K]; the sum of du[r] x[r] over an expert's rows is added to it.
-        dx: [R, K] in x's dtype; A[e] transposed times du[r] is added to it.
+        routes: As the forward took it.
+        da: float32 [E, r, K]; the sum of w[r] du[r] x[r] over an expert's rows is added to it.
+        dx: [R, K] in x's dtype; A[e] transposed times du[r] is added to it, without w.
+        weights: [T, k], the router's: w. Where a layer's gradient goes back without them (see
+            :func:`slimtune.engine.kernels.reference_mlp.gated_backward_`), the adapters' still has them. None: ones.
     """
-    for expert, own in _slices(ends):
-        d = wide(du[own])
+    weighted, d = _weighted(du, routes, weights), wide(du)
+    for expert, own in _slices(routes.ends):
         if da is not None:
-            da[expert].add_(d.T @ wide(x[own]))
+            da[expert].add_(weighted[own].T @ wide(x[own]))
         if dx is not None:
-            dx[own] = (wide(dx[own]) + d @ wide(a[expert].to(x.dtype))).to(dx.dtype)
+            dx[own] = (wide(dx[own]) + d[own] @ wide(a[expert].to(x.dtype))).to(dx.dtype)
 
 
-def expert_up_backward_(dy: Tensor, u: Tensor, ends: Tensor, scaling: float, *, db: Tensor) -> None:
-    """Add scaling x the sum of dy[r] u[r] over each expert's rows to db.
+def expert_up_backward_(
+    dy: Tensor, u: Tensor, routes: Routes, scaling: float, *, db: Tensor, weights: Tensor | None = None
+) -> None:
+    """Add scaling x the sum of w[r] dy[r] u[r] over each expert's rows to db.
 
     Args:
         dy: [R, N], the gradient of the experts' output.
-        u: [R, r], as :func:`expert_down` gave it; times the row's weight where dy is without it.
-        ends: int32 [E].
+        u: [R, r], as :func:`expert_down` gave it.
+        routes: As the forward took it.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         db: float32 [E, N, r].
+        weights: [T, k], the router's: w, where dy is without them. None: ones.
     """
-    for expert, own in _slices(ends):
-        db[expert].add_(wide(dy[own]).T @ wide(u[own]), alpha=scaling)
+    weighted = _weighted(u, routes, weights)
+    for expert, own in _slices(routes.ends):
+        db[expert].add_(wide(dy[own]).T @ weighted[own], alpha=scaling)
