@@ -231,6 +231,17 @@ class ChatRenderer:
         cuts = [(*place, earlier == at) for earlier, place in places.items()]
         return Draft(self._pieces(text + own.rest, cuts, everything=False), 1, ["own-document"])
 
+    def reply(self, messages: Sequence[Any], tools: Any = None, variables: Mapping[str, Any] | None = None) -> str:
+        """What the model has to write as the last of ``messages``, up to the end mark and with it.
+
+        Raises:
+            RowRefused: A message breaks a rule, or what has to be written can't be told.
+            TemplateRefused: The template refuses them.
+        """
+        conversation = Conversation(read_messages(list(messages)), read_tools(tools), variables=dict(variables or {}))
+        dialect, prepared, tool_list = self._prepared(conversation, [])
+        return dialect.reply(prepared, tool_list).text
+
     def prompt(
         self, messages: Sequence[Any], tools: Any = None, variables: Mapping[str, Any] | None = None
     ) -> list[Piece]:

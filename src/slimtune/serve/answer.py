@@ -13,15 +13,18 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from slimtune.data.calls import Call
 from slimtune.serve import protocol
 from slimtune.serve.deadline import Deadlines
 from slimtune.serve.engine import Engine, Token
+from slimtune.serve.guide import Guide
 from slimtune.serve.in_turn import InTurn
 from slimtune.serve.limits import Gate, Limits
 from slimtune.serve.metrics import Metrics
 from slimtune.serve.refusal import Refusal
 from slimtune.serve.reply import Part, parts
 from slimtune.serve.shape import Shape, usage
+from slimtune.serve.tools import CallText
 from slimtune.use.sampling import Sampling
 
 __all__ = ["Answer", "Stream", "while_connected"]
@@ -41,6 +44,8 @@ class Answer:
         shape: How its answer looks.
         limits: The server's.
         metrics: The server's.
+        calls: Takes tool calls out of its text, where there may be any.
+        guide: What it may say at all.
     """
 
     def __init__(
@@ -51,7 +56,11 @@ class Answer:
         shape: type[Shape],
         limits: Limits,
         metrics: Metrics,
+        *,
+        calls: CallText | None = None,
+        guide: Guide | None = None,
     ) -> None:
+        self.calls, self.guide = calls, guide
         self.asked, self.engine, self.prompt, self.metrics = asked, engine, prompt, metrics
         self.shape = shape(asked.model, asked.wanted_logprobs is not None, self._spell)
         room = engine.opened.context - len(prompt)
@@ -68,7 +77,15 @@ class Answer:
         metrics, name = self.metrics, self.asked.model
         started, first = time.perf_counter(), True
         metrics.prompt_tokens.labels(name).inc(len(self.prompt))
-        made = parts(self.engine, self.prompt, self.sampling, self.asked.stops, self.asked.wanted_logprobs)
+        made = parts(
+            self.engine,
+            self.prompt,
+            self.sampling,
+            self.asked.stops,
+            self.asked.wanted_logprobs,
+            calls=self.calls,
+            guide=self.guide,
+        )
         async with aclosing(made):
             async for part in made:
                 if first:
@@ -86,13 +103,15 @@ class Answer:
         """
         text: list[str] = []
         tokens: list[Token] = []
+        calls: list[Call] = []
         finish: str | None = None
         async with deadlines.within(), aclosing(self.parts()) as made:
             async for part in made:
                 text.append(part.text)
                 tokens += part.tokens
+                calls += part.calls
                 finish = part.finish
-        return self.shape.whole("".join(text), tokens, finish, usage(len(self.prompt), len(tokens)))
+        return self.shape.whole("".join(text), tokens, finish, usage(len(self.prompt), len(tokens)), calls)
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as a stream's chunks."""

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,12 +26,14 @@ from slimtune.serve.answer import Answer, Stream, while_connected
 from slimtune.serve.deadline import Deadlines
 from slimtune.serve.door import Door, read_body
 from slimtune.serve.engine import Engine
+from slimtune.serve.guide import Guide, Guides
 from slimtune.serve.in_turn import InTurn
 from slimtune.serve.limits import Gate, Limits
 from slimtune.serve.metrics import Metrics
 from slimtune.serve.paged import why_not_paged
 from slimtune.serve.refusal import Refusal
 from slimtune.serve.shape import Chat, Completion, Shape
+from slimtune.serve.tools import CallText, Forms
 from slimtune.serve.upstream import TRIED
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
@@ -45,6 +47,7 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
+T = TypeVar("T")
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # How often it is looked whether the requests under way are through, when the server ends.
 _GLANCE_SECONDS = 0.05
@@ -70,6 +73,8 @@ class Api:
         self.engines: dict[str, Engine | InTurn] = {
             name: kind(opened, limits, computing) for name, opened in models.items()
         }
+        self._forms = {name: Forms(opened) for name, opened in models.items()}
+        self._guides = {name: Guides(opened) for name, opened in models.items()}
         self.gate = Gate(limits.batch + limits.waiting)
         self.deadlines = Deadlines(limits.seconds)
         self.fault: SlimtuneError | None = None
@@ -155,10 +160,8 @@ class Api:
         """``POST /v1/chat/completions``."""
         asked = protocol.read(protocol.ChatRequest, await self._body(request), self.limits)
         engine = self._engine(asked.model)
-        prompt = await self._rendered(
-            lambda: engine.opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs)
-        )
-        return await self._answer(request, asked, engine, prompt, Chat)
+        prompt, calls, guide = await self._rendered(partial(self._prepared, asked, engine.opened))
+        return await self._answer(request, asked, engine, prompt, Chat, calls=calls, guide=guide)
 
     async def completions(self, request: Request) -> Any:
         """``POST /v1/completions``: the prompt as it is, without a template."""
@@ -205,7 +208,18 @@ class Api:
             raise Refusal(404, f"no model is called {name!r:.200}; there are: {has}", "model_not_found", param="model")
         return self.engines[name]
 
-    async def _rendered(self, render: Callable[[], list[int]]) -> list[int]:
+    def _prepared(self, asked: protocol.ChatRequest, opened: Opened) -> tuple[list[int], CallText | None, Guide | None]:
+        """The prompt, and how the reply is to be read and guided."""
+        calls = guide = None
+        if asked.shown_tools is not None:
+            form = self._forms[asked.model].find(asked.chat_template_kwargs)
+            most = 1 if asked.parallel_tool_calls is False else None
+            calls = CallText(form, asked.shown_tools, self._forms[asked.model].marks(form), most)
+        if (schema := asked.wanted_schema) is not None:
+            guide = self._guides[asked.model].make(schema)
+        return opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs), calls, guide
+
+    async def _rendered(self, render: Callable[[], T]) -> T:
         with self.gate.entered():
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._renderer, render)
@@ -213,7 +227,15 @@ class Api:
                 raise Refusal(400, str(error), "invalid_prompt") from None
 
     async def _answer(
-        self, request: Request, asked: protocol.Request, engine: Engine | InTurn, prompt: list[int], shape: type[Shape]
+        self,
+        request: Request,
+        asked: protocol.Request,
+        engine: Engine | InTurn,
+        prompt: list[int],
+        shape: type[Shape],
+        *,
+        calls: CallText | None = None,
+        guide: Guide | None = None,
     ) -> Any:
         if len(prompt) > engine.longest_prompt:
             words = f"the prompt has {len(prompt)} tokens; this server takes {engine.longest_prompt}"
@@ -222,7 +244,7 @@ class Api:
         if max(prompt) >= rows:
             words = f"a token of the prompt is {max(prompt)}; the model has {rows}"
             raise Refusal(400, words, "invalid_prompt")
-        answer = Answer(asked, prompt, engine, shape, self.limits, self.metrics)
+        answer = Answer(asked, prompt, engine, shape, self.limits, self.metrics, calls=calls, guide=guide)
         if asked.stream:
             self.gate.check()
             return Stream(answer, self.gate, self.deadlines)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
+from slimtune.serve.guide import Guide
 from slimtune.serve.refusal import Refusal
 from slimtune.use.sampling import Draws, Sampling
 from slimtune.use.way import FAULTS
@@ -39,6 +40,8 @@ class Choice:
     sampling: Sampling
     top_logprobs: int | None = None
     """How many likeliest tokens to note beside each; None: no log probabilities at all."""
+    guide: Guide | None = None
+    """What may be said at all."""
     chances: list[Chances] = field(default_factory=list)
     """One for each token so far, where log probabilities were asked for."""
     failed: Exception | None = None
@@ -55,9 +58,12 @@ class Choice:
         """
         if not scores.amax().isfinite():  # a score of minus infinity is a token that can't be; of NaN, amax is NaN
             raise Refusal(500, "what the model computes for this request isn't finite", "not_finite")
-        if self.sampling.greedy and self.top_logprobs is None:
+        if self.sampling.greedy and self.top_logprobs is None and self.guide is None:
             return
-        token = int(self._draws.choose(scores[None])[0])
+        allowed = scores if self.guide is None else self.guide.allowed(scores)
+        token = int(self._draws.choose(allowed[None])[0])
+        if self.guide is not None:
+            self.guide.take(token)
         if self.top_logprobs is not None:
             logprobs = scores.log_softmax(-1)
             values, tokens = logprobs.topk(self.top_logprobs)

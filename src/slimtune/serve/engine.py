@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimtune.serve.choice import Chances, Choice, Chooser
+from slimtune.serve.guide import Guide
 from slimtune.serve.limits import Limits
 from slimtune.serve.paged import PAGE, make_manager
 from slimtune.serve.refusal import Refusal
@@ -89,7 +90,12 @@ class Engine:
 
     @asynccontextmanager
     async def reply(
-        self, prompt: Sequence[int], sampling: Sampling, *, top_logprobs: int | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        top_logprobs: int | None = None,
+        guide: Guide | None = None,
     ) -> AsyncIterator[AsyncIterator[Token]]:
         """The tokens of one reply as they come; leaving the context ends the request, and its cost, at once.
 
@@ -98,7 +104,7 @@ class Engine:
         """
         identity = uuid.uuid4().hex
         ticket = self._tickets[identity] = _Ticket()
-        choice = self._chooser.choices[identity] = Choice(sampling, top_logprobs)
+        choice = self._chooser.choices[identity] = Choice(sampling, top_logprobs, guide)
         try:
             taken = self._manager.add_request(
                 list(prompt), request_id=identity, max_new_tokens=sampling.max_new_tokens, streaming=True

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimtune.serve.choice import Choice
 from slimtune.serve.engine import Token, stopped
+from slimtune.serve.guide import Guide
 from slimtune.serve.limits import Limits
 from slimtune.use.decode import decode
 from slimtune.use.load import Opened
@@ -53,7 +54,12 @@ class InTurn:
 
     @asynccontextmanager
     async def reply(
-        self, prompt: Sequence[int], sampling: Sampling, *, top_logprobs: int | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        top_logprobs: int | None = None,
+        guide: Guide | None = None,
     ) -> AsyncIterator[AsyncIterator[Token]]:
         """The tokens of one reply as they come; leaving the context ends the request after the token under way.
 
@@ -63,7 +69,7 @@ class InTurn:
         self.held += 1
         try:
             async with self._room:
-                yield self._tokens(prompt, sampling, Choice(sampling, top_logprobs))
+                yield self._tokens(prompt, sampling, Choice(sampling, top_logprobs, guide))
         finally:
             self.held -= 1
 

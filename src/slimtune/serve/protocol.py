@@ -99,11 +99,49 @@ class Request(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Function(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(_Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: _Function
+
+
+class _TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class _ObjectFormat(_Strict):
+    type: Literal["json_object"]
+
+
+class _Schema(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class _SchemaFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: _Schema
+
+
 class ChatRequest(Request):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -111,7 +149,7 @@ class ChatRequest(Request):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: Annotated[_TextFormat | _ObjectFormat | _SchemaFormat, Field(discriminator="type")] | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -122,6 +160,10 @@ class ChatRequest(Request):
             *super()._conflicts(),
             (self.top_logprobs is not None and not self.logprobs, "top_logprobs goes with logprobs: true"),
             (self.tool_choice is not None and not self.tools, "tool_choice goes with tools"),
+            (
+                bool(self.shown_tools) and self.wanted_schema is not None,
+                "response_format doesn't go with tools: a call has a form of its own",
+            ),
             (self.parallel_tool_calls is not None and not self.tools, "parallel_tool_calls goes with tools"),
             (
                 both and self.max_tokens != self.max_completion_tokens,
@@ -149,7 +191,19 @@ class ChatRequest(Request):
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the template gets."""
-        return None if self.tool_choice == "none" else self.tools or None
+        if self.tool_choice == "none" or not self.tools:
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    @property
+    def wanted_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the reply has to fit; None if any text will do."""
+        match self.response_format:
+            case _ObjectFormat():
+                return {"type": "object"}
+            case _SchemaFormat(json_schema=wanted):
+                return wanted.schema_
+        return None
 
 
 class CompletionRequest(Request):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from slimtune.data.calls import Call
 from slimtune.serve.engine import Engine, Token
+from slimtune.serve.guide import Guide
 from slimtune.serve.in_turn import InTurn
+from slimtune.serve.tools import CallText
 from slimtune.use.sampling import Sampling
 from slimtune.use.stream import TextStream
 
 __all__ = ["Part", "StopText", "parts"]
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Part:
     text: str
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
+    calls: list[Call] = field(default_factory=list)
 
 
 class StopText:
@@ -33,12 +37,13 @@ class StopText:
     Args:
         tokenizer: Decodes the tokens.
         stops: The stop strings; none of them empty.
+        kept: Control tokens that are shown as text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], kept: Collection[int] = ()) -> None:
         self.stopped = False
         self._stops = stops
-        self._stream = TextStream(tokenizer)
+        self._stream = TextStream(tokenizer, kept)
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -70,24 +75,35 @@ def _overlap(text: str, stop: str) -> int:
 
 
 async def parts(
-    engine: Engine | InTurn, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str], top_logprobs: int | None
+    engine: Engine | InTurn,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    stops: Sequence[str],
+    top_logprobs: int | None,
+    *,
+    calls: CallText | None = None,
+    guide: Guide | None = None,
 ) -> AsyncGenerator[Part, None]:
     """A reply in parts; the last one says how it ended. Closing the iterator ends the request.
 
     Raises:
         Refusal: The engine has stopped.
     """
-    text = StopText(engine.opened.tokenizer, stops)
+    text = StopText(engine.opened.tokenizer, stops, () if calls is None else calls.marks)
     tokens: list[Token] = []
-    async with engine.reply(prompt, sampling, top_logprobs=top_logprobs) as arriving:
+    async with engine.reply(prompt, sampling, top_logprobs=top_logprobs, guide=guide) as arriving:
         async for token in arriving:
             tokens.append(token)
             turn_ended = token.id in engine.opened.stop_ids
             shown = "" if turn_ended else text.push(token.id)
             if token.last and not text.stopped:
                 shown += text.end()
+            if calls is not None:
+                shown = calls.push(shown)
             if token.last or text.stopped:
-                yield Part(shown, tokens, "stop" if turn_ended or text.stopped else "length")
+                finish: Finish = "stop" if turn_ended or text.stopped else "length"
+                rest, made = ("", []) if calls is None else calls.end()
+                yield Part(shown + rest, tokens, "tool_calls" if made and finish == "stop" else finish, made)
                 return
             if shown:
                 yield Part(shown, tokens)

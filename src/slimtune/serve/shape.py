@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -9,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimtune.data.calls import Call
 from slimtune.serve.engine import Token
 from slimtune.serve.reply import Part
 
@@ -21,6 +24,12 @@ Spell = Callable[[int], tuple[str, list[int]]]
 def usage(prompt: int, reply: int) -> dict[str, int]:
     """The counts of tokens."""
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    """A call as clients get it. Nine letters and digits are what Mistral's templates take for an id."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"c{secrets.token_hex(4)}", "type": "function", "function": function}
 
 
 @dataclass
@@ -36,16 +45,22 @@ class Shape(ABC):
     created: int = field(default_factory=lambda: int(time.time()))
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def whole(self, text: str, tokens: Sequence[Token], finish: str | None, counts: dict[str, int]) -> dict[str, Any]:
+    def whole(
+        self,
+        text: str,
+        tokens: Sequence[Token],
+        finish: str | None,
+        counts: dict[str, int],
+        calls: Sequence[Call] = (),
+    ) -> dict[str, Any]:
         """The answer at once."""
-        choice = {"index": 0, **self._text(text), "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        choice = {"index": 0, **self._text(text, calls), "logprobs": self._logprobs(tokens), "finish_reason": finish}
         return {**self._head(self.whole_object), "choices": [choice], "usage": counts}
 
     def chunk(self, part: Part) -> dict[str, Any]:
         """A piece of a stream."""
-        choice = {
-            "index": 0, **self._delta(part.text), "logprobs": self._logprobs(part.tokens), "finish_reason": part.finish
-        }  # fmt: skip
+        delta = self._delta(part.text, part.calls)
+        choice = {"index": 0, **delta, "logprobs": self._logprobs(part.tokens), "finish_reason": part.finish}
         return {**self._head(self.chunk_object), "choices": [choice]}
 
     def last(self, counts: dict[str, int]) -> dict[str, Any]:
@@ -60,10 +75,10 @@ class Shape(ABC):
         return {"id": f"{self.prefix}-{self.identity}", "object": kind, "created": self.created, "model": self.model}
 
     @abstractmethod
-    def _text(self, text: str) -> dict[str, Any]: ...
+    def _text(self, text: str, calls: Sequence[Call]) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _delta(self, text: str) -> dict[str, Any]: ...
+    def _delta(self, text: str, calls: Sequence[Call]) -> dict[str, Any]: ...
 
     @abstractmethod
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None: ...
@@ -79,11 +94,17 @@ class Chat(Shape):
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [{**self._head(self.chunk_object), "choices": [choice]}]
 
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _text(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+        return {"message": message}
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def _delta(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
+        return {"delta": delta}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -103,10 +124,10 @@ class Chat(Shape):
 class Completion(Shape):
     """``text_completion``, whole and in chunks."""
 
-    def _text(self, text: str) -> dict[str, Any]:
+    def _text(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
         return {"text": text}
 
-    def _delta(self, text: str) -> dict[str, Any]:
+    def _delta(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
         return {"text": text}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TextStream"]
@@ -16,16 +18,25 @@ class TextStream:
     another stands before it. So each step decodes the last finished piece with the new tokens behind it, and gives out
     the difference once it ends in a whole character: constant work for a token, and the pieces together are the text
     that decoding all tokens at once gives.
+
+    Args:
+        tokenizer: Decodes.
+        kept: Control tokens that are shown as text; no other is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Collection[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self._kept = bool(kept)
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} if kept else set()
+        self._hidden = special.difference(kept)
         self.ids: list[int] = []
         self._context = 0
         self._given = 0
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is unfinished."""
+        if token in self._hidden:
+            return ""
         self.ids.append(token)
         text = self._pending()
         if not text or text.endswith(_BROKEN):
@@ -44,4 +55,4 @@ class TextStream:
         return self._decode(self.ids[self._context :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not self._kept, clean_up_tokenization_spaces=False))

@@ -1,0 +1,102 @@
+"""``response_format``: replies that can't be anything but JSON, or JSON of a schema, by llguidance's grammars.
+
+Before each token the grammar says which tokens may follow, and the others' scores become minus infinity. llguidance is
+an extra (``slimtune[json]``); without it such requests are refused (decisions/0076).
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.serve.refusal import Refusal
+from slimtune.use.load import Opened
+
+__all__ = ["Guide", "Guides"]
+
+# As much white space as an indented object needs, or a model that knows nothing better would write it without an end.
+_JSON = {"whitespace_pattern": r"[\x20\x0A]{1,32}", "lenient": False}
+
+
+class Guides:
+    """Makes guides for one model.
+
+    Args:
+        opened: The model.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+        self._tokenizer: Any = None
+
+    def make(self, schema: dict[str, Any]) -> Guide:
+        """A guide for one reply. Takes a while: the first also reads the vocabulary.
+
+        Args:
+            schema: The JSON schema that the reply has to fit.
+
+        Raises:
+            Refusal: llguidance isn't installed, the tokenizer is of another kind, or the schema can't be kept to (400).
+        """
+        if find_spec("llguidance") is None:
+            raise _refused("this server has no grammars: pip install 'slimtune[json]'")
+        import llguidance
+
+        if self._tokenizer is None:
+            backend = getattr(self._opened.tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise _refused("the model's tokenizer is no fast one, and grammars take no other")
+            rows = self._opened.model.get_input_embeddings().weight.shape[0]
+            ends = list(self._opened.stop_ids)
+            self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=rows, eos_token=ends)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+        except ValueError as error:
+            raise _refused(str(error)) from None
+        failed, said = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        if failed or said:  # a warning is a part of the schema that isn't kept to
+            raise _refused(f"the schema can't be kept to: {said[0]:.300}")
+        return Guide(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0))
+
+
+class Guide:
+    """What one reply may go on with.
+
+    Args:
+        matcher: llguidance's ``LLMatcher``.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self, scores: Tensor) -> Tensor:
+        """``scores`` [vocabulary] with minus infinity for what can't follow.
+
+        Raises:
+            Refusal: The grammar is too much for its library.
+        """
+        bias = self._matcher.compute_logit_bias()
+        self._check()
+        may = torch.frombuffer(bytearray(bias), dtype=torch.uint8).to(scores.device) != 0
+        return scores.masked_fill(~may[: len(scores)], -torch.inf)
+
+    def take(self, token: int) -> None:
+        """The reply goes on with ``token``.
+
+        Raises:
+            Refusal: It can't, by the grammar.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise Refusal(500, f"the grammar failed: {self._matcher.get_error():.200}", "grammar_failed")
+
+
+def _refused(words: str) -> Refusal:
+    return Refusal(400, f"response_format: {words}", "unsupported_value", param="response_format")
