@@ -33,7 +33,7 @@ from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
 from slimtune.base.quantizer import policy_of
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
-from tests.families.tiny import small_config
+from tests.families.tiny import save, skeleton, small_config
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -186,6 +186,21 @@ def test_coefficients_stay() -> None:
     kept = {"modality_router", "prediction_coefs", "correction_coefs"}
     assert {path.rpartition(".")[2] for path in policy.left} == kept
     assert not any(name.rsplit(".", 2)[-2] in kept for name in policy.linears | policy.packed)
+
+
+def test_what_a_class_keeps_out_of_16_bits_stays(tmp_path: Path, hardware: Hardware) -> None:
+    """DeepSeek V4's compressors. The policy, by which share and size are told, says what is found after loading."""
+    save("deepseek_v4", tmp_path)
+    loaded = load_base(str(tmp_path), hardware, compute_dtype="fp32").model
+    policy = policy_of(skeleton("deepseek_v4"))
+    four_bit = {
+        name for name, parameter in loaded.named_parameters()
+        if isinstance(parameter, PackedTensor) or hasattr(parameter, "quant_state")
+    }  # fmt: skip
+    assert four_bit == policy.linears | policy.packed
+    kept = ("compressor.kv_proj.weight", "compressor.gate_proj.weight", "scorer.weights_proj.weight")
+    assert {end for end in kept if any(name.endswith(end) for name in policy.sizes)} == set(kept)
+    assert not any(name.endswith(kept) for name in four_bit)
 
 
 class Odd(nn.Module):

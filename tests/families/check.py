@@ -1,6 +1,7 @@
 """What is proven of a family, on a tiny model of it: one folder made, trained on, read back, merged and asked.
 
 The oracle is plain Transformers and PEFT: each document alone, unpadded, its loss by torch, its gradients by autograd.
+For a base in 4 bits it is that on the numbers that bitsandbytes makes of each matrix when it packs and unpacks it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from slimtune.adapter.lora import lora_config
 from slimtune.adapter.targets import default_targets, find_targets
 from slimtune.base.quantize import four_bit_share
+from slimtune.base.quantizer import policy_of
 from slimtune.cli import slimtune_command
 from slimtune.config import Config
 from slimtune.data.preflight import prove
@@ -40,12 +44,19 @@ CHATS = (
 )
 ROOM = 128
 """Tokens of a pack: these chats fill two."""
+RATE = 64.0
+"""What an adapter changes by is read off its files, whose numbers are rounded to 2^-24 of themselves: a step of this
+many gradients leaves a 64th of that in a gradient. A power of two, by which dividing is exact."""
+MERGED = 1e-3
+"""Relative. So large a step makes large adapters, whose product with the base's weights is rounded once more."""
+BLOCK = 64
+"""Weights to a scale in NF4 (QLoRA, section 3)."""
 GRADIENT: dict[str, Any] = {
     "quantization": "none", "compute_dtype": "fp32", "targets": "all-linear", "lora_r": 2, "lora_dropout": 0.0,
-    "optim": "sgd", "learning_rate": 1.0, "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 1e9,
+    "optim": "sgd", "learning_rate": RATE, "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 1e9,
     "epochs": 1.0, "gradient_accumulation": len(CHATS), "max_length": ROOM, "micro_batch": 1,
 }  # fmt: skip
-"""An epoch is one step, packed or not, of plain SGD at a rate of 1: what the adapter changes by is its gradient."""
+"""An epoch is one step, packed or not, of plain SGD: what the adapter changes by is its gradient."""
 
 
 @dataclass
@@ -64,8 +75,14 @@ class Proof:
     """Adapter tensors that the oracle gives no gradient."""
     reload: float | None = None
     """Largest relative difference of a logit, plain PEFT to slimtune's own reading."""
+    gradient_4bit: float | None = None
+    """As the gradient, on the base in NF4."""
+    reload_4bit: float | None = None
+    """As reload, of that run."""
     trained_4bit: bool = False
     merge: str = ""
+    merge_4bit: str = ""
+    """Of the run on the base in NF4, into the base as it is published."""
     chat: str = ""
     gguf: str = ""
     refused: dict[str, str] = field(default_factory=dict)
@@ -89,12 +106,19 @@ def check(model_type: str, folder: Path) -> Proof:
     data.write_text("".join(json.dumps({"prompt": ask, "completion": say}) + "\n" for ask, say in CHATS))
     steps.run("describe", lambda: _describe(proof, base))
     runs: dict[str, RunFolder] = {}
-    if steps.run("gradient", lambda: runs.update(fp32=_gradient(proof, base, data, folder))):
+    start = folder / "start"
+    if steps.run("gradient", lambda: runs.update(fp32=_gradient(proof, base, data, start, folder))):
         steps.run("reload", lambda: _reload(proof, base, runs["fp32"]))
         steps.run("merge", lambda: _merge(proof, base, runs["fp32"], folder / "merged"))
         steps.run("gguf", lambda: _gguf(proof, runs["fp32"]))
-    if steps.run("4 bits", lambda: runs.update(nf4=_four_bits(proof, base, data, folder))):
-        steps.run("chat", lambda: _chat(proof, runs["nf4"]))
+    rounded = folder / "rounded"
+    if steps.run(
+        "4-bit gradient", lambda: runs.update(nf4=_gradient_in_4_bits(proof, base, rounded, data, start, folder))
+    ):
+        steps.run("4-bit reload", lambda: _reload_in_4_bits(proof, rounded, runs["nf4"]))
+        steps.run("4-bit merge", lambda: _merge_of_4_bits(proof, base, runs["nf4"], folder / "merged-nf4"))
+    if steps.run("4 bits", lambda: runs.update(usual=_four_bits(proof, base, data, folder))):
+        steps.run("chat", lambda: _chat(proof, runs["usual"]))
     return proof
 
 
@@ -134,23 +158,58 @@ def _config(base: Path, data: Path, output: Path, **values: Any) -> Config:
     return Config.make(model=str(base), data=str(data), output=output, save_steps=1000, **values)
 
 
-def _gradient(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
+def _gradient(proof: Proof, base: Path, data: Path, start: Path, folder: Path) -> RunFolder:
     """One step of slimtune's trainer against the oracle's gradients, from the same adapter."""
-    start = _start(base, folder / "start")
-    config = _config(base, data, folder / "run", start_from=start, **GRADIENT)
+    config = _config(base, data, folder / "run", start_from=_start(base, start), **GRADIENT)
     run = finetune(config)
     facts = run.read_json(run.facts_file)
     proof.packed = "yes" if facts["data"]["packed"] else f"no: {facts['data']['unpacked']}"
-    before, after = load_file(start / "adapter_model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
     expected = _oracle(base, start, config)
+    proof.unused = sum(not bool(gradient.any()) for gradient in expected.values())
+    proof.gradient = _difference(start, run, expected)
+    return run
+
+
+def _difference(start: Path, run: RunFolder, expected: dict[str, Tensor]) -> float:
+    before, after = load_file(start / "adapter_model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
     assert before.keys() == after.keys() == expected.keys()
     largest = max(float(gradient.norm()) for gradient in expected.values())
-    proof.unused = sum(not bool(gradient.any()) for gradient in expected.values())
-    proof.gradient = max(
-        float((before[name] - after[name] - gradient).norm()) / (float(gradient.norm()) + 1e-3 * largest)
+    return max(
+        float(((before[name] - after[name]) / RATE - gradient).norm()) / (float(gradient.norm()) + 1e-3 * largest)
         for name, gradient in expected.items()
     )
+
+
+def _gradient_in_4_bits(proof: Proof, base: Path, rounded: Path, data: Path, start: Path, folder: Path) -> RunFolder:
+    """The same step on the base in NF4, against the oracle on the numbers that this stands for."""
+    config = _config(base, data, folder / "run-nf4", start_from=start, **GRADIENT | {"quantization": "nf4"})
+    run = finetune(config)
+    _round(base, rounded)
+    proof.gradient_4bit = _difference(start, run, _oracle(rounded, start, config))
     return run
+
+
+def _round(base: Path, folder: Path) -> None:
+    """A copy of the base whose every matrix that lies in 4 bits has been there and back, by bitsandbytes."""
+    model = _load(base)
+    policy = policy_of(model)
+    with torch.no_grad():
+        for name in policy.linears | policy.packed:
+            parameter = model.get_parameter(name)
+            linear = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)  # [in, out], and packed as linear
+            parameter.copy_(_there_and_back(parameter.T).T if linear else _there_and_back(parameter))
+    model.save_pretrained(folder)
+
+
+def _there_and_back(numbers: Tensor) -> Tensor:
+    """A matrix, or each of a stack by itself."""
+    if numbers.dim() > 2:
+        return torch.stack([_there_and_back(matrix) for matrix in numbers])
+    flat = numbers.contiguous().view(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    codes, state = quantize_4bit(blocks, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    made: Tensor = dequantize_4bit(codes, state).view(-1)[: len(flat)]
+    return made.view(numbers.shape)
 
 
 def _start(base: Path, folder: Path) -> Path:
@@ -190,27 +249,54 @@ def _oracle(base: Path, adapter: Path, config: Config) -> dict[str, Tensor]:
 
 def _reload(proof: Proof, base: Path, run: RunFolder) -> None:
     """The adapter in plain PEFT on the plain base, and in slimtune."""
-    ids = torch.tensor([tokenizer().encode("Where is the lamp, and who was here?")])
     with torch.no_grad():
-        bare = _load(base)(input_ids=ids).logits
-        plain = PeftModel.from_pretrained(_load(base), run.adapter).eval()(input_ids=ids).logits
-        own = open_model(str(run.path), dtype="fp32").model(input_ids=ids).logits
+        bare, plain = _load(base)(input_ids=_ids()).logits, _plain(base, run)
+        own = open_model(str(run.path), dtype="fp32").model(input_ids=_ids()).logits
     if torch.equal(bare, plain):
         raise AssertionError("plain PEFT's logits are the bare base's")
-    proof.reload = float((plain - own).abs().max() / plain.abs().max())
+    proof.reload = _apart(plain, own)
+
+
+def _reload_in_4_bits(proof: Proof, rounded: Path, run: RunFolder) -> None:
+    with torch.no_grad():
+        own = open_model(str(run.path), dtype="fp32").model(input_ids=_ids()).logits
+    proof.reload_4bit = _apart(_plain(rounded, run), own)
+
+
+def _ids() -> Tensor:
+    return torch.tensor([tokenizer().encode("Where is the lamp, and who was here?")])
+
+
+def _plain(base: Path, run: RunFolder) -> Tensor:
+    """Plain PEFT's logits."""
+    with torch.no_grad():
+        logits: Tensor = PeftModel.from_pretrained(_load(base), run.adapter).eval()(input_ids=_ids()).logits
+    return logits
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max())
 
 
 def _merge(proof: Proof, base: Path, run: RunFolder, output: Path) -> None:
     """The merged folder in plain Transformers, against plain PEFT."""
     _called("merge", run.path, "-o", output, "--no-parity")
-    ids = torch.tensor([tokenizer().encode("Where is the lamp, and who was here?")])
-    with torch.no_grad():
-        merged = _load(output)(input_ids=ids).logits
-        plain = PeftModel.from_pretrained(_load(base), run.adapter).eval()(input_ids=ids).logits
-    difference = float((merged - plain).abs().max() / plain.abs().max())
-    if difference > 1e-4:
-        raise AssertionError(f"the merged model's logits are {difference:.1e} off")
+    _check_merged(base, run, output)
     proof.merge = "yes"
+
+
+def _merge_of_4_bits(proof: Proof, base: Path, run: RunFolder, output: Path) -> None:
+    """With its certificate."""
+    _called("merge", run.path, "-o", output)
+    _check_merged(base, run, output)
+    proof.merge_4bit = "yes"
+
+
+def _check_merged(base: Path, run: RunFolder, output: Path) -> None:
+    with torch.no_grad():
+        difference = _apart(_plain(base, run), _load(output)(input_ids=_ids()).logits)
+    if difference > MERGED:
+        raise AssertionError(f"the merged model's logits are {difference:.1e} off")
 
 
 def _called(*words: Any) -> None:
@@ -226,9 +312,9 @@ def _gguf(proof: Proof, run: RunFolder) -> None:
 
 
 def _four_bits(proof: Proof, base: Path, data: Path, folder: Path) -> RunFolder:
-    """Two steps as people take them: NF4, default targets, dropout, 8-bit AdamW."""
+    """Three steps as people take them: NF4, default targets, dropout, 8-bit AdamW."""
     run = finetune(
-        _config(base, data, folder / "run-nf4", max_steps=2, max_length=ROOM, learning_rate=1e-2, warmup=0.0)
+        _config(base, data, folder / "run-usual", max_steps=3, max_length=ROOM, learning_rate=1e-2, warmup=0.0)
     )
     proof.trained_4bit = True
     proof.engine = run.read_json(run.facts_file)["training"]["engine"]

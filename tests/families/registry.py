@@ -100,9 +100,10 @@ def prove_all(wanted: list[str]) -> None:
 
 def _short(proof: dict[str, Any]) -> str:
     ends = {**proof.get("refused", {}), **proof.get("faults", {})}
-    said = "; ".join(f"{step}: {text[:90]}" for step, text in ends.items())
-    gradient = proof.get("gradient")
-    return f"{proof['model_type']:24} gradient {'–' if gradient is None else format(gradient, '.0e')}  {said}"
+    said = "; ".join(f"{step}: {text[:90]}" for step, text in ends.items() if step != "gguf")
+    numbers = [proof.get(key) for key in ("gradient", "reload", "gradient_4bit", "reload_4bit")]
+    told = " ".join("–" if number is None else format(number, ".0e") for number in numbers)
+    return f"{proof['model_type']:24} {told}  {said}"
 
 
 def table() -> str:
@@ -112,12 +113,12 @@ def table() -> str:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft", "trl", "torch")
     )
-    head = "| family | 4 bits | default targets | packed | gradient | engine | merge | GGUF | chat | limits |"
+    head = "| family | 4 bits | default targets | packed | gradient | in NF4 | engine | merge | GGUF | chat | limits |"
     lines = [
         f"{date.today().isoformat()}, {versions}, on a CPU: {len(made)} families. ",
         "",
         head,
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(proof) for proof in made),
     ]
     without = [proof["model_type"] for proof in proofs if proof not in made]
@@ -130,17 +131,20 @@ def table() -> str:
 
 def _row(proof: dict[str, Any]) -> str:
     refused, faults = proof.get("refused", {}), proof.get("faults", {})
-    share, gradient = proof.get("four_bit_share"), proof.get("gradient")
+    share = proof.get("four_bit_share")
+    gradients = [proof.get("gradient"), proof.get("gradient_4bit")]
     limits = [f"{step}: {_sentence(text)}" for step, text in refused.items() if step != "gguf"]
     limits += [f"**{step}: {_sentence(text)}**" for step, text in faults.items()]
-    if gradient is not None and gradient > 1e-4:
+    if any(gradient is not None and gradient > 1e-4 for gradient in gradients):
         limits.insert(0, "**gradients differ**")
+    if any(apart is not None and apart > 1e-4 for apart in (proof.get("reload"), proof.get("reload_4bit"))):
+        limits.insert(0, "**plain PEFT's logits differ**")
     cells = [
         proof["model_type"],
         "–" if share is None else f"{100 * share:.1f} %",
         proof.get("targets") or "–",
         proof.get("packed") or "–",
-        "–" if gradient is None else f"{gradient:.0e}",
+        *("–" if gradient is None else f"{gradient:.0e}" for gradient in gradients),
         (proof.get("engine") or "–").split(":")[0],
         proof.get("merge") or "–",
         proof.get("gguf") or "–",

@@ -68,11 +68,27 @@ TOWER: dict[str, Any] = {
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0],
     "num_key_value_heads": 2, "head_dim": 32, "hidden_dim": 64, "position_embedding_size": 16,
     "projector_input_dim": 64, "projector_output_dim": HIDDEN, "vision_output_dim": 64, "projection_dim": HIDDEN,
-    "output_dim": HIDDEN, "initializer_range": 0.1,
+    "output_dim": HIDDEN, "adapter_in_dim": 64, "adapter_out_dim": HIDDEN, "adapter_input_size": 64,
+    "initializer_range": 0.1,
+}
+BYTES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS, "intermediate_size": 128, "initializer_range": 0.1, "max_position_embeddings": 512,
 }
 HYBRID = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_size": [3], "encoder_hash_byte_group_vocab": 64, "patching_mode": "space",
+        "encoder_config": {**BYTES, "cross_attn_k": 2, "hidden_size_global": 2 * HIDDEN},
+        "decoder_config": {**BYTES, "cross_attn_k": 2, "hidden_size_global": 2 * HIDDEN},
+        "global_config": {**BYTES, "hidden_size": 2 * HIDDEN}, "patcher_config": BYTES,
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": False, "num_kv_heads": HEADS},
@@ -90,7 +106,9 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_hidden_layers": 2},
-    "ministral": {"layer_types": HYBRID * 2},
+    "ministral": {"layer_types": HYBRID * 2, "head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 32,
         "indexer_compress_ratio": 4,

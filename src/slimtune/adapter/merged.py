@@ -131,11 +131,14 @@ class MergedWeights:
                     config["tie_word_embeddings"] = False
 
     def _fit_vocabulary(self, adapter: Path, ends: list[str]) -> None:
-        """Embedding, head and config have the adapter's number of rows.
+        """Embedding, head and config have the adapter's number of rows, where it has another one than the base.
+
+        In the base itself the two may differ: Llama 3.2's with images embeds eight tokens that it never says.
 
         Raises:
             UserError: The adapter makes the two differ.
         """
+        before: dict[str, int] = {}
         sizes: dict[str, int] = {}
         for end in dict.fromkeys(ends):
             unit = self._layout.units.get(end)
@@ -143,8 +146,11 @@ class MergedWeights:
                 continue  # tied, and once in the files
             [name] = unit.names
             spec = self.specs[name]
+            before[end] = spec.shape[0]
             sizes[end] = rows_made(self._changes.get(end), spec.shape[0])
             self.specs[name] = replace(spec, shape=(sizes[end], *spec.shape[1:]))
+        if sizes == before:
+            return
         if len(set(sizes.values())) > 1:
             told = " and ".join(f"{end} of {size:,} rows" for end, size in sizes.items())
             raise UserError(
@@ -152,7 +158,7 @@ class MergedWeights:
                 rule="A model has one vocabulary, and the adapter doesn't hold what the other was.",
             )
         for part in (self.config, self.config.get("text_config") or {}):
-            if "vocab_size" in part and sizes and set(ends) & set(self._changes):
+            if "vocab_size" in part:
                 part["vocab_size"] = next(iter(sizes.values()))
 
     def _side_by_side(self) -> None:

@@ -20,6 +20,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from slimtune.base.finite import is_finite
@@ -83,11 +84,12 @@ def _on_cpu(device_map: Any) -> bool:
     return isinstance(device_map, dict) and "cpu" in {str(device) for device in device_map.values()}
 
 
-def policy_of(model: nn.Module) -> Policy:
+def policy_of(model: Any) -> Policy:
     """The policy for a model as Transformers makes it; on the meta device too.
 
     4 bits: linear layers, expert stacks, and subclasses of ``nn.Linear``. As they are: embeddings, head, routers,
-    norms, convolutions, matrices of a few rows or columns, and whatever is no matrix.
+    norms, convolutions, matrices of a few rows or columns, what the class itself keeps out of 16 bits, and whatever is
+    no matrix.
     """
     owned = _owners(model)
     outside = {id(parameter) for parameter in _embeddings_and_head(model)}
@@ -101,10 +103,13 @@ def policy_of(model: nn.Module) -> Policy:
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         linear = isinstance(module, nn.Linear | Conv1D)
-        if parameter.dim() == 2 and (
-            _ROUTER.search(path)
-            or (parameter.shape[0] in counts and _GATE.search(path))
-            or (linear and _is_small(parameter))
+        if not should_convert_module(path, model._keep_in_fp32_modules) or (
+            parameter.dim() == 2
+            and (
+                _ROUTER.search(path)
+                or (parameter.shape[0] in counts and _GATE.search(path))
+                or (linear and _is_small(parameter))
+            )
         ):
             left.add(path)
         elif linear:
