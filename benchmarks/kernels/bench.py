@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = "cuda", torch.bfloat16
 # A bfloat16 result that is rounded once is within half a unit in the last place; sums in another order add a little.
 BOUND = 4.5e-3
 
@@ -85,4 +85,4 @@ def main(cases: Callable[[], Iterable[Case]]) -> None:
 
 
 def random(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)

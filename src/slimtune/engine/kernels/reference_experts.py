@@ -118,7 +118,7 @@ def row_dot(a: Tensor, b: Tensor, routes: Routes, *, out: Tensor | None = None) 
         a: [R, F].
         b: [R, F].
         routes: As :func:`sort_by_expert` gave it.
-        out: float32 [T, k] that takes the products (float64 for float64).
+        out: float32 [T, k], contiguous, that takes the products (float64 for float64).
     """
     products = (wide(a) * wide(b)).sum(-1)[routes.place]
     return products if out is None else out.copy_(products)

@@ -58,7 +58,7 @@ def gated_backward_(
         h: [T, F] that takes act(gate) x up; may be ``dh``.
         routes: Which pair a row is; needed for weights and dw.
         weights: [tokens, k], the router's.
-        dw: float32 [tokens, k] that takes the weights' gradient, dh x h summed over F (float64 for float64).
+        dw: float32 [tokens, k] (float64 for float64), contiguous; takes the weights' gradient, dh x h summed over F.
 
     Raises:
         ValueError: Weights or dw without routes.
