@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slimtune.data.conversation import Conversation, RowRefused, detect_shape, normalise
+from slimtune.data.conversation import Conversation, RowRefused, detect_shape, normalise, read_messages
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello."}
@@ -101,3 +101,15 @@ def test_named_repairs(rule: str) -> None:
     assert isinstance(made, Conversation)
     assert made.messages == expected
     assert made.repairs == [rule]
+
+
+@pytest.mark.parametrize("content", ["a", "  a\n", "", " \n", "a\0b", "ü", "\ud800", "x\ufdd0y", None, 5, ["a"]])
+@pytest.mark.parametrize("role", ["user", "assistant", "User", "gpt", "nobody", None])
+def test_the_plainest_turns_are_read_by_the_rules_of_all_turns(role: Any, content: Any) -> None:
+    def read(more: dict[str, Any]) -> Any:
+        try:
+            return read_messages([{"role": role, "content": content, **more}])
+        except RowRefused as refused:
+            return str(refused)
+
+    assert read({}) == read({"weight": None})  # a third key, and nothing else, takes the longer way

@@ -6,11 +6,9 @@ outside of Python's lock while this one reads and renders the next batch of rows
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +41,7 @@ class _Item:
     row: Row
     conversation: Conversation
     drafts: list[Draft]
+    characters: int
 
 
 @dataclass(slots=True)
@@ -80,7 +79,7 @@ class Builder:
         Raises:
             UserError: A file can't be read, or a row is too long and ``overlong`` is ``error``.
         """
-        with _only_new_garbage(), ThreadPoolExecutor(1, thread_name_prefix="slimtune-encode") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="slimtune-encode") as pool:
             waiting: tuple[int, _Batch, HalfEncoded, Future[None]] | None = None
             for number, batch in self._batches(sources):
                 half = self.renderer.encoder.looked_up([draft.pieces for item in batch.items for draft in item.drafts])
@@ -100,7 +99,7 @@ class Builder:
                 if item is None:
                     continue
                 batch.items.append(item)
-                batch.characters += sum(len(piece.text) for draft in item.drafts for piece in draft.pieces)
+                batch.characters += item.characters
                 if batch.is_full:
                     yield number, batch
                     batch = _Batch()
@@ -117,7 +116,8 @@ class Builder:
         except RowRefused as refused:
             self.ledger.drop(row.place, refused.name, refused.rule, refused.field)
             return None
-        size = max(sum(len(piece.text) for piece in draft.pieces) for draft in drafts)
+        sizes = [sum([len(piece.text) for piece in draft.pieces]) for draft in drafts]
+        size = max(sizes)
         if size > self._longest_text and self.config.overlong == "drop":
             self.ledger.drop(
                 row.place,
@@ -126,7 +126,7 @@ class Builder:
             )
             self.overlong[_rounded(size // 4)] += 1
             return None
-        return _Item(row, conversation, drafts)
+        return _Item(row, conversation, drafts, sum(sizes))
 
     def _conversation(self, row: Row) -> Conversation:
         value = row.value
@@ -205,20 +205,6 @@ class Builder:
             why = "" if how == "drop" else f"; {how} can't make it fit without cutting a reply"
             self.ledger.drop(place, "too-long", what + why)
         return fitted
-
-
-@contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Within this, the garbage collector leaves alone what was there before: the libraries' millions of objects, which
-    it would otherwise go through again and again for the short-lived ones of each row."""
-    if gc.get_freeze_count():  # the program has seen to it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _rounded(length: int) -> int:

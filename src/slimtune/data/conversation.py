@@ -395,7 +395,7 @@ def read_messages(turns: Any, *, where: str = "messages", repairs: list[str] | N
     repairs = [] if repairs is None else repairs
     if not isinstance(turns, list):
         raise RowRefused(where, f"{kind_of(turns)} where a list belongs")
-    made = [_message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
+    made = [_plain(turn) or _message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
     return [m for m in made if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
 
 
@@ -416,6 +416,16 @@ def _supervision(where: str, role: str, turn: Mapping[str, Any]) -> Message:
             raise RowRefused(f"{where}.{key}", "a reply is learnt (1, true) or not (0, false)", "weight")
         made["supervised"] = False
     return made
+
+
+def _plain(turn: Any) -> Message | None:
+    """A turn of nothing but a role and ASCII text, as most are, in normal form; None for any other."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    role, text = turn.get("role"), turn.get("content")
+    if role not in ("user", "assistant") or type(text) is not str or not text.isascii() or "\0" in text:
+        return None
+    return {"role": role, "content": text} if text and not text.isspace() else None
 
 
 def _message(where: str, turn: Any, repairs: list[str]) -> Message:

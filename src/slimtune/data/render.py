@@ -122,6 +122,8 @@ class ChatRenderer:
             self._check_variables()
 
     def _check_variables(self) -> None:
+        if not self.manner.variables:
+            return
         names = set().union(*(dialect.template.names for dialect in self._dialects.values()))
         for source in self._sources.values():
             names |= ChatTemplate(source, {}).names

@@ -40,6 +40,7 @@ _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction", "sy
 _SYSTEMS = frozenset(_SYSTEM)
 _BESIDE = frozenset({*_SYSTEM, "tools", "toolConfig", "chat_template_kwargs"})
 """Columns that are read beside the turns."""
+_BESIDE_MESSAGES = _BESIDE | {"messages"}
 _ALPACA = frozenset({"instruction", "input", "output", "system", "history"})
 
 _WHO = ("role", "from", "speaker", "author", "sender")
@@ -131,6 +132,8 @@ def _text_of(value: Any) -> Any:
 def _turn_list(name: str, value: Mapping[str, Any], repairs: list[str]) -> Standard | None:
     """The row whose turns stand in the list ``name``."""
     turns = value[name]
+    if name == "messages" and _all_plain(turns):
+        return Standard("messages", _with_system(value), _BESIDE_MESSAGES)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = from_text(name, turns, repairs)
         value = {**value, name: turns}
@@ -149,6 +152,15 @@ def _turn_list(name: str, value: Mapping[str, Any], repairs: list[str]) -> Stand
     if not all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
         return None
     return Standard("sharegpt", {**_with_system(value), "conversations": turns}, read)
+
+
+def _all_plain(turns: Any) -> bool:
+    """Whether all turns have a role and text, as those of most files: no other form needs to be looked for."""
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(type(turn) is dict and "role" in turn and type(turn.get("content")) is str for turn in turns)
+    )
 
 
 def _is_sharegpt(turns: Any) -> bool:

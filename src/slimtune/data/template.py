@@ -351,14 +351,11 @@ class ChatTemplate:
             TemplateRefused: The template raised an error or went over its bounds.
         """
         self._environment.start()
+        variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=add_generation_prompt,
-            ):
+            for part in self._template.root_render_func(self._template.new_context(variables)):
                 size += len(part)
                 if size > MAX_OUTPUT:
                     _too_long("its output")

@@ -121,6 +121,9 @@ class TokenEncoder:
         self._joined = bare
         self._words = WordEncoder(spec, self._first)
         self._kept: dict[tuple[str, int], Ids] = {}
+        self._alone: dict[int, Ids] = {token: np.array([token], np.int32) for token in self.controls.values()}
+        for ids in self._alone.values():
+            ids.flags.writeable = False  # shared by all documents
 
     def encode(self, documents: Sequence[Sequence[Piece]]) -> list[tuple[Ids, npt.NDArray[np.bool_]]]:
         """Ids (int32) and supervised mask (bool) of each document, both of shape [tokens].
@@ -144,7 +147,7 @@ class TokenEncoder:
         last = len(pieces) - 1
         for at, (text, control, supervised, joined) in enumerate(pieces):
             if control >= 0:
-                plan.append((np.array([control], np.int32), supervised))
+                plan.append((self._alone[control], supervised))
                 start = start and not text
                 eat, behind_text = bool(text) and control in self._eats_right, False
                 continue
