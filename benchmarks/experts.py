@@ -5,6 +5,7 @@ is a process of its own, the median step after four:
 
 - ``load``: the base in 4 bits from its files: seconds, the most bytes while loading, and those that stay.
 - ``slimtune``, ``trl``: as a person has them: slimtune's experts in NF4; TRL's stay in 16 bits, its attention in NF4.
+- ``slimtune@7.3``: within so many GiB; ``slimtune-plain``: without the engine; ``unsloth``, where it is installed.
 - ``slimtune-16bit``, ``trl-16bit``: nothing quantised on either side.
 - ``slimtune-experts``: every linear layer and all experts adapted, r=16.
 - ``profile``: where slimtune's step goes, by kernel.
@@ -25,7 +26,18 @@ import peers
 import torch
 from workloads import Workload
 
-CASES = ("load", "slimtune", "trl", "slimtune-16bit", "trl-16bit", "slimtune-experts", "profile")
+CASES = (
+    "load",
+    "slimtune",
+    "slimtune@7.3",
+    "slimtune@5.1",
+    "slimtune-plain",
+    "trl",
+    "slimtune-16bit",
+    "trl-16bit",
+    "slimtune-experts",
+    "profile",
+)
 CUDA = torch.cuda.is_available()
 MIXTURE = Workload("MOE", "moe", 4, 2048, dropout=0.0) if CUDA else Workload("tiny-MOE", "tiny", 2, 64, dropout=0.0)
 SHAPE: dict[str, Any] = {
@@ -82,7 +94,9 @@ def load(folder: Path) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, quantization: str, *, profile: bool = False, experts: bool = False) -> dict[str, Any]:
+def train(
+    folder: Path, quantization: str, *, profile: bool = False, experts: bool = False, **options: Any
+) -> dict[str, Any]:
     """slimtune's recipe, with rows that fill its packs."""
     from slimtune.config import Config
     from slimtune.recipes import finetune
@@ -95,7 +109,7 @@ def train(folder: Path, quantization: str, *, profile: bool = False, experts: bo
         model=str(folder), data=str(data), output=scratch / "run", train_on="all", max_length=MIXTURE.length,
         micro_batch=MIXTURE.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_dropout=0.0,
         lora_r=16 if experts else MIXTURE.r, targets="all-linear" if experts else attention, quantization=quantization,
-        save_steps=10 * peers.STEPS,
+        save_steps=10 * peers.STEPS, **options,
     )  # fmt: skip
     table = _profiled() if profile else None
     run = finetune(config)
@@ -145,8 +159,12 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         return train(folder, "nf4", profile=True)
     if case == "slimtune-experts":
         return train(folder, "nf4", experts=True)
-    if case.startswith("trl"):
+    if case.startswith(("trl", "unsloth")):
         return peers.run_peer(case, MIXTURE, folder)
+    if case == "slimtune-plain":
+        return train(folder, "nf4", engine="plain")
+    if "@" in case:
+        return train(folder, "nf4", memory=f"{case.partition('@')[2]}GiB")
     return train(folder, "none" if case.endswith("16bit") else "nf4")
 
 

@@ -16,26 +16,33 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GraniteConfig,
     HeliumConfig,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
+
+from slimtune.base.packed import Nf4Tensor
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma3_text", "glm", "glm4", "granite",
     "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
+    "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed",
 )  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
@@ -51,6 +58,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 64}
 _WINDOWS: dict[str, Any] = {
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -115,12 +123,26 @@ def family_config(family: str) -> PretrainedConfig:
                 attention_dropout=0.0, residual_dropout=0.0)  # fmt: skip
         case "smollm3":
             return SmolLM3Config(**_COMMON, no_rope_layers=[1, 0, 1], use_sliding_window=False)
+        case "glm4_moe":
+            return Glm4MoeConfig(**_COMMON, **_EXPERTS, head_dim=32, partial_rotary_factor=0.5, use_qk_norm=True,
+                n_routed_experts=6, n_shared_experts=1, n_group=3, topk_group=2, first_k_dense_replace=1,
+                routed_scaling_factor=2.5, norm_topk_prob=True)  # fmt: skip
+        case "mixtral":
+            return MixtralConfig(**_COMMON, num_experts_per_tok=2, num_local_experts=6, sliding_window=None)
+        case "olmoe":
+            return OlmoeConfig(**_COMMON, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False)
+        case "qwen3_moe":
+            return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, head_dim=32, norm_topk_prob=True)
+        case "qwen3_moe-mixed":
+            return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[1], norm_topk_prob=False)
     raise AssertionError(family)
 
 
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(family_config(family), dtype=dtype, attn_implementation="sdpa")
+    if any(parameter.ndim == 3 for parameter in model.parameters()):
+        model.set_experts_implementation("eager")  # torch's grouped product has no float64
     for name, parameter in model.named_parameters():
         # Transformers starts biases at 0 and norms at 1, where a mistake with them would not show.
         if "norm" in name:
@@ -131,7 +153,7 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
 
 
 def quantize(model: nn.Module, *, double: bool) -> nn.Module:
-    """Every linear layer but the head in NF4, as bitsandbytes has it."""
+    """Every linear layer but the head in NF4, as bitsandbytes has it, and every stack of experts, packed one by one."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
@@ -146,6 +168,10 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
             ).to("cpu")
             new.bias = module.bias
             setattr(model.get_submodule(parent), child, new)
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 3:
+                packed = Nf4Tensor.quantize(parameter.data, double_quant=double)
+                setattr(module, own, nn.Parameter(packed, requires_grad=False))
     model.is_loaded_in_4bit = True
     return model
 
@@ -153,6 +179,16 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
 def add_lora(model: nn.Module, *, seed: int = 1, **options: Any) -> nn.Module:
     """PEFT's LoRA, with a B that isn't zero: else A would have no gradient."""
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **options}
+    wanted = settings["target_modules"]
+    if any(parameter.ndim == 3 for parameter in model.parameters()):
+        # By full names: of these types PEFT would take other words for the experts, and adapt their routers too.
+        named = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+        stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+        settings["target_modules"], settings["target_parameters"] = (
+            [name for name in names if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
+            for names in (named, stacks)
+        )
+        settings["lora_dropout"] = 0.0 if settings["target_parameters"] else settings["lora_dropout"]
     wrapped = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
     torch.manual_seed(seed)
     for name, parameter in wrapped.named_parameters():

@@ -44,7 +44,7 @@ def test_gradients_equal_autograd(family: str, targets: list[str] | str) -> None
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double-quant", "plain"])
-@pytest.mark.parametrize("family", ["qwen2", "smollm2"])
+@pytest.mark.parametrize("family", ["qwen2", "smollm2", "gemma3_text", "qwen3_moe"])
 def test_gradients_on_an_nf4_base(family: str, double: bool) -> None:
     model = models.add_lora(models.quantize(models.make_base(family), double=double))
     batch = models.pack()
@@ -65,7 +65,7 @@ def test_scaling(options: dict) -> None:
     assert models.worst_error(actual, expected) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "cohere2", "gemma3_text", "glm4_moe", "olmo2", "qwen3_moe"])
 def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
     model = models.add_lora(models.make_base(family), lora_dropout=0.2)
     batch, engine = models.pack(), make_engine(model)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks import AttentionBlock, Block, Keep, Memory, MlpBlock, Pass, RotaryTable, Sinks
+from slimtune.engine.blocks import AttentionBlock, Block, ExpertsBlock, Keep, Memory, MlpBlock, Pass, RotaryTable, Sinks
 from slimtune.engine.kernels import norm
-from slimtune.engine.structure import Branch, Decoder, GatedMlp, Layer, Rotary, SelfAttention
-from slimtune.engine.weights import Scratch, Site
+from slimtune.engine.structure import Branch, Decoder, Experts, GatedMlp, Layer, Rotary, SelfAttention
+from slimtune.engine.weights import Scratch
 
 __all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "rotary_tables"]
 
@@ -61,8 +61,7 @@ class BranchComputation:
 
     def __init__(self, branch: Branch, blocks: tuple[Block, ...]) -> None:
         self.branch, self.blocks = branch, blocks
-        self.sites = tuple(site for block in blocks for site in block.sites)
-        self.adapted = any(block.adapted for block in blocks)
+        self.adapted = any(block.trained for block in blocks)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -171,9 +170,9 @@ class LayerComputation:
             raise ValueError(f"layer {layer.index} has more projections than dropout streams")
         self.branches = tuple(branches)
         self.blocks = tuple(block for branch in branches for block in branch.blocks)
-        self.sites: tuple[Site, ...] = tuple(site for branch in branches for site in branch.sites)
-        self.adapted = any(site.groups for site in self.sites)
-        self.hidden = self.sites[0].inputs
+        self.sites = tuple(site for block in self.blocks for site in block.sites)
+        self.trained = tuple(part for block in self.blocks for part in block.trained)
+        self.hidden = layer.attention.qkv.in_features
 
     def forward(self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None) -> tuple[Tensor, Tensor, Saved]:
         """The layer's result as a pair to be added, both [T, H], and what it kept.
@@ -217,8 +216,7 @@ class LayerComputation:
     @property
     def kind(self) -> tuple[object, ...]:
         """What its sizes follow from: layers of one kind have the same."""
-        sites = tuple((site.inputs, site.outputs, site.groups, site.extra, site.kept_bytes) for site in self.sites)
-        return sites, tuple(layer_part.head_dim for layer_part in (self.layer.attention,))
+        return tuple(block.kind for block in self.blocks)
 
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """Bytes that it keeps from its forward to its backward."""
@@ -253,10 +251,12 @@ class LayerComputation:
 
 
 def _block(
-    part: SelfAttention | GatedMlp, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch
+    part: SelfAttention | GatedMlp | Experts, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch
 ) -> Block:
     if isinstance(part, SelfAttention):
         return AttentionBlock(part, dtype, device, stream, scratch)
+    if isinstance(part, Experts):
+        return ExpertsBlock(part, dtype, device, scratch)
     return MlpBlock(part, dtype, device, stream, scratch)
 
 

@@ -23,7 +23,7 @@ from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import FlatParameters
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
-from slimtune.engine.weights import Gradients, Site, unpack_for_training
+from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
 
 __all__ = ["Engine"]
 
@@ -91,8 +91,8 @@ class Engine:
         self.flat = FlatParameters(self._check_trainable(model))
         self._sums = torch.zeros_like(self.flat.grad)
         self._stacked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._sinks = {site: self._bind(site) for layer in self.layers for site in layer.sites if site.groups}
-        self._lowest = next(index for index, layer in enumerate(self.layers) if layer.adapted)
+        self._sinks = {part: self._bind(part) for layer in self.layers for part in layer.trained}
+        self._lowest = next(index for index, layer in enumerate(self.layers) if layer.trained)
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
@@ -117,7 +117,7 @@ class Engine:
 
     def _check_trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """The adapters' parameters in the engine's order; nothing else may train."""
-        mine = [p for layer in self.layers for site in layer.sites for p in _parameters(site)]
+        mine = [parameter for layer in self.layers for part in layer.trained for parameter in part.parameters]
         known = {id(parameter) for parameter in mine}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
@@ -127,8 +127,12 @@ class Engine:
                 )
         return mine
 
-    def _bind(self, site: Site) -> Gradients:
+    def _bind(self, site: Site | Stack) -> Gradients:
         """Let a site read its A from the flat tensor; where its gradients are summed up."""
+        sums = dict(zip(map(id, self.flat.parameters), self.flat.views(self._sums), strict=True))
+        if isinstance(site, Stack):
+            a, b = (sums[id(parameter)] for parameter in site.parameters)
+            return site.sink(a, b)
         adapters = site.projection.adapters
         first = adapters[0].a
         start = first.storage_offset()
@@ -137,19 +141,18 @@ class Engine:
             adapter.rank == site.rank and adapter.a.storage_offset() == start + index * sizes[0]
             for index, adapter in enumerate(adapters)
         )
-        sums = dict(zip(map(id, self.flat.parameters), self.flat.views(self._sums), strict=True))
-        b = [sums[id(adapter.b)] for adapter in adapters]
+        b_sums = [sums[id(adapter.b)] for adapter in adapters]
         shape, end = (site.groups * site.rank, site.inputs), start + sum(sizes)
         if lined_up:
             site.a = self.flat.data[start:end].view(shape)
-            return Gradients(self._sums[start:end].view(shape), b, self._whole_b(site, b))
+            return Gradients(self._sums[start:end].view(shape), b_sums, self._whole_b(site, b_sums))
         # Different ranks, or sizes that are no multiple of the optimizer's block: a stack of its own, copied both ways.
         stack, gradients = torch.zeros(shape, dtype=self.flat.data.dtype, device=self.device), Gradients.zeros(site)
         site.a = stack
         for index, adapter in enumerate(adapters):
             rows = slice(index * site.rank, index * site.rank + adapter.rank)
             self._stacked.append((adapter.a, stack[rows], gradients.a[rows], sums[id(adapter.a)]))
-        return Gradients(gradients.a, b)
+        return Gradients(gradients.a, b_sums)
 
     def _whole_b(self, site: Site, b: list[Tensor]) -> Tensor | None:
         """All of a site's B gradients as one matrix, if they lie side by side and every layer has an adapter."""
@@ -253,8 +256,8 @@ class Engine:
     def _forward(self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None) -> tuple[Tensor, Tensor, list[Saved]]:
         """The last layer's result as a pair to be added, and what each layer kept."""
         for layer in self.layers:
-            for site in layer.sites:
-                site.refresh()
+            for part in layer.trained:
+                part.refresh()
         for matrix, stacked, _, _ in self._stacked:
             stacked.copy_(matrix)
         x = torch.nn.functional.embedding(self._inputs.input_ids(key), self._embedding).to(self.dtype)
@@ -328,9 +331,3 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on drawing the masks that would have come next."""
         self.seed, self.draws = state["seed"], state["draws"]
-
-
-def _parameters(site: Site) -> list[nn.Parameter]:
-    """A site's parameters as they lie in the flat tensor: the A side by side, so that they stack without a copy."""
-    adapters = site.projection.adapters
-    return [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]

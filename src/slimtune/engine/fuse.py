@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from slimtune.batch import IGNORED
@@ -33,7 +33,9 @@ __all__ = ["Fusion", "fuse"]
 _HEAD_TOKENS = 1024
 _MIXED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose own layers can be called between fused ones: one mask or two, one rotary table."""
-_REFUSED = ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position")
+_REFUSED = (
+    "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position",
+)  # fmt: skip
 
 
 @dataclass
@@ -156,6 +158,7 @@ class _Runner:
         use_cache = kwargs.get("use_cache")
         caches = use_cache if use_cache is not None else (self.decoder.model.config.use_cache and not module.training)
         odd = len(args) > 1 or caches or any(kwargs.get(name) is not None for name in _REFUSED)
+        odd = odd or bool(kwargs.get("output_router_logits", getattr(module.config, "output_router_logits", False)))
         if odd or not isinstance(ids, Tensor) or ids.ndim != 2 or not self._adapters_active():
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -216,7 +219,7 @@ class _Runner:
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
-    def backbone(self, call: _Call) -> BaseModelOutputWithPast:
+    def backbone(self, call: _Call) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """The backbone's output: last_hidden_state [B, S, H], after the final norm."""
         dtype, backbone = self._dtype(), self.decoder.backbone
         embedded: Tensor = backbone.embed_tokens(call.input_ids)
@@ -245,7 +248,8 @@ class _Runner:
             residual = None
         x = _summed(x, residual)
         hidden = backbone.norm(x.to(embedded.dtype)).view_as(embedded)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=None)
+        made = MoeModelOutputWithPast if any(self.decoder.stacks()) else BaseModelOutputWithPast
+        return made(last_hidden_state=hidden, past_key_values=None)
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
         """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""
@@ -325,13 +329,13 @@ class _FusedLayer(torch.autograd.Function):
             raise RuntimeError("a fused layer's backward ran twice: retain_graph is not supported")
         ctx.saved = None
         _load_adapters(layer)
-        sinks = {site: Gradients.zeros(site) for site in layer.sites if site.groups}
+        sinks = {part: Gradients.zeros(part) for part in layer.trained}
         dx = layer.backward(g.contiguous(), saved, ctx.on, sinks, need_dx=any(ctx.needs_input_grad[3:5]))
-        grads: list[Tensor] = []
-        for site, sink in sinks.items():
-            stacked = torch.split(sink.a, site.rank)
-            for adapter, da, db in zip(site.projection.adapters, stacked, sink.b, strict=True):
-                grads += [da[: adapter.rank].to(adapter.a.dtype), db.to(adapter.b.dtype)]
+        grads = [
+            grad.to(parameter.dtype)
+            for part in layer.trained
+            for parameter, grad in zip(part.parameters, part.gradients(sinks[part]), strict=True)
+        ]
         return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *grads
 
 
@@ -342,15 +346,14 @@ def _summed(x: Tensor, residual: Tensor | None) -> Tensor:
 def _load_adapters(layer: LayerComputation) -> None:
     for site in layer.sites:
         site.a = site.stack_adapters()
-        site.refresh()
+    for part in layer.trained:
+        part.refresh()
 
 
 def _fused_layer(
     layer: LayerComputation, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep
 ) -> tuple[Tensor, Tensor]:
-    matrices = [
-        matrix for site in layer.sites for adapter in site.projection.adapters for matrix in (adapter.a, adapter.b)
-    ]
+    matrices = [parameter for part in layer.trained for parameter in part.parameters]
     wanted = keep if torch.is_grad_enabled() else None
     result: tuple[Tensor, Tensor] = _FusedLayer.apply(layer, on, wanted, x, residual, *matrices)
     return result

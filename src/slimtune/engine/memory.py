@@ -76,8 +76,11 @@ class _Shape:
     @cached_property
     def scratch(self) -> int:
         """Bytes of the buffers that weights are made anew in, one for each shape."""
-        sites = (site for layer, _ in self.kinds for site in layer.sites)
-        return sum({(site.outputs, site.inputs + site.extra): site.kept_bytes for site in sites}.values())
+        shapes: dict[tuple[int, ...], int] = {}
+        for layer, _ in self.kinds:
+            for block in layer.blocks:
+                shapes |= block.scratch
+        return sum(shapes.values())
 
     def _by_layer(self, size: Callable[[LayerComputation], int]) -> list[int]:
         sizes = [0] * len(self.layers)

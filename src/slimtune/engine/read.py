@@ -15,21 +15,25 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from slimtune.config import Config
+from slimtune.engine.kernels.router import Choice
 from slimtune.engine.structure import (
     Activation,
     Adapter,
     Branch,
     CannotFuse,
     Decoder,
+    Experts,
+    ExpertStack,
     GatedMlp,
     Layer,
     Linear,
     Norm,
     Projection,
     Rotary,
+    Router,
     SelfAttention,
 )
-from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm
+from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm, RouterForm
 
 __all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
 
@@ -77,7 +81,7 @@ def fits(config: Config, model: nn.Module, adapted: Collection[str] | None = Non
     if decoder.unfused:
         name, reason = next(iter(decoder.unfused.items()))
         return f"the engine can't compute {name}: {reason}"
-    computed = {id(linear.base) for linear in decoder.linears()}
+    computed = {id(linear.base) for linear in decoder.linears()} | {id(stack.owner) for stack in decoder.stacks()}
     beside = next((name for name in adapted or () if id(model.get_submodule(name)) not in computed), None)
     if beside is not None:
         return f"the engine has no adapter on {beside}"
@@ -96,7 +100,7 @@ def read_decoder(model: nn.Module) -> Decoder:
     if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
         raise CannotFuse("the model learns a prompt", rule="The fused engine computes LoRA adapters.")
     decoder = _describe(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped, frozen=True)
-    if not any(linear.adapter for linear in decoder.linears()):
+    if not any(decoder.adapters):
         raise CannotFuse(
             "the model has no LoRA adapter that trains", way_out="Wrap it first: peft.get_peft_model(model, config)."
         )
@@ -155,6 +159,7 @@ def _foreign(inner: Any, config: Any) -> dict[str, bool]:
         "dropout on what a layer adds": any(
             getattr(config, part, 0.0) for part in ("residual_dropout", "resid_pdrop", "embd_pdrop")
         ),
+        "clipped queries and keys": getattr(config, "clip_qkv", None) is not None,
         "a soft cap on logits": getattr(config, "final_logit_softcapping", None) is not None,
         "an adapter or a bias on the head": not _plain_head(inner),
     }
@@ -217,10 +222,10 @@ class _Reader:
         return layer
 
     def _branch(self, branch: BranchForm) -> Branch:
-        blocks = []
+        blocks: list[SelfAttention | GatedMlp | Experts] = []
         for name in branch.blocks:
             part = getattr(self.module, name)
-            blocks.append(self._attention(part) if name == "self_attn" else self._mlp(part, name))
+            blocks += [self._attention(part)] if name == "self_attn" else self._feed_forward(part, name)
         return Branch(
             norm=None if branch.norm is None else self._norm(self.module, branch.norm),
             blocks=tuple(blocks),
@@ -284,6 +289,66 @@ class _Reader:
         if dim > head_dim:
             raise CannotFuse(f"{self.name} rotates {dim} columns of heads of {head_dim}")
         return Rotary(module, None if by_kind is None else kind, dim, self.form.interleaved)
+
+    def _feed_forward(self, module: Any, name: str) -> list[GatedMlp | Experts]:
+        """An MLP; or experts, and beside them those that every token has."""
+        if self.form.router is None or not hasattr(module, "experts"):
+            return [self._mlp(module, name)]
+        if getattr(module, "jitter_noise", 0.0):
+            raise CannotFuse(f"{self.name} draws noise for its router")
+        return [
+            self._experts(module.experts, self._router(module.gate, self.form.router), f"{name}.experts"),
+            *(
+                self._mlp(getattr(module, part), f"{name}.{part}")
+                for part in ("shared_experts",)
+                if hasattr(module, part)
+            ),
+        ]
+
+    def _router(self, module: Any, form: RouterForm) -> Router:
+        if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
+            raise CannotFuse(f"{self.name} trains its router, which the fused engine keeps frozen")
+        choice = Choice(
+            k=int(module.top_k),
+            score=form.score,
+            renormalise=bool(getattr(module, "norm_topk_prob", True)),
+            scaling=float(getattr(module, "routed_scaling_factor", 1.0)),
+            groups=int(getattr(module, "num_group", 1)),
+            kept_groups=int(getattr(module, "topk_group", 1)),
+            epsilon=form.epsilon,
+        )
+        return Router(module, choice, form.wide)
+
+    def _experts(self, module: Any, router: Router, name: str) -> Experts:
+        name, wrappers = f"{self.name}.{name}", {}
+        while hasattr(module, "parameter_name"):  # PEFT's wrappers of single parameters, one around the other
+            wrappers[module.parameter_name] = module
+            module = module.base_layer
+        if not _is_bare(module):
+            raise CannotFuse(f"{name} is a {type(module).__name__}")
+        return Experts(
+            router=router,
+            gate_up=self._stack(name, module, "gate_up_proj", wrappers.pop("gate_up_proj", None)),
+            down=self._stack(name, module, "down_proj", wrappers.pop("down_proj", None)),
+            activation=self._activation(module.act_fn),
+        )
+
+    def _stack(self, name: str, owner: Any, parameter: str, wrapper: Any) -> ExpertStack:
+        weight = getattr(owner, parameter, None)
+        if not isinstance(weight, Tensor) or weight.ndim != 3:
+            raise CannotFuse(f"{name} has no {parameter} for all experts")
+        packed = getattr(weight, "format", None)
+        if packed not in (None, "nf4") or getattr(weight, "turned", False):
+            raise CannotFuse(f"{name}.{parameter} is packed as {packed}, which the engine doesn't unpack")
+        if packed is None and weight.dtype not in _FLOATS:
+            raise CannotFuse(f"{name}.{parameter} is {weight.dtype}")
+        if self.frozen and weight.requires_grad:
+            raise CannotFuse(f"{name} trains its experts themselves, which the fused engine keeps frozen")
+        experts, rows, columns = weight.shape
+        adapter = None if wrapper is None else _adapter(f"{name}.{parameter}", wrapper)
+        if adapter is not None and adapter.a.shape[1] != columns:
+            raise CannotFuse(f"{name}.{parameter} is adapted as if it were stored the other way around")
+        return ExpertStack(f"{name}.{parameter}", owner, parameter, experts, columns, rows, adapter)
 
     def _mlp(self, module: Any, name: str) -> GatedMlp:
         merged = hasattr(module, "gate_up_proj")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slimtune.engine.kernels.router import Choice
 from slimtune.errors import UserError
 
 __all__ = [
@@ -24,12 +25,15 @@ __all__ = [
     "Branch",
     "CannotFuse",
     "Decoder",
+    "ExpertStack",
+    "Experts",
     "GatedMlp",
     "Layer",
     "Linear",
     "Norm",
     "Projection",
     "Rotary",
+    "Router",
     "SelfAttention",
 ]
 
@@ -188,12 +192,64 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertStack:
+    """A matrix for each of E experts, [E, out_features, in_features], frozen; 16 or 32 bits, or each in NF4."""
+
+    name: str
+    owner: Any
+    """The module whose parameter it is."""
+    parameter: str
+    experts: int
+    in_features: int
+    out_features: int
+    adapter: Adapter | None = None
+    """PEFT's ``target_parameters`` form: A is [E r, in_features], B [out_features, r E] with the expert fastest."""
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        return getattr(self.owner, self.parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """What chooses each token's experts, and their weights; frozen."""
+
+    module: Any
+    """``weight`` is [E, H]; ``e_score_correction_bias``, where it has one, [E]."""
+    choice: Choice
+    wide: bool
+    """Logits are computed in float32 whatever the dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """Sum over each token's experts e of w_e x down_e(act(gate_e) x up_e)."""
+
+    router: Router
+    gate_up: ExpertStack
+    """All gates, then all ups, of each expert."""
+    down: ExpertStack
+    activation: Activation
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """None: an expert stack is no linear layer."""
+        return ()
+
+    @property
+    def stacks(self) -> tuple[ExpertStack, ...]:
+        """In the order of computation."""
+        return self.gate_up, self.down
+
+
+@dataclass(frozen=True, eq=False)
 class Branch:
     """x += scale x norm_after(sum of its blocks of norm(x))."""
 
     norm: Norm | None
     """None: the blocks take x itself."""
-    blocks: tuple[SelfAttention | GatedMlp, ...]
+    blocks: tuple[SelfAttention | GatedMlp | Experts, ...]
     norm_after: Norm | None = None
     scale: float = 1.0
 
@@ -249,6 +305,22 @@ class Decoder:
     def head_dims(self) -> tuple[int, ...]:
         """Every head dimension that a layer has."""
         return tuple(sorted({layer.attention.head_dim for layer in self.fused}))
+
+    def stacks(self) -> Iterator[ExpertStack]:
+        """Every expert stack of the fused layers."""
+        for layer in self.fused:
+            for part in (part for branch in layer.branches for part in branch.blocks if isinstance(part, Experts)):
+                yield from part.stacks
+
+    @property
+    def adapters(self) -> Iterator[Adapter]:
+        """Every adapter of the fused layers."""
+        for linear in self.linears():
+            if linear.adapter is not None:
+                yield linear.adapter
+        for stack in self.stacks():
+            if stack.adapter is not None:
+                yield stack.adapter
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer of the fused layers."""

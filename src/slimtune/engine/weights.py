@@ -10,18 +10,21 @@ so that the adapter and the bias cost no pass of their own over y or dy, and are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimtune.engine.kernels import lora, nf4
-from slimtune.engine.kernels.formats import NestedScales
-from slimtune.engine.structure import Adapter, Linear, Projection
+from slimtune.engine.kernels.formats import NestedScales, dynamic_map
+from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 
-__all__ = ["Gradients", "Scratch", "Site", "unpack_for_training"]
+__all__ = ["Gradients", "Scratch", "Site", "Stack", "unpack_for_training"]
 
+_NESTED_BLOCK = 256  # scales to one scale of scales, as base.packed makes them
 _ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
 
 
@@ -31,11 +34,11 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
-    def get(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[rows, columns], with whatever was left in it; zeros at first."""
-        key = (rows, columns, dtype, device)
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer of this shape, with whatever was left in it; zeros at first."""
+        key = (shape, dtype, device)
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(rows, columns, dtype=dtype, device=device)
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=device)
         return self._buffers[key]
 
     @property
@@ -57,12 +60,14 @@ class Gradients:
         self.a, self.b, self.whole_b = a, tuple(b), whole_b
 
     @classmethod
-    def zeros(cls, site: Site) -> Gradients:
+    def zeros(cls, site: Site | Stack) -> Gradients:
         """Fresh buffers on the site's device."""
+        if isinstance(site, Stack):
+            a, b = (torch.zeros(x.shape, dtype=site.wide, device=site.device) for x in site.parameters)
+            return site.sink(a, b)
         adapters = site.projection.adapters
-        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        a = torch.zeros(site.groups * site.rank, site.inputs, dtype=dtype, device=site.device)
-        return cls(a, [torch.zeros(x.b.shape, dtype=dtype, device=site.device) for x in adapters])
+        a = torch.zeros(site.groups * site.rank, site.inputs, dtype=site.wide, device=site.device)
+        return cls(a, [torch.zeros(x.b.shape, dtype=site.wide, device=site.device) for x in adapters])
 
 
 class Site:
@@ -91,6 +96,22 @@ class Site:
         self.a: Tensor | None = None
         self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without adapters
         self._tail[:, : int(projection.has_bias)] = 1
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The A, then the B: as they lie in the flat tensor, so that the A stack without a copy."""
+        adapters = self.projection.adapters
+        return [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What gradients are summed in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def gradients(self, sink: Gradients) -> list[Tensor]:
+        """What a sink holds for each of :attr:`parameters`."""
+        stacked = zip(torch.split(sink.a, self.rank), self.projection.adapters, strict=True)
+        return [*(da[: adapter.rank] for da, adapter in stacked), *sink.b]
 
     # -- the weight ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +146,7 @@ class Site:
             return self.shared
         if self._kept is not None:
             return self._kept
-        buffer = self._scratch.get(self.outputs, self.inputs + self.extra, self.dtype, self.device)
+        buffer = self._scratch.get((self.outputs, self.inputs + self.extra), self.dtype, self.device)
         self._fill_frozen(buffer)
         self._fill_adapters(buffer)
         return buffer
@@ -261,6 +282,117 @@ class Site:
             if linear.adapter is not None:
                 yield linear.adapter, slice(start, start + linear.out_features)
             start += linear.out_features
+
+
+class Stack:
+    """The matrices of all experts at work, and their adapters: as :class:`Site`, with a matrix for each expert.
+
+    Args:
+        stack: The expert stack.
+        dtype: Compute dtype.
+        device: Where it computes.
+        scratch: Buffers for weights that aren't kept.
+    """
+
+    def __init__(self, stack: ExpertStack, dtype: torch.dtype, device: torch.device, scratch: Scratch) -> None:
+        self.stack, self.dtype, self.device = stack, dtype, device
+        self.inputs, self.outputs, self.experts = stack.in_features, stack.out_features, stack.experts
+        self.rank = 0 if stack.adapter is None else stack.adapter.rank // stack.experts
+        self.extra = -(-self.rank // _ALIGNMENT) * _ALIGNMENT
+        self.shape = (self.experts, self.outputs, self.inputs + self.extra)
+        self._scratch = scratch
+        self._kept: Tensor | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B, if it has an adapter."""
+        adapter = self.stack.adapter
+        return [] if adapter is None else [adapter.a, adapter.b]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What gradients are summed in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def a(self) -> Tensor:
+        """[E, r, inputs], the adapter's own memory."""
+        assert self.stack.adapter is not None
+        return self.stack.adapter.a.detach().view(self.experts, self.rank, self.inputs)
+
+    @property
+    def scaling(self) -> float:
+        """The adapter's."""
+        assert self.stack.adapter is not None
+        return self.stack.adapter.scaling
+
+    def sink(self, a: Tensor, b: Tensor) -> Gradients:
+        """Where gradients are added, as [E, r, inputs] and [E, outputs, r], over memory laid out as A and B are."""
+        return Gradients(a.view(self.experts, self.rank, self.inputs), [self._by_expert(b)])
+
+    def gradients(self, sink: Gradients) -> list[Tensor]:
+        """What a sink holds for each of :attr:`parameters`."""
+        return [x.reshape(p.shape) for x, p in zip((sink.a, sink.b[0].permute(1, 2, 0)), self.parameters, strict=True)]
+
+    def _by_expert(self, b: Tensor) -> Tensor:
+        """[outputs, r E] as [E, outputs, r], the same memory."""
+        return b.view(self.outputs, self.rank, self.experts).permute(2, 0, 1)
+
+    @property
+    def shared(self) -> Tensor | None:
+        """The model's own weight, where that serves as it is."""
+        weight = self.stack.weight
+        plain = self.extra == 0 and not hasattr(weight, "parts") and weight.dtype == self.dtype
+        return weight.detach() if plain else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that :meth:`keep` takes."""
+        return 0 if self.shared is not None else math.prod(self.shape) * self.dtype.itemsize
+
+    def keep(self) -> None:
+        """Hold the weights in the compute dtype from now on, instead of making them anew at each use."""
+        if self._kept is None and self.shared is None:
+            self._kept = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            self._fill_frozen(self._kept)
+
+    def refresh(self) -> None:
+        """Take over new values of the adapter; only a kept weight holds any."""
+        if self._kept is not None:
+            self._fill_adapter(self._kept)
+
+    def weight(self) -> Tensor:
+        """[W | sB | 0] of shape [E, outputs, inputs + extra]; valid until another stack's of its shape is asked for."""
+        for held in (self.shared, self._kept):
+            if held is not None:
+                return held
+        buffer = self._scratch.get(self.shape, self.dtype, self.device)
+        self._fill_frozen(buffer)
+        self._fill_adapter(buffer)
+        return buffer
+
+    def _fill_frozen(self, buffer: Tensor) -> None:
+        weight, out = self.stack.weight, buffer[:, :, : self.inputs]
+        parts = getattr(weight, "parts", None)
+        if parts is None:
+            out.copy_(weight.detach())
+            return
+        nested = None
+        if "scale" in parts:
+            nested = NestedScales(parts["scale"], self._code, parts["offset"], _NESTED_BLOCK)
+        nf4.dequantize_stack(
+            parts["codes"], parts["absmax"], shape=(self.outputs, self.inputs), dtype=self.dtype, nested=nested, out=out
+        )
+
+    def _fill_adapter(self, buffer: Tensor) -> None:
+        adapter = self.stack.adapter
+        if adapter is not None:
+            columns = buffer[:, :, self.inputs : self.inputs + self.rank]
+            torch.mul(self._by_expert(adapter.b.detach()), adapter.scaling, out=columns)
+
+    @cached_property
+    def _code(self) -> Tensor:
+        return dynamic_map(signed=True).to(self.device)
 
 
 def _write_weight(linear: Linear, out: Tensor) -> None:

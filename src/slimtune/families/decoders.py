@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DECODERS", "BranchForm", "DecoderForm"]
+__all__ = ["DECODERS", "BranchForm", "DecoderForm", "RouterForm"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,17 @@ class BranchForm:
     blocks: tuple[str, ...]
     norm: str | None = None
     norm_after: str | None = None
+
+
+@dataclass(frozen=True)
+class RouterForm:
+    """How a router makes weights of its logits, where its attributes don't tell it."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    wide: bool = False
+    """Logits are computed in float32 whatever the model's dtype."""
+    epsilon: float = 0.0
+    """Added to the sum that the chosen scores are divided by."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class DecoderForm:
     """The config's name of what logits are multiplied with."""
     logits_over: str | None = None
     """The config's name of what logits are divided by."""
+    router: RouterForm | None = None
+    """Where feed-forwards may be mixtures of experts."""
 
 
 _BEFORE = (BranchForm(("self_attn",), "input_layernorm"), BranchForm(("mlp",), "post_attention_layernorm"))
@@ -74,6 +87,7 @@ DECODERS: dict[str, DecoderForm] = {
     "gemma3_text": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True),
     "glm": DecoderForm(_BEFORE, interleaved=True),
     "glm4": DecoderForm(_GLM4, interleaved=True),
+    "glm4_moe": DecoderForm(_BEFORE, router=RouterForm("sigmoid", wide=True, epsilon=1e-20)),
     "granite": DecoderForm(
         _BEFORE,
         embedding_times="embedding_multiplier",
@@ -84,11 +98,14 @@ DECODERS: dict[str, DecoderForm] = {
     "llama": DecoderForm(_BEFORE),
     "ministral": DecoderForm(_BEFORE),
     "mistral": DecoderForm(_BEFORE, window_of_all=True),
+    "mixtral": DecoderForm(_BEFORE, window_of_all=True, router=RouterForm()),
     "olmo2": DecoderForm(_AFTER, norms_rows=True),
     "olmo3": DecoderForm(_AFTER, norms_rows=True),
+    "olmoe": DecoderForm(_BEFORE, norms_rows=True, window_of_all=True, router=RouterForm()),
     "phi3": DecoderForm(_BEFORE, window_of_all=True),
     "qwen2": DecoderForm(_BEFORE),
     "qwen3": DecoderForm(_BEFORE),
+    "qwen3_moe": DecoderForm(_BEFORE, router=RouterForm()),
     "seed_oss": DecoderForm(_BEFORE),
     "smollm3": DecoderForm(_BEFORE),
 }

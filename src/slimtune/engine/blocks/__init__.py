@@ -2,6 +2,7 @@
 
 from slimtune.engine.blocks.attention import AttentionBlock
 from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, RotaryTable, Sinks
+from slimtune.engine.blocks.experts import ExpertsBlock
 from slimtune.engine.blocks.mlp import MlpBlock
 
-__all__ = ["AttentionBlock", "Block", "Keep", "Memory", "MlpBlock", "Pass", "RotaryTable", "Sinks"]
+__all__ = ["AttentionBlock", "Block", "ExpertsBlock", "Keep", "Memory", "MlpBlock", "Pass", "RotaryTable", "Sinks"]

@@ -152,6 +152,11 @@ class AttentionBlock(Block):
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """See :attr:`Block.kind`."""
+        return *super().kind, self.part.heads, self.part.kv_heads, self.part.head_dim
+
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """See :meth:`Block.kept_bytes`."""
         if keep < Keep.ATTENTION:

@@ -14,12 +14,12 @@ from torch import Tensor
 from slimtune.engine.attention import Documents, Way
 from slimtune.engine.kernels.formats import Pairs
 from slimtune.engine.structure import Rotary
-from slimtune.engine.weights import Gradients, Site
+from slimtune.engine.weights import Gradients, Site, Stack
 
 __all__ = ["Block", "Keep", "Memory", "Pass", "RotaryTable", "Sinks"]
 
-Sinks = Mapping[Site, Gradients]
-"""Where each site's adapter gradients are added; one without adapters has no entry."""
+Sinks = Mapping[Site | Stack, Gradients]
+"""Where the adapters' gradients of each site and stack are added; one without adapters has no entry."""
 
 
 class Keep(IntEnum):
@@ -106,21 +106,36 @@ class Block(ABC):
 
     sites: tuple[Site, ...]
     """Its projections."""
+    stacks: tuple[Stack, ...] = ()
+    """Its expert stacks."""
 
     @property
-    def adapted(self) -> bool:
-        """Whether it has anything to train."""
-        return any(site.groups for site in self.sites)
+    def parts(self) -> tuple[Site | Stack, ...]:
+        """Its sites and stacks."""
+        return *self.sites, *self.stacks
+
+    @property
+    def trained(self) -> tuple[Site | Stack, ...]:
+        """Those with adapters."""
+        return tuple(part for part in self.parts if part.parameters)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights in the compute dtype, where they are held or made anew."""
-        return sum(site.kept_bytes for site in self.sites)
+        return sum(part.kept_bytes for part in self.parts)
+
+    @property
+    def scratch(self) -> dict[tuple[int, ...], int]:
+        """Bytes of the buffers that its weights are made anew in, by shape: others of a shape use the same."""
+        return {
+            **{(site.outputs, site.inputs + site.extra): site.kept_bytes for site in self.sites},
+            **{stack.shape: stack.kept_bytes for stack in self.stacks},
+        }
 
     def keep_weights(self) -> None:
         """Hold the weights in the compute dtype from now on."""
-        for site in self.sites:
-            site.keep()
+        for part in self.parts:
+            part.keep()
 
     @property
     @abstractmethod
@@ -161,6 +176,11 @@ class Block(ABC):
         """
 
     # -- sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What its sizes follow from: blocks of one kind have the same."""
+        return type(self), self.columns, self.products, *self.scratch.items()
 
     @abstractmethod
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:

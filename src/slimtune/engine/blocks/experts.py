@@ -1,0 +1,218 @@
+"""A mixture of experts: y = Σ over each token's k experts of w · down(act(gate) x up), gate, up = gate_up(n).
+
+Rows are (token, expert) pairs sorted by expert, so that one grouped product computes all experts: there are always
+T · k rows, and only their offsets vary, on the device. The router is frozen, yet n reaches the result through its
+weights too. With dh = down's dx *without* the row's weight, dw = dh · h, so that down's result is not needed again.
+Adapters have PEFT's ``target_parameters`` form, without dropout; their columns stand beside x and W as a Site's do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.kernels import grouped, grouped_lora, mlp, router, routing
+from slimtune.engine.structure import Experts
+from slimtune.engine.weights import Scratch, Stack
+
+__all__ = ["ExpertsBlock"]
+
+
+@dataclass
+class _Kept:
+    """Of one chunk of tokens."""
+
+    logits: Tensor
+    """[T, E]."""
+    weights: Tensor
+    """float32 [T, k]."""
+    experts: Tensor
+    """int32 [T, k]."""
+    routes: routing.Routes
+    gates: Tensor
+    """[R, 2 F]."""
+
+
+class ExpertsBlock(Block):
+    """E experts of F gates and ups, k to a token. It keeps routes and gates from :attr:`Keep.GATES` on."""
+
+    sites = ()
+
+    def __init__(self, part: Experts, dtype: torch.dtype, device: torch.device, scratch: Scratch) -> None:
+        self.part, self.dtype = part, dtype
+        self.gate_up, self.down = (Stack(stack, dtype, device, scratch) for stack in part.stacks)
+        self.stacks = (self.gate_up, self.down)
+        router_weight: Tensor = part.router.module.weight.detach()
+        self._router = router_weight.to(torch.promote_types(dtype, torch.float32) if part.router.wide else dtype)
+        self._bias: Tensor | None = getattr(part.router.module, "e_score_correction_bias", None)
+
+    @property
+    def columns(self) -> int:
+        """H: no columns of its own."""
+        return self.part.gate_up.in_features
+
+    @property
+    def reads_input(self) -> bool:
+        """For the gradients of gate_up's adapters."""
+        return self.gate_up.rank > 0
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
+        """See :meth:`Block.forward`."""
+        gate_up, down = self.gate_up.weight(), self.down.weight()
+        y = torch.empty(on.tokens, self.columns, dtype=self.dtype, device=n.device)
+        kept = []
+        for rows in on.chunks:
+            chunk = self._gates(n[rows], gate_up)
+            results = grouped.grouped_forward(self._hidden(chunk), down, chunk.routes.ends)
+            routing.combine(results, chunk.routes, weights=chunk.weights, out=y[rows])
+            if keep is not None and keep >= Keep.GATES:
+                kept.append(chunk)
+        return y, kept or None
+
+    def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
+        """Routes and gates of some tokens' n [T, H]."""
+        logits = torch.mm(n.to(self._router.dtype), self._router.t())
+        weights, experts = router.choose(logits, self.part.router.choice, bias=self._bias)
+        routes = routing.sort_by_expert(experts, self.part.gate_up.experts)
+        gates = grouped.grouped_forward(self._inputs(n, routes), gate_up, routes.ends)
+        return _Kept(logits, weights, experts, routes, gates)
+
+    def _inputs(self, n: Tensor, routes: routing.Routes) -> Tensor:
+        """gate_up's input [R, H + extra]."""
+        x = n.new_empty(routes.order.shape[0], self.gate_up.inputs + self.gate_up.extra)
+        routing.gather_rows(n, routes, out=x[:, : self.gate_up.inputs])
+        return self._adapted(self.gate_up, x, routes)
+
+    def _hidden(self, chunk: _Kept) -> Tensor:
+        """down's input [R, F + extra]."""
+        h = chunk.gates.new_empty(chunk.gates.shape[0], self.down.inputs + self.down.extra)
+        mlp.gated_forward(*chunk.gates.chunk(2, dim=1), activation=self.part.activation, out=h[:, : self.down.inputs])
+        return self._adapted(self.down, h, chunk.routes)
+
+    @staticmethod
+    def _adapted(stack: Stack, x: Tensor, routes: routing.Routes) -> Tensor:
+        """x with the adapter's u = A x in its further columns."""
+        if stack.rank:
+            grouped_lora.expert_down(x[:, : stack.inputs], stack.a, routes, out=x[:, stack.inputs :])
+        return x
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, dy: Tensor, n: Tensor | None, kept: Any, on: Pass, sinks: Sinks, *, fresh: bool, need_dx: bool
+    ) -> Tensor | None:
+        """See :meth:`Block.backward`."""
+        if not need_dx and not self.trained:
+            return None
+        gate_up, down = self.gate_up.weight(), self.down.weight()
+        dn = torch.empty(on.tokens, self.columns, dtype=self.dtype, device=dy.device)
+        for number, rows in enumerate(on.chunks):
+            if kept is None:
+                assert n is not None
+                chunk = self._gates(n[rows], gate_up)
+            else:
+                chunk = kept[number]
+                kept[number] = None
+            dw = self._down_backward(dy[rows], chunk, down, sinks)
+            dx = grouped.grouped_backward(chunk.gates, gate_up, chunk.routes.ends)
+            if self.gate_up.rank:
+                assert n is not None
+                self._adapter_backward(
+                    self.gate_up, chunk.gates, self._inputs(n[rows], chunk.routes), dx, chunk.routes, None, sinks
+                )
+            if need_dx:
+                dlogits = router.choose_backward(dw, chunk.logits, chunk.experts, self.part.router.choice)
+                through_router = torch.mm(dlogits.to(self._router.dtype), self._router).to(self.dtype)
+                dx = dx[:, : self.gate_up.inputs]
+                routing.combine(dx, chunk.routes, addend=through_router, out=dn[rows])
+        return dn if need_dx else None
+
+    def _down_backward(self, dy: Tensor, chunk: _Kept, down: Tensor, sinks: Sinks) -> Tensor:
+        """The router weights' gradient [T, k]; the chunk's gates are overwritten with theirs."""
+        dy = routing.gather_rows(dy, chunk.routes)
+        dh = grouped.grouped_backward(dy, down, chunk.routes.ends)
+        if self.down.rank:
+            self._adapter_backward(self.down, dy, self._hidden(chunk), dh, chunk.routes, chunk.weights, sinks)
+        dw = torch.empty_like(chunk.weights)
+        mlp.gated_backward_(
+            dh[:, : self.down.inputs], *chunk.gates.chunk(2, dim=1),
+            activation=self.part.activation, routes=chunk.routes, weights=chunk.weights, dw=dw,
+        )  # fmt: skip
+        return dw
+
+    @staticmethod
+    def _adapter_backward(
+        stack: Stack,
+        dy: Tensor,
+        x: Tensor,
+        dx: Tensor,
+        routes: routing.Routes,
+        weights: Tensor | None,
+        sinks: Sinks,
+    ) -> None:
+        """Add the adapter's gradients, and its share to dx [R, inputs + extra], whose further columns hold du.
+
+        Args:
+            stack: The stack.
+            dy: [R, outputs].
+            x: [R, inputs + extra], the stack's input with u.
+            dx: The frozen product's.
+            routes: The rows'.
+            weights: The rows' own, where dy is without them.
+            sinks: Where the gradients go.
+        """
+        sink, columns = sinks[stack], slice(stack.inputs, stack.inputs + stack.rank)
+        grouped_lora.expert_up_backward_(dy, x[:, columns], routes, stack.scaling, db=sink.b[0], weights=weights)
+        grouped_lora.expert_down_backward_(
+            dx[:, columns], x[:, : stack.inputs], stack.a, routes, da=sink.a, dx=dx[:, : stack.inputs], weights=weights
+        )
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def kept_bytes(self, memory: Memory, keep: Keep) -> int:
+        """See :meth:`Block.kept_bytes`."""
+        if keep < Keep.GATES:
+            return 0
+        k, experts = self.part.router.choice.k, self.part.gate_up.experts
+        columns = k * self.part.gate_up.out_features
+        if keep >= Keep.ALL and self.reads_input:
+            columns += self.columns
+        return (
+            memory.tokens * columns * self.dtype.itemsize
+            + memory.tokens * (experts * self._router.dtype.itemsize + 4 * 4 * k)
+            + 4 * experts
+        )
+
+    def working_bytes(self, memory: Memory) -> int:
+        """See :meth:`Block.working_bytes`."""
+        hidden, gates = self.columns, self.part.gate_up.out_features
+        # dy's rows beside gates, then dh; or gates beside dx, all for a chunk; n, dn and y for all tokens.
+        columns = hidden + gates + gates // 2 + self.gate_up.extra + self.down.extra
+        if self.down.rank:
+            columns += gates // 2
+        if self.gate_up.rank:
+            columns = max(columns, 2 * hidden + gates + 2 * self.gate_up.extra)
+        chunk = min(memory.tokens, memory.mlp_tokens) * self.part.router.choice.k * columns
+        return (memory.tokens * 3 * hidden + chunk) * self.dtype.itemsize
+
+    def rows(self, memory: Memory) -> int:
+        """See :meth:`Block.rows`."""
+        pairs = min(memory.tokens, memory.mlp_tokens) * self.part.router.choice.k
+        return max(1, pairs // self.part.gate_up.experts)
+
+    @property
+    def products(self) -> float:
+        """See :attr:`Block.products`."""
+        stacks = (self.part.gate_up, self.part.down)
+        return float(self.part.router.choice.k * sum(stack.in_features * stack.out_features for stack in stacks))
+
+    def products_again(self, keep: Keep) -> float:
+        """See :meth:`Block.products_again`."""
+        first = self.part.gate_up
+        return float(self.part.router.choice.k * first.in_features * first.out_features) if keep < Keep.GATES else 0.0
