@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,18 +98,35 @@ def test_the_smallest_temperature_and_top_p_leave_a_token(serving: Callable[...,
         assert raw(served, "/health")[0] == 200
 
 
-def _serve(models: dict[str, Opened], meanwhile: Callable[[Api], None]) -> Api:
+def _serve(
+    models: dict[str, Opened], meanwhile: Callable[[Api], None], overdue: Callable[[], object] | None = None
+) -> Api:
     """A whole server in this thread, as the verb has it, while something else happens."""
     computing = CallingThread()
     with listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
         api = Api(models, Limits(), computing)
         doing: list[Any] = []
         try:
-            run(api, listening, computing, lambda url: doing.append(pool.submit(meanwhile, api)))
+            run(api, listening, computing, lambda url: doing.append(pool.submit(meanwhile, api)), overdue)
         finally:
             for each in doing:
                 each.result(60)
     return api
+
+
+def test_what_takes_longer_than_promised_is_not_waited_for(
+    models: dict[str, Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of the model can't be interrupted; the verb ends its process then."""
+    monkeypatch.setattr("slimtune.serve.server._PROMISED_SECONDS", 0.5)
+    late = threading.Event()
+
+    def stop(api: Api) -> None:
+        api.engines["first"]._computing.submit(late.wait, 30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _serve({"first": models["first"]}, stop, late.set)
+    assert late.is_set()
 
 
 def test_a_dead_engine_ends_the_server_with_an_error(models: dict[str, Opened]) -> None:

@@ -96,7 +96,7 @@ def main() -> NoReturn:
     # --debug is understood after the verb as well: people add it to the end of a line that failed.
     arguments = (["--debug"] if debug else []) + [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        code: Any = slimtune_command.main(args=arguments, standalone_mode=False)
+        code: Any = slimtune_command.main(args=arguments, standalone_mode=False, obj={"own_process": True})
         sys.exit(code if isinstance(code, int) else 0)
     except SlimtuneError as error:
         end(error, debug=debug)

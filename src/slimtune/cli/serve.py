@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -92,7 +94,17 @@ def command(
         if api.slow is not None:
             click.echo(api.slow, err=True)
         with any_length(), seldom():
-            run(api, listening, computing, lambda url: click.echo(f"serving {', '.join(models)} on {url}"))
+            own = bool(click.get_current_context().find_root().obj.get("own_process"))
+            said = f"serving {', '.join(models)} on"
+            run(api, listening, computing, lambda url: click.echo(f"{said} {url}"), _leave if own else None)
+    if own:
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process here: to take torch and the models apart in order takes seconds on a busy machine."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _key(given: str | None, file: Path | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,11 +18,18 @@ from slimtune.serve.upstream import check_uvicorn
 
 __all__ = ["WebServer", "run"]
 
-# Of the 5 s that ending takes at most: what requests under way have to come to their end by themselves.
-_PATIENCE_SECONDS = 3.0
+# How long ending may take in all (5 s were promised, and a signal is seen a tenth of a second later), and what of it
+# the requests under way have to come to their end by themselves.
+_PROMISED_SECONDS, _PATIENCE_SECONDS = 4.5, 3.0
 
 
-def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Callable[[str], None]) -> None:
+def run(
+    api: Api,
+    listening: socket.socket,
+    computing: CallingThread,
+    ready: Callable[[str], None],
+    overdue: Callable[[], object] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM, then end what is under way (in 5 s) and return.
 
     The server has a thread of its own; this one computes.
@@ -31,12 +39,13 @@ def run(api: Api, listening: socket.socket, computing: CallingThread, ready: Cal
         listening: From :func:`slimtune.serve.address.listen`.
         computing: The application's.
         ready: Called with the URL when requests are answered.
+        overdue: Called when the 5 s are over and this hasn't returned: a step of a large model can't be interrupted.
 
     Raises:
         SlimtuneError: An engine can't answer, or has stopped.
         UserError: The process may open too few files.
     """
-    web = WebServer(api, lambda: ready(url_of(listening)))
+    web = WebServer(api, lambda: ready(url_of(listening)), overdue)
     before = {number: signal.signal(number, web.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="slimtune-web") as thread:
@@ -57,12 +66,13 @@ class WebServer(uvicorn.Server):
     Args:
         api: The application.
         ready: Called when requests are answered.
+        overdue: Called when ending takes longer than was promised, unless the process is gone by then.
 
     Raises:
         UserError: The installed uvicorn isn't as it must be, or the process may open too few files.
     """
 
-    def __init__(self, api: Api, ready: Callable[[], None]) -> None:
+    def __init__(self, api: Api, ready: Callable[[], None], overdue: Callable[[], object] | None = None) -> None:
         check_uvicorn()
         room = places(api.limits)
         super().__init__(
@@ -81,7 +91,7 @@ class WebServer(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
-        self._api, self._ready = api, ready
+        self._api, self._ready, self._overdue = api, ready, overdue
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
@@ -96,6 +106,10 @@ class WebServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let requests end, tell those that don't why they are ended, and close."""
+        if self._overdue is not None and self._api.fault is None:
+            timer = threading.Timer(_PROMISED_SECONDS, self._overdue)
+            timer.daemon = True
+            timer.start()
         for server in self.servers:
             server.close()
         await self._api.finish(_PATIENCE_SECONDS)
