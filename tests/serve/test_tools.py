@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -134,7 +135,6 @@ def test_the_answer_can_be_given_back_with_the_tools_result(
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
         ({"tools": [{"type": "web_search"}]}, "type"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
@@ -143,6 +143,39 @@ def test_the_answer_can_be_given_back_with_the_tools_result(
 def test_what_is_not_honoured_is_refused(served: Served, options: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         served.client.chat.completions.create(**{"model": "first", "messages": ASKED, "tools": TOOLS, **options})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="needs the extra: json")
+def test_a_strict_tools_call_fits_its_schema_or_stays_text(served: Served, says: Says) -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["b"]}
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "more": {"$ref": "#/$defs/inner"}},
+        "required": ["city"],
+        "additionalProperties": False,
+        "$defs": {"inner": {**inner, "additionalProperties": False}},
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema, "strict": True}}]
+
+    def ask(arguments: str) -> Any:
+        says('<tool_call>\n{"name": "weather", "arguments": ' + arguments + "}\n</tool_call>")
+        return served.client.chat.completions.create(
+            model="first", messages=ASKED, tools=tools, max_tokens=200
+        ).choices[0].message  # fmt: skip
+
+    for good in ('{"city": "Köln"}', '{"more": {"b": "x", "a": 1}, "city": "\\"K\\""}'):
+        assert json.loads(ask(good).tool_calls[0].function.arguments) == json.loads(good)
+    for bad in ("{}", '{"city": 5}', '{"city": "K", "town": "B"}', '{"city": "K", "more": {"a": 1}}'):
+        message = ask(bad)
+        assert message.tool_calls is None
+        assert bad in message.content
+
+
+def test_strict_tools_are_refused_without_grammars(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.serve.guide.find_spec", lambda name: None)
+    tools: Any = [{"type": "function", "function": {"name": "weather", "strict": True}}]
+    with pytest.raises(openai.BadRequestError, match=r"slimtune\[json\]"):
+        served.client.chat.completions.create(model="first", messages=ASKED, tools=tools)
 
 
 def test_tools_are_refused_where_calls_cannot_be_read_back(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,8 +213,14 @@ class Api:
         calls = guide = None
         if asked.shown_tools is not None:
             form = self._forms[asked.model].find(asked.chat_template_kwargs)
-            most = 1 if asked.parallel_tool_calls is False else None
-            calls = CallText(form, asked.shown_tools, self._forms[asked.model].marks(form), most)
+            guides = self._guides[asked.model]
+            calls = CallText(
+                form,
+                asked.shown_tools,
+                self._forms[asked.model].marks(form),
+                most=1 if asked.parallel_tool_calls is False else None,
+                checks={name: guides.check(schema) for name, schema in asked.strict_schemas.items()},
+            )
         if (schema := asked.wanted_schema) is not None:
             guide = self._guides[asked.model].make(schema)
         return opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs), calls, guide

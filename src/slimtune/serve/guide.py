@@ -1,4 +1,5 @@
-"""``response_format``: replies that can't be anything but JSON, or JSON of a schema, by llguidance's grammars.
+"""Replies that can't be anything but JSON, or JSON of a schema, by llguidance's grammars (``response_format``), and
+whether a call's arguments fit theirs (``strict``).
 
 Before each token the grammar says which tokens may follow, and the others' scores become minus infinity. llguidance is
 an extra (``slimtune[json]``); without it such requests are refused (decisions/0076).
@@ -7,6 +8,7 @@ an extra (``slimtune[json]``); without it such requests are refused (decisions/0
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +22,9 @@ __all__ = ["Guide", "Guides"]
 
 # As much white space as an indented object needs, or a model that knows nothing better would write it without an end.
 _JSON = {"whitespace_pattern": r"[\x20\x0A]{1,32}", "lenient": False}
+
+# References that lead to references.
+_DEEPEST = 32
 
 
 class Guides:
@@ -42,25 +47,45 @@ class Guides:
         Raises:
             Refusal: llguidance isn't installed, the tokenizer is of another kind, or the schema can't be kept to (400).
         """
+        return Guide(self._matcher(schema, "response_format"))
+
+    def check(self, schema: dict[str, Any]) -> Callable[[Any], bool]:
+        """What says whether a value fits a schema.
+
+        Raises:
+            Refusal: As :meth:`make`.
+        """
+        matcher = self._matcher(schema, "tools")
+
+        def fits(value: Any) -> bool:
+            # The grammar takes an object's keys in the schema's order alone; to a schema their order is nothing.
+            text = json.dumps(_ordered(value, schema, schema), ensure_ascii=False)
+            matcher.reset()
+            taken = matcher.try_consume_tokens(tokens := self._tokenizer.tokenize_str(text))
+            return bool(taken == len(tokens) and matcher.is_accepting())
+
+        return fits
+
+    def _matcher(self, schema: dict[str, Any], param: str) -> Any:
         if find_spec("llguidance") is None:
-            raise _refused("this server has no grammars: pip install 'slimtune[json]'")
+            raise _refused("this server has no grammars: pip install 'slimtune[json]'", param)
         import llguidance
 
         if self._tokenizer is None:
             backend = getattr(self._opened.tokenizer, "backend_tokenizer", None)
             if backend is None:
-                raise _refused("the model's tokenizer is no fast one, and grammars take no other")
+                raise _refused("the model's tokenizer is no fast one, and grammars take no other", param)
             rows = self._opened.model.get_input_embeddings().weight.shape[0]
             ends = list(self._opened.stop_ids)
             self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=rows, eos_token=ends)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
         except ValueError as error:
-            raise _refused(str(error)) from None
+            raise _refused(str(error), param) from None
         failed, said = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if failed or said:  # a warning is a part of the schema that isn't kept to
-            raise _refused(f"the schema can't be kept to: {said[0]:.300}")
-        return Guide(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0))
+            raise _refused(f"the schema can't be kept to: {said[0]:.300}", param)
+        return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
 
 
 class Guide:
@@ -98,5 +123,21 @@ class Guide:
             raise Refusal(500, f"the grammar failed: {self._matcher.get_error():.200}", "grammar_failed")
 
 
-def _refused(words: str) -> Refusal:
-    return Refusal(400, f"response_format: {words}", "unsupported_value", param="response_format")
+def _ordered(value: Any, schema: Any, root: dict[str, Any], depth: int = 0) -> Any:
+    """The value with the keys of its objects in the schema's order."""
+    if isinstance(schema, dict) and str(schema.get("$ref", "")).startswith("#/$defs/") and depth < _DEEPEST:
+        named = (root.get("$defs") or {}).get(schema["$ref"].removeprefix("#/$defs/"))
+        return _ordered(value, named, root, depth + 1)
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, list):
+        return [_ordered(each, schema.get("items"), root, depth) for each in value]
+    if isinstance(value, dict):
+        known = schema.get("properties") or {}
+        keys = [*(key for key in known if key in value), *(key for key in value if key not in known)]
+        return {key: _ordered(value[key], known.get(key), root, depth) for key in keys}
+    return value
+
+
+def _refused(words: str, param: str) -> Refusal:
+    return Refusal(400, f"{param}: {words}", "unsupported_value", param=param)

@@ -107,7 +107,7 @@ class _Function(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Strict):
@@ -193,7 +193,13 @@ class ChatRequest(Request):
         """The tools that the template gets."""
         if self.tool_choice == "none" or not self.tools:
             return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    @property
+    def strict_schemas(self) -> dict[str, dict[str, Any]]:
+        """By tool, the schema that its calls are promised to fit."""
+        functions = [tool.function for tool in self.tools or [] if tool.function.strict]
+        return {function.name: function.parameters or {"type": "object"} for function in functions}
 
     @property
     def wanted_schema(self) -> dict[str, Any] | None:

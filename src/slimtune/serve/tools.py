@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimtune.data.calls import Call, CallForm, call_form
@@ -60,12 +60,19 @@ class CallText:
         tools: What the model was shown.
         marks: Ids of control tokens that calls are written with.
         most: Most calls that are given out.
+        checks: By the name of a tool whose schema is promised to be kept to, whether arguments fit it.
     """
 
     def __init__(
-        self, form: CallForm, tools: list[dict[str, Any]], marks: frozenset[int], most: int | None = None
+        self,
+        form: CallForm,
+        tools: list[dict[str, Any]],
+        marks: frozenset[int],
+        *,
+        most: int | None = None,
+        checks: Mapping[str, Callable[[Any], bool]] | None = None,
     ) -> None:
-        self.marks = marks
+        self.marks, self._checks = marks, checks or {}
         self._form, self._tools, self._most = form, tools, most
         self._held = ""
         self._begun = False
@@ -87,8 +94,11 @@ class CallText:
         return shown
 
     def end(self) -> tuple[str, list[Call]]:
-        """What is left: text, and the calls."""
+        """What is left: text, and the calls. Where one breaks its tool's promise, all stays text."""
         if not self._begun:
             return self._held, []
         read = self._form.read(self._held, self._tools)
-        return read.text if read.calls else self._held, read.calls[: self._most]
+        calls = read.calls[: self._most]
+        if not calls or not all(self._checks[c.name](c.arguments) for c in calls if c.name in self._checks):
+            return self._held, []
+        return read.text, calls
