@@ -194,8 +194,9 @@ def _round(base: Path, folder: Path) -> None:
     model = _load(base)
     policy = policy_of(model)
     with torch.no_grad():
-        for name in policy.linears | policy.packed:
-            parameter = model.get_parameter(name)
+        # A tensor that two modules share has two names, and goes once.
+        named = {id(one := model.get_parameter(name)): (name, one) for name in policy.linears | policy.packed}
+        for name, parameter in named.values():
             linear = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)  # [in, out], and packed as linear
             parameter.copy_(_there_and_back(parameter.T).T if linear else _there_and_back(parameter))
     model.save_pretrained(folder)

@@ -113,6 +113,7 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },
+    "rwkv": {"attention_hidden_size": HIDDEN},
     "zaya": {"num_experts_per_tok": 1},
 }
 # fmt: on

@@ -27,6 +27,7 @@ from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder
 from slimtune.run.reasons import reason_in_chinese
 from slimtune.training.resumable import Progress
+from tests.families.tiny import save
 from tests.tolerances import relative_error
 from tests.training.tiny import saved
 
@@ -268,6 +269,23 @@ def test_an_engine_that_isnt_the_model_is_found_before_the_first_step_and_the_pl
     assert all(choice["reason"] != reason_in_chinese(choice["reason"]) for choice in facts["choices"])
     ours, asked = (load_file(one.adapter / "adapter_model.safetensors") for one in (fallen, plain))
     assert all(torch.equal(ours[name], asked[name]) for name in asked)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "way_out"),
+    [
+        ("xlstm", {"compute_dtype": "bf16"}, "--compute-dtype fp32"),  # its gates are in fp32
+        ("rwkv", {"quantization": "nf4"}, "--quantization none"),  # it divides its weights as soon as it is asked
+    ],
+)
+def test_a_base_that_trains_but_couldnt_be_used_is_refused_before_the_first_step(
+    family: str, settings: dict[str, Any], way_out: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"prompt": "Where is the key?", "completion": "Under the pot."}\n')
+    with pytest.raises(UserError, match=f"can't compute a document(.|\n)*{way_out}"):
+        first_step(save(family, tmp_path / "model"), data, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_class_that_takes_no_loss_arguments_weighs_tokens_all_the_same(

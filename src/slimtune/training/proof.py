@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from slimtune.base.quantize import four_bit_formats
 from slimtune.batch import IGNORED, MicroBatch
 from slimtune.engine.structure import CannotFuse
 from slimtune.errors import UserError
@@ -68,6 +69,7 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
     model.eval()
     try:
         with rng_preserved(), torch.no_grad():
+            _prove_use(trainer, ids, dtype)
             given = batch if trainer.engine is None else _beside_others(ids[0].numpy(), room)
             return _prove(trainer, batch, given, dtype)
     finally:
@@ -89,7 +91,7 @@ def _beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
 
 def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], dtype: torch.dtype) -> str | None:
     with _outputs(trainer.model) as outputs:
-        own = _own(trainer, batch)
+        own = _own(trainer, batch, dtype)
         if trainer.engine is None and trainer.aux_loss_enabled:
             trainer.own_head = True
             return "the model's own head, which tells the routers' auxiliary loss too"
@@ -151,7 +153,34 @@ def _unfit(what: str) -> CannotFuse:
     return CannotFuse(what, rule="What trains must be the model as it is.", way_out="It trains unfused: engine: plain.")
 
 
-def _own(trainer: Any, batch: dict[str, Tensor]) -> float:
+def _prove_use(trainer: Any, ids: Tensor, dtype: torch.dtype) -> None:
+    """The base computes text as it will when the adapter is read back and used: in evaluation, without autocast.
+
+    Raises:
+        UserError: It doesn't. After hours of training that would be late to learn.
+    """
+    model = trainer.model
+    try:
+        with model.disable_adapter():
+            model(input_ids=ids.to(model.get_input_embeddings().weight.device))
+    except torch.OutOfMemoryError:
+        raise
+    except _CANT_TAKE as error:
+        raise _cant_compute(model, error, dtype) from error
+
+
+def _cant_compute(model: Any, error: Exception, dtype: torch.dtype) -> UserError:
+    others = ["--compute-dtype fp32"] if dtype != torch.float32 else []
+    others += ["--quantization none"] if four_bit_formats(model) else []
+    return UserError(
+        f"{type(model.get_base_model()).__name__} can't compute a document: "
+        f"{type(error).__name__}: {str(error).splitlines()[0]}",
+        rule="It was given text alone, as in use: input_ids, in evaluation mode.",
+        way_out=f"In other numbers it may: {' or '.join(others)}." if others else "",
+    )
+
+
+def _own(trainer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
     """The mean loss by the model's own logits.
 
     Raises:
@@ -164,11 +193,7 @@ def _own(trainer: Any, batch: dict[str, Tensor]) -> float:
     except torch.OutOfMemoryError:
         raise
     except _CANT_TAKE as error:
-        raise UserError(
-            f"{type(trainer.model.get_base_model()).__name__} can't compute a document: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            rule="A model is trained on text alone: input_ids and an attention mask.",
-        ) from error
+        raise _cant_compute(trainer.model, error, dtype) from error
     if trainer.aux_loss_enabled and aux is None:
         raise UserError("router_aux_loss: this model tells no auxiliary loss", way_out="Leave router_aux_loss out.")
     return float(loss) / float(supervised)
