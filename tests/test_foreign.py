@@ -167,6 +167,12 @@ def test_what_cannot_be_translated_is_said_beside_its_value(tmp_path: Path) -> N
     assert yaml.safe_load(text)["max_length"] == 512
 
 
+@pytest.mark.parametrize("named", ["data.jsonl", ["data.jsonl"], [{"path": "data.jsonl", "type": "chat_template"}]])
+def test_a_data_set_may_be_a_path_alone(tmp_path: Path, named: object) -> None:
+    values = {"base_model": "owner/base", "sequence_len": 512, "datasets": named}
+    assert yaml.safe_load(from_foreign(written(tmp_path, values)))["data"] == ["data.jsonl"]
+
+
 def test_a_file_of_nobodys_is_no_tools(tmp_path: Path) -> None:
     assert recognised({"lora_rank": 4}) is None
     assert recognised({"model": "a", "learning_rate": 1e-4}) is None

@@ -238,15 +238,16 @@ def _axolotl_targets(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _data_sets(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | str:
     """axolotl's and TRL's lists of data sets, each a path with options."""
-    entries = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, Mapping)]
+    named = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
+    entries = [entry for entry in named if isinstance(entry, Mapping)]
     made: dict[str, Any] = {"data": []}
     columns: dict[str, str] = {}
     for entry in entries:
         files = entry.get("data_files") or []
         path, split = str(entry.get("path", "")), entry.get("split")
-        named = [str(file) for file in (files if isinstance(files, list) else [files])]
+        inside = [str(file) for file in (files if isinstance(files, list) else [files])]
         is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-        made["data"] += named or [f"{path}:{split}" if is_hub and split not in (None, "train") else path]
+        made["data"] += inside or [f"{path}:{split}" if is_hub and split not in (None, "train") else path]
         kind = entry.get("type")
         if isinstance(kind, Mapping):
             fields = {"field_instruction": "instruction", "field_input": "input", "field_output": "output",

@@ -314,6 +314,7 @@ def _train_once(
             facts.verified = _verify(config, hardware, run, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
+            signals.finished = not config.export
 
 
 def _use_engine(

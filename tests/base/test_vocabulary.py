@@ -43,7 +43,12 @@ def test_each_line_is_one_token_wherever_it_stands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [((" <call>",), "has space around it"), (("▁it",), "is in the vocabulary already"), (("",), "names no token")],
+    [
+        ((" <call>",), "has space around it"),
+        (("▁it",), "is in the vocabulary already"),
+        (("",), "names no token"),
+        (("x" * 129,), "has 129 characters"),
+    ],
 )
 def test_what_is_no_new_token_is_refused(tmp_path: Path, lines: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -241,6 +241,10 @@ def test_nulls_of_a_table_are_absent_keys_in_tools_and_calls_alone() -> None:
         ({"prompt": "a", "text": "b"}, "--map instruction=prompt --map output=text; as raw text: --format text"),
         ({"role": "user", "content": "a"}, "one turn of a conversation in each row"),
         ({"instruction": "a", "instances": [{"output": "b"}, {"output": "c"}]}, "2 examples of one instruction"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "refusal": "c"}]},
+            "messages[1].refusal: a refusal beside a content",
+        ),
         ({"messages": "[{'role': array(1)}]"}, "messages: text that is no JSON"),
         ({"conversations": "[" * 5000}, "conversations: text that is no JSON"),
     ],
@@ -255,3 +259,34 @@ def test_a_picture_beside_raw_text_is_one_more_column_that_is_not_read() -> None
     unread: Counter[str] = Counter()
     assert normalise({"text": "A page.", "image": "a.jpg"}, unread=unread).text == "A page."
     assert list(unread) == ["image"]
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    for reply in (
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "refusal": "No."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "content": "No.", "refusal": None},
+    ):
+        made = normalise({"messages": [*messages(Q), reply]})
+        assert made.messages[-1] == {"role": "assistant", "content": "No."}
+
+
+def test_openais_older_files_name_their_tools_functions() -> None:
+    function = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+    called = [
+        *messages(Q),
+        {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"in": "pot"}'}},
+        {"role": "function", "name": "look", "content": "A key."},
+        *messages(A),
+    ]
+    unread: Counter[str] = Counter()
+    old = normalise({"messages": called, "functions": [function]}, unread=unread)
+    new = normalise({"messages": called, "tools": [{"type": "function", "function": function}]})
+    assert (old.tools, old.messages, list(unread)) == (new.tools, new.messages, [])
+    assert [m["role"] for m in old.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_map_the_wrong_way_round_is_told() -> None:
+    with pytest.raises(RowRefused, match="so --map instruction=frage"):
+        normalise({"frage": "Key?", "antwort": "Pot."}, mapping={"frage": "instruction", "antwort": "output"})

@@ -305,6 +305,7 @@ INFO = {
     "raw": {"file_name": "raw.jsonl", "columns": {"prompt": "body"}},
     "far": {"hf_hub_url": "owner/name", "split": "extra"},
     "gone": {"file_name": "gone.json"},
+    "script": {"script_url": "belle_multiturn"},
 }  # fmt: skip
 
 
@@ -342,9 +343,11 @@ def test_what_a_description_says_of_pictures_hubs_and_raw_text_is_heard(describe
         normalise(next(read_rows(parse_source(f"{described}:seen"))).value)
     assert normalise(next(read_rows(parse_source(f"{described}:raw"))).value).text == "A page."
     assert parse_source(f"{described}:far").name == "owner/name:extra"
+    with pytest.raises(UserError, match="runs no data set's script"):
+        parse_source(f"{described}:script")
     with pytest.raises(UserError, match=r"names gone\.json, which isn't there"):
         parse_source(f"{described}:gone")
-    with pytest.raises(UserError, match=r"holds 8 data sets: plain, mine, .*\nFOLDER:NAME takes one"):
+    with pytest.raises(UserError, match=r"holds 9 data sets: plain, mine, .*\nFOLDER:NAME takes one"):
         parse_source(described)
     one, other = (content_hash(parse_source(f"{described}:{part}")) for part in ("chat", "seen"))
     assert one != other

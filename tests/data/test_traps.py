@@ -295,7 +295,19 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "an empty array": ("a.json", b"[]", "data {path} holds no rows\nA data file holds at least one row."),
     "UTF-16": (
         "a.jsonl", json.dumps(GOOD).encode("utf-16"),
-        "data a.jsonl is UTF-16\nData files are UTF-8.\nConvert it to UTF-8.",
+        "data a.jsonl is UTF-16\nData files are UTF-8.\n"
+        "Convert it: iconv -f UTF-16 -t UTF-8 a.jsonl > NEW",
+    ),
+    "a header in GBK": (
+        "a.csv", "问题,回答\n你好,你好\n".encode("gbk"),
+        "a.csv:1: the header is no UTF-8\nData files are UTF-8.\nConvert the file: iconv -f GBK -t UTF-8 FILE > NEW "
+        "(for GBK the encoding that it has, such as LATIN1).",
+    ),
+    "rows in GBK": (
+        "a.jsonl", json.dumps({"question": "你好", "answer": "你好"}, ensure_ascii=False).encode("gbk"),
+        "1 of 1 rows can't be trained on (encoding 1); the first: a.jsonl:1, field 'question': the text can't be "
+        "encoded: byte 0xc4 is no UTF-8 at character 1\nAt most 1% of the rows may be dropped (max_dropped).\n"
+        "Convert the file: iconv -f GBK -t UTF-8 FILE > NEW (for GBK the encoding that it has, such as LATIN1).",
     ),
     "an array that is cut off": (
         "a.json", json.dumps([GOOD, GOOD], indent=1).encode()[:-30],

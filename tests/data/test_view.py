@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
 from slimtune.data import examine
-from slimtune.data.view import sample, table
+from slimtune.data.view import hints, sample, table
 
 
 @pytest.mark.parametrize("text", ["布偶猫喜欢安静。", "🚢 sails", "a boat"])
@@ -41,3 +41,19 @@ def test_a_row_that_was_changed_is_named_in_a_file_that_is_there(
     proof = examine(config, tokenizer)
     lines = dict(table(proof, config, None))
     assert "noncharacter" in Path(lines["each row"]).read_text()
+
+
+@pytest.mark.parametrize(("variables", "told"), [({"enable_thinking"}, True), ({"messages"}, False)])
+def test_a_variable_is_advised_only_where_the_template_has_it(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: set[str],
+    told: bool,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"question": "Hi", "answer": "Ho", "thinking": "Hm"}))
+    config = Config.make(data=str(file))
+    (line,) = [line for line in hints(examine(config, tokenizer), config, variables) if "thoughts" in line]
+    assert ("--template-vars enable_thinking=true" in line) is told

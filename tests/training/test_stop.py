@@ -159,6 +159,15 @@ def test_the_way_on_can_be_pasted_into_a_shell() -> None:
     assert "slimtune resume 'runs/my run'" in str(signals.stop())
 
 
+def test_when_all_is_done_there_is_nothing_to_go_on_with() -> None:
+    with pytest.raises(StopRequested) as stop, StopSignals(Path("RUN")) as signals:  # noqa: PT012
+        signals.finished = True
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert "resume" not in str(stop.value)
+    assert "The run is whole: RUN" in str(stop.value)
+
+
 STOPPED = """
 import sys, threading, time
 from pathlib import Path

@@ -17,6 +17,10 @@ from slimtune.errors import UserError
 __all__ = ["NewTokens", "add_tokens", "fit_rows", "make_room", "rows_by_name"]
 
 
+_LONGEST = 128
+"""Most characters of a token that is added: far more than a mark or a word has."""
+
+
 @dataclass(frozen=True)
 class NewTokens:
     """The tokens of a file, in a tokenizer that has them now."""
@@ -46,6 +50,12 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> NewTokens:
     for token in tokens:
         if token != token.strip():
             raise UserError(f"the token {token!r} in {file} has space around it", rule="A line is a token, whole.")
+        if len(token) > _LONGEST:
+            raise UserError(
+                f"the token {token[:20]!r}… in {file} has {len(token):,} characters",
+                rule=f"A token has at most {_LONGEST}: what is longer is a text, of which one row learns nothing.",
+                way_out="Is it the right file? It holds one token a line.",
+            )
         if token in vocabulary and token not in added:
             raise UserError(
                 f"{token!r} in {file} is in the vocabulary already",

@@ -42,6 +42,9 @@ def command(
     """Talk to RUN: a run's folder, an adapter's, or a bare model (hub id, folder, smollm2-135m).
 
     Ctrl-C stops a reply and keeps the conversation.
+
+    A run is asked with the template variables and the date that it was trained with, a bare model with its
+    template's defaults.
     """
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log

@@ -64,6 +64,7 @@ def command(
         from slimtune.cli.page import Page
         from slimtune.data import examine, micro_batches
         from slimtune.data.page import page
+        from slimtune.data.render import Manner, renderer_for
         from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table
         from slimtune.plan import few_steps
@@ -82,7 +83,8 @@ def command(
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
         batches = micro_batches(proof.train, config) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)
-    lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config)]
+    variables = renderer_for(tokenizer, Manner.of(config)).variables
+    lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config, variables)]
     if batches is not None and (line := few_steps(config, batches.per_epoch, proof.facts)) is not None:
         said.append(f"{line[0].upper()}{line[1:]}.")
     refusal = proof.refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -53,7 +54,8 @@ def command(output: Path, seed: int, as_json: bool) -> None:
     for row, was, now, right in zip(result.held_out, result.before, result.after, after, strict=True):
         table.add_row(row.request, _short(was), f"[{'green' if right else 'red'}]{_escaped(now)}[/]")
     Page().print(table)
-    click.echo(f"\n  slimtune chat {output}      talk to it\n  slimtune explain {output}   what happened, measured")
+    named = shlex.quote(str(output))
+    click.echo(f"\n  slimtune chat {named}      talk to it\n  slimtune explain {named}   what happened, measured")
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -34,7 +34,11 @@ def command(
     compute_dtype: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows."""
+    """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows.
+
+    A run is asked with the template variables and the date that it was trained with, a bare model with its
+    template's defaults.
+    """
     if not data and not tasks:
         raise UserError("nothing to evaluate on", way_out="Give DATA, or --tasks.")
     with fast_imports():

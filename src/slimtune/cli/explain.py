@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
         raise UserError(
             f"run {run} has no facts.json",
             rule="A run measures itself and writes its facts at its end.",
-            way_out=f"Go on with it: slimtune resume {run}",
+            way_out=f"Go on with it: slimtune resume {shlex.quote(str(run))}",
         )
     explanation = explain(facts, "zh" if lang == "zh" else "en")
     if as_json:

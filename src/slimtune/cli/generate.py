@@ -38,6 +38,9 @@ def command(
 
     A row is text, or has `prompt`, `messages` or `instruction`, or is a row as training reads it. A run that was
     stopped goes on where it was when the same command is given again.
+
+    A run is asked with the template variables and the date that it was trained with, a bare model with its
+    template's defaults.
     """
     with fast_imports():
         from rich.console import Console

@@ -117,7 +117,8 @@ def apply_map(value: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str,
     made = {key: item for key, item in value.items() if key not in mapping.values()}
     for target, column in mapping.items():
         if column not in value:
-            raise RowRefused(column, f"the row has no such column; it has {listed(value)}")
+            turned = f": --map is field=column, so --map {column}={target}" if target in value else ""
+            raise RowRefused(column, f"the row has no such column; it has {listed(value)}{turned}")
         made[target] = value[column]
     return made
 
@@ -237,9 +238,9 @@ def _content(where: str, value: Any, repairs: list[str]) -> str:
         texts = []
         for number, part in enumerate(value):
             kind = part.get("type") or "text"  # Gemini's and Bedrock's parts name no type
-            if kind not in ("text", "input_text", "output_text"):
+            if kind not in ("text", "input_text", "output_text", "refusal"):
                 raise RowRefused(f"{where}[{number}]", f"a part of type {kind!r}; only text is trained on")
-            key = next((key for key in ("text", "value", "content") if part.get(key) is not None), "text")
+            key = next((key for key in ("text", "value", "content", "refusal") if part.get(key) is not None), "text")
             if key not in part:
                 raise RowRefused(f"{where}[{number}]", f"a part of {listed(part)}; only text is trained on")
             texts.append(_string(f"{where}[{number}].{key}", part[key], repairs))
@@ -446,7 +447,11 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
         return {"role": role, "content": "", "tool_calls": calls} | _supervision(where, role, turn)
     made: Message = {"role": role} | _supervision(where, role, turn)
     content = turn.get("content")
-    if content is None and role == "assistant" and calls:
+    if refusal := turn.get("refusal"):  # OpenAI's: what the assistant said in place of a content
+        if content or role != "assistant":
+            raise RowRefused(f"{where}.refusal", "a refusal beside a content, or of a turn that is no reply")
+        content = _string(f"{where}.refusal", refusal, repairs)
+    elif content is None and role == "assistant" and calls:
         content = ""
     elif "content" not in turn:
         raise RowRefused(f"{where}.content", f"missing; the message has {listed(turn)}")

@@ -121,6 +121,12 @@ def _described(folder: Path, name: str, part: str, described: dict[str, Descript
     chosen = described[_chosen(name, part, {key: key for key in described})]
     if chosen.hub:
         return Found((), chosen, hub=chosen.hub)
+    if not chosen.file:
+        raise UserError(
+            f"data {name} is described in dataset_info.json by what is neither a file nor a hub id of Hugging Face",
+            rule="slimtune runs no data set's script (script_url), and knows no other hub or cloud.",
+            way_out="Load it once, write its rows as jsonl, and name that file.",
+        )
     path = folder / chosen.file
     if not path.exists():
         raise UserError(

@@ -30,6 +30,7 @@ from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
 from slimtune.data.ledger import Ledger
+from slimtune.data.readers import TO_UTF8
 from slimtune.data.render import ChatRenderer, Manner, renderer_for, writes_date
 from slimtune.data.sources import Source, content_hash, parse_source
 from slimtune.errors import UserError
@@ -294,7 +295,9 @@ def _way_out(facts: dict[str, Any], config: Config, dropped: int, ledger: Path) 
         ways.append(f"raise --max-length to {fits}, or choose --overlong split or keep-end")
     if "preference" in facts["dropped"]:
         ways.append("take the better replies by --prefer chosen")
-    if set(facts["dropped"]) - {"too-long", "preference", "not-preferred"}:
+    if facts["dropped"].get("encoding", 0) > dropped / 2:
+        ways.append(f"{TO_UTF8[:1].lower()}{TO_UTF8[1:-1]}")
+    elif set(facts["dropped"]) - {"too-long", "preference", "not-preferred"}:
         named = f" ({ledger} names each)" if facts["key"] else ""  # what a function made isn't kept
         ways.append(f"mend the rows{named}")
     if share < 1:

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -29,13 +30,16 @@ import pyarrow.parquet as pq
 from slimtune.data.rows import without_absent
 from slimtune.errors import UserError
 
-__all__ = ["ENDINGS", "ROW_LIMIT", "Place", "Row", "file_rows", "format_of", "table_rows"]
+__all__ = ["ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of", "table_rows"]
 
 ROW_LIMIT = 64 * 2**20
 """Most characters that one row may have: a longer line is skipped, counted and named."""
 
 ENDINGS = "json, jsonl, csv, tsv, txt, parquet or arrow, each also .gz or .zst"
 """The endings that are read, for messages."""
+
+TO_UTF8 = "Convert the file: iconv -f GBK -t UTF-8 FILE > NEW (for GBK the encoding that it has, such as LATIN1)."
+"""What to do with a file of another encoding."""
 
 _CHUNK = 2**20
 _FORMATS = {
@@ -130,7 +134,8 @@ def _decoded(stream: IO[bytes], label: str) -> Iterator[str]:
     """Text in chunks; a BOM goes, bytes that are no UTF-8 become lone surrogates."""
     head = stream.read(_CHUNK)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"data {label} is UTF-16", rule="Data files are UTF-8.", way_out="Convert it to UTF-8.")
+        way_out = f"Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(label)} > NEW"
+        raise UserError(f"data {label} is UTF-16", rule="Data files are UTF-8.", way_out=way_out)
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     head = head.removeprefix(codecs.BOM_UTF8)
     while head:
@@ -372,6 +377,8 @@ def _csv_rows(stream: IO[bytes], label: str, delimiter: str) -> Iterator[Row]:
         header = [name.strip() for name in next_row() or []]
     except csv.Error as error:
         raise UserError(f"{label}:1: the header can't be read: {error}") from None
+    if any("\udc80" <= letter <= "\udcff" for letter in first):
+        raise UserError(f"{label}:1: the header is no UTF-8", rule="Data files are UTF-8.", way_out=TO_UTF8)
     if not any(header):
         raise UserError(f"data {label} is empty", rule="A csv file begins with a line that names its columns.")
     twice = [name for name in header if header.count(name) > 1]

@@ -121,12 +121,15 @@ class ChatRenderer:
                 raise _bad_template(str(error)) from None
             self._check_variables()
 
+    @property
+    def variables(self) -> set[str]:
+        """The variables that stand in the template, of named ones in any."""
+        return set().union(*(ChatTemplate(source, {}).names for source in self._sources.values()))
+
     def _check_variables(self) -> None:
         if not self.manner.variables:
             return
-        names = set().union(*(dialect.template.names for dialect in self._dialects.values()))
-        for source in self._sources.values():
-            names |= ChatTemplate(source, {}).names
+        names = self.variables
         unknown = sorted(self.manner.variables.keys() - names)
         if unknown:
             raise UserError(

@@ -38,7 +38,7 @@ _CHOICES = ("choices", "options", "b")
 _THOUGHTS = ("reasoning_content", "thinking", "complex_cot", "chain_of_thought")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
 _SYSTEMS = frozenset(_SYSTEM)
-_BESIDE = frozenset({*_SYSTEM, "tools", "toolConfig", "chat_template_kwargs"})
+_BESIDE = frozenset({*_SYSTEM, "tools", "functions", "toolConfig", "chat_template_kwargs"})
 """Columns that are read beside the turns."""
 _BESIDE_MESSAGES = _BESIDE | {"messages"}
 _ALPACA = frozenset({"instruction", "input", "output", "system", "history"})
@@ -108,9 +108,12 @@ def _raw(value: Mapping[str, Any]) -> Standard | None:
 
 
 def _with_system(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with a system text beside its turns under the name ``system``, and Bedrock's tools as ``tools``."""
+    """The row with a system text beside its turns under the name ``system``, and the tools of Bedrock and of
+    OpenAI's older files as ``tools``."""
     if isinstance(config := value.get("toolConfig"), Mapping):
         value = {**value, "tools": config.get("tools")}
+    if value.get("functions") and not value.get("tools"):
+        value = {**value, "tools": value["functions"]}
     name = None if _SYSTEMS.isdisjoint(value) else next((name for name in _SYSTEM if value.get(name)), None)
     if name is None or (name == "system" and isinstance(value[name], str)):
         return value

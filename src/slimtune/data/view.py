@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +108,8 @@ def _account(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def hints(proof: Proof, config: Config) -> list[str]:
-    """What a person should look at, though training isn't refused for it."""
+def hints(proof: Proof, config: Config, variables: Collection[str]) -> list[str]:
+    """What a person should look at, though training isn't refused for it; ``variables`` stand in the template."""
     facts, said = proof.facts, []
     rows = max(1, facts["rows_trained"])
     if facts["noted"].get("control-text", 0) > rows / 2 and not config.allow_control_tokens:
@@ -118,10 +118,10 @@ def hints(proof: Proof, config: Config) -> list[str]:
             "use --format text --allow-control-tokens."
         )
     if left := facts["noted"].get("thoughts-left-out", 0):
-        said.append(
-            f"The thoughts of {left:,} rows are left out by the template: it may have a variable for them "
-            "(--template-vars enable_thinking=true)."
-        )
+        how = "it has no variable for them"
+        if "enable_thinking" in variables:
+            how = "it has a variable for them (--template-vars enable_thinking=true)"
+        said.append(f"The thoughts of {left:,} rows are left out by the template: {how}.")
     if facts["duplicates"] > facts["documents"] / 10:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
     if left_out := facts.get("left_out"):

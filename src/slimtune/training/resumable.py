@@ -243,7 +243,7 @@ class ResumableTrainer(Trainer):
                     return  # asked to stop: the run goes on from the last good checkpoint
                 if time.monotonic() >= deadline:
                     what = f"the last step can't be saved: {_reason(checkpoints.failure.error)}"
-                    raise self._stop_by_guard(what, [], f"Make room, then: slimtune resume {signals.run}")
+                    raise self._stop_by_guard(what, [], f"Make room, then: {signals.resume}")
                 time.sleep(min(1.0, self.safety.patience))
             self.safety.watchdog.beat("step")
             self._save_checkpoint(self.model, None)
@@ -418,13 +418,13 @@ class ResumableTrainer(Trainer):
         return [row for place in bad or range(len(self._step_losses)) for row in self.safety.rows(first + place)]
 
     def _stop_by_guard(self, what: str, rows: list[str], way_out: str = "") -> GuardStop:
-        saved, run = self.safety.checkpoints.last_saved, self.safety.signals.run
+        saved, resume = self.safety.checkpoints.last_saved, self.safety.signals.resume
         good = f"The last good checkpoint is {self.safety.checkpoints.path(saved)}." if saved is not None else ""
         self.safety.record({"event": "guard", "step": self.state.global_step + 1, "what": what, "rows": rows})
         return GuardStop(
             what + (f"\n       rows of the batch: {_some(rows)}" if rows else ""),
             rule=f"Nothing of it was applied or saved. {good}".strip(),
-            way_out=way_out or f"Look at the rows; or go on without them: slimtune resume {run} --on-nonfinite skip",
+            way_out=way_out or f"Look at the rows; or go on without them: {resume} --on-nonfinite skip",
         )
 
     def _see_last_save(self) -> None:

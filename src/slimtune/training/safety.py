@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -100,11 +101,11 @@ def disk_told(run: RunFolder) -> Iterator[None]:
         what = _refused(error)
         if what is None:
             raise
-        begun = run.has_checkpoint
+        begun, goes_on = run.has_checkpoint, f"slimtune resume {shlex.quote(str(run.path))}"
         raise UserError(
             what,
             rule=f"The run is saved up to its newest checkpoint in {run.checkpoints}." if begun else "",
-            way_out=f"Then: slimtune resume {run.path}" if begun else "Make room, or choose another folder (-o).",
+            way_out=f"Then: {goes_on}" if begun else "Make room, or choose another folder (-o).",
         ) from error
 
 
@@ -117,7 +118,8 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
         UserError: Something else that the person can mend; how to go on is added.
         StopRequested: A signal came, whatever a library made of it.
     """
-    done, goes_on = "All steps are done and saved in the last checkpoint.", f"slimtune resume {run.path}"
+    done = "All steps are done and saved in the last checkpoint."
+    goes_on = f"slimtune resume {shlex.quote(str(run.path))}"
     try:
         yield
     except UserError as error:

@@ -53,6 +53,8 @@ class StopSignals:
     def __init__(self, run: Path | None = None) -> None:
         self.run = run
         """The run's folder once there is something to go on from; it makes the message."""
+        self.finished = False
+        """Whether all that the run is for lies on the disk: then there is nothing to go on with."""
         self.requested: signal.Signals | None = None
         self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
@@ -126,12 +128,15 @@ class StopSignals:
     def stop(self, where: str = "") -> StopRequested:
         """The error that says what stopped the run and how to go on."""
         name = self.requested.name if self.requested is not None else "a request"
-        goes_on = (
-            f"Go on: slimtune resume {shlex.quote(str(self.run))}"
-            if self.run is not None
-            else "Give the same command again."
-        )
+        if self.finished:
+            return StopRequested(f"stopped by {name}, when all was done", way_out=f"The run is whole: {self.run}")
+        goes_on = f"Go on: {self.resume}" if self.run is not None else "Give the same command again."
         return StopRequested(f"stopped by {name}{where}", way_out=goes_on)
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with the run."""
+        return f"slimtune resume {shlex.quote(str(self.run))}"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
