@@ -66,6 +66,8 @@ class Proof:
     model_type: str
     class_name: str = ""
     four_bit_share: float | None = None
+    draws: bool = False
+    """While it trains the model draws, as for whom its routers choose: no gradient is one number then."""
     targets: str = ""
     packed: str = ""
     engine: str = ""
@@ -152,6 +154,12 @@ def _describe(proof: Proof, base: Path) -> None:
     proof.class_name = type(model).__name__
     proof.four_bit_share = four_bit_share(model)
     proof.targets = ", ".join(default_targets(model)[0])
+    logits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            logits.append(model.train()(input_ids=_ids(), use_cache=False).logits)
+    proof.draws = not torch.equal(*logits)
 
 
 def _config(base: Path, data: Path, output: Path, **values: Any) -> Config:

@@ -38,7 +38,7 @@ NO_CHAT_MODELS = frozenset({
     "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl",
     "xlnet", "xmod", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus",
     "plbart", "prophetnet", "trocr", "whisper", "musicgen", "musicgen_melody", "moshi", "reformer",
-    "gemma4_assistant", "gemma4_unified_assistant",
+    "moss_transcribe_diarize", "gemma4_assistant", "gemma4_unified_assistant",
 })
 # fmt: on
 """Causal classes of encoders, and decoders of something that isn't text alone: nobody chats with them."""
@@ -121,7 +121,7 @@ def table() -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(proof) for proof in made),
     ]
-    without = [proof["model_type"] for proof in proofs if proof not in made]
+    without = [f"{proof['model_type']} ({_sentence(proof['faults']['make'])})" for proof in proofs if proof not in made]
     if without:
         lines += ["", f"No tiny model could be made of {', '.join(without)}."]
     if untried := [name for name in families() if not (RESULTS / f"{name}.json").is_file()]:
@@ -136,7 +136,7 @@ def _row(proof: dict[str, Any]) -> str:
     limits = [f"{step}: {_sentence(text)}" for step, text in refused.items() if step != "gguf"]
     limits += [f"**{step}: {_sentence(text)}**" for step, text in faults.items()]
     if any(gradient is not None and gradient > 1e-4 for gradient in gradients):
-        limits.insert(0, "**gradients differ**")
+        limits.insert(0, "it draws while it trains" if proof.get("draws") else "**gradients differ**")
     if any(apart is not None and apart > 1e-4 for apart in (proof.get("reload"), proof.get("reload_4bit"))):
         limits.insert(0, "**plain PEFT's logits differ**")
     cells = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from slimtune.config import Config
 from slimtune.errors import UserError
@@ -80,6 +82,66 @@ def test_states_and_convolutions_that_run_on_are_found_out(family: str) -> None:
     assert found.layout.kind == "padded"
     leaking = Layout(model, "packed", boundaries=False)
     assert families.distance(families.by_layout(model, leaking), families.one_by_one(model)) > 0.01
+
+
+def _convolution(keeps: str) -> Any:
+    """In the place of causal-conv1d's kernel, which is told where documents are by ``seq_idx``."""
+    plain = inspect.unwrap(modeling_qwen3_5.causal_conv1d_fn)
+
+    def convolve(x: Tensor, *weights: Any, seq_idx: Tensor | None = None, **options: Any) -> Tensor:
+        if seq_idx is None or keeps in ("no documents", "states"):
+            return plain(x, *weights, **options)
+        parts = x.split(torch.bincount(seq_idx[0]).tolist(), dim=-1)
+        return torch.cat([plain(part, *weights, **options) for part in parts], dim=-1)
+
+    return convolve
+
+
+def _delta_rule(keeps: str) -> Any:
+    """In the place of flash-linear-attention's, which is told by ``cu_seqlens``."""
+    plain = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+
+    def compute(*tensors: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Any:
+        if keeps == "refuses":
+            raise RuntimeError("Triton 3.6.0 isn't supported on Hopper. Use another one.")
+        if cu_seqlens is None or keeps in ("no documents", "convolutions"):
+            return plain(*tensors, g=g, beta=beta, **options)
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(*(tensor.split(lengths, dim=1) for tensor in (*tensors, g, beta)), strict=True)
+        made = [plain(*part[:-2], g=part[-2], beta=part[-1], **options)[0] for part in parts]
+        return torch.cat(made, dim=1), None
+
+    return compute
+
+
+@pytest.mark.skipif(
+    not hasattr(modeling_qwen3_5.torch_chunk_gated_delta_rule, "__wrapped__"),
+    reason="this Transformers chooses its kernels in each layer",
+)
+@pytest.mark.parametrize(
+    ("keeps", "kind", "seen"),
+    [
+        ("documents", "packed", ""),
+        ("convolutions", "padded", "neighbours in a pack"),
+        ("states", "padded", "neighbours in a pack"),
+        ("no documents", "padded", "neighbours in a pack"),
+        ("refuses", "alone", "Triton 3.6.0 isn't supported on Hopper"),
+    ],
+)
+def test_kernels_that_are_installed_are_not_believed(
+    keeps: str, kind: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", _convolution(keeps))
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", _delta_rule(keeps))
+    model = families.make("qwen3_5_text")
+    found = find_layout(model)
+    assert found.layout.kind == kind, found.reasons
+    assert seen in found.reasons.get("packed", "")
+    if keeps != "refuses":
+        assert families.distance(families.by_layout(model, found.layout), families.one_by_one(model)) <= GRADIENT
+    if kind == "padded":
+        packed = families.by_layout(model, Layout(model, "packed"))
+        assert families.distance(packed, families.one_by_one(model)) > GRADIENT
 
 
 class _Toy(nn.Module):
