@@ -10,8 +10,9 @@ from slimtune.engine.kernels import grouped
 from tests.engine.kernels.maker import Maker
 from tests.tolerances import assert_close
 
-# Rows of each expert: even, some without any, all rows with one (and several tiles of them), one row, one expert.
-COUNTS = [(9, 8, 10, 7, 9), (0, 20, 0, 3, 0), (0, 0, 70), (0, 1, 0), (33,)]
+# Rows of each expert: whole tiles of 16 and parts; some without any; all with one, several tiles of them; one row; one
+# expert.
+COUNTS = [(16, 1, 31, 0, 16), (0, 20, 0, 3, 0), (0, 0, 70), (0, 1, 0), (33,)]
 
 
 def ends_of(counts: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:

@@ -23,25 +23,30 @@ from torch import Tensor
 from slimtune.engine.kernels import reference_experts as reference
 from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs_on_triton, tl
 
-__all__ = ["grouped_backward", "grouped_forward", "tile_of"]
+__all__ = ["grouped_backward", "grouped_forward", "most_tiles", "tile_of"]
 
 
 @jit
 def tile_of(ends: tl.tensor, tile: int, COUNT: tl.constexpr, COUNT_P: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """A tile's expert, its first row and the row after the expert's last; COUNT for a tile that there isn't.
 
-    Tiles have BLOCK rows of one expert each, the last of an expert fewer; an expert without rows has none.
+    Tiles have BLOCK rows of one expert each, the last of an expert fewer. Those of expert e, whose rows begin at s,
+    have the numbers from s // BLOCK + e on. The next expert's begin where these have ended, or further on, however many
+    rows there are: no number is given twice, and none is rows // BLOCK + COUNT or more. It needs no sum over experts.
     """
     every = tl.arange(0, COUNT_P)
     inside = every < COUNT
     end = tl.load(ends + every, mask=inside, other=0)
     start = tl.load(ends + every - 1, mask=inside & (every > 0), other=0)
-    tiles = (end - start + BLOCK - 1) // BLOCK
-    upto = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((inside & (upto <= tile)).to(tl.int32), axis=0)
-    own = every == expert
-    first = tl.sum(tl.where(own, start + (tile - upto + tiles) * BLOCK, 0), axis=0)
-    return expert, first, tl.sum(tl.where(own, end, 0), axis=0)
+    nth = tile - start // BLOCK - every
+    own = inside & (nth >= 0) & (start + nth * BLOCK < end)
+    expert = COUNT - tl.sum(tl.where(own, COUNT - every, 0), axis=0)
+    return expert, tl.sum(tl.where(own, start + nth * BLOCK, 0), axis=0), tl.sum(tl.where(own, end, 0), axis=0)
+
+
+def most_tiles(rows: int, count: int, block: int) -> int:
+    """How many tiles there may be, the gaps in their numbers included."""
+    return rows // block + count
 
 
 @jit
@@ -125,8 +130,7 @@ def _launch(rows: Tensor, weights: Tensor, ends: Tensor, columns: int, *, backwa
     # A tile of as many rows as an expert has on average, so that few of a tile's are empty.
     block_t = min(max(pow2(cdiv(total, count)), 16), 64 if wide else 128)
     block_n = 64 if wide else 128
-    tiles = cdiv(total, block_t) + min(count, total)
-    _product[(cdiv(columns, block_n), tiles)](
+    _product[(cdiv(columns, block_n), most_tiles(total, count, block_t))](
         rows, weights, ends, out, size, columns,
         rows.stride(0), weights.stride(0), weights.stride(1), out.stride(0),
         BACKWARD=backward, COUNT=count, COUNT_P=pow2(count), BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=32,

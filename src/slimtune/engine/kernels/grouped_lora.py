@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slimtune.engine.kernels import reference_experts as reference
 from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs_on_triton, tl
-from slimtune.engine.kernels.grouped import tile_of
+from slimtune.engine.kernels.grouped import most_tiles, tile_of
 from slimtune.engine.kernels.reference_experts import Routes
 
 __all__ = ["expert_down", "expert_down_backward_", "expert_up_backward_"]
@@ -152,7 +152,7 @@ def expert_down(x: Tensor, a: Tensor, routes: Routes, *, out: Tensor | None = No
     block_r, block_t = max(pow2(rank), 16), min(max(pow2(cdiv(total, count)), 16), 64)
     block_k = 64 if block_r > 64 or x.dtype == torch.float32 else 128
     tail = u.shape[1] - rank
-    _down[(cdiv(total, block_t) + min(count, total),)](
+    _down[(most_tiles(total, count, block_t),)](
         x, a, routes.ends, u, size, x.stride(0), a.stride(0), u.stride(0),
         COUNT=count, COUNT_P=pow2(count), RANK=rank, TAIL=tail, ONES=ones,
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, BLOCK_TAIL=pow2(max(tail, 1)),
