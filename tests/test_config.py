@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +160,57 @@ def test_schema_is_json_and_closed() -> None:
     schema = json.loads(json.dumps(Config.model_json_schema()))
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", float("inf")),
+        ("epochs", float("inf")),
+        ("epochs", 1e9),
+        ("watchdog", float("inf")),
+        ("weight_decay", float("nan")),
+        ("divergence_factor", float("inf")),
+        ("lora_r", 10**9),
+        ("rank_pattern", {"q_proj": 10**9}),
+        ("max_length", 10**18),
+        ("max_steps", 10**24),
+        ("template_vars", {"a": [float("inf")]}),
+        ("output", "a\0b"),
+        ("output", "x" * 300),
+        ("data", "rows/" + "x" * 300),
+        ("model", "é" * 200),
+    ],
+)
+def test_what_no_run_could_do_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError) as refused:
+        Config.make(**{key: value})
+    assert key in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+        + "targets: *a9\n",
+        "a: &a [*a]\n",
+        "a0: &a0 {k0: 1}\n"
+        + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], k{n}: 1}}\n" for n in range(1, 10))
+        + "<<: *a9\n",
+        "targets: &t [" + "y" * 9000 + "]\nmodel: {a: *t, b: *t, c: *t}\n",
+    ],
+)
+def test_aliases_cost_nothing_and_a_message_is_short(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(file)
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_message_repeats_no_more_than_it_must() -> None:
+    error = UserError("x" * 10**6 + "\x1b[31m", rule="\u202e\x07")
+    assert len(str(error)) < 10_000
+    assert not {"\x1b", "\x07", "\u202e"} & set(str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,12 +21,11 @@ from pydantic import (
     Field,
     JsonValue,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
-from slimtune.errors import UserError
+from slimtune.errors import UserError, shown
 from slimtune.foreign import recognised, translated
 
 __all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config", "read_yaml"]
@@ -47,13 +47,16 @@ FREE_KEYS = frozenset(
 TARGET_WORDS = ("attention", "mlp", "experts")
 """Words among ``targets`` for parts of a model; ``all-linear`` is the three of them."""
 
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Config(BaseModel):
     """Everything a fine-tuning run can be told. Immutable; checks itself when it is made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True,
+                              allow_inf_nan=False)  # fmt: skip
 
     # -- what ---------------------------------------------------------------------------------------------------------
     model: str = "Qwen/Qwen1.5-1.8B-Chat"
@@ -84,9 +87,9 @@ class Config(BaseModel):
     """Run Python code that comes with the model. Off unless asked for; nothing ever prompts for it."""
 
     # -- LoRA ---------------------------------------------------------------------------------------------------------
-    lora_r: PositiveInt = 8
+    lora_r: Rank = 8
     """Rank of the adapter."""
-    lora_alpha: PositiveInt | None = None
+    lora_alpha: Count | None = None
     """Scale numerator of the adapter; 2 x lora_r unless set."""
     lora_dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
@@ -111,9 +114,9 @@ class Config(BaseModel):
     """A file of tokens, one a line, that the tokenizer gets; only their rows of embedding and head train."""
     layers: tuple[int, ...] | None = None
     """Only these layers get an adapter (PEFT's layers_to_transform)."""
-    rank_pattern: dict[str, PositiveInt] = {}
+    rank_pattern: dict[str, Rank] = {}
     """Other ranks for some modules, by name or regular expression."""
-    alpha_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, Count] = {}
     """Other alphas for some modules, by name or regular expression."""
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class Config(BaseModel):
     """Variables of the chat template, as enable_thinking=false; a row's own chat_template_kwargs go over them."""
     date: datetime.date | None = None
     """The date (YYYY-MM-DD) that a chat template writes which writes one; the day of the run's start unless given."""
-    max_length: PositiveInt = 2048
+    max_length: Count = 2048
     """Most tokens that one conversation may have."""
     overlong: Literal["drop", "error", "split", "keep-end"] = "drop"
     """What happens to a conversation longer than max_length. No choice cuts a reply short without a word."""
@@ -154,9 +157,9 @@ class Config(BaseModel):
     """Split off this share of the data for evaluation."""
 
     # -- training -----------------------------------------------------------------------------------------------------
-    epochs: PositiveFloat = 3.0
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] = 3.0
     """Passes over the data."""
-    max_steps: PositiveInt | None = None
+    max_steps: Count | None = None
     """Optimizer steps; wins over epochs."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
@@ -168,9 +171,9 @@ class Config(BaseModel):
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    micro_batch: PositiveInt = 1
+    micro_batch: Count = 1
     """Sequences of max_length tokens in one forward and backward pass; packed, micro_batch x max_length tokens."""
-    gradient_accumulation: PositiveInt = 2
+    gradient_accumulation: Count = 2
     """Micro-batches to an optimizer step."""
     optim: str = "auto"
     """auto: paged_adamw_8bit on CUDA, adamw_8bit on a CPU; else any name that Transformers knows."""
@@ -189,27 +192,27 @@ class Config(BaseModel):
     less a margin."""
 
     # -- saving, watching, stopping -----------------------------------------------------------------------------------
-    save_steps: PositiveInt | Literal["auto"] = "auto"
+    save_steps: Count | Literal["auto"] = "auto"
     """Optimizer steps from one checkpoint to the next; auto: ten in a run."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never under two."""
-    eval_steps: PositiveInt | Literal["auto"] = "auto"
+    eval_steps: Count | Literal["auto"] = "auto"
     """Optimizer steps from one evaluation to the next; auto: with each checkpoint."""
-    early_stopping: PositiveInt | None = None
+    early_stopping: Count | None = None
     """Stop after this many evaluations without a better loss."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or an infinity in a step does: stop the run, or skip the batch and count it."""
-    max_skipped: PositiveInt = 10
+    max_skipped: Count = 10
     """Most batches that on_nonfinite: skip may skip."""
     divergence_factor: Annotated[float, Field(gt=1.0)] = 3.0
     """The loss counts as diverging when it is over this many times its running median."""
-    divergence_steps: PositiveInt = 20
+    divergence_steps: Count = 20
     """for this many steps in a row."""
     on_divergence: Literal["warn", "stop"] = "warn"
     """What divergence does."""
-    watchdog: Annotated[float, Field(ge=0.0)] = 1800.0
+    watchdog: Annotated[float, Field(ge=0.0, le=1e9)] = 1800.0
     """Seconds without progress after which all stacks are written and the run stops, resumable; 0 turns it off."""
-    logging_steps: PositiveInt = 1
+    logging_steps: Count = 1
     """Optimizer steps from one line of metrics to the next."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers; none unless named."""
@@ -233,6 +236,17 @@ class Config(BaseModel):
             if isinstance(values.get(key), str) and values[key] not in ("auto", "all-linear"):
                 values[key] = tuple(part.strip() for part in values[key].split(",") if part.strip())
         return values
+
+    @model_validator(mode="after")
+    def _names_can_be_files(self) -> Self:
+        for key in ("model", "data", "eval", "output", "start_from", "template", "add_tokens"):
+            value = getattr(self, key)
+            for name in map(str, value if isinstance(value, tuple) else () if value is None else [value]):
+                if "\0" in name or max(len(part.encode(errors="replace")) for part in name.split("/")) > 255:
+                    raise ValueError(f"{key}: no file system has such a name: {shown(name, 60)}")
+        if not _is_finite(self.template_vars):
+            raise ValueError("template_vars: JSON has no infinity and no NaN")
+        return self
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
@@ -269,7 +283,7 @@ class Config(BaseModel):
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
             raise UserError(
-                f"unknown config key {unknown[0]!r}",
+                f"unknown config key {shown(unknown[0], 100)!r}",
                 rule=did_you_mean(unknown[0], cls.model_fields),
                 way_out="`slimtune config` prints every key with its default.",
             )
@@ -279,7 +293,11 @@ class Config(BaseModel):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"][:1])
             message = str(first["msg"]).removeprefix("Value error, ")
-            what = f"config key {key!r} can't be {first['input']!r}" if key else "the config contradicts itself"
+            what = (
+                f"config key {key!r} can't be {shown(repr(first['input']), 300)}"
+                if key
+                else "the config contradicts itself"
+            )
             raise UserError(
                 what, rule=message, way_out="`slimtune config` prints every key with its meaning."
             ) from None
@@ -289,9 +307,15 @@ class Config(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:
     """The sentence that proposes the nearest known word, or none."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word[:100], list(known), n=1)
     return f"Did you mean {near[0]!r}?" if near else ""
 
 

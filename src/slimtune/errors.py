@@ -6,7 +6,20 @@ Exit codes: 0 done · 1 a fault of slimtune's own · 2 something the person can 
 
 from __future__ import annotations
 
-__all__ = ["GuardStop", "SlimtuneError", "StopRequested", "UserError"]
+import re
+
+__all__ = ["GuardStop", "SlimtuneError", "StopRequested", "UserError", "shown"]
+
+_MOST = 4_000
+"""Characters of one part of a message: files and fields may hold megabytes, and a message repeats what they hold."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What makes a terminal do something, or show text in another order than it stands in."""
+
+
+def shown(text: str, most: int = _MOST) -> str:
+    """Text that somebody else wrote, as it may stand in a terminal: cut, and its control characters written out."""
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", cut)
 
 
 class SlimtuneError(Exception):
@@ -21,7 +34,7 @@ class SlimtuneError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, rule: str = "", way_out: str = "") -> None:
-        self.what, self.rule, self.way_out = what, rule, way_out
+        self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)
         super().__init__("\n".join(line for line in (what, rule, way_out) if line))
 
 

@@ -58,7 +58,7 @@ from slimtune.plan import (
 )
 from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
-from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts
+from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
@@ -152,7 +152,8 @@ def resume(
                 rule="slimtune runs no code that comes with a model unless told to.",
                 way_out="Read that code, then pass --trust-remote-code.",
             )
-        choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
+        with damage_told(run.facts_file):
+            choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
         _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
         run.drop_replaced()
     _export(config, run, screen)
@@ -301,12 +302,13 @@ def _train_once(
 
             # What happened, measured.
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
-            facts.training = training_facts(
-                run.metrics(),
-                engine="fused" if reason_unfused is None else f"plain: {reason_unfused}",
-                repeats=repeats,
-                own_head=own_head,
-            )
+            with damage_told(run.metrics_file):
+                facts.training = training_facts(
+                    run.metrics(),
+                    engine="fused" if reason_unfused is None else f"plain: {reason_unfused}",
+                    repeats=repeats,
+                    own_head=own_head,
+                )
             facts.base.fingerprint_after = fingerprint(trainer.model)
             facts.adapter.file_bytes = _adapter_bytes(run)
             facts.adapter.folder_files = sorted(path.name for path in run.adapter.iterdir())

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from slimtune.run.explain import explain
 from slimtune.run.folder import RunFolder
-from slimtune.run.show import inline_html, markdown_table, write_markdown, write_terminal
+from slimtune.run.show import inline_html, markdown_table, markdown_text, write_markdown, write_terminal
 from slimtune.run.statement import Explanation, Lang, Section, Statement, Table
 
 
@@ -55,3 +55,13 @@ def test_text_stays_text() -> None:
     assert inline_html(hostile) == "[bold]x[/bold] &lt;b&gt;y&lt;/b&gt; | *z* <code>a&lt;b</code>"
     row = markdown_table(Table(("a", "b"), ((hostile, "1"),), (1,))).splitlines()[2]
     assert row == r"| \[bold\]x\[/bold\] \<b>y\</b> \| \*z\* `a<b` | 1 |"
+
+
+def test_an_unpaired_backquote_begins_no_code() -> None:
+    assert markdown_text("a ` <b>") == r"a ` \<b>"
+    assert markdown_text("`<b>` and ` <b>") == r"`<b>` and ` \<b>"
+
+
+def test_no_terminal_takes_a_name_for_an_order() -> None:
+    facts = {"run": "a\x1b]0;title\x07", "base": None, "adapter": None}
+    assert "\x1b" not in explain(facts).run

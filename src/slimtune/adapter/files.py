@@ -24,7 +24,7 @@ from slimtune.adapter.patterns import check_patterns
 from slimtune.adapter.settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, check_values
 from slimtune.adapter.vocabulary import fit_vocabulary, is_copy
 from slimtune.base.packed import Mxfp4Tensor
-from slimtune.errors import UserError
+from slimtune.errors import SlimtuneError, UserError
 
 __all__ = [
     "TensorSpec",
@@ -246,7 +246,9 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
         if on_meta:
             _make_room(wrapped, folder)
         loaded = wrapped.load_adapter(folder, "default", is_trainable=False, **device)
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except SlimtuneError:
+        raise
+    except Exception as error:  # PEFT takes the config at its word: it fails anywhere, with anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise _unfit(folder, " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])) from error
     modules = {name.removeprefix("base_model.model.") for name, _ in wrapped.named_modules()}

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from slimtune.base.embedded import embedded_model_folder, is_embedded
 from slimtune.base.trust import check_model_folder
-from slimtune.errors import UserError
+from slimtune.errors import SlimtuneError, UserError, shown
 
 __all__ = ["check_folder", "from_pretrained", "local_revision", "model_source", "upstream_errors"]
 
@@ -103,13 +102,15 @@ def upstream_errors(source: str) -> Iterator[None]:
             f"{source} does not fit this GPU's memory",
             way_out="Take a smaller model, or free memory that other programs hold (nvidia-smi shows them).",
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except SlimtuneError:
+        raise
+    except Exception as error:  # the libraries take a folder at its word: it fails anywhere, with anything
         raise _load_error(source, error) from error
 
 
 def _load_error(source: str, error: BaseException) -> UserError:
     text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
+    first = shown(text.splitlines()[0] if text else type(error).__name__, 300)
     if "trust_remote_code" in text or "custom code" in text:
         return UserError(
             f"{source} needs Python code of its own to load",

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slimtune.base.source import check_folder, from_pretrained, local_revision, model_source
+from slimtune.base.source import check_folder, from_pretrained, local_revision, model_source, upstream_errors
 from slimtune.data.header import added_header, completed
 from slimtune.data.render import renderer_for
-from slimtune.errors import UserError
+from slimtune.errors import UserError, shown
 
 __all__ = ["load_tokenizer", "probe_ids", "read_tokenizer", "remarks", "save_tokenizer", "spm_difference"]
 
@@ -70,11 +70,24 @@ def read_tokenizer(
         # class without chat template. What is installed must not decide which tokenizer a model has.
         mistral_format=False,
     )
-    if tokenizer.pad_token is None:
-        # Padding is never supervised and never attended to, so any token that exists serves; the turn's end stays
-        # supervised because labels come from the data's own mask, not from token ids.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    with upstream_errors(source):
+        probe_ids(tokenizer)  # some files read well, and fail at the first text
+        if tokenizer.pad_token is None:
+            # Padding is never supervised and never attended to, so any token that exists serves; the turn's end stays
+            # supervised because labels come from the data's own mask, not from token ids.
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    _check_template(source, tokenizer.chat_template)
     return tokenizer
+
+
+def _check_template(source: str, template: Any) -> None:
+    named = template.values() if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in named):
+        raise UserError(
+            f"the chat template of {source} is no text: {shown(repr(template), 80)}",
+            rule="It is a Jinja template, or several by their names.",
+            way_out="Give one: --template FILE.jinja",
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -41,7 +41,8 @@ VERBS = {
     "doctor": "Check this machine and the installed versions.",
 }
 
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES})
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+                  errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE})  # fmt: skip
 """What a disk refuses with, wherever it does; no code can be right or wrong about it."""
 
 

@@ -12,6 +12,7 @@ import click
 from slimtune.cli.page import Page
 from slimtune.errors import UserError
 from slimtune.run.explain import explain
+from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.show import write_terminal
 
@@ -38,7 +39,8 @@ def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
             rule="A run measures itself and writes its facts at its end.",
             way_out=f"Go on with it: slimtune resume {shlex.quote(str(run))}",
         )
-    explanation = explain(facts, "zh" if lang == "zh" else "en")
+    with damage_told(folder.facts_file):
+        explanation = explain(facts, "zh" if lang == "zh" else "en")
     if as_json:
         counts = {status: explanation.count(status) for status in ("proved", "broken", "unmeasured")}
         value = {"facts": facts, "counts": counts, **asdict(explanation)}

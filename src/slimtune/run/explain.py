@@ -9,8 +9,10 @@ checked carries its verdict, computed from the facts. Text between backquotes is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from slimtune.config import TARGET_WORDS
+from slimtune.errors import shown
 from slimtune.run.preparation import tell_base, tell_data
 from slimtune.run.reasons import reason_in_chinese
 from slimtune.run.screen import megabytes, time_left
@@ -50,9 +52,19 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
     def say(english: str, chinese: str) -> str:
         return chinese if lang == "zh" else english
 
+    facts = _clean(facts)
     tellers = (tell_base, tell_data, _lora, _wrapping, _training, _optimizer, _saving, _read_back, _choices, _limits)
     sections = [teller(facts, say) for teller in tellers]
     return Explanation(lang, str(facts.get("run", "")), tuple(section for section in sections if section is not None))
+
+
+def _clean(value: Any) -> Any:
+    """Facts hold names that others gave: as they may stand in a terminal."""
+    if isinstance(value, Mapping):
+        return {shown(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _lora(facts: Facts, say: Say) -> Section | None:

@@ -5,10 +5,42 @@ Every number here was counted or timed on the run. ``None`` means that it was no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["AdapterFacts", "BaseFacts", "ChoiceFact", "Facts", "OptimizerFacts", "TrainingFacts", "VerifiedFacts"]
+from slimtune.errors import UserError, shown
+
+__all__ = [
+    "AdapterFacts",
+    "BaseFacts",
+    "ChoiceFact",
+    "Facts",
+    "OptimizerFacts",
+    "TrainingFacts",
+    "VerifiedFacts",
+    "damage_told",
+]
+
+
+@contextmanager
+def damage_told(file: Path) -> Iterator[None]:
+    """The body computes from a run's own ``file`` and nothing else: what it fails on there, no run has written.
+
+    Raises:
+        UserError: It failed.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = shown(f"{type(error).__name__}: {error}", 200)
+        raise UserError(
+            f"{file} isn't as slimtune wrote it: {told}",
+            rule="It is told from, and not repaired.",
+            way_out="Copy the run's folder whole, or train again.",
+        ) from error
 
 
 @dataclass

@@ -127,8 +127,10 @@ class RunFolder:
             return {}
         try:
             value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} can't be read: {error}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{file} holds no JSON object", way_out="Copy the run's folder whole.")
         return value
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -147,11 +149,13 @@ class RunFolder:
         if not self.metrics_file.is_file():
             return []
         records = []
-        for line in self.metrics_file.read_text(encoding="utf-8").split("\n"):
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
 
 

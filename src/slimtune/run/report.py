@@ -6,6 +6,7 @@ The page holds English and Chinese; a switch made of two radio buttons and CSS s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def _page(template: str) -> Any:
     )
     environment.filters["inline"] = lambda text: Markup(inline_html(text))
     environment.filters["markdown"] = markdown_text
+    environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return environment.get_template(template)
 
 

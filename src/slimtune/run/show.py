@@ -192,6 +192,8 @@ def markdown_table(table: Table) -> str:
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: outside of code, its signs are escaped; a bar would end a table's cell."""
     pieces = text.split("`")
-    for number in range(0, len(pieces), 2):
-        pieces[number] = re.sub(r"([\\*_<\[\]])", r"\\\1", pieces[number])
+    for number, piece in enumerate(pieces):
+        if number % 2 and number < len(pieces) - 1:
+            continue  # code; a backquote without its partner begins none
+        pieces[number] = re.sub(r"([\\*_<\[\]])", r"\\\1", piece)
     return "`".join(pieces).replace("|", r"\|")

@@ -27,7 +27,7 @@ from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.render import Manner, prompt_ids, renderer_for
-from slimtune.errors import UserError
+from slimtune.errors import UserError, shown
 from slimtune.hardware import detect
 from slimtune.run.replaced import tell_stranded
 
@@ -228,7 +228,14 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner | No
     A base model whose config names only ``<|endoftext|>`` would talk on after ``<|im_end|>`` otherwise.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, *turn_ends(tokenizer, manner)}
+    own = [token for token in (named if isinstance(named, list) else [named]) if token is not None]
+    if not all(type(token) is int and token >= 0 for token in own):
+        raise UserError(
+            f"generation_config.json says eos_token_id: {shown(repr(named), 80)}",
+            rule="It is a token's id, or a list of ids.",
+            way_out="Mend it, or take the file out: what ends a reply is then the chat template's mark.",
+        )
+    ids = {*own, tokenizer.eos_token_id, *turn_ends(tokenizer, manner)}
     return tuple(sorted(token for token in ids if token is not None))
 
 
