@@ -5,8 +5,9 @@
 `load`: half of the clients ask and check what they get: every greedy answer must equal the one that
 `slimtune.use.generate` computes for that prompt alone, before the server starts; in 16 bits, where the two round
 otherwise, the one that the server gives to the prompt before the others come. The other half read slowly, send
-slowly, break off while they send or while they read, or send too much. Counted are statuses (no 5xx but 503 with
-Retry-After may come), answers that differ, connections that break without a reason, and the server's memory.
+slowly, break off while they send or while they read, send too much, or hold connections and never ask. Counted are
+statuses (no 5xx but 503 with Retry-After may come), answers that differ, connections that break without a reason, and
+the server's memory.
 
     python benchmarks/serve.py RUN --minutes 10 -o benchmarks/results/DATE-serve.json
 """
@@ -266,7 +267,29 @@ async def oversized(address: tuple[str, int], seen: Seen, draw: random.Random) -
     await asyncio.sleep(1)
 
 
-BAD = (slow_reader, slow_sender, cut_body, cut_answer, oversized)
+async def half_open(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
+    """Forty connections that never come to ask: each must be ended by the server."""
+    sent = [b"", b"GET", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"]
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection(*address)
+        try:
+            writer.write(draw.choice(sent))
+            async with asyncio.timeout(60):
+                while await reader.read(1000):
+                    pass
+            seen.statuses["half-open ended"] += 1
+        except ConnectionError:
+            seen.statuses["half-open ended"] += 1
+        except TimeoutError:
+            seen.faults["half-open for a minute"] += 1
+        finally:
+            writer.close()
+
+    await asyncio.gather(*(one() for _ in range(40)))
+
+
+BAD = (slow_reader, slow_sender, cut_body, cut_answer, oversized, half_open)
 
 
 async def load(
