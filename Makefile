@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns families tokenizers templates lock clean data-campaign
+.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest lock clean data-campaign
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -60,6 +60,13 @@ templates: $(STAMP)
 	mkdir -p build
 	TEMPLATES_FOLDER=$(abspath $(FOLDER)) TEMPLATES_RESULT=build/templates.json \
 		$(BIN)/pytest tests/data/test_judge.py -k folder --override-ini timeout=3600
+
+# The tests on the newest versions that pyproject.toml allows, in an environment of its own (build/newest), which takes
+# some gigabytes. TESTS says which; all, unless given.
+newest: $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/newest
+	VIRTUAL_ENV=$(abspath build/newest) $(BIN)/uv pip install --quiet --editable '.[demo,dev]'
+	OMP_NUM_THREADS=1 build/newest/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \
