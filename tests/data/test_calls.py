@@ -18,8 +18,8 @@ THEIRS = Path(trl.__file__).parent / "chat_templates"
 # One of each way of writing calls; all that TRL ships and that are kept here were tried when this was written.
 FORMS = [
     THEIRS / "qwen2_5.jinja", THEIRS / "llama3_1.jinja", THEIRS / "glm4moe.jinja", THEIRS / "qwen3_5_think.jinja",
-    THEIRS / "lfm2_2_5.jinja", THEIRS / "gptoss.jinja", THEIRS / "gemma3.jinja", HERE / "mistral-tools.jinja",
-    HERE / "kinds" / "thought-parts.jinja", HERE / "kinds" / "other-close.jinja",
+    THEIRS / "lfm2_2_5.jinja", THEIRS / "gemma4.jinja", THEIRS / "gptoss.jinja", THEIRS / "gemma3.jinja",
+    HERE / "mistral-tools.jinja", HERE / "kinds" / "thought-parts.jinja", HERE / "kinds" / "other-close.jinja",
 ]  # fmt: skip
 # It writes quotes inside of quotes as they are: nobody can read that back, and it stays text.
 AMBIGUOUS = {"lfm2_2_5"}
@@ -48,6 +48,7 @@ CALLS = [
     Call("get_weather", {"zip": "01234", "exact": True, "days": -2}),
     Call("get_weather", {"city": " 北京 "}),
     Call("get_weather", {}),
+    Call("get_weather", {"city": "K", "more": {"list": [1, "two, {three}", {"four": False}], "none": {}}}),
 ]
 
 
@@ -98,7 +99,7 @@ def test_text_without_calls_stays_as_it_is(file: Path) -> None:
         assert (read.text, read.calls) == (text, [])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "glm4moe", "qwen3_5_think", "lfm2_2_5"])
+@pytest.mark.parametrize("name", ["qwen2_5", "glm4moe", "qwen3_5_think", "lfm2_2_5", "gemma4"])
 def test_several_calls_and_the_text_before_them(name: str) -> None:
     file = THEIRS / f"{name}.jinja"
     calls = [call for call in CALLS if name not in AMBIGUOUS or "quotes" not in str(call)]

@@ -2,10 +2,11 @@
 
 As in :mod:`slimtune.data.dialect`, nothing is known of any template by its name: it is asked to write calls whose names
 and values stand nowhere else, and the form is read off from where these come out. A form is taken only if it reads back
-each of these replies as it was asked for. Four kinds are known:
+each of these replies as it was asked for. Five kinds are known:
 
 - a JSON object with name and arguments in it (Hermes, Qwen, Llama, Mistral's older);
 - the name, then the arguments as a JSON object (Mistral's newer, DeepSeek, Kimi, gpt-oss);
+- the name, then an object whose keys stand bare and whose texts stand between marks (Gemma 4);
 - the name, then each argument between marks of its own (GLM, MiniMax, Qwen3-Coder);
 - Python's own notation (LFM2).
 """
@@ -27,6 +28,7 @@ __all__ = ["Call", "CallForm", "Read", "call_form"]
 _DECODER = json.JSONDecoder()
 _NAME = r"([\w.\-]+)"
 _ID = "qzid00000"
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,51 @@ class _NameThenObject:
 
 
 @dataclass(frozen=True)
+class _Bare:
+    quote: str
+    """What stands before and behind a text."""
+
+    def at(self, text: str, place: int, schemas: Mapping[str, Any]) -> Found | None:
+        name = re.compile(_NAME).match(text, place)
+        read = None if name is None or not text.startswith("{", name.end()) else self._value(text, name.end(), 0)
+        return None if name is None or read is None else (Call(name[1], read[0]), read[1])
+
+    def _value(self, text: str, at: int, depth: int) -> tuple[Any, int] | None:
+        """The value that begins at ``at``, and its end."""
+        if depth > _DEEPEST:
+            return None
+        if text.startswith(self.quote, at):
+            begin = at + len(self.quote)
+            end = text.find(self.quote, begin)
+            return None if end < 0 else (text[begin:end], end + len(self.quote))
+        if text[at : at + 1] in ("{", "["):
+            return self._several(text, at, depth)
+        plain = re.compile(r"[^,{}\[\]]+").match(text, at)
+        try:
+            return None if plain is None else (json.loads(plain[0]), plain.end())
+        except ValueError:
+            return None
+
+    def _several(self, text: str, at: int, depth: int) -> tuple[Any, int] | None:
+        """The object or the list that begins at ``at``, and its end."""
+        closing = {"{": "}", "[": "]"}[text[at]]
+        made: list[tuple[str, Any]] = []
+        at += 1
+        while not text.startswith(closing, at):
+            key, colon, _ = text[at:].partition(":") if closing == "}" else ("", "", "")
+            read = self._value(text, at + len(key) + len(colon), depth + 1)
+            if read is None:
+                return None
+            made.append((key.strip(), read[0]))
+            at = read[1]
+            if text.startswith(",", at):
+                at += 1
+            elif not text.startswith(closing, at):
+                return None
+        return (dict(made) if closing == "}" else [value for _, value in made]), at + 1
+
+
+@dataclass(frozen=True)
 class _Marked:
     before_key: str
     """What stands between name and first key."""
@@ -194,6 +241,14 @@ class _Marked:
             at = following
 
 
+class _Json(ast.NodeTransformer):
+    """JSON's words inside of Python's notation."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"true": True, "false": False, "null": None}
+        return ast.copy_location(ast.Constant(words[node.id]), node) if node.id in words else node
+
+
 @dataclass(frozen=True)
 class _Python:
     def at(self, text: str, place: int, schemas: Mapping[str, Any]) -> Found | None:
@@ -205,7 +260,7 @@ class _Python:
             if not isinstance(made, ast.Call) or not isinstance(made.func, ast.Name) or made.args:
                 return None
             try:
-                arguments = {str(each.arg): ast.literal_eval(each.value) for each in made.keywords}
+                arguments = {str(each.arg): ast.literal_eval(_Json().visit(each.value)) for each in made.keywords}
             except ValueError:
                 return None
             return Call(made.func.id, arguments), end
@@ -287,6 +342,8 @@ def _forms(one: str, two: str, none: str | None, both: str) -> Iterator[CallForm
             pattern = re.sub(r"\d+", r"\\d+", re.escape(mark.replace(_ID, "\0"))).replace("\0", r"[\w.\-]*")
             kind = _NameThenObject(re.compile(pattern.replace(r"\ ", r"\s*").replace("\\\n", r"\s*")))
             yield _form(one, both, name, end, kind)
+    if (bare := re.compile(r"\{qzarg:(\S+)qzvalue\1\}").match(one, name + len("qztool"))) is not None:
+        yield _form(one, both, name, bare.end(), _Bare(bare[1]))
     if name >= 0 and (marked := _marks(two, none)) is not None:
         end = one.rfind("qzvalue") + len("qzvalue")
         close = marked.value_end.strip()
