@@ -92,3 +92,24 @@ def test_row_dot_is_the_weights_gradient(make: Maker, routed: tuple[Tensor, rout
     products = routing.row_dot(a, b, routes)
     assert products.dtype == torch.float32
     assert_close(products, (a.double() * b.double()).sum(1)[routes.place.long()], dtype=torch.float32)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    """Sort, gather and sum are recorded as a graph, and the replay follows other experts."""
+    make = Maker("cuda", torch.bfloat16)
+    x, weights = make(300, 64), make(300, 4, dtype=torch.float32)
+    experts = choose(make, 300, 4, 16, "even")
+
+    def there_and_back() -> Tensor:
+        routes = routing.sort_by_expert(experts, 16)
+        return routing.combine(routing.gather_rows(x, routes), routes, weights=weights)
+
+    there_and_back()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = there_and_back()
+    for how in ("skewed", "even"):
+        experts.copy_(choose(make, 300, 4, 16, how))
+        graph.replay()
+        assert_close(y, x.double() * weights.double().sum(1, keepdim=True), dtype=torch.bfloat16)
