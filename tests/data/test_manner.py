@@ -17,6 +17,7 @@ from slimtune.data.preflight import content_key
 from slimtune.data.render import ChatRenderer, Manner, prompt_ids
 from slimtune.errors import UserError
 from tests.data import judge
+from tests.data.conversations import TOOL
 
 ASK = {"role": "user", "content": "Where?"}
 REPLY = {"role": "assistant", "content": "Here."}
@@ -123,6 +124,20 @@ def test_a_part_of_a_call_that_is_left_out_is_refused(kind: Kind) -> None:
     verdict = judge._judge("squeezed", case, judge.Oracle(tokenizer), ChatRenderer(tokenizer))
     assert verdict.verdict == "refused rightly"
     assert "as Python would" in verdict.why
+
+
+@pytest.mark.parametrize(("as_json", "notes"), [(True, []), (False, ["python-values"])])
+def test_values_that_a_template_writes_as_python_does_are_noted(kind: Kind, as_json: bool, notes: list[str]) -> None:
+    tokenizer = kind("squeezed")
+    if not as_json:
+        tokenizer.chat_template = tokenizer.chat_template.replace("v if v is string else v | tojson", "v")
+    call = {"function": {"name": "look", "arguments": {"place": "pot", "deep": False, "old": None}}}
+    row = {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [TOOL]}
+    renderer = ChatRenderer(tokenizer)
+    assert ("None" in learnt(renderer, row)[0]) is not as_json
+    assert [
+        note for draft in renderer.drafts(normalise(row)) for note in draft.notes if note == "python-values"
+    ] == notes
 
 
 @pytest.mark.parametrize("content", ["    indented\n  code", "Here."])

@@ -34,6 +34,7 @@ NOTES: dict[str, str] = {
     "thoughts-left-out": "the template leaves a reply's thoughts out",
     "indent-lost": "the template takes the white space off a reply's first line",
     "text-changed": "the template changes the text of a tool's result",
+    "python-values": "the template writes null, true or false in a call as Python does (None, True, False)",
     "as-asked": "the template's training text isn't what it asks with: the reply was put behind what it asks with",
     "thought-opened": "the template's prompt opens a thought that its training text lacks: the thought was written in",
     "own-document": "a reply became a document of its own: the template renders it differently once turns follow",
@@ -378,7 +379,7 @@ def _checked(reply: Reply, messages: list[Message], begin: int) -> list[str]:
     """
     notes = []
     for call in messages[-1].get("tool_calls", ()):
-        _check_call(call["function"], reply.text, len(messages))
+        notes += _check_call(call["function"], reply.text, len(messages))
     for at, message in enumerate(messages[begin:], begin):
         is_reply = at == len(messages) - 1
         content = message.get("content") or ""
@@ -409,8 +410,13 @@ def _first_line(content: str) -> str:
     return content[: len(content) - len(content.lstrip())].rpartition("\n")[2] + content.strip().partition("\n")[0]
 
 
-def _check_call(function: dict[str, Any], text: str, turn: int) -> None:
-    """Whether a call is there whole, in words that its tool's parser can read."""
+def _check_call(function: dict[str, Any], text: str, turn: int) -> list[str]:
+    """What is to be noted of a call that is there whole, in words that its tool's parser can read.
+
+    Raises:
+        RowRefused: It isn't.
+    """
+    notes: list[str] = []
     arguments = function["arguments"]
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
@@ -422,10 +428,14 @@ def _check_call(function: dict[str, Any], text: str, turn: int) -> None:
                 what = f"the template writes argument {name!r} as Python would, not as JSON"
                 raise RowRefused("", f"turn {turn}: {what}", "template")
             left += value.items() if isinstance(value, dict) else [(name, item) for item in value]
+        elif value is None or isinstance(value, bool):
+            if str(value) in text and json.dumps(value) not in text and "python-values" not in notes:
+                notes.append("python-values")
         elif isinstance(value, str) and value.strip() not in text:
             spelled = (json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
             if not any(form in text for form in spelled):
                 raise RowRefused("", f"turn {turn}: the template leaves out a part of a call: {name!r}", "template")
+    return notes
 
 
 def _inner(parts: list[dict[str, Any]], kind: str) -> str:
