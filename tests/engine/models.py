@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Ernie4_5Config,
     Exaone4Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -40,8 +41,8 @@ from slimtune.base.packed import Nf4Tensor
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
-    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma3_text", "glm", "glm4", "granite",
-    "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "granite", "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
     "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed",
 )  # fmt: skip
 VOCABULARY = 211
@@ -95,6 +96,9 @@ def family_config(family: str) -> PretrainedConfig:
             return Exaone4Config(**_COMMON, sliding_window=None, layer_types=["full_attention"] * 3)
         case "gemma":
             return GemmaConfig(**_COMMON, head_dim=32, hidden_act="gelu_pytorch_tanh")
+        case "gemma2":
+            return Gemma2Config(**_COMMON, **_WINDOWS, head_dim=32, query_pre_attn_scalar=24,
+                attn_logit_softcapping=2.0, final_logit_softcapping=1.5)  # fmt: skip
         case "gemma3_text":
             return Gemma3TextConfig(**_COMMON, **_WINDOWS, head_dim=32, query_pre_attn_scalar=24,
                 rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -140,7 +144,9 @@ def family_config(family: str) -> PretrainedConfig:
 
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(family_config(family), dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        family_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa"
+    )
     if any(parameter.ndim == 3 for parameter in model.parameters()):
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
     for name, parameter in model.named_parameters():

@@ -35,7 +35,8 @@ def test_gradients_equal_autograd(family: str, targets: list[str] | str) -> None
     """In float64: where q and k have biases, two ways to round in float32 are 1e-4 apart."""
     model = models.add_lora(models.make_base(family), target_modules=targets)
     wide = deepcopy(model).double()
-    for batch in (models.pack(), models.padded()):
+    # Eager attention, which alone has a soft cap, makes no number of a padding token's float64 scores.
+    for batch in (models.pack(),) if family == "gemma2" else (models.pack(), models.padded()):
         loss, expected = models.reference(wide, batch, 40)
         engine = make_engine(model)
         found, actual = run(engine, model, batch, 40)

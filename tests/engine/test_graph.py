@@ -9,6 +9,7 @@ from slimtune.batch import MicroBatch
 from slimtune.engine import graph as graph_module
 from slimtune.engine.attention import Way
 from slimtune.engine.graph import Inputs, ShapeKey
+from slimtune.engine.structure import ScoresKind
 
 
 def pack(*lengths: int) -> MicroBatch:
@@ -18,8 +19,8 @@ def pack(*lengths: int) -> MicroBatch:
 
 
 def keys(monkeypatch: pytest.MonkeyPatch, way: Way, room: int, *packs: MicroBatch) -> list[ShapeKey]:
-    monkeypatch.setattr(graph_module, "choose", lambda *_: way)
-    inputs = Inputs(2048, (64,), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(graph_module, "choose", lambda *_, **__: way)
+    inputs = Inputs(2048, (ScoresKind(64),), torch.float32, torch.device("cpu"))
     inputs.padded_room = room
     made = []
     for micro in packs:

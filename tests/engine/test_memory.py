@@ -34,7 +34,7 @@ def planned(
     layers: list[LayerComputation], tokens: int, vocabulary: int, budget: float = math.inf,
     *, longest: int | None = None, way: Way = "varlen",
 ) -> MemoryPlan:  # fmt: skip
-    ways = {layer.layer.attention.head_dim: way for layer in layers}
+    ways = {layer.layer.attention.kind: way for layer in layers}
     return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways)
 
 
@@ -63,7 +63,7 @@ def test_stays_within_its_budget(layers: list[LayerComputation], gigabytes: floa
     plan = planned(layers, TOKENS, VOCABULARY, gigabytes * 1e9, longest=LONGEST, way=way)
     assert plan.nbytes <= gigabytes * 1e9
     assert plan.part_tokens >= LONGEST
-    memory = Memory(plan.part_tokens, plan.mlp_tokens, {128: way}, plan.padded_room)
+    memory = Memory(plan.part_tokens, plan.mlp_tokens, {layers[0].layer.attention.kind: way}, plan.padded_room)
     kept = sum(layers[0].kept_bytes(memory, level) for level in plan.keep)
     assert kept + plan.kept_weights * sum(site.kept_bytes for site in layers[0].sites) < plan.nbytes
 

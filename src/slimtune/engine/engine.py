@@ -96,7 +96,7 @@ class Engine:
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
-        self._inputs = Inputs(tokens, self.decoder.head_dims, dtype, self.device)
+        self._inputs = Inputs(tokens, self.decoder.scores, dtype, self.device)
         self._tables = rotary_tables(self.decoder, tokens, self.device, dtype)
         budget = self._budget(memory)
         self.plan: MemoryPlan = plan_memory(
@@ -234,7 +234,18 @@ class Engine:
             key = self._inputs.load(micro, 0)
             x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)
             rows, targets = self._inputs.supervised(micro)
-            losses.append(head_loss(x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens))
+            losses.append(
+                head_loss(
+                    x,
+                    residual,
+                    self.decoder.norm,
+                    self._head,
+                    rows,
+                    targets,
+                    self.plan.head_tokens,
+                    softcap=self.decoder.softcap,
+                )
+            )
         return torch.stack(losses).sum(), whole.supervised
 
     def _set_inverse(self, num_supervised: int | Tensor) -> None:
@@ -275,7 +286,17 @@ class Engine:
 
     def _head_and_loss(self, micro: MicroBatch, x: Tensor, residual: Tensor, g: Tensor) -> Tensor:
         rows, targets = self._inputs.supervised(micro)
-        return head_loss_and_grad(x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens, g)
+        return head_loss_and_grad(
+            x,
+            residual,
+            self.decoder.norm,
+            self._head,
+            rows,
+            targets,
+            self.plan.head_tokens,
+            g,
+            softcap=self.decoder.softcap,
+        )
 
     def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass) -> None:
         """All layers' backward; what the adapters got is scaled and added to the flat gradient.

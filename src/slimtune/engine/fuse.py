@@ -228,7 +228,10 @@ class _Runner:
         training, lengths = backbone.training, call.documents.lengths
         on = Pass(
             documents=call.documents,
-            ways={dim: choose(embedded.device, dtype, dim, lengths) for dim in self.decoder.head_dims},
+            ways={
+                kind: choose(embedded.device, dtype, kind.head_dim, lengths, softcap=kind.softcap)
+                for kind in self.decoder.scores
+            },
             position_ids=call.position_ids.flatten(),
             tables=self._rotary(call.documents.longest, dtype),
             # Drawn from torch's own generator, so that a script's seed decides it.
@@ -292,7 +295,11 @@ class _Runner:
         mask = labels != IGNORED
         head, dtype = self.decoder.head.detach(), self._dtype()
         log_probs, entropy, is_top1 = token_log_probs(
-            (positions[mask] * self.decoder.norm.scale).to(dtype), head.to(dtype), labels[mask], _HEAD_TOKENS
+            (positions[mask] * self.decoder.norm.scale).to(dtype),
+            head.to(dtype),
+            labels[mask],
+            _HEAD_TOKENS,
+            self.decoder.softcap,
         )
         spread = {
             name: values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimtune.batch import MicroBatch
 from slimtune.engine.attention import Documents, Way, choose, padded_tokens
+from slimtune.engine.structure import ScoresKind
 from slimtune.errors import UserError
 
 __all__ = ["Inputs", "ShapeKey"]
@@ -26,7 +27,7 @@ class ShapeKey:
 
     tokens: int
     ways: tuple[Way, ...]
-    """Attention's, for each head dimension that the model has."""
+    """Attention's, for each kind that the model has."""
     documents: int
     """How many, or the most that a graph takes."""
     longest: int
@@ -38,8 +39,8 @@ class ShapeKey:
 class Inputs:
     """Device buffers for micro-batches of up to ``tokens`` tokens, filled by one copy without waiting for it."""
 
-    def __init__(self, tokens: int, head_dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._head_dims, self._dtype, self._device = head_dims, dtype, device
+    def __init__(self, tokens: int, scores: tuple[ScoresKind, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._scores, self._dtype, self._device = scores, dtype, device
         self.room = tokens
         """Tokens that there is room for."""
         self.padded_room = 0
@@ -52,13 +53,16 @@ class Inputs:
         self._busy: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
 
     @property
-    def packs_ways(self) -> dict[int, Way]:
-        """How attention over documents of any lengths is computed, by head dimension."""
-        return {dim: choose(self._device, self._dtype, dim, (1, 2)) for dim in self._head_dims}
+    def packs_ways(self) -> dict[ScoresKind, Way]:
+        """How each kind of attention over documents of any lengths is computed."""
+        return {kind: self._choose(kind, (1, 2)) for kind in self._scores}
 
-    def ways(self, key: ShapeKey) -> dict[int, Way]:
-        """How attention is computed for micro-batches of a key, by head dimension."""
-        return dict(zip(self._head_dims, key.ways, strict=True))
+    def ways(self, key: ShapeKey) -> dict[ScoresKind, Way]:
+        """How each kind of attention is computed for micro-batches of a key."""
+        return dict(zip(self._scores, key.ways, strict=True))
+
+    def _choose(self, kind: ScoresKind, lengths: tuple[int, ...]) -> Way:
+        return choose(self._device, self._dtype, kind.head_dim, lengths, softcap=kind.softcap)
 
     @property
     def seed(self) -> Tensor:
@@ -129,8 +133,8 @@ class Inputs:
 
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)
-        ways = tuple(choose(self._device, self._dtype, dim, micro.lengths) for dim in self._head_dims)
-        if not {"varlen", "efficient"}.isdisjoint(ways):
+        ways = tuple(self._choose(kind, micro.lengths) for kind in self._scores)
+        if not {"varlen", "efficient", "triton"}.isdisjoint(ways):
             most = next((step for step in _DOCUMENT_STEPS if step >= count), micro.tokens)
             rounded = min(micro.tokens, 1 << max(7, (longest - 1).bit_length()))
             room = "efficient" not in ways or padded_tokens(most, rounded) <= self.padded_room

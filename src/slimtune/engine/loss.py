@@ -18,7 +18,16 @@ __all__ = ["head_loss", "head_loss_and_grad", "token_log_probs"]
 
 
 def head_loss_and_grad(
-    x: Tensor, residual: Tensor, final_norm: Norm, head: Tensor, rows: Tensor, targets: Tensor, chunk: int, g: Tensor
+    x: Tensor,
+    residual: Tensor,
+    final_norm: Norm,
+    head: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    chunk: int,
+    g: Tensor,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the supervised tokens' negative log-likelihoods, float32; its gradient is written into ``g``.
 
@@ -31,6 +40,7 @@ def head_loss_and_grad(
         targets: int64 [n], what follows each of them.
         chunk: Rows to project at once.
         g: [T, H]; becomes the gradient of x + residual, zero in the rows without supervision.
+        softcap: Logits are softcap x tanh(logits / softcap).
     """
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     g.zero_()
@@ -41,7 +51,7 @@ def head_loss_and_grad(
     for start in range(0, rows.numel(), chunk):
         part = y[start : start + chunk]
         logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
-        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0)
+        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0, softcap=softcap)
         torch.mm(logits, head, out=part)
     dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
     g.index_copy_(0, rows, dx)
@@ -49,7 +59,15 @@ def head_loss_and_grad(
 
 
 def head_loss(
-    x: Tensor, residual: Tensor, final_norm: Norm, head: Tensor, rows: Tensor, targets: Tensor, chunk: int
+    x: Tensor,
+    residual: Tensor,
+    final_norm: Norm,
+    head: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    chunk: int,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """As :func:`head_loss_and_grad`, without a gradient."""
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -58,7 +76,7 @@ def head_loss(
     y, _, _ = _normed(x, residual, final_norm, rows)
     for start in range(0, rows.numel(), chunk):
         logits = torch.mm(y[start : start + chunk], head.t())
-        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0)
+        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0, softcap=softcap)
     return total
 
 
@@ -76,7 +94,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """log p(target) of each row, differentiable in the hidden states by a gradient made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, softcap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n = hidden.shape[0]
         log_probs, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
         is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
@@ -85,6 +105,9 @@ class _TokenLogProbs(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = torch.mm(hidden[rows], head.t())
             wide, index = logits.float(), targets[rows, None]
+            bent = None if softcap is None else torch.tanh(wide / softcap)
+            if bent is not None and softcap is not None:
+                wide = bent * softcap
             logsumexp = torch.logsumexp(wide, dim=-1, keepdim=True)
             log_probs[rows] = (wide.gather(1, index) - logsumexp)[:, 0]
             is_top1[rows] = wide.argmax(-1) == targets[rows]
@@ -92,18 +115,22 @@ class _TokenLogProbs(torch.autograd.Function):
             entropy[rows] = logsumexp[:, 0] - torch.linalg.vecdot(p, wide)
             if slopes is not None:
                 p.neg_().scatter_add_(1, index, torch.ones_like(index, dtype=p.dtype))
+                if bent is not None:
+                    p *= 1 - bent * bent
                 torch.mm(p.to(hidden.dtype), head, out=slopes[rows])
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None
+        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None, None
 
 
-def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_log_probs(
+    hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each row: log p(target), the distribution's entropy, and whether the target is its most likely token.
 
     Args:
@@ -111,9 +138,10 @@ def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -
         head: [V, H], frozen.
         targets: int64 [n].
         chunk: Rows to project at once.
+        softcap: Logits are softcap x tanh(logits / softcap).
 
     Returns:
         log_probs float32 [n], entropy float32 [n], is_top1 bool [n].
     """
-    result: tuple[Tensor, Tensor, Tensor] = _TokenLogProbs.apply(hidden, head, targets, chunk)
+    result: tuple[Tensor, Tensor, Tensor] = _TokenLogProbs.apply(hidden, head, targets, chunk, softcap)
     return result

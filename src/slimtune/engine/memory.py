@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from slimtune.engine.attention import Way
 from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.decoder import LayerComputation
+from slimtune.engine.structure import ScoresKind
 
 __all__ = ["MemoryPlan", "plan_memory"]
 
@@ -58,7 +59,7 @@ class _Shape:
     layers: Sequence[LayerComputation]
     tokens: int
     vocabulary: int
-    ways: Mapping[int, Way]
+    ways: Mapping[ScoresKind, Way]
 
     @cached_property
     def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
@@ -178,7 +179,7 @@ def plan_memory(
     budget: float = math.inf,
     *,
     longest: int | None = None,
-    ways: Mapping[int, Way],
+    ways: Mapping[ScoresKind, Way],
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -188,7 +189,7 @@ def plan_memory(
         vocabulary: Rows of the head.
         budget: Bytes for everything but the model's own tensors.
         longest: Tokens in the longest document; a part can't be smaller.
-        ways: How attention is computed, by head dimension.
+        ways: How each kind of attention is computed.
     """
     shape = _Shape(layers, tokens, vocabulary, ways)
     widest = max(layer.layer.attention.heads * layer.layer.attention.head_dim for layer in layers)

@@ -145,6 +145,7 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
         layers=tuple(layers),
         norm=_norm(backbone.norm, form, scale=_times(config, form.logits_times) / _times(config, form.logits_over)),
         embedding_scale=_embedding_scale(inner, config, form),
+        softcap=_cap(config, "final_logit_softcapping"),
         unfused=unfused,
     )
 
@@ -160,7 +161,6 @@ def _foreign(inner: Any, config: Any) -> dict[str, bool]:
             getattr(config, part, 0.0) for part in ("residual_dropout", "resid_pdrop", "embd_pdrop")
         ),
         "clipped queries and keys": getattr(config, "clip_qkv", None) is not None,
-        "a soft cap on logits": getattr(config, "final_logit_softcapping", None) is not None,
         "an adapter or a bias on the head": not _plain_head(inner),
     }
 
@@ -169,6 +169,11 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
     """The types of a config's rotary embeddings, one for all layers or one for each type of layer."""
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return {str(each.get("rope_type", "default")) for each in nested or [parameters]}
+
+
+def _cap(owner: Any, name: str) -> float | None:
+    cap = getattr(owner, name, None)
+    return None if cap is None else float(cap)
 
 
 def _times(config: Any, name: str | None) -> float:
@@ -244,8 +249,6 @@ class _Reader:
     def _attention(self, module: Any) -> SelfAttention:
         if getattr(module, "is_causal", True) is False:
             raise CannotFuse(f"{self.name} sees tokens to come")
-        if getattr(module, "attn_logit_softcapping", None) is not None:
-            raise CannotFuse(f"{self.name} has a soft cap on its scores")
         names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         normed = hasattr(module, "q_norm")
         head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
@@ -264,6 +267,7 @@ class _Reader:
             q_norm=self._norm(module, "q_norm") if normed else None,
             k_norm=self._norm(module, "k_norm") if normed else None,
             norms_rows=self.form.norms_rows,
+            softcap=_cap(module, "attn_logit_softcapping") if self.form.caps_scores else None,
         )
 
     def _window(self, module: Any) -> int | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ __all__ = [
     "Projection",
     "Rotary",
     "Router",
+    "ScoresKind",
     "SelfAttention",
 ]
 
@@ -150,6 +151,13 @@ class Rotary:
     """Neighbouring columns are pairs; else column i and i + dim / 2."""
 
 
+class ScoresKind(NamedTuple):
+    """What decides how attention can be computed."""
+
+    head_dim: int
+    softcap: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class SelfAttention:
     """o(attention(qkv(x))), causal, inside each document."""
@@ -165,6 +173,8 @@ class SelfAttention:
     """Sliding attention window in tokens; None: all tokens before."""
     rotary: Rotary | None
     """None: positions don't enter."""
+    softcap: float | None = None
+    """Scores are softcap x tanh(score / softcap)."""
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norms_rows: bool = False
@@ -174,6 +184,11 @@ class SelfAttention:
     def projections(self) -> tuple[Projection, ...]:
         """In the order of computation."""
         return self.qkv, self.o
+
+    @property
+    def kind(self) -> ScoresKind:
+        """What decides how its scores can be computed."""
+        return ScoresKind(self.head_dim, self.softcap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +302,8 @@ class Decoder:
     """Before the head; what the head's result is multiplied with stands in its scale."""
     embedding_scale: float = 1.0
     """What the embedded tokens are multiplied with."""
+    softcap: float | None = None
+    """Logits are softcap x tanh(logits / softcap)."""
     unfused: dict[str, str] = field(default_factory=dict)
     """Reasons, by module name."""
 
@@ -302,9 +319,9 @@ class Decoder:
         return tuple(layer for layer in self.layers if layer is not None)
 
     @property
-    def head_dims(self) -> tuple[int, ...]:
-        """Every head dimension that a layer has."""
-        return tuple(sorted({layer.attention.head_dim for layer in self.fused}))
+    def scores(self) -> tuple[ScoresKind, ...]:
+        """Every kind of attention that a layer has."""
+        return tuple(dict.fromkeys(layer.attention.kind for layer in self.fused))
 
     def stacks(self) -> Iterator[ExpertStack]:
         """Every expert stack of the fused layers."""

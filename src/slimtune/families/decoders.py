@@ -59,6 +59,8 @@ class DecoderForm:
     """The config's name of what logits are multiplied with."""
     logits_over: str | None = None
     """The config's name of what logits are divided by."""
+    caps_scores: bool = False
+    """The attention module's soft cap is applied; Gemma 3 has one that is not."""
     router: RouterForm | None = None
     """Where feed-forwards may be mixtures of experts."""
 
@@ -84,6 +86,7 @@ DECODERS: dict[str, DecoderForm] = {
     "ernie4_5": DecoderForm(_BEFORE, interleaved=True),
     "exaone4": DecoderForm(_AFTER, turned="windowed if any"),
     "gemma": DecoderForm(_BEFORE, norm_offset=1.0, scaled_embedding=True),
+    "gemma2": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True, caps_scores=True),
     "gemma3_text": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True),
     "glm": DecoderForm(_BEFORE, interleaved=True),
     "glm4": DecoderForm(_GLM4, interleaved=True),

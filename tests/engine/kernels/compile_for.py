@@ -98,6 +98,9 @@ def launch_everything() -> None:
     rstd = rope.qk_norm_rope(q, k, head, head, 1e-6, table, table, ids)[2]
     rope.qk_norm_rope_backward(q, k, v, q, k, head, head, rstd, table, table, ids)
     cross_entropy.loss_and_grad_(zeros(4, vocabulary), torch.zeros(4, dtype=torch.int64), zeros(dtype=torch.float32))
+    cross_entropy.loss_and_grad_(
+        zeros(4, vocabulary), torch.zeros(4, dtype=torch.int64), zeros(dtype=torch.float32), softcap=30.0
+    )
     f32 = torch.float32
     nested = nf4.NestedScales(zeros(4, dtype=f32), zeros(256, dtype=f32), zeros(dtype=f32))
     packed, scales = zeros(32 * hidden // 2, dtype=torch.uint8), zeros(32 * hidden // 64, dtype=torch.uint8)

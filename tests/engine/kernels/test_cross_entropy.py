@@ -12,9 +12,12 @@ from tests.tolerances import assert_close
 SHAPES = [(7, 32000), (3, 49152), (2, 151936), (5, 1001)]
 
 
-def autograd(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def autograd(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.double().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(leaf, targets, ignore_index=-100, reduction="sum")
+    capped = leaf if softcap is None else torch.tanh(leaf / softcap) * softcap
+    loss = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-100, reduction="sum")
     (loss * scale).backward()
     return loss.detach(), leaf.grad
 
@@ -34,6 +37,18 @@ def test_loss_and_gradient(make: Maker, shape: tuple[int, int], on_device: bool)
     assert_close(loss, want_loss, dtype=torch.float32)
     assert_close(logits, want_grad, dtype=make.dtype)
     assert torch.isnan(logits._base[:, vocabulary:]).all(), "wrote outside its columns"
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_a_soft_cap(make: Maker, shape: tuple[int, int]) -> None:
+    """Gemma 2's; logits far past it too."""
+    logits = make(*shape, scale=20.0)
+    targets = torch.randint(shape[1], shape[:1], generator=make.generator).to(make.device)
+    targets[0] = -100
+    want_loss, want_grad = autograd(logits, targets, 0.5, 30.0)
+    loss = cross_entropy.loss_and_grad_(logits, targets, 0.5, softcap=30.0)
+    assert_close(loss, want_loss, dtype=torch.float32)
+    assert_close(logits, want_grad, dtype=make.dtype)
 
 
 def test_rows_without_a_target_are_zero_whatever_they_hold(make: Maker) -> None:

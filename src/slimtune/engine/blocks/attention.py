@@ -108,7 +108,8 @@ class AttentionBlock(Block):
         return table.cos, table.sin, on.position_ids, table.pairs
 
     def _attention(self, on: Pass) -> Attention:
-        return Attention(on.documents, on.ways[self.part.head_dim], self.part.scale, self.part.window)
+        part = self.part
+        return Attention(on.documents, on.ways[part.kind], part.scale, part.window, part.softcap)
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class AttentionBlock(Block):
         part, tokens = self.part, memory.tokens
         columns = self.qkv.outputs + self.o.inputs + self.o.extra
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
-        efficient = memory.ways[part.head_dim] == "efficient"
+        efficient = memory.ways[part.kind] == "efficient"
         floats = part.heads * (max(4 * tokens, memory.padded_room) if efficient else tokens)
         if part.q_norm is not None:
             columns += (part.heads + part.kv_heads) * part.head_dim
@@ -179,7 +180,7 @@ class AttentionBlock(Block):
         q, qkv, hidden = part.heads * part.head_dim, self.qkv.outputs, self.o.outputs
         # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
         attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
-        if memory.ways[part.head_dim] == "efficient":
+        if memory.ways[part.kind] == "efficient":
             # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with q's heads, and o.
             attention += 4 * q * (max(2 * tokens, memory.padded_room) - tokens) + tokens * 5 * q * size
         return attention

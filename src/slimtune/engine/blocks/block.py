@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimtune.engine.attention import Documents, Way
 from slimtune.engine.kernels.formats import Pairs
-from slimtune.engine.structure import Rotary
+from slimtune.engine.structure import Rotary, ScoresKind
 from slimtune.engine.weights import Gradients, Site, Stack
 
 __all__ = ["Block", "Keep", "Memory", "Pass", "RotaryTable", "Sinks"]
@@ -64,8 +64,8 @@ class Pass:
     """What all layers of one forward and backward pass share."""
 
     documents: Documents
-    ways: Mapping[int, Way]
-    """How attention is computed, by head dimension."""
+    ways: Mapping[ScoresKind, Way]
+    """How each kind of attention is computed."""
     position_ids: Tensor
     """int64 or int32 [T]."""
     tables: Mapping[Rotary, RotaryTable]
@@ -93,7 +93,7 @@ class Memory:
     """In a micro-batch, or a part of it."""
     mlp_tokens: int
     """That a feed-forward takes at once."""
-    ways: Mapping[int, Way]
+    ways: Mapping[ScoresKind, Way]
     padded_room: int
     """What :func:`slimtune.engine.attention.padded_tokens` may be in one call."""
 

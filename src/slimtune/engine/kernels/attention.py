@@ -547,21 +547,21 @@ def _backward_queries(
 # loaded while the block before is computed.
 _FORWARD = {
     64: (Tile(128, 64, 4, 3),),
-    128: (Tile(128, 64, 8, 2),),
+    128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     256: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
 }
 _KEYS = {
-    64: (Tile(64, 128, 8, 2),),
+    64: (Tile(64, 64, 4, 2),),
     128: (Tile(32, 128, 8, 2),),
     256: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-    512: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+    512: (Tile(32, 64, 8, 1), Tile(16, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
 }
 _QUERIES = {
     64: (Tile(128, 64, 8, 3),),
-    128: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    128: (Tile(64, 64, 4, 2),),
     256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-    512: (Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
+    512: (Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
 }
 _PLAIN = (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 """For products by plain instructions, of which large blocks make long code: up to 64 columns, and past that."""

@@ -1,7 +1,8 @@
 """Cross-entropy of a chunk of logits: the loss, and the gradient in the logits' place.
 
 Forward, a row z with target t: loss = logsumexp(z) - z[t]. Backward: dz = (softmax(z) - onehot(t)) · scale. A row
-without a target (-100) adds nothing and becomes zero, so that a chunk of fixed size can hold fewer tokens.
+without a target (-100) adds nothing and becomes zero, so that a chunk of fixed size can hold fewer tokens. With a soft
+cap c (Gemma 2) the loss is that of c · tanh(z / c), and dz gets the factor 1 - tanh²(z / c).
 
 Layout: [N, V] with any row stride; the vocabulary may be any length (32,000 to 262,144 in practice). One program
 takes one row in two passes: running maximum and sum of exponentials (Milakov and Gimelshein 2018, arXiv:1805.02867),
@@ -24,14 +25,22 @@ __all__ = ["loss_and_grad_"]
 
 
 @jit
+def _bent(z: tl.tensor, softcap: float) -> tl.tensor:
+    """tanh(z / softcap); e^x may end in infinity or zero, and is right with either."""
+    return 1.0 - 2.0 / (tl.exp(z * (2.0 / softcap)) + 1.0)
+
+
+@jit
 def _loss_and_grad(
     logits: tl.tensor,
     targets: tl.tensor,
     losses: tl.tensor,
     scale: tl.tensor,
     scale_value: float,
+    softcap: float,
     stride: int,
     size: int,
+    CAP: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -46,12 +55,16 @@ def _loss_and_grad(
         tl.store(losses + row, 0.0)
         return
     chosen = tl.load(logits + target).to(tl.float32)
+    if CAP:
+        chosen = _bent(chosen, softcap) * softcap
     peak = float("-inf")
     total = 0.0
     for start in range(0, size, BLOCK):
         columns = start + lane
         z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
         z = z.to(tl.float32)
+        if CAP:
+            z = tl.where(columns < size, _bent(z, softcap) * softcap, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, axis=0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
         peak = higher
@@ -63,22 +76,28 @@ def _loss_and_grad(
     for start in range(0, size, BLOCK):
         columns = start + lane
         z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_first")
-        grad = tl.exp(z.to(tl.float32) - peak) * inverse - tl.where(columns == target, factor, 0.0)
+        z = z.to(tl.float32)
+        slope = 1.0
+        if CAP:
+            bent = _bent(z, softcap)
+            z = bent * softcap
+            slope = 1.0 - bent * bent
+        grad = (tl.exp(z - peak) * inverse - tl.where(columns == target, factor, 0.0)) * slope
         tl.store(logits + columns, grad, mask=columns < size, eviction_policy="evict_first")
 
 
-def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float, *, softcap: float | None = None) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference.loss_and_grad_`."""
     if not runs_on_triton(logits):
-        return reference.loss_and_grad_(logits, targets, scale)
+        return reference.loss_and_grad_(logits, targets, scale, softcap=softcap)
     rows, size = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     on_device = isinstance(scale, Tensor)
     block = min(pow2(size), 16384)
     _loss_and_grad[(rows,)](
         logits, targets, losses, scale if on_device else losses, 0.0 if on_device else float(scale),
-        logits.stride(0), size,
-        SCALE_ON_DEVICE=on_device, BLOCK=block, ALIGN=row_alignment(logits),
+        softcap or 0.0, logits.stride(0), size,
+        CAP=softcap is not None, SCALE_ON_DEVICE=on_device, BLOCK=block, ALIGN=row_alignment(logits),
         num_warps=min(max(block // 512, 1), 32), enable_fp_fusion=True,
     )  # fmt: skip
     return losses.sum()

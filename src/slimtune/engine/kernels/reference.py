@@ -448,7 +448,7 @@ def lora_up_backward_(
 # -- loss --------------------------------------------------------------------------------------------------------------
 
 
-def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float, *, softcap: float | None = None) -> Tensor:
     """Cross-entropy: overwrite logits with their gradient, give the loss's sum.
 
     Args:
@@ -456,17 +456,21 @@ def loss_and_grad_(logits: Tensor, targets: Tensor, scale: Tensor | float) -> Te
         targets: int64 [N]; -100 where there is none.
         scale: What the caller divides by and multiplies with (1 / supervised tokens, the loss scale), on the device
             or the host.
+        softcap: The loss is that of softcap x tanh(logits / softcap).
 
     Returns:
         Sum over rows of -log softmax(logits)[target], not scaled; float32 scalar (float64 for float64).
     """
     known = targets >= 0
     index = targets.clamp(min=0)[:, None]
+    bent = None if softcap is None else torch.tanh(_wide(logits) / softcap)
     # Not logsumexp: z - logsumexp(z) loses its digits where logits are large.
-    log_probs = torch.log_softmax(_wide(logits), dim=-1)
+    log_probs = torch.log_softmax(_wide(logits) if bent is None or softcap is None else bent * softcap, dim=-1)
     loss = -torch.where(known, log_probs.gather(1, index)[:, 0], 0.0).sum()
     grad = log_probs.exp_()
     grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -1.0))
+    if bent is not None:
+        grad *= 1 - bent * bent
     logits.copy_(torch.where(known[:, None], grad * scale, 0.0))
     return loss
 

@@ -1,0 +1,258 @@
+"""Published models' layers through slimtune's trainer, beside TRL's and Unsloth's.
+
+    python benchmarks/decoders.py OUT SHAPE [CASE...]
+
+Random weights in a published model's shape, fewer layers; 4 x 2,048 tokens a step, no dropout. SHAPE: ``moe`` (six
+layers of Qwen3-30B-A3B), ``gemma3`` (eight of Gemma 3 4B, text), ``glm4`` (six of GLM-4 9B), ``olmo3`` (six of OLMo 3
+7B). Each case is a process of its own, the median step after four:
+
+- ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on q, k, v and o; a mixture's experts stay in 16 bits in TRL.
+- ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
+- ``slimtune@7.3``: within so many GiB. ``slimtune-plain``: without the engine. ``…-16bit``: nothing quantised.
+- ``whole``: the layers repeated to 48, one row of 2,048 tokens, by the engine alone: what it takes in all.
+- ``load``: the base in 4 bits from its files: seconds, the most bytes while loading, and those that stay.
+- ``profile``: where slimtune's step goes, by kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from workloads import Workload
+
+CASES = ("slimtune", "slimtune-plain", "trl", "unsloth", "slimtune-all", "unsloth-all", "slimtune-chats", "trl-chats")
+CUDA = torch.cuda.is_available()
+SIZE = ("model", 4, 2048) if CUDA else ("tiny", 2, 64)
+ROWS = Workload("rows", *SIZE, dropout=0.0)
+ALL = Workload("all", *SIZE, targets="all-linear", r=16, dropout=0.0)
+CHATS = Workload("chats", *SIZE, dropout=0.0, chats=True)
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "moe": ("Qwen3MoeConfig", {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 6, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
+    }),
+    "gemma3": ("Gemma3TextConfig", {
+        "vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+        "query_pre_attn_scalar": 256,
+    }),
+    "glm4": ("Glm4Config", {
+        "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 6,
+        "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
+    }),
+    "olmo3": ("Olmo3Config", {
+        "vocab_size": 100278, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 6,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 4096,
+    }),
+}  # fmt: skip
+"""As the models' config.json have them, but for the number of layers."""
+TINY = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
+    "num_experts_per_tok": 2}  # fmt: skip
+
+
+def make_folder(folder: Path, shape: str) -> None:
+    """A random model in bf16, laid out as it is published, with the tokenizer of the other benchmarks."""
+    import transformers
+
+    peers.make_folder("tiny", folder)
+    name, options = SHAPES[shape]
+    if not CUDA:
+        options = {**options, **{key: value for key, value in TINY.items() if key in options}}
+    config = getattr(transformers, name)(
+        **options, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if CUDA else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def load(folder: Path) -> dict[str, Any]:
+    from slimtune.base.load import load_base
+    from slimtune.base.quantize import bytes_by_part
+    from slimtune.hardware import detect
+
+    begin = time.perf_counter()
+    base = load_base(str(folder), detect(), compute_dtype="bf16")
+    if CUDA:
+        torch.cuda.synchronize()
+    layer = sum(p.numel() for p in base.model.model.layers[0].parameters() if p.dim() == 3)
+    return {
+        "seconds": time.perf_counter() - begin,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
+        "kept_gib": torch.cuda.memory_allocated() / 2**30 if CUDA else None,
+        "experts_of_a_layer_in_16_bits_gib": 2 * layer / 2**30,
+        "parts": {part.part: [part.format, round(part.bytes_now / 2**30, 3)] for part in bytes_by_part(base.model)},
+    }
+
+
+def whole(folder: Path, *, layers: int = 48) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    from slimtune.base.load import load_base
+    from slimtune.engine import Engine, FusedAdamW8bit
+    from slimtune.hardware import detect
+
+    model: Any = load_base(str(folder), detect(), compute_dtype="bf16").model
+    own = model.model.layers
+    own.extend([copy.deepcopy(own[index % len(own)]) for index in range(layers - len(own))])
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(ROWS.targets), task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    length, rows = (2048 if CUDA else 64), random.Random(0)
+    ids = torch.tensor([[rows.randrange(6, 1000) for _ in range(length)]])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)[None]}
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+    engine = Engine(model, dtype=torch.bfloat16, tokens=length, memory=int(18.0 * 2**30) if CUDA else None)
+    optimizer = FusedAdamW8bit(engine.flat, lr=2e-4)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        loss = engine.forward_backward(batch, length)
+        optimizer.clip_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss)
+        times.append(time.perf_counter() - begin)
+    return {
+        "step_ms": statistics.median(times[4:]) * 1e3,
+        "layers": len(own),
+        "loss": float(loss),
+        "keep": "".join(str(int(level)) for level in engine.plan.keep),
+        "mlp_tokens": engine.plan.mlp_tokens,
+        "least_memory": engine.least_memory,
+        **({"base_gib": base / 2**30, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if CUDA else {}),
+    }  # fmt: skip
+
+
+def train(folder: Path, workload: Workload, *, profile: bool = False, **options: Any) -> dict[str, Any]:
+    """slimtune's recipe, with rows that fill its packs."""
+    from slimtune.config import Config
+    from slimtune.recipes import finetune
+
+    scratch = Path(tempfile.mkdtemp())
+    data = scratch / "rows.jsonl"
+    rows = peers.documents(workload, factor=8 if workload.chats else 1)
+    data.write_text("".join(json.dumps(peers.as_messages(row)) + "\n" for row in rows))
+    config = Config.make(
+        model=str(folder), data=str(data), output=scratch / "run", train_on="all", max_length=workload.length,
+        micro_batch=workload.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_dropout=0.0,
+        lora_r=workload.r, targets=workload.targets, save_steps=10 * peers.STEPS, **options,
+    )  # fmt: skip
+    table = _profiled() if profile else None
+    run = finetune(config)
+    records = [record for record in run.metrics() if "step_seconds" in record]
+    timed = records[peers.WARM_UP :]
+    facts = run.read_json(run.facts_file)
+    return {
+        "step_ms": statistics.median(record["step_seconds"] for record in timed) * 1e3,
+        "tokens_s": statistics.median(record["tokens"] / record["step_seconds"] for record in timed),
+        "peak_gib": max(record["memory_bytes"] for record in records) / 2**30,
+        "losses": [records[0]["loss"], records[-1]["loss"]],
+        "engine": facts["training"]["engine"],
+        "trained": facts["adapter"]["trainable_parameters"],
+        "base_gib": facts["base"]["bytes_now"] / 2**30,
+        **({"profile": table} if table is not None and CUDA else {}),
+    }
+
+
+def _profiled() -> list[str]:
+    """Profile the last step but one of the run that begins now; the lines come in then."""
+    from slimtune.training.trainer import SlimTrainer
+
+    lines: list[str] = []
+    plain = SlimTrainer.training_step
+    calls = 0
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != peers.STEPS - 1:
+            return plain(self, *arguments, **options)
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+            loss = plain(self, *arguments, **options)
+            torch.cuda.synchronize()
+        lines.extend(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45).splitlines())
+        return loss
+
+    SlimTrainer.training_step = step  # type: ignore[method-assign]
+    return lines
+
+
+def measure(case: str, folder: Path) -> dict[str, Any]:
+    stack, _, memory = case.partition("@")
+    stack, _, kind = stack.partition("-")
+    workload = {"all": ALL, "chats": CHATS}.get(kind, ROWS)
+    if stack == "load":
+        return load(folder)
+    if stack == "whole":
+        return whole(folder)
+    if stack in ("trl", "unsloth"):
+        return peers.run_peer(f"{stack}-packing" if workload.chats else case, workload, folder)
+    options: dict[str, Any] = {"memory": f"{memory}GiB"} if memory else {}
+    if kind == "plain":
+        options["engine"] = "plain"
+    if kind == "16bit":
+        options["quantization"] = "none"
+    return train(folder, workload, profile=stack == "profile", **options)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        print("RESULT " + json.dumps(measure(sys.argv[2], Path(sys.argv[3]))), flush=True)
+        return
+    out, shape, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or CASES
+    out.mkdir(parents=True, exist_ok=True)
+    about, results = peers.machine(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / shape
+        make_folder(folder, shape)
+        torch.cuda.empty_cache()
+        for case in cases:
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", case, str(folder)],
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            found = json.loads(lines[-1][7:]) if lines else {"error": (done.stderr or done.stdout)[-1500:]}
+            table = found.pop("profile", None)
+            results.append({"shape": shape, "case": case, **found})
+            print(json.dumps(results[-1]), *(table or ()), sep="\n", flush=True)
+            (out / f"{about['date']}-{shape}.json").write_text(
+                json.dumps({**about, "results": results}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
