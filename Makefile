@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest lock clean data-campaign
+.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest lock clean data-campaign folders
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -28,6 +28,11 @@ unit: $(STAMP)
 # The reliability campaigns with their full counts (an hour on 2 free cores); figures go to benchmarks/results.
 campaigns: $(STAMP)
 	CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns --timeout 20000
+
+# Config files of adapters, models and runs, each with one thing changed (an hour on 2 free cores): make folders FILES=2400
+FILES ?= 2400
+folders: $(STAMP)
+	FOLDERS_CAMPAIGN=$(FILES) CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns/test_folders.py --timeout 20000
 
 # uv comes from PyPI into the environment; the lock pins every version and hash.
 $(STAMP): requirements.lock pyproject.toml

@@ -112,7 +112,7 @@ class Config(BaseModel):
     """Modules trained and saved whole beside the adapter (embed_tokens, lm_head)."""
     add_tokens: Path | None = None
     """A file of tokens, one a line, that the tokenizer gets; only their rows of embedding and head train."""
-    layers: tuple[int, ...] | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] | None = None
     """Only these layers get an adapter (PEFT's layers_to_transform)."""
     rank_pattern: dict[str, Rank] = {}
     """Other ranks for some modules, by name or regular expression."""

@@ -152,6 +152,7 @@ def resume(
                 rule="slimtune runs no code that comes with a model unless told to.",
                 way_out="Read that code, then pass --trust-remote-code.",
             )
+        config, _ = resolve_machine(config, detect())  # a file that lacks what was decided
         with damage_told(run.facts_file):
             choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
         _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)

@@ -17,6 +17,7 @@ import pytest
 
 from slimtune.data import readers
 from slimtune.data.conversation import normalise
+from slimtune.data.readers import file_rows
 from slimtune.data.rows import RowRefused
 from slimtune.data.sources import Place, content_hash, parse_source, read_rows
 from slimtune.errors import UserError
@@ -358,3 +359,49 @@ def test_a_second_list_of_rows_in_a_file_is_not_left_out_unsaid(tmp_path: Path) 
     file.write_text(json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}))
     with pytest.raises(UserError, match="a second list of rows, 'test'"):
         list(read_rows(parse_source(str(file))))
+
+
+def test_a_small_parquet_with_a_large_row_costs_that_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "ROW_LIMIT", 2**16)
+    file = tmp_path / "rows.parquet"
+    nulls = pa.array([[None] * (2**16 + 1), []], pa.list_(pa.null()))
+    pq.write_table(pa.table({"text": ["a", "b"], "more": nulls}), file)
+    assert file.stat().st_size < 10_000
+    rows = list(file_rows(file, "rows.parquet"))
+    assert [bool(row.refused) for row in rows] == [True, False]
+    assert "one row may have" in rows[0].refused
+    assert rows[1].value["text"] == "b"
+
+
+def test_a_dictionarys_value_is_not_unpacked_for_many_rows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "ROW_LIMIT", 2**16)
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x" * 100_000] * 300}), file)
+    assert file.stat().st_size < 110_000
+    with file.open("rb") as stream:
+        assert next(iter(readers._parquet(stream))).num_rows <= 16
+
+
+def test_what_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet.gz"
+    with gzip.open(file, "wb") as out:
+        for _ in range(200):
+            out.write(bytes(2**20))
+    with pytest.raises(UserError, match="unpacks to more than"):
+        list(file_rows(file, "rows.parquet.gz"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_many_columns_are_counted_once(name: str, tmp_path: Path) -> None:
+    columns = [f"c{number}" for number in range(20_000)]
+    again = [*columns, columns[-1]]
+    file = tmp_path / name
+    if name.endswith("csv"):
+        file.write_text(",".join(again) + "\n" + ",".join("1" for _ in again) + "\n")
+        with pytest.raises(UserError, match="'c19999' stands twice"):
+            list(file_rows(file, name))
+    else:
+        file.write_text("{" + ",".join(f'"{column}": 1' for column in again) + "}\n")
+        assert "'c19999' stands twice" in next(iter(file_rows(file, name))).refused

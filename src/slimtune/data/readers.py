@@ -16,9 +16,9 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ _FORMATS = {
 }  # fmt: skip
 _WRAPPERS = ("data", "train", "rows", "records", "examples", "samples", "items", "instances", "dataset")
 _BATCH = 256
+_MOST_UNPACKED, _SPARE = 50, 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def file_rows(path: Path, label: str, *, whole: str = "text") -> Iterator[Row]:
             if kind in ("parquet", "arrow"):
                 # parquet is read from its end: a compressed file is unpacked first
                 plain = path.suffix.lower() not in (".gz", ".zst")
-                yield from _table_file(stream if plain else _spooled(stream), label, kind)
+                yield from _table_file(stream if plain else _spooled(stream, label, path.stat().st_size), label, kind)
             elif kind in ("csv", "tsv"):
                 yield from _csv_rows(stream, label, "\t" if kind == "tsv" else ",")
             elif kind == "txt":
@@ -155,7 +156,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(f"key {key!r} stands twice" for key in keys if keys.count(key) > 1))
+        counts = Counter(keys)
+        raise _DuplicateKey(next(f"key {key[:80]!r} stands twice" for key in keys if counts[key] > 1))
     return made
 
 
@@ -381,7 +383,7 @@ def _csv_rows(stream: IO[bytes], label: str, delimiter: str) -> Iterator[Row]:
         raise UserError(f"{label}:1: the header is no UTF-8", rule="Data files are UTF-8.", way_out=TO_UTF8)
     if not any(header):
         raise UserError(f"data {label} is empty", rule="A csv file begins with a line that names its columns.")
-    twice = [name for name in header if header.count(name) > 1]
+    twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise UserError(f"{label}:1: column {twice[0]!r} stands twice", rule="Columns have names of their own.")
     while True:
@@ -435,7 +437,14 @@ def _table_file(stream: IO[bytes], label: str, kind: str) -> Iterator[Row]:
 
 
 def _parquet(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
-    yield from pq.ParquetFile(stream).iter_batches(batch_size=_BATCH)
+    """Batches of at most :data:`_BATCH` rows; of fewer where one value may be large, for a dictionary's value is
+    written once and unpacked for every row that names it."""
+    file = pq.ParquetFile(stream)
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    largest = max(
+        (group.column(at).total_uncompressed_size for group in groups for at in range(group.num_columns)), default=0
+    )
+    yield from file.iter_batches(batch_size=max(1, min(_BATCH, 16 * ROW_LIMIT // max(1, largest))))
 
 
 def _arrow(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
@@ -463,14 +472,44 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
         coded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
-        for start in range(0, batch.num_rows, _BATCH):
-            for row in batch.slice(start, _BATCH).to_pylist():
+        for part in _parts(batch):
+            if part.num_rows == 1 and (size := sum(map(_extent, part.columns))) > ROW_LIMIT:
+                number += 1
+                yield Row(Place(label, number, "row"), None, f"about {size:,} bytes; one row may have {ROW_LIMIT:,}")
+                continue
+            for row in part.to_pylist():
                 number += 1
                 absent: list[str] = []
                 value = without_absent(row, absent)
                 for name, kind in coded.items():
                     value[name] = _json_decoded(value[name], kind)
                 yield Row(Place(label, number, "row"), value, repairs=("absent-keys",) if absent else ())
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """A batch or table in parts that are bearable as Python's values: 256 rows, or single ones."""
+    for start in range(0, batch.num_rows, _BATCH):
+        part = batch.slice(start, _BATCH)
+        if sum(map(_extent, part.columns)) <= ROW_LIMIT:
+            yield part
+        else:
+            yield from (part.slice(at, 1) for at in range(part.num_rows))
+
+
+def _extent(array: Any) -> int:
+    """About the bytes that a column takes as Python's values: those of a null too, and a dictionary's at each row."""
+    if isinstance(array, pa.ChunkedArray):
+        return sum(map(_extent, array.chunks))
+    kind, size = array.type, int(array.nbytes) + len(array)
+    if isinstance(array, pa.ExtensionArray):
+        return _extent(array.storage)
+    if pa.types.is_dictionary(kind):
+        return size + len(array) * int(array.dictionary.nbytes)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return size + _extent(array.flatten())
+    if pa.types.is_struct(kind):
+        return size + sum(map(_extent, array.flatten()))
+    return size
 
 
 def _holds_json(kind: pa.DataType) -> bool:
@@ -494,9 +533,22 @@ def _json_decoded(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def _spooled(stream: IO[bytes]) -> IO[bytes]:
-    """A compressed file, unpacked into an unnamed temporary one."""
+def _spooled(stream: IO[bytes], label: str, packed: int) -> IO[bytes]:
+    """A compressed file of ``packed`` bytes, unpacked into an unnamed temporary one.
+
+    Raises:
+        UserError: It unpacks to so much that it isn't what it says it is: parquet and Arrow hardly pack any further.
+    """
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the reader
-    shutil.copyfileobj(stream, plain, _CHUNK)
+    most = _MOST_UNPACKED * packed + _SPARE
+    while chunk := stream.read(_CHUNK):
+        plain.write(chunk)
+        if plain.tell() > most:
+            plain.close()
+            raise UserError(
+                f"data {label} unpacks to more than {_MOST_UNPACKED} times its size",
+                rule="So much isn't unpacked into a temporary file.",
+                way_out="Unpack it yourself, and give what comes out.",
+            )
     plain.seek(0)
     return plain
