@@ -272,6 +272,7 @@ async def half_open(address: tuple[str, int], seen: Seen, draw: random.Random) -
     sent = [b"", b"GET", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"]
 
     async def one() -> None:
+        await asyncio.sleep(5 * draw.random())
         reader, writer = await asyncio.open_connection(*address)
         try:
             writer.write(draw.choice(sent))

@@ -15,7 +15,7 @@ from slimtune.families.spec import CHOOSES, OTHER_SEQUENCE, Family, Layer
 __all__ = ["is_linear", "read_family"]
 
 _SEQUENCE = frozenset(
-    {"attention_mask", "past_key_values", "past_key_value", "layer_past", "cache_params", "state", "mask"}
+    {"attention_mask", "past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "state", "mask"}
 )
 """Arguments by which a module is told which tokens it may see, or what it kept of those before."""
 _FEED_FORWARD = re.compile(r"(MLP|Mlp|MoE|Moe|MoeBlock|MoELayer|FFN|FFNBlock|FeedForward)$")

@@ -19,7 +19,7 @@ __all__ = ["AloneRow", "KeptRows", "Rows", "UncachedRow"]
 _WORTH_SHARING = 8
 _PADDING = 0.1
 """Most of a group of prompts that may be padding while they are read."""
-_CACHE_NAMES = ("past_key_values", "cache_params")
+_CACHE_NAMES = ("past_key_values", "cache_params", "cache")  # "cache": Transformers 5.24, for both
 
 
 class Rows(ABC):
