@@ -245,6 +245,10 @@ def test_nulls_of_a_table_are_absent_keys_in_tools_and_calls_alone() -> None:
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "refusal": "c"}]},
             "messages[1].refusal: a refusal beside a content",
         ),
+        (
+            {"messages": [*messages(Q), {"role": "assistant", "channel": "analysis", "content": "Hm."}, *messages(A)]},
+            "messages[1].channel: a message of its own in the channel 'analysis'",
+        ),
         ({"messages": "[{'role': array(1)}]"}, "messages: text that is no JSON"),
         ({"conversations": "[" * 5000}, "conversations: text that is no JSON"),
     ],
@@ -290,3 +294,13 @@ def test_openais_older_files_name_their_tools_functions() -> None:
 def test_a_map_the_wrong_way_round_is_told() -> None:
     with pytest.raises(RowRefused, match="so --map instruction=frage"):
         normalise({"frage": "Key?", "antwort": "Pot."}, mapping={"frage": "instruction", "antwort": "output"})
+
+
+def test_keys_of_turns_that_are_not_read_are_named() -> None:
+    said = {"role": "assistant", "content": "Pot.", "mask": 1, "weight": 1, "audio": None, "channel": "final"}
+    unread: Counter[str] = Counter()
+    assert normalise({"messages": [*messages(Q), said, *messages(Q2), said]}, unread=unread).messages[1:2] == messages(
+        A
+    )
+    normalise({"conversations": [*turns(Q), {**turns(A)[0], "score": 4}]}, unread=unread)
+    assert unread == {"messages: mask": 1, "conversations: score": 1}

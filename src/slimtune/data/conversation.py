@@ -79,6 +79,12 @@ _ROLES = {
     "prompter": "user", "ipython": "tool",
 }  # fmt: skip
 
+_TURN_KEYS = frozenset({
+    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name", "id", "refusal",
+    "reasoning_content", "thinking", "reasoning", "weight", "train", "loss", "loss_weight", "channel",
+})  # fmt: skip
+"""What is read of a turn, or names it."""
+
 NONCHARACTER = "\ufdd0"
 """What the renderer marks text with; it is taken out of what people write."""
 
@@ -163,6 +169,7 @@ def normalise(
         seen[found.shape] += 1
     if unread is not None:
         unread.update(name for name in value if name not in found.read and name != "chat_template_kwargs")
+        unread.update(_unread_of_turns(found.row))
     read = {"alpaca": _alpaca, "sharegpt": _sharegpt, "prompt-completion": _prompt_completion, "text": _text_row}
     try:
         made = read.get(found.shape, _messages)(found.row)
@@ -172,6 +179,16 @@ def normalise(
     if made.text is None:
         made.variables = read_variables(value.get("chat_template_kwargs"), made.repairs)
         _check_order(made)
+    return made
+
+
+def _unread_of_turns(row: Mapping[str, Any]) -> set[str]:
+    """The keys of a row's turns that say something and aren't read."""
+    made: set[str] = set()
+    name = next((name for name in ("messages", "conversations", "conversation") if name in row), "")
+    for turn in row[name] if isinstance(row.get(name), list) else ():
+        if isinstance(turn, dict) and len(turn) > 2:
+            made |= {f"{name}: {key}" for key in turn.keys() - _TURN_KEYS if turn[key] not in (None, "", [], {})}
     return made
 
 
@@ -447,6 +464,9 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
         return {"role": role, "content": "", "tool_calls": calls} | _supervision(where, role, turn)
     made: Message = {"role": role} | _supervision(where, role, turn)
     content = turn.get("content")
+    if turn.get("channel") not in (None, "", "final"):
+        what = f"a message of its own in the channel {turn['channel']!r}; a thought is read under reasoning_content"
+        raise RowRefused(f"{where}.channel", f"{what} of the reply that it belongs to")
     if refusal := turn.get("refusal"):  # OpenAI's: what the assistant said in place of a content
         if content or role != "assistant":
             raise RowRefused(f"{where}.refusal", "a refusal beside a content, or of a turn that is no reply")
