@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from slimtune.base.sizes import check_sizes
 from slimtune.base.source import from_pretrained, upstream_errors
 from slimtune.errors import UserError
 
@@ -62,6 +63,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         UserError: The config can't be read, or isn't that of a model that continues text.
     """
     config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
+    check_sizes(folder, config)
     # A quantised base's modules are those of its 16-bit original.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

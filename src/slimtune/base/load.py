@@ -14,6 +14,7 @@ from slimtune.base.classes import check_whole, language_class
 from slimtune.base.finite import check_finite
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
+from slimtune.base.sizes import check_sizes
 from slimtune.base.source import from_pretrained, local_revision, model_source
 from slimtune.base.stored import stored_format
 from slimtune.base.tokenizer import load_tokenizer
@@ -74,6 +75,8 @@ def load_base(
     )
     if not trust_remote_code:
         check_attention(source, getattr(already, "_attn_implementation", None))
+    if Path(source).is_dir():
+        check_sizes(Path(source), already)
     auto = language_class(already, source)
     if getattr(already.get_text_config(), "attn_logit_softcapping", None):
         # Transformers before 5.23 takes torch's attention for Gemma 2 by default, which leaves the soft cap out.
