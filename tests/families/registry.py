@@ -124,9 +124,16 @@ def table() -> str:
     without = [f"{proof['model_type']} ({_sentence(proof['faults']['make'])})" for proof in proofs if proof not in made]
     if without:
         lines += ["", f"No tiny model could be made of {', '.join(without)}."]
+    if others := [proof["model_type"] for proof in made if _not_in_nf4(proof)]:
+        lines += ["", f"Not trained in NF4 in this run: {', '.join(others)}."]
     if untried := [name for name in families() if not (RESULTS / f"{name}.json").is_file()]:
         lines += ["", f"Not tried in this run: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
+
+
+def _not_in_nf4(proof: dict[str, Any]) -> bool:
+    ended = {**proof.get("refused", {}), **proof.get("faults", {})}
+    return proof.get("gradient_4bit") is None and not {"4-bit gradient", "process", "time"} & ended.keys()
 
 
 def _row(proof: dict[str, Any]) -> str:

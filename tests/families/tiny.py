@@ -86,7 +86,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -144,7 +144,7 @@ def small_config(model_type: str) -> PretrainedConfig:
     defaults = CONFIG_MAPPING[model_type]().to_dict()
     values = _shrunk(defaults, SIZES, model_type)
     for key, value in defaults.items():
-        if not isinstance(value, dict) or not value.get("model_type"):
+        if not isinstance(value, dict) or not value.get("model_type") or key in OWN.get(model_type, {}):
             continue
         kind = value["model_type"]
         if key == "text_config":
