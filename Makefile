@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest lock clean data-campaign folders
+.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest floors lock clean data-campaign folders
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -72,6 +72,12 @@ newest: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/newest
 	VIRTUAL_ENV=$(abspath build/newest) $(BIN)/uv pip install --quiet --editable '.[demo,dev]'
 	OMP_NUM_THREADS=1 build/newest/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
+
+# The lowest versions that pyproject.toml names, in an environment of their own: make floors TESTS=tests/adapter
+floors: $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/floors
+	VIRTUAL_ENV=$(abspath build/floors) $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[demo,dev]'
+	OMP_NUM_THREADS=1 build/floors/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \
