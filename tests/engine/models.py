@@ -43,7 +43,7 @@ FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
     "granite", "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
-    "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed",
+    "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
 )  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
@@ -134,11 +134,14 @@ def family_config(family: str) -> PretrainedConfig:
         case "mixtral":
             return MixtralConfig(**_COMMON, num_experts_per_tok=2, num_local_experts=6, sliding_window=None)
         case "olmoe":
-            return OlmoeConfig(**_COMMON, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False)
+            return OlmoeConfig(**_COMMON, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False,
+                sliding_window=7)  # fmt: skip
         case "qwen3_moe":
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, head_dim=32, norm_topk_prob=True)
         case "qwen3_moe-mixed":
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[1], norm_topk_prob=False)
+        case "qwen3_moe-dense":
+            return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[0, 1, 2])
     raise AssertionError(family)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -103,6 +104,47 @@ def test_generation_evaluation_and_disabled_adapters() -> None:
         hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
         left = torch.tensor([[0, 0, 1, 1]])
         return [off, on, text, hidden, model(input_ids=prompt, attention_mask=left, use_cache=False).logits[:, 2:]]
+
+    expected = results()
+    fuse(model)
+    for actual, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_experts_whose_adapters_are_off_run_as_they_are() -> None:
+    model = models.add_lora(models.make_base("qwen3_moe"), target_modules=["gate_up_proj", "down_proj"]).eval()
+    assert all(".experts." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    inputs = {key: value for key, value in models.pack().items() if key != "labels"}
+
+    def logits() -> torch.Tensor:
+        found: torch.Tensor = model(**inputs, use_cache=False).logits
+        return found
+
+    on = logits()
+    with model.disable_adapter():
+        off = logits()
+    assert not torch.allclose(on, off, atol=1e-2)
+    fuse(model)
+    torch.testing.assert_close(logits(), on, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(), off, rtol=1e-4, atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(), on, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_adapter_and_positions_from_elsewhere_run_as_they_are() -> None:
+    model: Any = models.add_lora(models.make_base("qwen2")).eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ids, later = torch.arange(5, 17)[None], torch.arange(90, 102)[None]
+
+    def results() -> list[torch.Tensor]:
+        found = []
+        for adapter in ("other", "default"):
+            model.set_adapter(adapter)
+            found.append(model(input_ids=ids, use_cache=False).logits)
+        return [*found, model(input_ids=ids, position_ids=later, use_cache=False).logits]
 
     expected = results()
     fuse(model)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    HeliumConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    SmolLM3Config,
+)
 
 from slimtune.adapter.lora import lora_config
 from slimtune.adapter.matched import adapted_names
@@ -108,3 +116,44 @@ def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
     assert fits(run_config(), model) == "OwnMistral is code of its own"
     with pytest.raises(CannotFuse, match="code of its own"):
         make_engine(run_config(), model)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        pytest.param(
+            SmolLM3Config(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=211, pad_token_id=0, use_sliding_window=False, sliding_window=7,
+                layer_types=["full_attention", "sliding_attention"]),
+            "layers.1: layers.1 is of type sliding_attention, and its attention tells no window",
+            id="a window of the masks alone",
+        ),
+        pytest.param(
+            HeliumConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=211, pad_token_id=0, head_dim=24),
+            "projections that don't make whole heads of 24",
+            id="heads that don't come out",
+        ),
+    ],
+)  # fmt: skip
+def test_what_modules_and_config_tell_differently_is_refused(config: PretrainedConfig, reason: str) -> None:
+    assert reason in str(fits(run_config(), AutoModelForCausalLM.from_config(config)))
+
+
+def with_tower(text: PretrainedConfig) -> nn.Module:
+    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        image_size=16, patch_size=8)  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=1))
+
+
+@pytest.mark.parametrize("family", ["cohere2", "gemma2", "granite"])
+def test_a_text_model_inside_another_class_is_not_scaled_as_its_own_class_does(family: str) -> None:
+    """Transformers' classes with a tower leave the text model's logits as they are, or cap them."""
+    model = with_tower(family_config(family))
+    assert f"scales or caps logits ({family})" in str(fits(run_config(), model))
+    with pytest.raises(CannotFuse, match="scales or caps logits"):
+        make_engine(run_config(), model)
+
+
+def test_a_plain_text_model_inside_another_class_is_computed() -> None:
+    assert fits(run_config(), with_tower(family_config("qwen2"))) is None

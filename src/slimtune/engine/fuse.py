@@ -27,6 +27,7 @@ from slimtune.engine.loss import token_log_probs
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
 from slimtune.engine.weights import Gradients, unpack_for_training
+from slimtune.families.decoders import DECODERS
 
 __all__ = ["Fusion", "fuse"]
 
@@ -149,6 +150,8 @@ class _Runner:
         self.decoder, self.keep, self.keep_weights = decoder, keep, keep_weights
         self._layers: dict[torch.dtype, list[LayerComputation | None]] = {}
         self._tables: dict[torch.dtype, tuple[int, dict[Rotary, RotaryTable]]] = {}
+        around = [part.wrapper for parts in (decoder.linears(), decoder.stacks()) for part in parts]
+        self._active = [(each, list(each.active_adapters)) for each in around if hasattr(each, "active_adapters")]
 
     # -- what is computed ---------------------------------------------------------------------------------------------
 
@@ -176,6 +179,8 @@ class _Runner:
             positions = positions.expand(rows, length)
             starts = torch.ones(rows, length, dtype=torch.bool, device=ids.device)
             starts[:, 1:] = positions.diff(dim=1) != 1
+            if bool(positions[starts].any()):  # a document that doesn't count from 0
+                return None
             begins = torch.nonzero(starts.flatten())[:, 0].cpu()
             lengths = torch.diff(begins, append=torch.tensor([rows * length]))
             documents = _documents(tuple(lengths.tolist()), ids.device)
@@ -186,9 +191,10 @@ class _Runner:
         return bool((positions == torch.arange(length, device=positions.device)).all())
 
     def _adapters_active(self) -> bool:
+        """Whether the adapters that were read are still those that the model computes with."""
         return not any(
-            linear.adapter is not None and (linear.wrapper.disable_adapters or linear.wrapper.merged_adapters)
-            for linear in self.decoder.linears()
+            layer.disable_adapters or layer.merged_adapters or list(layer.active_adapters) != active
+            for layer, active in self._active
         )
 
     def _dtype(self) -> torch.dtype:
@@ -251,7 +257,9 @@ class _Runner:
             residual = None
         x = _summed(x, residual)
         hidden = backbone.norm(x.to(embedded.dtype)).view_as(embedded)
-        made = MoeModelOutputWithPast if any(self.decoder.stacks()) else BaseModelOutputWithPast
+        # A type that may have experts reads the routers' logits of its backbone's output, dense layers alone or not.
+        mixes = DECODERS[backbone.config.model_type].router is not None
+        made = MoeModelOutputWithPast if mixes else BaseModelOutputWithPast
         return made(last_hidden_state=hidden, past_key_values=None)
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:

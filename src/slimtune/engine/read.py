@@ -124,7 +124,7 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
         )
     if not type(inner).__module__.startswith("transformers.models."):
         raise CannotFuse(f"{name} is code of its own", rule="The fused engine computes what Transformers' classes do.")
-    for what, is_so in _foreign(inner, config).items():
+    for what, is_so in _foreign(inner, config, form).items():
         if is_so:
             raise CannotFuse(f"{name} has {what}", rule="The fused engine computes no such model.")
     layers: list[Layer | None] = []
@@ -150,8 +150,10 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
     )
 
 
-def _foreign(inner: Any, config: Any) -> dict[str, bool]:
+def _foreign(inner: Any, config: Any, form: DecoderForm) -> dict[str, bool]:
     """What a family's configs can ask for and the engine doesn't compute."""
+    scale = _times(config, form.logits_times) / _times(config, form.logits_over)
+    changed = scale != 1.0 or _cap(config, "final_logit_softcapping") is not None
     ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
     return {
         "layers of different sizes": bool(getattr(config, "is_heterogeneous", False)),
@@ -162,6 +164,10 @@ def _foreign(inner: Any, config: Any) -> dict[str, bool]:
         ),
         "clipped queries and keys": getattr(config, "clip_qkv", None) is not None,
         "an adapter or a bias on the head": not _plain_head(inner),
+        # Some classes around a text model leave out what the text model's own class does to logits, some don't.
+        f"a text model inside whose config scales or caps logits ({config.model_type})": (
+            changed and inner.config.model_type != config.model_type
+        ),
     }
 
 
@@ -254,12 +260,19 @@ class _Reader:
         head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
         heads = o.in_features // head_dim
         qkv = self._projection("self_attn", module, names)
+        kv_heads = (qkv.out_features // head_dim - heads) // 2
+        if (
+            (heads * head_dim, (heads + 2 * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
+            or kv_heads < 1
+            or heads % kv_heads
+        ):
+            raise CannotFuse(f"{self.name} has projections that don't make whole heads of {head_dim}")
         window = self._window(module)
         return SelfAttention(
             qkv=qkv,
             o=o,
             heads=heads,
-            kv_heads=(qkv.out_features // head_dim - heads) // 2,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             scale=float(module.scaling),
             window=window,
@@ -272,7 +285,16 @@ class _Reader:
 
     def _window(self, module: Any) -> int | None:
         window = getattr(self.config if self.form.window_of_all else module, "sliding_window", None)
-        return int(window) if window and getattr(module, "is_sliding", True) else None
+        found = int(window) if window and getattr(module, "is_sliding", True) else None
+        # Transformers' masks go by the config's types, so an attention module without a window has one all the same.
+        if found is None and self._kind() == "sliding_attention":
+            raise CannotFuse(f"{self.name} is of type sliding_attention, and its attention tells no window")
+        return found
+
+    def _kind(self) -> str | None:
+        """The layer's type by the config, where that has types."""
+        kinds = getattr(self.config, "layer_types", None) or ()
+        return kinds[self.index] if self.index < len(kinds) else None
 
     def _is_turned(self, module: Any, window: int | None) -> bool:
         if not getattr(module, "use_rope", True):
@@ -283,8 +305,7 @@ class _Reader:
 
     def _rotary(self, head_dim: int) -> Rotary:
         module = self.backbone.rotary_emb
-        kinds = getattr(self.config, "layer_types", None) or ()
-        kind = kinds[self.index] if self.index < len(kinds) else None
+        kind = self._kind()
         by_kind = getattr(module, f"{kind}_inv_freq", None)
         angles = getattr(module, "inv_freq", None) if by_kind is None else by_kind
         if angles is None:
@@ -352,7 +373,8 @@ class _Reader:
         adapter = None if wrapper is None else _adapter(f"{name}.{parameter}", wrapper)
         if adapter is not None and adapter.a.shape[1] != columns:
             raise CannotFuse(f"{name}.{parameter} is adapted as if it were stored the other way around")
-        return ExpertStack(f"{name}.{parameter}", owner, parameter, experts, columns, rows, adapter)
+        around = owner if wrapper is None else wrapper
+        return ExpertStack(f"{name}.{parameter}", owner, parameter, experts, columns, rows, around, adapter)
 
     def _mlp(self, module: Any, name: str) -> GatedMlp:
         merged = hasattr(module, "gate_up_proj")

@@ -217,6 +217,8 @@ class ExpertStack:
     experts: int
     in_features: int
     out_features: int
+    wrapper: Any
+    """PEFT's layer around the parameter, or ``owner`` where there is none."""
     adapter: Adapter | None = None
     """PEFT's ``target_parameters`` form: A is [E r, in_features], B [out_features, r E] with the expert fastest."""
 

@@ -104,7 +104,8 @@ DECODERS: dict[str, DecoderForm] = {
     "mixtral": DecoderForm(_BEFORE, window_of_all=True, router=RouterForm()),
     "olmo2": DecoderForm(_AFTER, norms_rows=True),
     "olmo3": DecoderForm(_AFTER, norms_rows=True),
-    "olmoe": DecoderForm(_BEFORE, norms_rows=True, window_of_all=True, router=RouterForm()),
+    # Its attention hands on a window of the config's, but its masks have none.
+    "olmoe": DecoderForm(_BEFORE, norms_rows=True, router=RouterForm()),
     "phi3": DecoderForm(_BEFORE, window_of_all=True),
     "qwen2": DecoderForm(_BEFORE),
     "qwen3": DecoderForm(_BEFORE),
