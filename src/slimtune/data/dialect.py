@@ -132,7 +132,7 @@ class Dialect:
             if not self._renders():
                 self._parts = False
                 self.text([_ASK, _ANSWER], self._plain_tools)  # says why, if it can
-                raise TemplateRefused("it leaves out what the user or the assistant said")
+                raise TemplateRefused("it leaves out or changes what the user or the assistant said")
         self.text([_ASK], self._plain_tools, prompt=True)
         end = self._ending([_ASK], _ANSWER, _NEXT, None)
         if end is None:
@@ -176,7 +176,8 @@ class Dialect:
                 rule="The chat template writes it, and it has normalized: true beside a normaliser that adds a space.",
                 way_out='Set "normalized": false for it in tokenizer.json.',
             )
-        return "qzuser" in text and "qzreply" in text
+        as_they_are = self._parts and re.search(r"""['"]type['"]""", text)  # parts written down, not their text
+        return "qzuser" in text and "qzreply" in text and not as_they_are
 
     def _shows(self, roles: tuple[str, ...]) -> bool:
         """Whether turns of these roles at the beginning are all shown."""
@@ -313,6 +314,30 @@ class Dialect:
         opens, closes, _ = self._thoughts[1:] if self._thoughts is not None else _COMMON_THOUGHT
         return generation.rfind(opens) > generation.rfind(closes)
 
+    @cached_property
+    def _doubles_thoughts(self) -> bool:
+        """Whether a reply that holds its thought itself, in the template's own marks, gets a second, empty one."""
+        if self._thoughts is None or not all(self._thoughts[1:3]):
+            return False
+        _, opens, closes, _ = self._thoughts
+        held = self._try([_ASK, {**_ANSWER, "content": f"{opens}\nqzthought\n{closes}\n\nqzreply"}]) or ""
+        handed_on = self._try([_ASK, self._with_thought(_THOUGHTFUL)]) or ""
+        return "qzthought" in held and held.count(closes) > handed_on.count(closes)
+
+    def _thought_taken_out(self, message: Message) -> Message:
+        """A reply that begins with a thought in the template's own marks, with that as its thought."""
+        assert self._thoughts is not None
+        _, opens, closes, _ = self._thoughts
+        content = message.get("content")
+        if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
+            return message
+        inside, found, said = content.lstrip().partition(closes)
+        if not found or not inside.startswith(opens):
+            return message
+        made = {**message, "content": said.lstrip("\n")}
+        thought = inside[len(opens) :].strip()
+        return {**made, "reasoning_content": thought} if thought else made
+
     def _with_thought(self, message: Message) -> Message:
         return with_thought(message, self._thoughts[0] if self._thoughts is not None else "keys")
 
@@ -379,6 +404,8 @@ class Dialect:
         if self._alternates and same_in_a_row(messages):
             messages = merged(messages)
             repairs.append("merged-turns")
+        if self._doubles_thoughts:
+            messages = [self._thought_taken_out(message) for message in messages]
         if any("reasoning_content" in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
         return messages, tools or None, repairs
@@ -425,8 +452,10 @@ class Dialect:
                 return replace(made, notes=["thought-opened"])
             if (bare_message := self._thoughtless(message)) != message:
                 made = self.reply([*before, bare_message], tools)
+            elif (turn := _behind(opening.empty, whole[len(head) :])) is not None:
+                made = self._ended(prompt, turn, messages)
             else:
-                made = self._ended(prompt, _behind(opening.empty, whole[len(head) :]), messages)
+                continue
             return replace(made, prompt=prompt, notes=["as-asked"])
         what = "the template's generation prompt is no prefix of its training text"
         raise RowRefused("", f"turn {len(messages)}: {what}", "template")
@@ -471,12 +500,15 @@ class Dialect:
         return Reply(prompt, turn[: ends[-1]], turn[ends[-1] :])
 
 
-def _behind(empty: str, turn: str) -> str:
-    """A turn without what it holds instead of a thought; the white space behind that is the template's whim."""
+def _behind(empty: str, turn: str) -> str | None:
+    """A turn without what it holds instead of a thought, None if it begins otherwise; the white space behind that is
+    the template's whim."""
     if turn.startswith(empty):
         return turn[len(empty) :]
     mark = empty.strip()
-    return turn.lstrip()[len(mark) :].lstrip() if mark and turn.lstrip().startswith(mark) else turn
+    if mark and not turn.lstrip().startswith(mark):
+        return None
+    return turn.lstrip()[len(mark) :].lstrip() if mark else turn
 
 
 def _last_end(text: str, words: tuple[str, ...]) -> int:

@@ -1,0 +1,58 @@
+"""Templates of unusual habits: what is trained is held against Transformers' own rendering, or the row is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slimtune.data.conversation import RowRefused, normalise
+from slimtune.data.render import ChatRenderer
+from slimtune.errors import UserError
+from tests.data.conversations import reply, user
+from tests.data.judge import tokenizer_for
+
+_TURNS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content FILTER }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+_LENGTHS = """{% for m in messages %}<|im_start|>{{ m.role }} ({{ m.content|length }})
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+_ALWAYS_THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" %}<think>
+{{ m.reasoning_content if m.reasoning_content else "" }}
+</think>
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+def _trained(source: str, messages: list[dict[str, Any]]) -> str:
+    """The text of a row's last document."""
+    renderer = ChatRenderer(tokenizer_for(source))
+    draft = renderer.drafts(normalise({"messages": messages}))[-1]
+    texts = {number: text for text, number in renderer.encoder.controls.items()}
+    return "".join(texts.get(piece.control, piece.text) for piece in draft.pieces)
+
+
+def test_parts_that_a_template_writes_down_as_they_are_are_no_text() -> None:
+    with pytest.raises(UserError, match="leaves out or changes"):
+        ChatRenderer(tokenizer_for(_TURNS.replace("FILTER", "|capitalize")))
+
+
+def test_a_turn_that_begins_otherwise_than_the_prompt_foretells_is_refused() -> None:
+    with pytest.raises(RowRefused, match="no prefix"):
+        _trained(_LENGTHS, [user("Who?"), reply("A reply that is longer than the question's.")])
+
+
+@pytest.mark.parametrize("thought", ["They ask.\nI answer.", ""])
+def test_a_reply_that_holds_its_thought_gets_no_second_one(thought: str) -> None:
+    tokenizer = tokenizer_for(_ALWAYS_THINKS)
+    held = [user("Who?"), reply(f"<think>\n{thought}\n</think>\n\n  I."), user("You?"), reply("Me.")]
+    handed_on = [user("Who?"), reply("  I.", reasoning_content=thought), user("You?"), reply("Me.")]
+    wanted = str(tokenizer.apply_chat_template(handed_on, tokenize=False))
+    assert _trained(_ALWAYS_THINKS, held) == _trained(_ALWAYS_THINKS, handed_on) == wanted
+    assert wanted.count("</think>") == 2
