@@ -35,7 +35,7 @@ _HEAD_TOKENS = 1024
 _MIXED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose own layers can be called between fused ones: one mask or two, one rotary table."""
 _REFUSED = (
-    "past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position",
+    "past_key_values", "cache", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position",
 )  # fmt: skip
 
 
@@ -260,22 +260,19 @@ class _Runner:
         # A type that may have experts reads the routers' logits of its backbone's output, dense layers alone or not.
         mixes = DECODERS[backbone.config.model_type].router is not None
         made = MoeModelOutputWithPast if mixes else BaseModelOutputWithPast
-        return made(last_hidden_state=hidden, past_key_values=None)
+        return made(last_hidden_state=hidden)
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
         """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""
         config = self.decoder.model.config
-        arguments: dict[str, Any] = {
-            "config": config,
-            "inputs_embeds": embedded,
-            "attention_mask": call.attention_mask,
-            "past_key_values": None,
-            "position_ids": call.position_ids,
-        }
+        # What was kept before, none here, goes by its place: its name is another in Transformers 5.24.
+        arguments = (config, embedded, call.attention_mask, None)
         sliding = getattr(config, "sliding_window", None) is not None
         return {
-            "full_attention": create_causal_mask(**arguments),
-            "sliding_attention": create_sliding_window_causal_mask(**arguments) if sliding else None,
+            "full_attention": create_causal_mask(*arguments, position_ids=call.position_ids),
+            "sliding_attention": create_sliding_window_causal_mask(*arguments, position_ids=call.position_ids)
+            if sliding
+            else None,
         }
 
     def _own_layer(self, index: int, hidden: Tensor, call: _Call, masks: dict[str, Any]) -> Tensor:
@@ -288,7 +285,6 @@ class _Runner:
             hidden,
             attention_mask=masks["sliding_attention" if window else "full_attention"],
             position_ids=call.position_ids,
-            past_key_values=None,
             use_cache=False,
             position_embeddings=backbone.rotary_emb(hidden, call.position_ids),
         )
