@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Cohere2Config,
     CohereConfig,
     Ernie4_5Config,
@@ -22,6 +23,8 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
@@ -143,6 +146,13 @@ def family_config(family: str) -> PretrainedConfig:
         case "qwen3_moe-dense":
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[0, 1, 2])
     raise AssertionError(family)
+
+
+def with_tower(text: PretrainedConfig) -> nn.Module:
+    """A text model inside a class that reads images too."""
+    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        image_size=16, patch_size=8)  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=1))
 
 
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

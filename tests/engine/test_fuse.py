@@ -85,6 +85,8 @@ def test_refuses_with_a_reason() -> None:
         fuse(models.add_lora(models.make_base("qwen2"), use_dora=True))
     with pytest.raises(CannotFuse, match="no LoRA adapter"):
         fuse(models.make_base("llama").requires_grad_(False))
+    with pytest.raises(CannotFuse, match="LlavaForConditionalGeneration hands its text model embedded tokens"):
+        fuse(models.add_lora(models.with_tower(models.family_config("qwen2")), target_modules=["q_proj"]))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(CannotFuse, match="models of type gpt2"):
         fuse(gpt2)

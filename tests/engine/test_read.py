@@ -10,10 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
     HeliumConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PretrainedConfig,
     SmolLM3Config,
 )
@@ -25,7 +22,7 @@ from slimtune.config import Config
 from slimtune.engine import CannotFuse, Engine
 from slimtune.engine.read import fits
 from slimtune.families.decoders import DECODERS
-from tests.engine.models import FAMILIES, family_config, make_base, quantize
+from tests.engine.models import FAMILIES, family_config, make_base, quantize, with_tower
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -138,12 +135,6 @@ def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
 )  # fmt: skip
 def test_what_modules_and_config_tell_differently_is_refused(config: PretrainedConfig, reason: str) -> None:
     assert reason in str(fits(run_config(), AutoModelForCausalLM.from_config(config)))
-
-
-def with_tower(text: PretrainedConfig) -> nn.Module:
-    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        image_size=16, patch_size=8)  # fmt: skip
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=1))
 
 
 @pytest.mark.parametrize("family", ["cohere2", "gemma2", "granite"])

@@ -79,6 +79,12 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     backbone = decoder.backbone
     if hasattr(backbone.forward, "slimtune_fusion"):
         raise CannotFuse("the model is fused already", way_out="Undo that first: Fusion.undo().")
+    if decoder.model.config.model_type != backbone.config.model_type:
+        raise CannotFuse(
+            f"{type(decoder.model).__name__} hands its text model embedded tokens",
+            rule="Layers are fused where the model gets token ids.",
+            way_out="slimtune train computes it with the engine; or fuse the text model alone.",
+        )
     if decoder.unfused and decoder.backbone.config.model_type not in _MIXED:
         name, reason = next(iter(decoder.unfused.items()))
         raise CannotFuse(f"{name} can't be fused: {reason}", rule="Such a model is fused whole or not at all.")
