@@ -49,10 +49,12 @@ def test_a_turn_that_begins_otherwise_than_the_prompt_foretells_is_refused() -> 
 
 
 @pytest.mark.parametrize("thought", ["They ask.\nI answer.", ""])
-def test_a_reply_that_holds_its_thought_gets_no_second_one(thought: str) -> None:
-    tokenizer = tokenizer_for(_ALWAYS_THINKS)
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("<muse>", "</muse>")], ids=["own marks", "other marks"])
+def test_a_reply_that_holds_its_thought_gets_no_second_one(marks: tuple[str, str], thought: str) -> None:
+    source = _ALWAYS_THINKS.replace("<think>", marks[0]).replace("</think>", marks[1])
+    tokenizer = tokenizer_for(source)
     held = [user("Who?"), reply(f"<think>\n{thought}\n</think>\n\n  I."), user("You?"), reply("Me.")]
     handed_on = [user("Who?"), reply("  I.", reasoning_content=thought), user("You?"), reply("Me.")]
     wanted = str(tokenizer.apply_chat_template(handed_on, tokenize=False))
-    assert _trained(_ALWAYS_THINKS, held) == _trained(_ALWAYS_THINKS, handed_on) == wanted
-    assert wanted.count("</think>") == 2
+    assert _trained(source, held) == _trained(source, handed_on) == wanted
+    assert wanted.count(marks[1]) == 2

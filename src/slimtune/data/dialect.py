@@ -315,28 +315,17 @@ class Dialect:
         return generation.rfind(opens) > generation.rfind(closes)
 
     @cached_property
-    def _doubles_thoughts(self) -> bool:
-        """Whether a reply that holds its thought itself, in the template's own marks, gets a second, empty one."""
+    def _held_marks(self) -> tuple[str, str] | None:
+        """The marks of thoughts inside replies that aren't left there: the common ones where the template has others,
+        else its own where such a reply would get a second, empty thought; None if it can stay."""
         if self._thoughts is None or not all(self._thoughts[1:3]):
-            return False
+            return None
         _, opens, closes, _ = self._thoughts
+        if closes != _COMMON_THOUGHT[1]:
+            return _COMMON_THOUGHT[:2]
         held = self._try([_ASK, {**_ANSWER, "content": f"{opens}\nqzthought\n{closes}\n\nqzreply"}]) or ""
         handed_on = self._try([_ASK, self._with_thought(_THOUGHTFUL)]) or ""
-        return "qzthought" in held and held.count(closes) > handed_on.count(closes)
-
-    def _thought_taken_out(self, message: Message) -> Message:
-        """A reply that begins with a thought in the template's own marks, with that as its thought."""
-        assert self._thoughts is not None
-        _, opens, closes, _ = self._thoughts
-        content = message.get("content")
-        if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
-            return message
-        inside, found, said = content.lstrip().partition(closes)
-        if not found or not inside.startswith(opens):
-            return message
-        made = {**message, "content": said.lstrip("\n")}
-        thought = inside[len(opens) :].strip()
-        return {**made, "reasoning_content": thought} if thought else made
+        return (opens, closes) if "qzthought" in held and held.count(closes) > handed_on.count(closes) else None
 
     def _with_thought(self, message: Message) -> Message:
         return with_thought(message, self._thoughts[0] if self._thoughts is not None else "keys")
@@ -404,8 +393,8 @@ class Dialect:
         if self._alternates and same_in_a_row(messages):
             messages = merged(messages)
             repairs.append("merged-turns")
-        if self._doubles_thoughts:
-            messages = [self._thought_taken_out(message) for message in messages]
+        if held := self._held_marks:
+            messages = [_thought_taken_out(message, *held) for message in messages]
         if any("reasoning_content" in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
         return messages, tools or None, repairs
@@ -498,6 +487,19 @@ class Dialect:
                 "", f"turn {len(messages)}: the template doesn't end the reply with {end.mark}", "template"
             )
         return Reply(prompt, turn[: ends[-1]], turn[ends[-1] :])
+
+
+def _thought_taken_out(message: Message, opens: str, closes: str) -> Message:
+    """A reply that begins with a thought in these marks, with that as its thought."""
+    content = message.get("content")
+    if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
+        return message
+    inside, found, said = content.lstrip().partition(closes)
+    if not found or not inside.startswith(opens):
+        return message
+    made = {**message, "content": said.lstrip("\n")}
+    thought = inside[len(opens) :].strip()
+    return {**made, "reasoning_content": thought} if thought else made
 
 
 def _behind(empty: str, turn: str) -> str | None:
