@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,42 @@ def test_experts_whose_adapters_are_off_run_as_they_are() -> None:
         torch.testing.assert_close(logits(), off, rtol=1e-4, atol=1e-4)
     model.merge_adapter()
     torch.testing.assert_close(logits(), on, rtol=1e-4, atol=1e-4)
+
+
+def test_other_scales_new_matrices_and_copies_compute_with_their_own() -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    batch = models.pack()
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    fusion = fuse(model)
+
+    def logits(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(**inputs).logits
+
+    def differs_from_unfused() -> float:
+        fused = logits(model)
+        again = deepcopy(model)
+        plain = logits(again)  # a copy computes with its own layers, unfused
+        return float((fused - plain).abs().max() / plain.abs().max())
+
+    before = logits(model)
+    copy = deepcopy(model)
+    for name, parameter in copy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert (logits(copy) - before).abs().max() > 1e-2, "the copy computed with the original's adapter"
+    layer: Any = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.set_scale("default", 5.0)
+    assert differs_from_unfused() < 1e-5
+    assert (logits(model) - before).abs().max() > 1e-3
+    config = model.peft_config["default"]
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    assert differs_from_unfused() < 1e-5
+    fusion.undo()
 
 
 @torch.no_grad()

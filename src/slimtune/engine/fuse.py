@@ -99,10 +99,14 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     own_backbone, own_model = backbone.forward, decoder.model.forward
 
     def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not backbone:  # a deep copy of it, whose layers are its own
+            return type(self).forward(self, *args, **kwargs)
         call = runner.accepts(self, args, kwargs)
         return own_backbone(*args, **kwargs) if call is None else runner.backbone(call)
 
     def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not decoder.model:
+            return type(self).forward(self, *args, **kwargs)
         call = runner.accepts(self, args, kwargs) if kwargs.get("fused_lm_head") else None
         return own_model(*args, **kwargs) if call is None else runner.with_head(call, kwargs)
 
@@ -157,7 +161,7 @@ class _Runner:
         self._layers: dict[torch.dtype, list[LayerComputation | None]] = {}
         self._tables: dict[torch.dtype, tuple[int, dict[Rotary, RotaryTable]]] = {}
         around = [part.wrapper for parts in (decoder.linears(), decoder.stacks()) for part in parts]
-        self._active = [(each, list(each.active_adapters)) for each in around if hasattr(each, "active_adapters")]
+        self._adapters = [(each, _adapters_of(each)) for each in around if hasattr(each, "active_adapters")]
 
     # -- what is computed ---------------------------------------------------------------------------------------------
 
@@ -199,8 +203,8 @@ class _Runner:
     def _adapters_active(self) -> bool:
         """Whether the adapters that were read are still those that the model computes with."""
         return not any(
-            layer.disable_adapters or layer.merged_adapters or list(layer.active_adapters) != active
-            for layer, active in self._active
+            layer.disable_adapters or layer.merged_adapters or _adapters_of(layer) != before
+            for layer, before in self._adapters
         )
 
     def _dtype(self) -> torch.dtype:
@@ -318,6 +322,16 @@ class _Runner:
         count = kwargs.get("num_items_in_batch")
         count = mask.sum().clamp(min=1) if count is None else count
         return HeadOutput(loss=-spread["log_probs"].sum() / count, **spread, label_mask=mask, aux_loss=None)
+
+
+def _adapters_of(layer: Any) -> list[tuple[object, ...]]:
+    """What a PEFT layer computes with: its active adapters, their matrices and scalings."""
+    return [
+        (key, id(layer.lora_A[key].weight), id(layer.lora_B[key].weight), layer.scaling[key])
+        if key in layer.lora_A
+        else (key,)
+        for key in layer.active_adapters
+    ]
 
 
 def _documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
