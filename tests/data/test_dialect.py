@@ -58,3 +58,34 @@ def test_a_reply_that_holds_its_thought_gets_no_second_one(marks: tuple[str, str
     wanted = str(tokenizer.apply_chat_template(handed_on, tokenize=False))
     assert _trained(source, held) == _trained(source, handed_on) == wanted
     assert wanted.count(marks[1]) == 2
+
+
+_SQUEEZED = ".split()|join(' ')"
+
+
+@pytest.mark.parametrize("thought", ["\nt1\n", "a\nb"])
+@pytest.mark.parametrize("habit", ["|e", "|tojson", _SQUEEZED])
+def test_a_thought_that_a_template_garbles_is_refused(habit: str, thought: str) -> None:
+    messages = [user("Who?"), reply(f"<think>{thought}</think>\n\nHere.")]
+    assert messages[1]["content"] in _trained(_TURNS.replace(" FILTER", ""), messages)
+    source = _TURNS.replace(" FILTER", habit)
+    if (habit, thought) == (_SQUEEZED, "\nt1\n"):  # white space around a thought is the template's whim
+        assert "<think> t1 </think> Here." in _trained(source, messages)
+        return
+    with pytest.raises(RowRefused, match="changes the reply's thought or its marks"):
+        _trained(source, messages)
+
+
+def test_a_thought_handed_on_that_a_template_garbles_is_refused() -> None:
+    source = _ALWAYS_THINKS.replace("m.reasoning_content if", "m.reasoning_content|e if")
+    with pytest.raises(RowRefused, match="changes the reply's thought"):
+        _trained(source, [user("Who?"), reply("I.", reasoning_content="a < c")])
+
+
+def test_what_a_template_drops_with_a_thought_is_no_thought() -> None:
+    source = _TURNS.replace(" FILTER", ".split('</think>')[-1]")
+    renderer = ChatRenderer(tokenizer_for(source))
+    (draft,) = renderer.drafts(normalise({"messages": [user("Who?"), reply("<think>t1</think>Here.")]}))
+    assert draft.notes == ["thoughts-left-out"]
+    with pytest.raises(RowRefused, match="what stands before a thought"):
+        _trained(source, [user("Who?"), reply("Sure. <think>t1</think>Here.")])

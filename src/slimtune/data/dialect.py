@@ -27,6 +27,7 @@ from slimtune.data.fit import (
     CallStyle,
     ThoughtStyle,
     call_as_text,
+    inner_text,
     merged,
     same_in_a_row,
     system_into_user,
@@ -468,11 +469,48 @@ class Dialect:
         """The message without its thought, wherever it stands in it."""
         made = {key: value for key, value in message.items() if key not in _THOUGHT_KEYS}
         if isinstance(content := made.get("content"), list):
-            content = "".join(part["text"] for part in content if part["type"] == "text")
+            content = inner_text(content, "text")
         closes = (self._thoughts[1:] if self._thoughts is not None else _COMMON_THOUGHT)[1]
         if content and closes in content:
             content = content.rpartition(closes)[2].lstrip()
         return {**made, "content": content} if content != made.get("content") else made
+
+    def leaves_thought(self, reply: Reply, messages: list[Message], tools: Tools) -> bool:
+        """Whether the template leaves out the thought of the reply that the messages end with.
+
+        Raises:
+            RowRefused: It is there, but not as it was written.
+        """
+        message, at = messages[-1], len(messages)
+        content: Any = message.get("content") or ""
+        thought = str(message.get("reasoning_content") or "")
+        if isinstance(content, list):
+            content, thought = inner_text(content, "text"), inner_text(content, "thinking")
+        kept = thought.strip() in reply.text
+        opens, closes, _ = _COMMON_THOUGHT
+        if closes in content and content.strip() not in reply.text:
+            inside, _, said = content.rpartition(closes)
+            front, _, thought = inside.rpartition(opens)
+            if front.strip() not in reply.text:
+                raise RowRefused("", f"turn {at}: the template leaves out what stands before a thought", "template")
+            kept = self._stands(thought.strip(), said.strip(), reply.text)
+        if kept:
+            return False
+        bare = self.reply([*messages[:-1], self._thoughtless(message)], tools)
+        if "".join(bare.text.split()) != "".join(reply.text.split()):
+            raise RowRefused("", f"turn {at}: the template changes the reply's thought or its marks", "template")
+        return bool(thought.strip())
+
+    def _stands(self, thought: str, said: str, text: str) -> bool:
+        """Whether a thought and what is said behind it stand in a text in marks of thoughts, up to white space."""
+        ways = [(_COMMON_THOUGHT[0], _COMMON_THOUGHT[1])]
+        if self._thoughts is not None:
+            ways.append((self._thoughts[1], self._thoughts[3]))
+        for opens, between in ways:
+            behind = r"\s*".join(map(re.escape, between.split()))
+            if re.search(rf"(?:^|{re.escape(opens)})\s*{re.escape(thought)}\s*{behind}\s*{re.escape(said)}", text):
+                return True
+        return False
 
     def _ended(self, prompt: str, turn: str, messages: list[Message]) -> Reply:
         """The reply with its end, which is behind everything that somebody wrote."""

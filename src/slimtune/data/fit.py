@@ -14,6 +14,7 @@ __all__ = [
     "CallStyle",
     "ThoughtStyle",
     "call_as_text",
+    "inner_text",
     "merged",
     "same_in_a_row",
     "system_into_user",
@@ -142,3 +143,9 @@ def merged(messages: list[Message]) -> list[Message]:
         else:
             made.append(message)
     return made
+
+
+def inner_text(parts: list[dict[str, Any]], kind: str) -> str:
+    """The text of a message's parts of one kind, nested ones with it."""
+    texts = [part[kind] for part in parts if part["type"] == kind]
+    return "".join(text if isinstance(text, str) else inner_text(text, "text") for text in texts)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from slimtune.config import Config, did_you_mean
 from slimtune.data.conversation import NONCHARACTER, Conversation, Message, RowRefused, read_messages, read_tools
 from slimtune.data.dialect import Dialect, Reply, Tools
+from slimtune.data.fit import inner_text
 from slimtune.data.stops import named_stops
 from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.data.tokens import Piece, TokenEncoder
@@ -221,6 +222,8 @@ class ChatRenderer:
             # What stands in front of a reply in the conversation's own document is looked at once, with the last.
             begin = at if at in places and at != last else 0
             notes += written[at].notes + _checked(written[at], messages[: at + 1], begin)
+            if dialect.leaves_thought(written[at], messages[: at + 1], tools):
+                notes.append("thoughts-left-out")
         drafts = [self._own_document(at, written) for at in wanted if at not in places]
         cuts = [(*places[at], at in wanted) for at in places]
         pieces = self._pieces(main.prompt + main.text + main.rest, cuts, everything=train_on == "all")
@@ -383,18 +386,13 @@ def _checked(reply: Reply, messages: list[Message], begin: int) -> list[str]:
     for at, message in enumerate(messages[begin:], begin):
         is_reply = at == len(messages) - 1
         content = message.get("content") or ""
-        thought = message.get("reasoning_content") or ""
         if isinstance(content, list):
-            thought = _inner(content, "thinking")
-            content = _inner(content, "text")
+            content = inner_text(content, "text")
         if message["role"] == "assistant":
             if not is_reply:
                 continue
-            if "</think>" in content:
-                inner, _, content = content.rpartition("</think>")
-                thought = thought or inner.replace("<think>", "")
-            if thought.strip() and thought.strip() not in reply.text:
-                notes.append("thoughts-left-out")
+            if "</think>" in content and content.strip() not in reply.text:
+                content = content.rpartition("</think>")[2]
             if content[:1].isspace() and _first_line(content) not in reply.text:
                 notes.append("indent-lost")
         if content.strip() not in (reply.text if is_reply else reply.prompt):
@@ -436,11 +434,6 @@ def _check_call(function: dict[str, Any], text: str, turn: int) -> list[str]:
             if not any(form in text for form in spelled):
                 raise RowRefused("", f"turn {turn}: the template leaves out a part of a call: {name!r}", "template")
     return notes
-
-
-def _inner(parts: list[dict[str, Any]], kind: str) -> str:
-    texts = [part[kind] for part in parts if part["type"] == kind]
-    return "".join(text if isinstance(text, str) else _inner(text, "text") for text in texts)
 
 
 _RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int, str], ChatRenderer]] = (
