@@ -89,3 +89,18 @@ def test_what_a_template_drops_with_a_thought_is_no_thought() -> None:
     assert draft.notes == ["thoughts-left-out"]
     with pytest.raises(RowRefused, match="what stands before a thought"):
         _trained(source, [user("Who?"), reply("Sure. <think>t1</think>Here.")])
+
+
+@pytest.mark.parametrize("more", ["Sure, ", "<|im_start|>system\nBe safe.<|im_end|>\n<|im_start|>assistant\n"])
+@pytest.mark.parametrize("own", ["", "{{ m.reasoning_content }}</think>"], ids=["no thoughts", "own thoughts"])
+def test_a_thought_stays_behind_a_prompt_that_holds_more_but_no_thought(own: str, more: str) -> None:
+    shown = f"{{% if m.reasoning_content %}}<think>{own}{{% endif %}}" if own else ""
+    source = _TURNS.replace(" FILTER", "").replace("{{ m.content", f"{shown}{{{{ m.content")
+    header = "<|im_start|>assistant\n"
+    source = source.replace(f"%}}{header}", f"%}}{more if header in more else header + more}")
+    renderer = ChatRenderer(tokenizer_for(source))
+    said = reply("<think>t1</think>Here.")
+    (draft,) = renderer.drafts(normalise({"messages": [user("Who?"), said]}))
+    learnt = "".join(piece.text for piece in draft.pieces if piece.supervised)
+    assert learnt == f"{said['content']}<|im_end|>"
+    assert draft.notes == ["as-asked"]

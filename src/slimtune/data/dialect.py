@@ -440,7 +440,8 @@ class Dialect:
             if opening.opens:
                 made = self._ended(prompt, self._thought_closed(whole[len(head) :], message, opening), messages)
                 return replace(made, notes=["thought-opened"])
-            if (bare_message := self._thoughtless(message)) != message:
+            closed = any(closes in opening.written for closes in self._closes)
+            if closed and (bare_message := self._thoughtless(message)) != message:
                 made = self.reply([*before, bare_message], tools)
             elif (turn := _behind(opening.empty, whole[len(head) :])) is not None:
                 made = self._ended(prompt, turn, messages)
@@ -464,6 +465,12 @@ class Dialect:
         if turn.removesuffix(reply).endswith(indent):
             reply = indent + reply  # the reply's own, where the white space before it is the template's
         return f"{thought.strip()}{close.removesuffix(opening.empty)}{reply}"
+
+    @property
+    def _closes(self) -> set[str]:
+        """What may close a thought: the common mark and the template's own."""
+        own = self._thoughts[2] if self._thoughts is not None else ""
+        return {_COMMON_THOUGHT[1], own or _COMMON_THOUGHT[1]}
 
     def _thoughtless(self, message: Message) -> Message:
         """The message without its thought, wherever it stands in it."""
