@@ -104,3 +104,10 @@ def test_a_thought_stays_behind_a_prompt_that_holds_more_but_no_thought(own: str
     learnt = "".join(piece.text for piece in draft.pieces if piece.supervised)
     assert learnt == f"{said['content']}<|im_end|>"
     assert draft.notes == ["as-asked"]
+
+
+def test_a_reply_that_goes_on_behind_an_end_mark_is_refused() -> None:
+    twice = "{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>\n{% endif %}{{ m.content"
+    source = _TURNS.replace(" FILTER", "").replace("{{ m.content", twice)
+    with pytest.raises(RowRefused, match="an end mark \\(<\\|im_end\\|>\\) stands inside the reply"):
+        _trained(source, [user("Who?"), reply("I.")])

@@ -482,6 +482,21 @@ class Dialect:
             content = content.rpartition(closes)[2].lstrip()
         return {**made, "content": content} if content != made.get("content") else made
 
+    def check_end(self, reply: Reply, turn: int) -> None:
+        """Check that nothing inside a reply stops the model before its end.
+
+        Raises:
+            RowRefused: An end mark stands there, and the template goes on behind it.
+        """
+        ends, controls = self.end_marks, self._encoder.controls
+        found = [f[0] for f in self._encoder.pattern.finditer(reply.text) if f.end() < len(reply.text)]
+        between = self._thoughts[3] if self._thoughts is not None else ""
+        for mark in dict.fromkeys(found):
+            stops = mark in ends or controls[mark] in self._stops
+            if stops and found.count(mark) > between.count(mark):  # some close a thought with it (Solar Open)
+                what = f"an end mark ({mark}) stands inside the reply, where the model would stop"
+                raise RowRefused("", f"turn {turn}: {what}", "template")
+
     def leaves_thought(self, reply: Reply, messages: list[Message], tools: Tools) -> bool:
         """Whether the template leaves out the thought of the reply that the messages end with.
 
