@@ -489,7 +489,9 @@ class Dialect:
             RowRefused: An end mark stands there, and the template goes on behind it.
         """
         ends, controls = self.end_marks, self._encoder.controls
-        found = [f[0] for f in self._encoder.pattern.finditer(reply.text) if f.end() < len(reply.text)]
+        pattern, text = self._encoder.pattern, reply.text
+        # Where marks alone follow, nothing is lost by stopping at the first (Apriel's <|end|></s>).
+        found = [f[0] for f in pattern.finditer(text) if pattern.sub("", text[f.end() :]).strip()]
         between = self._thoughts[3] if self._thoughts is not None else ""
         for mark in dict.fromkeys(found):
             stops = mark in ends or controls[mark] in self._stops
