@@ -56,8 +56,13 @@ def test_refused_data_is_shown_and_exits_with_2(run_here: RunHere, rows: Path) -
 
 
 def test_mistakes_are_one_message(run_here: RunHere, rows: Path) -> None:
+    model = rows.with_name("model")
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
     for words, message in (
         ([], "no data given"),
+        ([str(model), str(rows)], "That is a model: --model"),
         ([str(rows.with_name("rowz.jsonl")), "--model", "smollm2-135m"], "Did you mean"),
         ([str(rows), "--model", "smollm2-135m", "--overlong", "cut"], "'drop', 'error', 'split', 'keep-end'"),
         ([str(rows), "--model", "smollm2-135m", "--map", "output"], "It is written name=value."),

@@ -107,3 +107,15 @@ def test_rows_left_out_as_asked_count_as_dropped_but_stop_no_run(
     for number in range(3):
         ids, mask = proof.train[number]
         assert tokenizer.decode(ids[mask]).startswith(f"It is {2 * number}.")
+
+
+def test_two_replies_of_which_none_is_named_better_are_not_advised_to_be_preferred(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "arena.jsonl"
+    file.write_text(json.dumps({"conversation_a": [ASK, GOOD], "conversation_b": [ASK, BAD], "winner": "model_a"}))
+    with pytest.raises(UserError, match="which is better isn't read") as refused:
+        prove(Config.make(data=str(file)), tokenizer)
+    assert "Mend the rows" in str(refused.value.way_out)
+    assert "--prefer" not in str(refused.value)

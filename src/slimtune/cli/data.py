@@ -23,6 +23,12 @@ __all__ = ["command"]
 _SHOWN_CHARACTERS = 1500
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether a model with its tokenizer lies there."""
+    tokenizers = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in tokenizers)
+
+
 @click.command()
 @click.argument("data", nargs=-1)
 @click.option("--model", help="The model whose tokenizer and chat template are used  [Qwen/Qwen1.5-1.8B-Chat]")
@@ -54,6 +60,9 @@ def command(
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     if not config.data:
         raise UserError("no data given", way_out="slimtune data DATA --model MODEL")
+    for name in config.data:
+        if _is_model(Path(name).expanduser()):
+            raise UserError(f"data {name} is a folder without rows", way_out=f"That is a model: --model {name}")
 
     # Here, as they load torch, and --help is to answer at once.
     with fast_imports():

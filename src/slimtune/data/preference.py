@@ -68,7 +68,8 @@ def chosen_row(value: Mapping[str, Any], prefer: str | None) -> Mapping[str, Any
             return {key: item for key, item in value.items() if key != worse}
     for first, second in _UNRANKED:
         if first in value and second in value:
-            _need_choice(None, f"two replies, {first!r} and {second!r}", ": keep the better one in a column of its own")
+            what = f"two replies, {first!r} and {second!r}, and which is better isn't read"
+            raise RowRefused("", f"preference data ({what}): keep the better one, without the other", "unranked")
     output = value.get("output")
     if isinstance(value.get("instruction"), str) and isinstance(output, list) and len(output) > 1:
         _need_choice(prefer, "a list of replies in 'output', the best first")
@@ -76,9 +77,9 @@ def chosen_row(value: Mapping[str, Any], prefer: str | None) -> Mapping[str, Any
     return value
 
 
-def _need_choice(prefer: str | None, found: str, way_out: str = ": --prefer chosen takes the better one") -> None:
+def _need_choice(prefer: str | None, found: str) -> None:
     if prefer is None:
-        raise RowRefused("", f"preference data ({found}){way_out}", "preference")
+        raise RowRefused("", f"preference data ({found}): --prefer chosen takes the better one", "preference")
 
 
 def _label(value: Mapping[str, Any]) -> tuple[str, bool] | None:

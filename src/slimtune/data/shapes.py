@@ -440,8 +440,13 @@ def unknown_shape(value: Mapping[str, Any]) -> RowRefused:
     texts.pop("id", None)
     if len(texts) == 1:
         return RowRefused("", f"{what}; as raw text: {_flag('text', *texts.values())}")
+    for name in _SYSTEM:
+        texts.pop(name.lower(), None)  # neither question nor reply
     if not texts:
         return RowRefused("", what)
+    if len(texts) == 1 and (said := next(iter(texts))) in _TURN_LISTS:
+        turns = f"{texts[said]!r} is one text of several turns; write them as a list 'messages' of role and content"
+        return RowRefused("", f"{what}: {turns}")
     asked = next((texts.pop(name) for name in _QUESTIONS if name in texts), None)
     reply = next((texts.pop(name) for name in _REPLIES if name in texts), None)
     extra = next((texts.pop(name) for name in _EXTRA if name in texts), None) if asked or reply else None
