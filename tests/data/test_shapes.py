@@ -307,3 +307,15 @@ def test_keys_of_turns_that_are_not_read_are_named() -> None:
     )
     normalise({"conversations": [*turns(Q), {**turns(A)[0], "score": 4}]}, unread=unread)
     assert unread == {"messages: mask": 1, "conversations: score": 1}
+
+
+def test_the_name_of_a_speaker_is_not_read_and_that_of_a_tool_is() -> None:
+    unread: Counter[str] = Counter()
+    result = {"role": "tool", "name": "f", "content": "1"}
+    row = call({})
+    row["messages"] = [*row["messages"][:2], result, {"role": "assistant", "content": "One."}]
+    assert normalise(row, unread=unread).messages[2]["name"] == "f"
+    assert not unread
+    row["messages"][0] |= {"name": "Ann"}
+    assert "name" not in normalise(row, unread=unread).messages[0]
+    assert unread == {"messages: name": 1}

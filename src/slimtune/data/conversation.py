@@ -80,10 +80,10 @@ _ROLES = {
 }  # fmt: skip
 
 _TURN_KEYS = frozenset({
-    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name", "id", "refusal",
+    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "id", "refusal",
     "reasoning_content", "thinking", "reasoning", "weight", "train", "loss", "loss_weight", "channel",
 })  # fmt: skip
-"""What is read of a turn, or names it."""
+"""What is read of a turn, or names it; beside these a tool's ``name``."""
 
 NONCHARACTER = "\ufdd0"
 """What the renderer marks text with; it is taken out of what people write."""
@@ -188,7 +188,10 @@ def _unread_of_turns(row: Mapping[str, Any]) -> set[str]:
     name = next((name for name in ("messages", "conversations", "conversation") if name in row), "")
     for turn in row[name] if isinstance(row.get(name), list) else ():
         if isinstance(turn, dict) and len(turn) > 2:
-            made |= {f"{name}: {key}" for key in turn.keys() - _TURN_KEYS if turn[key] not in (None, "", [], {})}
+            keys = turn.keys() - _TURN_KEYS
+            if _ROLES.get(str(turn.get("role", turn.get("from"))).strip().lower()) == "tool":
+                keys -= {"name"}
+            made |= {f"{name}: {key}" for key in keys if turn[key] not in (None, "", [], {})}
     return made
 
 
