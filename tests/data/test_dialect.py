@@ -111,3 +111,13 @@ def test_a_reply_that_goes_on_behind_an_end_mark_is_refused() -> None:
     source = _TURNS.replace(" FILTER", "").replace("{{ m.content", twice)
     with pytest.raises(RowRefused, match="an end mark \\(<\\|im_end\\|>\\) stands inside the reply"):
         _trained(source, [user("Who?"), reply("I.")])
+
+
+@pytest.mark.parametrize(("mark", "noted"), [("think", False), ("muse", True)])
+def test_a_thought_that_gets_other_marks_than_the_file_has_is_noted(mark: str, noted: bool) -> None:
+    renderer = ChatRenderer(tokenizer_for(_ALWAYS_THINKS.replace("think>", f"{mark}>")))
+    row = {"messages": [user("Who?"), reply("<think>\nThey ask.\n</think>\n\nI.")]}
+    (draft,) = renderer.drafts(normalise(row))
+    assert ("thought-moved" in draft.notes) is noted
+    (draft,) = renderer.drafts(normalise({"messages": [user("Who?"), reply("I.", reasoning_content="They ask.")]}))
+    assert "thought-moved" not in draft.notes

@@ -373,8 +373,11 @@ class Dialect:
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
-    def fitted(self, messages: list[Message], tools: list[dict[str, Any]]) -> tuple[list[Message], Tools, list[str]]:
-        """Messages and tools as this template takes them, and the repairs that this took.
+    def fitted(
+        self, messages: list[Message], tools: list[dict[str, Any]], notes: list[str]
+    ) -> tuple[list[Message], Tools, list[str]]:
+        """Messages and tools as this template takes them, and the repairs that this took; what else was found goes to
+        the notes.
 
         Raises:
             RowRefused: They can't be brought into that form.
@@ -395,7 +398,9 @@ class Dialect:
             messages = merged(messages)
             repairs.append("merged-turns")
         if held := self._held_marks:
-            messages = [_thought_taken_out(message, *held) for message in messages]
+            before, messages = messages, [_thought_taken_out(message, *held) for message in messages]
+            if messages != before and self._thoughts is not None and held[1] != self._thoughts[2]:
+                notes.append("thought-moved")
         if any("reasoning_content" in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
         return messages, tools or None, repairs

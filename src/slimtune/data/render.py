@@ -37,6 +37,7 @@ NOTES: dict[str, str] = {
     "text-changed": "the template changes the text of a tool's result",
     "python-values": "the template writes null, true or false in a call as Python does (None, True, False)",
     "as-asked": "the template's training text isn't what it asks with: the reply was put behind what it asks with",
+    "thought-moved": "a thought inside a reply (<think>) was written in the template's own marks",
     "thought-opened": "the template's prompt opens a thought that its training text lacks: the thought was written in",
     "own-document": "a reply became a document of its own: the template renders it differently once turns follow",
     "unsupervised-reply": "a reply is shown, not learnt, as the row says (weight: 0, train: false, loss: false)",
@@ -299,7 +300,7 @@ class ChatRenderer:
         if not self.manner.allow_control_tokens:
             messages = [dialect.guard.message(message, notes) for message in messages]
             tools = [dialect.guard.value(tool, False, notes) for tool in tools]
-        messages, fitting, repairs = dialect.fitted(messages, tools)
+        messages, fitting, repairs = dialect.fitted(messages, tools, notes)
         conversation.repairs.extend(name for name in dict.fromkeys(repairs) if name not in conversation.repairs)
         return dialect, messages, fitting
 
