@@ -487,13 +487,14 @@ class Dialect:
             content = content.rpartition(closes)[2].lstrip()
         return {**made, "content": content} if content != made.get("content") else made
 
-    def check_end(self, reply: Reply, turn: int) -> None:
+    def check_end(self, reply: Reply, turn: int, *, calls: bool) -> None:
         """Check that nothing inside a reply stops the model before its end.
 
         Raises:
             RowRefused: An end mark stands there, and the template goes on behind it.
         """
-        ends, controls = self.end_marks, self._encoder.controls
+        # What ends text may part it from calls (GigaChat 3), unless the model is said to stop there.
+        ends, controls = () if calls else self.end_marks, self._encoder.controls
         pattern, text = self._encoder.pattern, reply.text
         # Where marks alone follow, nothing is lost by stopping at the first (Apriel's <|end|></s>).
         found = [f[0] for f in pattern.finditer(text) if pattern.sub("", text[f.end() :]).strip()]

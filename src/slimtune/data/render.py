@@ -224,7 +224,7 @@ class ChatRenderer:
             begin = at if at in places and at != last else 0
             notes += written[at].notes + _checked(written[at], messages[: at + 1], begin)
             if not self.manner.allow_control_tokens:  # else the row may say so itself
-                dialect.check_end(written[at], at + 1)
+                dialect.check_end(written[at], at + 1, calls="tool_calls" in messages[at])
             if dialect.leaves_thought(written[at], messages[: at + 1], tools):
                 notes.append("thoughts-left-out")
         drafts = [self._own_document(at, written) for at in wanted if at not in places]
