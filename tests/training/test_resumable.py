@@ -42,7 +42,11 @@ class At(TrainerCallback):
 
 
 def stop_at(run: Any, step: int) -> Any:
-    run.add_callback(At(step, lambda **_: setattr(run.safety.signals, "requested", signal.SIGTERM)))
+    def ask(**_: Any) -> None:
+        run.safety.signals.defer()  # as the step does, a moment later: before it a signal ends the run where it is
+        run.safety.signals.requested = signal.SIGTERM
+
+    run.add_callback(At(step, ask))
     return run
 
 
