@@ -43,7 +43,8 @@ def edit(adapter: Path, **values: Any) -> None:
 
 
 def test_it_opens(adapter: Path) -> None:
-    attach_adapter(base(), adapter)
+    names = [name for name, _ in attach_adapter(base(), adapter).named_parameters()]
+    assert any("lora_A" in name for name in names)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_what_does_not_say_which_reply_answers_what_stays_refused(row: dict[str,
     ],
 )
 def test_labels_of_other_kinds_are_no_preference(row: dict[str, Any]) -> None:
-    normalise(row)
+    assert normalise(row)
 
 
 def test_rows_left_out_as_asked_count_as_dropped_but_stop_no_run(
