@@ -274,6 +274,7 @@ def mutated(content: bytes, changes: list[tuple[str, float, int, int]]) -> bytes
 
 
 @many
+@example(kind="arrow", changes=[("double", 0.25, 0, 2), ("delete", 0.25, 190, 9), ("double", 0.88, 0, 2)])  # huge size
 @given(st.sampled_from(sorted(GOOD)), st.lists(mutation, min_size=1, max_size=4))
 def test_mutated_files(
     folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, changes: list[tuple[str, float, int, int]]

@@ -428,15 +428,41 @@ def _wide(step: Callable[[], list[str] | None]) -> Callable[[], list[str] | None
     return call
 
 
+class _Within(io.RawIOBase):
+    """A file that is asked for no more than it has: Python sets aside whatever size a damaged one declares."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
+
+
 def _table_file(stream: IO[bytes], label: str, kind: str) -> Iterator[Row]:
+    file = _Within(stream)
     try:
-        yield from table_rows(_parquet(stream) if kind == "parquet" else _arrow(stream), label)
+        yield from table_rows(_parquet(file) if kind == "parquet" else _arrow(file), label)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data {label} can't be read as {kind}: {first}", way_out="Get the file again.") from None
 
 
-def _parquet(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
+def _parquet(stream: io.RawIOBase) -> Iterator[pa.RecordBatch]:
     """Batches of at most :data:`_BATCH` rows; of fewer where one value may be large, for a dictionary's value is
     written once and unpacked for every row that names it."""
     file = pq.ParquetFile(stream)
@@ -447,7 +473,7 @@ def _parquet(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
     yield from file.iter_batches(batch_size=max(1, min(_BATCH, 16 * ROW_LIMIT // max(1, largest))))
 
 
-def _arrow(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
+def _arrow(stream: io.RawIOBase) -> Iterator[pa.RecordBatch]:
     """Arrow has two forms: a file (feather), and a stream, which the datasets library saves.
 
     Both are taken as they lie on the disk: without a look at all of a batch, a broken one ends the process.
