@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from slimtune.run.quiet import upstream_to_log
 from slimtune.serve import log
 from slimtune.serve.log import seldom
 
 
-def test_what_repeats_is_written_once_and_then_with_its_count(tmp_path: Path, monkeypatch: object) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The log's clock. Python's own goes on: an event loop that sees it set back sleeps for as long as that."""
+    now = [0.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_what_repeats_is_written_once_and_then_with_its_count(tmp_path: Path, clock: list[float]) -> None:
     file = tmp_path / "log.txt"
-    clock = [0.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
     said = logging.getLogger("somebody")
     with upstream_to_log(file), seldom():
         for number in range(1000):
@@ -34,10 +43,8 @@ def test_what_repeats_is_written_once_and_then_with_its_count(tmp_path: Path, mo
     ]
 
 
-def test_the_count_is_said(tmp_path: Path, monkeypatch: object) -> None:
+def test_the_count_is_said(tmp_path: Path, clock: list[float]) -> None:
     file = tmp_path / "log.txt"
-    clock = [0.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
     with upstream_to_log(file), seldom():
         for number in range(2001):
             clock[0] = number / 20
