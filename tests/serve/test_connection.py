@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,16 +14,17 @@ from urllib.parse import urlsplit
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.serve.connection import Places, places
+from slimtune.serve.connection import Places, _home, places
 from slimtune.serve.limits import Limits
 from tests.serve.conftest import Served
-from tests.serve.test_api import until
+from tests.serve.test_api import answer, until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def opened(served: Served) -> socket.socket:
-    made = socket.create_connection(urlsplit(served.url).netloc.split(":"), timeout=20)
+def opened(served: Served, own: str = "127.0.0.1") -> socket.socket:
+    made = socket.create_connection(urlsplit(served.url).netloc.split(":"), timeout=20, source_address=(own, 0))
     made.settimeout(20)
     return made
 
@@ -33,10 +36,17 @@ def strict(serving: Callable[..., Any]) -> Iterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def small(serving: Callable[..., Any]) -> Iterator[Served]:
+    """A server with few places, and time."""
+    with serving(Limits(head_seconds=60, connections=8)) as served:
+        yield served
+
+
 @contextlib.contextmanager
-def many(served: Served, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+def many(served: Served, count: int, sent: bytes, own: str = "127.0.0.1") -> Iterator[list[socket.socket]]:
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(opened(served)) for _ in range(count)]
+        made = [stack.enter_context(opened(served, own)) for _ in range(count)]
         for each in made:
             each.sendall(sent)
         yield made
@@ -102,13 +112,71 @@ def test_the_newcomer_gets_the_place_of_the_one_that_waited_longest(strict: Serv
         assert closed(half[0])
 
 
-def test_one_that_is_being_answered_keeps_its_place(strict: Served) -> None:
-    assert until(lambda: not strict.web.server_state.connections)
-    body = HEAD.replace(b"GET /health", b"POST /v1/completions")
-    with many(strict, 8, body + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"):
-        assert until(lambda: sum(one._answering is not None for one in strict.web.server_state.connections) == 8)
-        assert until(lambda: health(strict) == 503)
-    assert until(lambda: health(strict) == 200)
+def asks(connection: socket.socket) -> int:
+    """The status of an answer, after which the connection stays."""
+    connection.sendall(HEAD + b"\r\n")
+    head = connection.recv(65536)
+    while not head.endswith(b"}"):
+        head += connection.recv(65536)
+    return int(head.split()[1])
+
+
+def waiting(served: Served) -> Counter[str | None]:
+    return Counter(one._waits_for for one in served.web.server_state.connections)
+
+
+def test_one_that_is_being_answered_keeps_its_place(small: Served) -> None:
+    streams = [answer(small, stream=True) for _ in range(8)]
+    try:
+        for stream in streams:
+            next(stream)
+        assert until(lambda: waiting(small) == {None: 8})
+        assert until(lambda: health(small) == 503)
+    finally:
+        for stream in streams:
+            stream.close()
+    assert until(lambda: health(small) == 200)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /half", POST + b"Content-Length: 50\r\n\r\n{"], ids=["nothing", "half a head", "half a body"]
+)
+def test_many_that_never_ask_cost_those_nothing_that_have_asked(small: Served, sent: bytes) -> None:
+    with contextlib.closing(opened(small)) as kept:
+        assert asks(kept) == 200
+        with many(small, 100, sent) as half:
+            assert until(lambda: waiting(small) == {"ask": 7, "ask again": 1})
+            assert closed(half[0])
+            assert asks(kept) == 200
+
+
+def test_many_that_have_asked_cost_a_newcomer_nothing(small: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            assert asks(stack.enter_context(opened(small))) == 200
+        quiet = [stack.enter_context(opened(small)) for _ in range(3)]
+        assert until(lambda: waiting(small) == {"ask": 3, "ask again": 5})
+        assert [asks(each) for each in quiet] == [200] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loopback has one address")
+def test_many_of_one_address_cost_another_nothing(small: Served) -> None:
+    with contextlib.closing(opened(small)) as quiet, many(small, 100, b"GET", "127.0.0.2"):
+        assert until(lambda: Counter(one._home for one in small.web.server_state.connections)["127.0.0.2"] == 7)
+        assert asks(quiet) == 200
+
+
+def test_who_does_not_take_its_answers_makes_room(small: Served) -> None:
+    """Answers to many requests at once, more than the kernel holds for a client that reads none."""
+    with many(small, 8, (HEAD.replace(b"/health", b"/") + b"\r\n") * 3000):
+        assert until(lambda: waiting(small)["take its answer"] == 8)
+        assert health(small) == 200
+
+
+def test_addresses_of_one_network_are_one_clients() -> None:
+    assert _home(("2001:db8::1", 5)) == _home(("2001:db8:0:0:ffff::2", 6)) != _home(("2001:db8:0:1::1", 5))
+    assert _home(("10.0.0.1", 5)) == _home(("10.0.0.1", 6)) != _home(("10.0.0.2", 5))
+    assert _home(None) == ""
 
 
 def test_as_many_connections_as_descriptors_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,20 @@
 
 uvicorn ends a connection that is idle after an answer, and none whose first request never comes whole; its limit of
 concurrency is looked at once a request's head is there. So a client could hold any number of connections for good, and
-with them the process's file descriptors. Here each state of a connection has a time, and where all places are taken the
-one that has waited longest for a request is given up for the newcomer: a client that has something to ask gets in.
+with them the process's file descriptors. Here each state of a connection has a time, and where all places are taken one
+that waits for its client makes room for the newcomer: a client that has something to ask gets in.
+
+Which one, is a matter of what most of the places are taken by. Those that wait are put together by address and by what
+they wait for; the largest group gives up the one of it that has waited longest. So many connections of one client cost
+another client none, and many that never ask cost those none that have asked before, nor the other way round.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,10 +80,14 @@ class Connection(H11Protocol):
     """Most time from there until the answer has been written; and then until the client has taken it."""
     _timer: asyncio.TimerHandle | None = None
     _timed: Any = None
+    _since = 0.0
+    _home = ""
+    _answered = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a place."""
         super().connection_made(transport)
+        self._home = _home(self.client)
         if len(self.connections) > self.most and not self._replaces_another():
             transport.write(_FULL)
             transport.close()
@@ -90,6 +100,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """An answer has been written."""
+        self._answered = True
         super().on_response_complete()
         self._time()
 
@@ -101,8 +112,18 @@ class Connection(H11Protocol):
 
     @property
     def _answering(self) -> Any:
-        """The request that is being answered; None while one is waited for."""
+        """The request that is being answered, or whose body still comes; None while one is waited for."""
         return None if self.cycle is None or self.cycle.response_complete else self.cycle
+
+    @property
+    def _waits_for(self) -> str | None:
+        """What the client has to do next; None while it is the server's turn."""
+        if self.transport.get_write_buffer_size() > 0:
+            return "take its answer"
+        request = self._answering
+        if request is not None and (request.response_started or not request.more_body):
+            return None
+        return "ask again" if self._answered else "ask"
 
     def _time(self) -> None:
         """Set the end of the state that the connection is in, if it is a new one."""
@@ -112,10 +133,11 @@ class Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         seconds = self.head_seconds if state is None else self.answer_seconds
+        self._since = self.loop.time()
         self._timer, self._timed = self.loop.call_later(seconds, self._overdue), state
 
     def _overdue(self) -> None:
-        if self._answering is not None or self.transport.is_closing():
+        if self._answering is not None:
             self.transport.abort()
             return
         # The last answer may still be on its way to a client that takes it slowly.
@@ -123,18 +145,25 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(self.answer_seconds, self.transport.abort)
 
     def _replaces_another(self) -> bool:
-        """Give up the connection that has waited longest for a request, if there is one."""
-        waiting = [
-            other
+        """Give up the longest waiting of the largest group of those that wait for their clients, if there are any."""
+        waiting = {
+            other: (other._home, what)
             for other in self.connections
-            if isinstance(other, Connection) and other._timer is not None and other._answering is None
-        ]
+            if isinstance(other, Connection) and other is not self and (what := other._waits_for) is not None
+        }
         if not waiting:
             return False
-        longest = min(waiting, key=lambda other: other._timer.when() if other._timer is not None else 0.0)
-        self.connections.discard(longest)  # now, for more newcomers may be counted before it is really gone
-        longest.transport.abort()
+        sizes = Counter(waiting.values())
+        given_up = min(waiting, key=lambda other: (-sizes[waiting[other]], other._since))
+        self.connections.discard(given_up)  # now, for more newcomers may be counted before it is really gone
+        given_up.transport.abort()
         return True
+
+
+def _home(client: tuple[str, int] | None) -> str:
+    """Whose a connection is: its address; of IPv6 the network, which is one subscriber's."""
+    address = "" if client is None else client[0]
+    return ipaddress.IPv6Address(address).exploded[:19] if ":" in address else address
 
 
 def connection_type(limits: Limits, most: int) -> type[Connection]:

@@ -35,7 +35,7 @@ class Limits:
     head_seconds: float = 10.0
     """Most time for a request's head to come in, from the connection's beginning or the last answer's end."""
     connections: int = 512
-    """Most connections at a time; over that, the one that has waited longest for a request is given up."""
+    """Most connections at a time; over that, one that waits for its client is given up."""
     cache_tokens: int = 8192
     """Tokens whose keys and values are kept, for each model; never less than one longest request needs."""
 
