@@ -17,7 +17,7 @@ SHORT = Sampling(max_new_tokens=12)
 
 
 def _item(part: str, before: float, after: float) -> Item:
-    return Item(part, f"asked <b>{before}", "reference", "said before", "said & now", before, after)
+    return Item(part, f"asked <b>{before}", "reference", "said before", "said & <script>now", before, after)
 
 
 @pytest.fixture
@@ -64,8 +64,9 @@ def test_counts_rows_and_what_got_worse(made: Comparison) -> None:
 def test_the_page_escapes_what_models_say(made: Comparison) -> None:
     page = made.page()
     assert "asked &lt;b&gt;" in page
-    assert "said &amp; now" in page
+    assert "said &amp; &lt;script&gt;now" in page
     assert "<script" not in page
+    assert "Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">" in page
 
 
 @pytest.mark.parametrize("condition", ["score<0.76", "losses >= 1", "general_change<-0.5"])
