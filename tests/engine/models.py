@@ -16,6 +16,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -44,9 +45,9 @@ from slimtune.base.packed import Nf4Tensor
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
-    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "granite", "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss", "smollm3",
-    "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text", "gemma4-12b",
+    "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss",
+    "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
 )  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
@@ -66,6 +67,13 @@ _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 6
 _WINDOWS: dict[str, Any] = {
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_GEMMA4: dict[str, Any] = {
+    "sliding_window": 7,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 1.5,
 }
 
 
@@ -106,6 +114,9 @@ def family_config(family: str) -> PretrainedConfig:
             return Gemma3TextConfig(**_COMMON, **_WINDOWS, head_dim=32, query_pre_attn_scalar=24,
                 rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}})  # fmt: skip
+        case "gemma4-12b":  # keys are values on full layers, of another head size and another number
+            return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 4}, **_GEMMA4, attention_k_eq_v=True,
+                layer_types=["sliding_attention", "full_attention"] * 2, num_global_key_value_heads=1)  # fmt: skip
         case "glm":
             return GlmConfig(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
         case "glm4":
@@ -166,8 +177,13 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
         # Transformers starts biases at 0 and norms at 1, where a mistake with them would not show.
         if "norm" in name:
             parameter.data.normal_(1.0, 0.3)
+            if family.startswith("gemma4") and "q_norm" in name:
+                parameter.data *= 0.2  # its scores are scaled by nothing else: softmax would be all or nothing
         elif "bias" in name:
             parameter.data.normal_(0.0, 0.3)
+    for name, buffer in model.named_buffers():
+        if "layer_scalar" in name:
+            buffer.uniform_(0.5, 1.5)
     return model
 
 

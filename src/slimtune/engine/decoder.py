@@ -2,7 +2,7 @@
 
 A layer is a list of residual branches. One computes, for the stream s [T, H] (T tokens, H hidden),
 
-    n = norm(s)      y = sum of its blocks of n      s' = s + scale x norm_after(y)
+    n = norm(s)      y = sum of its blocks of n      s' = carry s + scale x norm_after(y)
 
 The base is frozen, so only adapters have weight gradients, and most intermediates are needed for nothing but dx. What a
 layer keeps from its forward is its :class:`Keep` level; the rest is computed again in its backward. The sum s' is left
@@ -87,7 +87,8 @@ class BranchComputation:
             if keep is not None and keep >= Keep.ATTENTION:
                 kept.y, kept.y_rstd = y, y_rstd
             y = added
-        return y if branch.scale == 1.0 else y.mul_(branch.scale), saved.s, kept
+        past = saved.s if branch.carry == 1.0 else saved.s * branch.carry
+        return y if branch.scale == 1.0 else y.mul_(branch.scale), past, kept
 
     def enter(self, x: Tensor, residual: Tensor | None) -> BranchSaved:
         """The stream's sum, normalised into the blocks' input buffers."""
@@ -146,6 +147,8 @@ class BranchComputation:
         if dn is None:
             return None
         over = branch.norm
+        if branch.carry != 1.0:
+            g, own_g = (g.mul_(branch.carry) if own_g else g * branch.carry), True
         if over is None:
             return dn.add_(g)
         assert saved.rstd is not None
@@ -233,8 +236,9 @@ class LayerComputation:
         stream = memory.tokens * self.hidden * self.dtype.itemsize
         inputs = sum(block.columns for block in self.blocks[:-1]) * memory.tokens * self.dtype.itemsize
         after = 2 * stream * any(branch.branch.norm_after is not None for branch in self.branches)
+        carried = stream * any(branch.branch.carry != 1.0 for branch in self.branches)
         work = max(block.working_bytes(memory) for block in self.blocks)
-        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + after + work
+        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + after + carried + work
 
     def _again(self, x: Tensor, on: Pass) -> list[BranchSaved]:
         """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from slimtune.batch import IGNORED
@@ -27,7 +27,6 @@ from slimtune.engine.loss import token_log_probs
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
 from slimtune.engine.weights import Gradients, unpack_for_training
-from slimtune.families.decoders import DECODERS
 
 __all__ = ["Fusion", "fuse"]
 
@@ -141,6 +140,14 @@ class _Call:
 
 
 @dataclass
+class BackboneOutput(BaseModelOutputWithPast):
+    """Everything that one of the models' heads reads off its backbone's output; the hidden states alone are there."""
+
+    router_logits: Any = None
+    shared_kv_states: Any = None
+
+
+@dataclass
 class HeadOutput(ModelOutput):
     """What TRL's trainer reads from a model called with ``fused_lm_head=True`` (TRL 1.15 and 1.16, trainer/utils.py,
     ``FusedCausalLMOutput``): fields over positions [B, S - 1], zero where the label is -100."""
@@ -235,7 +242,7 @@ class _Runner:
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
-    def backbone(self, call: _Call) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
+    def backbone(self, call: _Call) -> BackboneOutput:
         """The backbone's output: last_hidden_state [B, S, H], after the final norm."""
         dtype, backbone = self._dtype(), self.decoder.backbone
         embedded: Tensor = backbone.embed_tokens(call.input_ids)
@@ -266,11 +273,7 @@ class _Runner:
             x = self._own_layer(index, summed, call, masks).flatten(0, 1)
             residual = None
         x = _summed(x, residual)
-        hidden = backbone.norm(x.to(embedded.dtype)).view_as(embedded)
-        # A type that may have experts reads the routers' logits of its backbone's output, dense layers alone or not.
-        mixes = DECODERS[backbone.config.model_type].router is not None
-        made = MoeModelOutputWithPast if mixes else BaseModelOutputWithPast
-        return made(last_hidden_state=hidden)
+        return BackboneOutput(last_hidden_state=backbone.norm(x.to(embedded.dtype)).view_as(embedded))
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
         """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""

@@ -40,7 +40,7 @@ __all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
 EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
 """The optimizers that the engine runs in one launch."""
 
-STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings whose angles depend on the position alone, not on the longest sequence seen."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN = "It trains unfused: engine: plain."
@@ -143,7 +143,12 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
         model=inner,
         backbone=backbone,
         layers=tuple(layers),
-        norm=_norm(backbone.norm, form, scale=_times(config, form.logits_times) / _times(config, form.logits_over)),
+        norm=_norm(
+            backbone.norm,
+            backbone.norm.weight,
+            form,
+            scale=_times(config, form.logits_times) / _times(config, form.logits_over),
+        ),
         embedding_scale=_embedding_scale(inner, config, form),
         softcap=_cap(config, "final_logit_softcapping"),
         unfused=unfused,
@@ -156,7 +161,7 @@ def _foreign(inner: Any, config: Any, form: DecoderForm) -> dict[str, bool]:
     changed = scale != 1.0 or _cap(config, "final_logit_softcapping") is not None
     ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
     return {
-        "layers of different sizes": bool(getattr(config, "is_heterogeneous", False)),
+        "layers of different sizes": getattr(config, "is_heterogeneous", False) and not form.sizes_by_layer,
         f"rotary embedding {', '.join(map(repr, sorted(ropes - STATIC_ROPE)))}": bool(ropes - STATIC_ROPE),
         "dropout on attention weights": bool(getattr(config, "attention_dropout", 0.0)),
         "dropout on what a layer adds": any(
@@ -166,7 +171,7 @@ def _foreign(inner: Any, config: Any, form: DecoderForm) -> dict[str, bool]:
         "an adapter or a bias on the head": not _plain_head(inner),
         # Some classes around a text model leave out what the text model's own class does to logits, some don't.
         f"a text model inside whose config scales or caps logits ({config.model_type})": (
-            changed and inner.config.model_type != config.model_type
+            changed and inner.config.model_type not in (config.model_type, *form.same_inside)
         ),
     }
 
@@ -207,9 +212,9 @@ def _is_bare(module: Any) -> bool:
     return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
 
 
-def _norm(module: Any, form: DecoderForm, *, scale: float = 1.0) -> Norm:
+def _norm(module: Any, weight: Tensor, form: DecoderForm, *, scale: float = 1.0) -> Norm:
     eps = getattr(module, "variance_epsilon", None)
-    return Norm(module, float(module.eps if eps is None else eps), form.norm_offset, form.centred, scale)
+    return Norm(weight, float(module.eps if eps is None else eps), form.norm_offset, form.centred, scale)
 
 
 class _Reader:
@@ -225,48 +230,67 @@ class _Reader:
         Raises:
             CannotFuse: It has something that the engine doesn't compute.
         """
-        branches = tuple(self._branch(branch) for branch in self.form.branches)
+        known = {name for branch in self.form.branches for name in branch.names}
+        for name, part in self.module.named_children():
+            if name not in known and any(True for _ in part.parameters()):
+                raise CannotFuse(f"{self.name} has a {name}, which the engine doesn't compute")
+        *before, last = self.form.branches
+        branches = *(self._branch(branch) for branch in before), self._branch(last, self._layer_times())
         layer = Layer(self.index, self.module, branches)
         for projection in layer.projections:
             if len({adapter.dropout for adapter in projection.adapters}) > 1:
                 raise CannotFuse(f"{self.name} has adapters of different dropout on one input")
         return layer
 
-    def _branch(self, branch: BranchForm) -> Branch:
+    def _layer_times(self) -> float:
+        """What the layer's result is multiplied with; where weights have no values, nothing is computed with it."""
+        times: Any = 1.0 if self.form.layer_times is None else getattr(self.module, self.form.layer_times)
+        return 1.0 if getattr(times, "is_meta", False) else float(times)
+
+    def _branch(self, branch: BranchForm, times: float = 1.0) -> Branch:
+        """A branch; ``times``: what its result is multiplied with, the stream in it."""
         blocks: list[SelfAttention | GatedMlp | Experts] = []
         for name in branch.blocks:
             part = getattr(self.module, name)
             blocks += [self._attention(part)] if name == "self_attn" else self._feed_forward(part, name)
+        after = branch.norm_after
         return Branch(
             norm=None if branch.norm is None else self._norm(self.module, branch.norm),
             blocks=tuple(blocks),
-            norm_after=None if branch.norm_after is None else self._norm(self.module, branch.norm_after),
-            scale=_times(self.config, self.form.residual_times),
+            norm_after=None if after is None else self._norm(self.module, after, scale=times),
+            scale=_times(self.config, self.form.residual_times) * (times if after is None else 1.0),
+            carry=times,
         )
 
-    def _norm(self, parent: Any, name: str) -> Norm:
+    def _norm(self, parent: Any, name: str, *, scale: float = 1.0, like: Tensor | None = None) -> Norm:
+        """A norm; ``like``: what ones are made like where it has no weight of its own."""
         module = getattr(parent, name)
-        if not _is_bare(module) or (self.frozen and module.weight.requires_grad):
+        if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains a norm, which the fused engine keeps frozen")
-        if module.weight.ndim != 1:
-            raise CannotFuse(f"{self.name} has a {name} with other weights for each head")
-        return _norm(module, self.form)
+        weight = getattr(module, "weight", None if like is None else torch.ones_like(like))
+        if weight is None or weight.ndim != 1:
+            raise CannotFuse(f"{self.name} has a {name} with no weight, or other weights for each head")
+        return _norm(module, weight, self.form, scale=scale)
 
     def _attention(self, module: Any) -> SelfAttention:
         if getattr(module, "is_causal", True) is False:
             raise CannotFuse(f"{self.name} sees tokens to come")
-        names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
-        normed = hasattr(module, "q_norm")
+        if getattr(module, "is_kv_shared_layer", False):
+            raise CannotFuse(f"{self.name} takes its keys and values from another layer")
+        normed, keys_are_values = hasattr(module, "q_norm"), getattr(module, "v_proj", module) is None
+        names = ("q_proj", "k_proj") if keys_are_values else ("q_proj", "k_proj", "v_proj")
         head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
         heads = o.in_features // head_dim
-        qkv = self._projection("self_attn", module, names)
-        kv_heads = (qkv.out_features // head_dim - heads) // 2
+        qkv = self._projection("self_attn", module, ("qkv_proj",) if hasattr(module, "qkv_proj") else names)
+        kv_heads = (qkv.out_features // head_dim - heads) // (len(names) - 1)
         if (
-            (heads * head_dim, (heads + 2 * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
+            (heads * head_dim, (heads + (len(names) - 1) * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
             or kv_heads < 1
             or heads % kv_heads
         ):
             raise CannotFuse(f"{self.name} has projections that don't make whole heads of {head_dim}")
+        if keys_are_values and not normed:
+            raise CannotFuse(f"{self.name} takes keys for values, and has no norm that makes two of them")
         window = self._window(module)
         return SelfAttention(
             qkv=qkv,
@@ -279,7 +303,9 @@ class _Reader:
             rotary=self._rotary(head_dim) if self._is_turned(module, window) else None,
             q_norm=self._norm(module, "q_norm") if normed else None,
             k_norm=self._norm(module, "k_norm") if normed else None,
+            v_norm=self._norm(module, "v_norm", like=module.k_norm.weight) if hasattr(module, "v_norm") else None,
             norms_rows=self.form.norms_rows,
+            keys_are_values=keys_are_values,
             softcap=_cap(module, "attn_logit_softcapping") if self.form.caps_scores else None,
         )
 

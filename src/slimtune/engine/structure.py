@@ -1,6 +1,6 @@
 """What the engine computes with: a decoder as layers of residual branches, each of one or more blocks.
 
-    branch:  x += scale x norm_after(block(norm(x)) + …)
+    branch:  x = carry x + scale x norm_after(block(norm(x)) + …)
 
 Descriptions alone: :mod:`slimtune.engine.read` makes them of a model, :mod:`slimtune.engine.blocks` computes them. They
 hold the model's own modules and change nothing. What differs between families stands in the fields.
@@ -119,7 +119,8 @@ class Projection:
 class Norm:
     """A frozen norm over the last dimension."""
 
-    module: Any
+    own: Tensor
+    """Its module's weight [columns]; ones where that has none."""
     eps: float
     offset: float = 0.0
     """What is added to the module's weight before it multiplies: Gemma's norms keep their weights around zero."""
@@ -131,7 +132,7 @@ class Norm:
     @cached_property
     def weight(self) -> Tensor:
         """What multiplies, offset and scale in it; the module's own without them."""
-        own: Tensor = self.module.weight.detach()
+        own = self.own.detach()
         if not self.offset and self.scale == 1.0:
             return own
         return (own.to(torch.promote_types(own.dtype, torch.float32)) + self.offset) * self.scale
@@ -177,8 +178,11 @@ class SelfAttention:
     """Scores are softcap x tanh(score / softcap)."""
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    v_norm: Norm | None = None
     norms_rows: bool = False
-    """q_norm and k_norm go over all heads of a token at once; else over each head."""
+    """The norms go over all heads of a token at once; else over each head."""
+    keys_are_values: bool = False
+    """qkv has no v: the keys as projected are the values too."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -262,13 +266,14 @@ class Experts:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """x += scale x norm_after(sum of its blocks of norm(x))."""
+    """x = carry x + scale x norm_after(sum of its blocks of norm(x))."""
 
     norm: Norm | None
     """None: the blocks take x itself."""
     blocks: tuple[SelfAttention | GatedMlp | Experts, ...]
     norm_after: Norm | None = None
     scale: float = 1.0
+    carry: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,11 @@ class BranchForm:
     norm: str | None = None
     norm_after: str | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return *self.blocks, *(name for name in (self.norm, self.norm_after) if name is not None)
+
 
 @dataclass(frozen=True)
 class RouterForm:
@@ -59,6 +64,12 @@ class DecoderForm:
     """The config's name of what logits are multiplied with."""
     logits_over: str | None = None
     """The config's name of what logits are divided by."""
+    layer_times: str | None = None
+    """The layer's name of what its result is multiplied with, stream and all."""
+    sizes_by_layer: bool = False
+    """The config has other sizes for some layers, which their modules tell as well."""
+    same_inside: tuple[str, ...] = ()
+    """Model types around the text model that do to logits what its own class does."""
     caps_scores: bool = False
     """The attention module's soft cap is applied; Gemma 3 has one that is not."""
     router: RouterForm | None = None
@@ -79,6 +90,13 @@ _GLM4 = (
     BranchForm(("mlp",), "post_attention_layernorm", "post_mlp_layernorm"),
 )
 _BESIDE = (BranchForm(("self_attn", "mlp"), "input_layernorm"),)
+_GEMMA4 = DecoderForm(
+    _AROUND,
+    scaled_embedding=True,
+    layer_times="layer_scalar",
+    sizes_by_layer=True,
+    same_inside=("gemma4", "gemma4_unified"),
+)
 
 DECODERS: dict[str, DecoderForm] = {
     "cohere": DecoderForm(_BESIDE, centred=True, interleaved=True, logits_times="logit_scale"),
@@ -88,6 +106,8 @@ DECODERS: dict[str, DecoderForm] = {
     "gemma": DecoderForm(_BEFORE, norm_offset=1.0, scaled_embedding=True),
     "gemma2": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True, caps_scores=True),
     "gemma3_text": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True),
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "glm": DecoderForm(_BEFORE, interleaved=True),
     "glm4": DecoderForm(_GLM4, interleaved=True),
     "glm4_moe": DecoderForm(_BEFORE, router=RouterForm("sigmoid", wide=True, epsilon=1e-20)),
