@@ -33,6 +33,52 @@ def test_gradients_equal_the_unfused_models(family: str, keep: Keep) -> None:
         assert models.worst_error(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-window", "phi3-partial", "qwen3_moe", "smollm3"])
+def test_rows_padded_on_the_left(family: str) -> None:
+    model = models.add_lora(models.make_base(family))
+    batch = {name: tensor.flip(1) for name, tensor in models.padded().items()}
+    real = batch["attention_mask"]
+    batch["labels"][:, 1:][real[:, :-1] == 0] = -100  # what a pad predicts is nobody's
+    for positions in (None, (real.cumsum(1) - 1).clamp(min=0)):
+        inputs = batch if positions is None else {**batch, "position_ids": positions}
+        loss, expected = models.reference(model, inputs, 40)
+        fusion = fuse(model)
+        found, actual = models.reference(model, inputs, 40)
+        fusion.undo()
+        assert fusion.computed == 1
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert models.worst_error(actual, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_what_a_call_may_ask_for_is_left_to_the_model() -> None:
+    model = models.add_lora(models.make_base("qwen2"))
+    fusion = fuse(model)
+    ids, ones = torch.arange(5, 17)[None], torch.ones(1, 12, dtype=torch.int64)
+    holes = ones.clone()
+    holes[:, 4:6] = 0
+    bounds = torch.tensor([0, 12], dtype=torch.int32)
+    for inputs, reason in (
+        ({"use_cache": True}, "use_cache"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"is_causal": True}, "is_causal"),
+        ({"attention_mask": holes}, "an attention_mask with holes"),
+        ({"attention_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool)}, "attention_mask that is no matrix"),
+        ({"position_ids": ids + 90}, "position_ids of a document that don't count from 0"),
+        ({"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}, "document boundaries without position_ids"),
+    ):
+        model(input_ids=ids, **{"use_cache": False, **inputs})
+        assert fusion.left == {reason: 1}
+        fusion.left.clear()
+    model.config.output_hidden_states = True
+    assert model.get_base_model()(input_ids=ids, use_cache=False).hidden_states is not None
+    model.config.output_hidden_states = False
+    assert fusion.computed == 0
+    model(ids, attention_mask=ones, use_cache=False, logits_to_keep=3)
+    assert fusion.computed == 1
+
+
 @pytest.mark.parametrize("double", [True, False], ids=["double-quant", "plain"])
 def test_an_nf4_base(double: bool) -> None:
     model = models.add_lora(models.quantize(models.make_base("qwen2"), double=double))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.engine.loss import head_loss, head_loss_and_grad, token_log_probs
 from slimtune.engine.structure import Norm
@@ -60,3 +60,25 @@ def test_token_log_probs_equal_autograd_for_any_loss_of_them(chunk: int) -> None
     torch.testing.assert_close(entropy, distribution.entropy())
     assert torch.equal(is_top1, (hidden @ head.T).argmax(-1) == targets)
     torch.testing.assert_close(found, hidden.grad)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_loss_with_the_entropy_has_its_gradient(softcap: float | None) -> None:
+    torch.manual_seed(1)
+    hidden, head = torch.randn(TOKENS, HIDDEN, requires_grad=True), torch.randn(VOCABULARY, HIDDEN)
+    targets, weights = torch.randint(0, VOCABULARY, (TOKENS,)), torch.rand(2, TOKENS)
+
+    def gradient(log_probs: Tensor, entropy: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad((weights[0] * log_probs).sum() + (weights[1] * entropy).sum(), hidden)
+        return found
+
+    log_probs, entropy, _ = token_log_probs(hidden, head, targets, 7, softcap)
+    logits = hidden @ head.T
+    expected = torch.distributions.Categorical(
+        logits=logits if softcap is None else softcap * (logits / softcap).tanh()
+    )
+    alone = torch.autograd.grad(entropy.sum(), hidden, retain_graph=True)
+    torch.testing.assert_close(alone, torch.autograd.grad(expected.entropy().sum(), hidden, retain_graph=True))
+    torch.testing.assert_close(
+        gradient(log_probs, entropy), gradient(expected.log_prob(targets), expected.entropy()), rtol=1e-4, atol=1e-5
+    )

@@ -1,14 +1,17 @@
 """Makes one PEFT-wrapped model instance fast inside anybody's own training script, and can undo it.
 
 Two methods of the instance are shadowed by attributes of the same name: the backbone's ``forward``, and the causal
-language model's where TRL asks it for a fused head. No class and no other model is touched. A call that the engine
-doesn't compute (generation with a cache, hidden states, masks that pad on the left, merged or disabled adapters) goes
-to the model's own method, and so does a layer that can't be fused.
+language model's where a TRL trainer gave it a fused head. No class and no other model is touched. A call that the
+engine doesn't compute (generation with a cache, hidden states, arguments that it doesn't know, merged or disabled
+adapters) goes to the model's own method, and so does a layer that can't be fused. A head that does more than the
+engine's (a temperature, 32 bits, the mean of the logits) stays TRL's, over the fused layers.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +34,20 @@ from slimtune.engine.weights import Gradients, unpack_for_training
 __all__ = ["Fusion", "fuse"]
 
 _HEAD_TOKENS = 1024
+_HEAD_OUTPUTS = frozenset({"log_probs", "entropy", "is_top1"})
 _MIXED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose own layers can be called between fused ones: one mask or two, one rotary table."""
-_REFUSED = (
-    "past_key_values", "cache", "inputs_embeds", "output_hidden_states", "output_attentions", "cache_position",
-)  # fmt: skip
+_KNOWN = frozenset({
+    "input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep",
+    "labels", "shift_labels", "num_items_in_batch", "fused_lm_head",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+})  # fmt: skip
+"""Arguments that are read here, or that concern the head alone. With another one the model's own forward is called."""
+_BOUNDARIES = ("cu_seq_lens_q", "seq_idx")
+"""They repeat what position_ids say."""
+_ABSENT = object()
+_ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a call asks for, or else the config."""
 
 
 @dataclass
@@ -46,10 +58,19 @@ class Fusion:
     fused_layers: int
     unfused: dict[str, str] = field(default_factory=dict)
     """Layers that stay as they are, with the reason."""
+    computed: int = 0
+    """Forward calls that the engine has computed."""
+    left: Counter[str] = field(default_factory=Counter)
+    """Forward calls that it left to the model, by the reason; generation's are among them."""
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _active: bool = field(default=True, repr=False)
 
     def undo(self) -> None:
-        """Give the model its own methods back. Weights and adapters were never changed."""
+        """Give the model its own methods back. Weights and adapters were never changed.
+
+        A method that somebody has wrapped since stays wrapped, and calls the model's own.
+        """
+        self._active = False
         while self._undo:
             self._undo.pop()()
 
@@ -96,18 +117,29 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     runner = _Runner(decoder, keep, decoder.head.device.type == "cpu" if keep_weights is None else keep_weights)
 
     own_backbone, own_model = backbone.forward, decoder.model.forward
+    plain_head = _is_plain_head(own_model)
 
     def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not backbone:  # a deep copy of it, whose layers are its own
             return type(self).forward(self, *args, **kwargs)
+        if not fusion._active:
+            return own_backbone(*args, **kwargs)
         call = runner.accepts(self, args, kwargs)
-        return own_backbone(*args, **kwargs) if call is None else runner.backbone(call)
+        if isinstance(call, str):
+            fusion.left[call] += 1
+            return own_backbone(*args, **kwargs)
+        fusion.computed += 1
+        return runner.backbone(call)
 
     def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not decoder.model:
             return type(self).forward(self, *args, **kwargs)
-        call = runner.accepts(self, args, kwargs) if kwargs.get("fused_lm_head") else None
-        return own_model(*args, **kwargs) if call is None else runner.with_head(call, kwargs)
+        ours = fusion._active and plain_head and kwargs.get("fused_lm_head")
+        call = runner.accepts(self, args, kwargs) if ours else "another head"
+        if isinstance(call, str):
+            return own_model(*args, **kwargs)
+        fusion.computed += 1
+        return runner.with_head(call, kwargs)
 
     for owner, forward in ((backbone, backbone_forward), (decoder.model, model_forward)):
         # generate() checks its arguments against the signature of forward.
@@ -120,11 +152,17 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
 def _shadow(fusion: Fusion, owner: Any, name: str, value: Any) -> None:
     """Set an attribute of one instance, and remember how it was."""
     attributes = vars(owner)
-    if name in attributes:
-        before = attributes[name]
-        fusion._undo.append(lambda: setattr(owner, name, before))
-    else:
-        fusion._undo.append(lambda: delattr(owner, name))
+    before = attributes.get(name, _ABSENT)
+
+    def restore() -> None:
+        if attributes.get(name) is not value:
+            return
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    fusion._undo.append(restore)
     setattr(owner, name, value)
 
 
@@ -134,7 +172,7 @@ class _Call:
 
     input_ids: Tensor
     position_ids: Tensor
-    """[B, S]."""
+    """[B, S], below S."""
     attention_mask: Tensor | None
     documents: Documents
 
@@ -150,11 +188,13 @@ class BackboneOutput(BaseModelOutputWithPast):
 @dataclass
 class HeadOutput(ModelOutput):
     """What TRL's trainer reads from a model called with ``fused_lm_head=True`` (TRL 1.15 and 1.16, trainer/utils.py,
-    ``FusedCausalLMOutput``): fields over positions [B, S - 1], zero where the label is -100."""
+    ``FusedCausalLMOutput``): fields over positions [B, S - 1], zero where the label is -100; None: never asked for."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -172,40 +212,61 @@ class _Runner:
 
     # -- what is computed ---------------------------------------------------------------------------------------------
 
-    def accepts(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """The call's inputs, or None where the model's own forward has to do it."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        use_cache = kwargs.get("use_cache")
-        caches = use_cache if use_cache is not None else (self.decoder.model.config.use_cache and not module.training)
-        odd = len(args) > 1 or caches or any(kwargs.get(name) is not None for name in _REFUSED)
-        odd = odd or bool(kwargs.get("output_router_logits", getattr(module.config, "output_router_logits", False)))
-        if odd or not isinstance(ids, Tensor) or ids.ndim != 2 or not self._adapters_active():
-            return None
+    def accepts(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | str:
+        """The call's inputs, or why the model's own forward has to do it."""
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            return None
-        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
-            return None
+        if len(args) > 1:
+            return "arguments by their place"
+        more = self._asks_for(module, kwargs)
+        if more is not None:
+            return more
+        if not self._adapters_active():
+            return "adapters that are off, merged or others"
+        for name, tensor in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            if not (isinstance(tensor, Tensor) and tensor.ndim == 2) and (tensor is not None or name == "input_ids"):
+                return f"{name} that is no matrix"
+        if ids.numel() == 0:
+            return "no token"
+        if positions is None and any(kwargs.get(name) is not None for name in _BOUNDARIES):
+            return "document boundaries without position_ids"
         rows, length = ids.shape
-        if positions is None or mask is not None:
-            if positions is not None and not self._counts_up(positions, length):
-                return None
-            positions = torch.arange(length, device=ids.device).expand(rows, length)
-            documents = _documents((length,) * rows, ids.device)
-        else:
-            positions = positions.expand(rows, length)
-            starts = torch.ones(rows, length, dtype=torch.bool, device=ids.device)
+        starts = torch.zeros(rows, length, dtype=torch.bool, device=ids.device)
+        starts[:, 0] = True
+        if mask is not None:
+            # The tokens before a row's first real one are a document of their own; those behind its last follow it.
+            real = mask.bool()
+            starts[:, 1:] = real[:, 1:] & ~real[:, :-1]
+            if bool((starts[:, 1:].sum(1) + real[:, 0] > 1).any()):
+                return "an attention_mask with holes"
+        elif positions is not None:
             starts[:, 1:] = positions.diff(dim=1) != 1
-            if bool(positions[starts].any()):  # a document that doesn't count from 0
-                return None
-            begins = torch.nonzero(starts.flatten())[:, 0].cpu()
-            lengths = torch.diff(begins, append=torch.tensor([rows * length]))
-            documents = _documents(tuple(lengths.tolist()), ids.device)
-        return _Call(ids, positions, mask, documents)
+            if bool(positions.expand(rows, length)[starts].any()):
+                return "position_ids of a document that don't count from 0"
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)
+        elif mask is not None and not bool(((positions >= 0) & (positions < length)).all()):
+            return "position_ids beyond the row"
+        begins = torch.nonzero(starts.flatten())[:, 0].cpu()
+        lengths = torch.diff(begins, append=torch.tensor([rows * length]))
+        return _Call(ids, positions.expand(rows, length), mask, _documents(tuple(lengths.tolist()), ids.device))
 
-    @staticmethod
-    def _counts_up(positions: Tensor, length: int) -> bool:
-        return bool((positions == torch.arange(length, device=positions.device)).all())
+    def _asks_for(self, module: Any, kwargs: dict[str, Any]) -> str | None:
+        """What the call wants, or may want, that the engine doesn't compute."""
+
+        def asked(name: str, default: Any) -> Any:
+            value = kwargs.get(name)
+            return default if value is None else value
+
+        if asked("use_cache", self.decoder.model.config.use_cache and not module.training):
+            return "use_cache"
+        if not asked("return_dict", module.config.return_dict):
+            return "a tuple"
+        wanted = (name for name in _ASKED if asked(name, getattr(module.config, name, False)))
+        unknown = (
+            name for name, value in kwargs.items() if name not in _KNOWN and value is not None and value is not False
+        )
+        return next(wanted, None) or next(unknown, None)
 
     def _adapters_active(self) -> bool:
         """Whether the adapters that were read are still those that the model computes with."""
@@ -256,7 +317,7 @@ class _Runner:
                 for kind in self.decoder.scores
             },
             position_ids=call.position_ids.flatten(),
-            tables=self._rotary(call.documents.longest, dtype),
+            tables=self._rotary(call.input_ids.shape[1], dtype),
             # Drawn from torch's own generator, so that a script's seed decides it.
             seed=torch.randint(2**62, (), device=embedded.device) if training else None,
             mlp_tokens=call.input_ids.numel(),
@@ -325,6 +386,20 @@ class _Runner:
         count = kwargs.get("num_items_in_batch")
         count = mask.sum().clamp(min=1) if count is None else count
         return HeadOutput(loss=-spread["log_probs"].sum() / count, **spread, label_mask=mask, aux_loss=None)
+
+
+def _is_plain_head(forward: Any) -> bool:
+    """Whether ``forward`` has a fused head of TRL's that asks for no more than the engine's gives.
+
+    TRL (1.15 and 1.16, trainer/utils.py, ``add_fused_lm_head``) keeps what the trainer asked for in the variables of
+    its function alone; a head whose variables are named otherwise is left to TRL.
+    """
+    asked = inspect.getclosurevars(forward).nonlocals
+    return (
+        asked.get("temperature") == 1
+        and asked.get("cast_lm_head_to_fp32") is False
+        and _HEAD_OUTPUTS.issuperset(asked.get("outputs", ("unknown",)))
+    )
 
 
 def _adapters_of(layer: Any) -> list[tuple[object, ...]]:

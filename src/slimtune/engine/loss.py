@@ -91,23 +91,24 @@ def _normed(x: Tensor, residual: Tensor, final_norm: Norm, rows: Tensor) -> tupl
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log p(target) of each row, differentiable in the hidden states by a gradient made in the forward pass."""
+    """log p(target) and entropy of each row, differentiable in the hidden states.
+
+    The first one's gradient is made in the forward pass; the entropy's, which few losses have, from logits made anew.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, softcap: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         n = hidden.shape[0]
         log_probs, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
         is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
         slopes = torch.empty_like(hidden) if hidden.requires_grad or ctx.needs_input_grad[0] else None
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            logits = torch.mm(hidden[rows], head.t())
-            wide, index = logits.float(), targets[rows, None]
-            bent = None if softcap is None else torch.tanh(wide / softcap)
-            if bent is not None and softcap is not None:
-                wide = bent * softcap
+            wide, slope = _logits(hidden[rows], head, softcap)
+            index = targets[rows, None]
             logsumexp = torch.logsumexp(wide, dim=-1, keepdim=True)
             log_probs[rows] = (wide.gather(1, index) - logsumexp)[:, 0]
             is_top1[rows] = wide.argmax(-1) == targets[rows]
@@ -115,17 +116,37 @@ class _TokenLogProbs(torch.autograd.Function):
             entropy[rows] = logsumexp[:, 0] - torch.linalg.vecdot(p, wide)
             if slopes is not None:
                 p.neg_().scatter_add_(1, index, torch.ones_like(index, dtype=p.dtype))
-                if bent is not None:
-                    p *= 1 - bent * bent
-                torch.mm(p.to(hidden.dtype), head, out=slopes[rows])
-        ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(entropy, is_top1)
+                torch.mm((p if slope is None else p * slope).to(hidden.dtype), head, out=slopes[rows])
+        ctx.save_for_backward(hidden, head, slopes)
+        ctx.chunk, ctx.softcap = chunk, softcap
+        ctx.mark_non_differentiable(is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None, None
+    def backward(
+        ctx: Any, g_log_probs: Tensor | None, g_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor, None, None, None, None]:
+        hidden, head, slopes = ctx.saved_tensors
+        dx = torch.zeros_like(slopes) if g_log_probs is None else (slopes * g_log_probs[:, None]).to(slopes.dtype)
+        if g_entropy is None:
+            return dx, None, None, None, None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            wide, slope = _logits(hidden[rows], head, ctx.softcap)
+            log_p = torch.log_softmax(wide, dim=-1)
+            p = torch.exp(log_p)
+            g = -p * (log_p - torch.linalg.vecdot(p, log_p)[:, None]) * g_entropy[rows, None]
+            dx[rows] += ((g if slope is None else g * slope).to(head.dtype) @ head).to(dx.dtype)
+        return dx, None, None, None, None
+
+
+def _logits(hidden: Tensor, head: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits in float32, and what the soft cap multiplies their gradients with, if there is one."""
+    logits = torch.mm(hidden, head.t()).float()
+    if softcap is None:
+        return logits, None
+    bent = torch.tanh(logits / softcap)
+    return bent * softcap, 1 - bent * bent
 
 
 def token_log_probs(
@@ -134,7 +155,7 @@ def token_log_probs(
     """For each row: log p(target), the distribution's entropy, and whether the target is its most likely token.
 
     Args:
-        hidden: [n, H], after the final norm; log_probs is differentiable in it.
+        hidden: [n, H], after the final norm; log_probs and entropy are differentiable in it.
         head: [V, H], frozen.
         targets: int64 [n].
         chunk: Rows to project at once.
