@@ -45,9 +45,9 @@ from slimtune.base.packed import Nf4Tensor
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
-    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text", "gemma4-12b",
-    "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3", "phi3-partial", "seed_oss",
-    "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text",
+    "gemma4-12b", "gemma4-e2b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
+    "phi3-partial", "seed_oss", "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
 )  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
@@ -117,6 +117,10 @@ def family_config(family: str) -> PretrainedConfig:
         case "gemma4-12b":  # keys are values on full layers, of another head size and another number
             return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 4}, **_GEMMA4, attention_k_eq_v=True,
                 layer_types=["sliding_attention", "full_attention"] * 2, num_global_key_value_heads=1)  # fmt: skip
+        case "gemma4-e2b":  # the last layers take the keys and values of others, and their MLP is twice as wide
+            return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 6}, **_GEMMA4, num_kv_shared_layers=4,
+                layer_types=["sliding_attention", "full_attention"] * 3, use_double_wide_mlp=True,
+                output_hidden_states=True)  # fmt: skip
         case "glm":
             return GlmConfig(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
         case "glm4":

@@ -7,7 +7,7 @@ projections) is read off them; the rest is the family's :class:`~slimtune.famili
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -129,9 +129,14 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
             raise CannotFuse(f"{name} has {what}", rule="The fused engine computes no such model.")
     layers: list[Layer | None] = []
     unfused: dict[str, str] = {}
+    lent: set[str | None] = {None}
     for index, module in enumerate(backbone.layers):
         try:
-            layers.append(_Reader(index, module, backbone, form, frozen=frozen).layer())
+            layer = _Reader(index, module, backbone, form, frozen=frozen).layer()
+            if layer.attention.borrows not in lent:
+                raise CannotFuse(f"layers.{index} takes the keys of a layer that isn't computed")
+            lent.add(layer.attention.lends)
+            layers.append(layer)
         except CannotFuse as refusal:
             layers.append(None)
             unfused[f"layers.{index}"] = refusal.what
@@ -275,22 +280,27 @@ class _Reader:
     def _attention(self, module: Any) -> SelfAttention:
         if getattr(module, "is_causal", True) is False:
             raise CannotFuse(f"{self.name} sees tokens to come")
+        names, borrows = ["q_proj", "k_proj", "v_proj"], None
         if getattr(module, "is_kv_shared_layer", False):
-            raise CannotFuse(f"{self.name} takes its keys and values from another layer")
-        normed, keys_are_values = hasattr(module, "q_norm"), getattr(module, "v_proj", module) is None
-        names = ("q_proj", "k_proj") if keys_are_values else ("q_proj", "k_proj", "v_proj")
+            names, borrows = ["q_proj"], str(module.layer_type)
+        elif getattr(module, "v_proj", module) is None:
+            names.remove("v_proj")
+        normed, own = hasattr(module, "q_norm"), len(names) - 1
         head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
         heads = o.in_features // head_dim
-        qkv = self._projection("self_attn", module, ("qkv_proj",) if hasattr(module, "qkv_proj") else names)
-        kv_heads = (qkv.out_features // head_dim - heads) // (len(names) - 1)
+        qkv = self._projection("self_attn", module, ["qkv_proj"] if hasattr(module, "qkv_proj") else names)
+        kv_heads = (qkv.out_features // head_dim - heads) // own if own else heads // int(module.num_key_value_groups)
         if (
-            (heads * head_dim, (heads + (len(names) - 1) * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
+            (heads * head_dim, (heads + own * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
             or kv_heads < 1
             or heads % kv_heads
         ):
             raise CannotFuse(f"{self.name} has projections that don't make whole heads of {head_dim}")
-        if keys_are_values and not normed:
+        if own == 1 and not normed:
             raise CannotFuse(f"{self.name} takes keys for values, and has no norm that makes two of them")
+        if borrows and heads == 1:
+            raise CannotFuse(f"{self.name} has a single query head, whose keys are another layer's")
+        lends = getattr(module, "store_full_length_kv", False) and getattr(self.config, "num_kv_shared_layers", 0)
         window = self._window(module)
         return SelfAttention(
             qkv=qkv,
@@ -302,10 +312,12 @@ class _Reader:
             window=window,
             rotary=self._rotary(head_dim) if self._is_turned(module, window) else None,
             q_norm=self._norm(module, "q_norm") if normed else None,
-            k_norm=self._norm(module, "k_norm") if normed else None,
+            k_norm=self._norm(module, "k_norm") if normed and own else None,
             v_norm=self._norm(module, "v_norm", like=module.k_norm.weight) if hasattr(module, "v_norm") else None,
             norms_rows=self.form.norms_rows,
-            keys_are_values=keys_are_values,
+            keys_are_values=own == 1,
+            lends=str(module.layer_type) if lends else None,
+            borrows=borrows,
             softcap=_cap(module, "attn_logit_softcapping") if self.form.caps_scores else None,
         )
 
@@ -420,7 +432,7 @@ class _Reader:
                 return activation
         raise CannotFuse(f"{self.name} has activation {type(module).__name__}")
 
-    def _projection(self, owner: str, module: Any, names: tuple[str, ...]) -> Projection:
+    def _projection(self, owner: str, module: Any, names: Sequence[str]) -> Projection:
         linears = (_linear(f"{self.name}.{owner}.{part}", getattr(module, part), frozen=self.frozen) for part in names)
         return Projection(tuple(linears))
 

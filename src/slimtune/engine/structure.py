@@ -183,6 +183,10 @@ class SelfAttention:
     """The norms go over all heads of a token at once; else over each head."""
     keys_are_values: bool = False
     """qkv has no v: the keys as projected are the values too."""
+    lends: str | None = None
+    """Later layers take its keys and values by this name, and its gradients of them are theirs too."""
+    borrows: str | None = None
+    """qkv is q alone: keys and values are those lent by this name."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:

@@ -63,8 +63,13 @@ class AttentionBlock(Block):
         return y, kept if keep is not None and keep >= Keep.ATTENTION else None
 
     def _attend(self, n: Tensor, on: Pass) -> _Kept:
-        qkv = self.qkv.forward(n)
-        q, k, v, rstd = self.heads.forward(qkv, self._turn(on))
+        qkv, part, turn = self.qkv.forward(n), self.part, self._turn(on)
+        if part.borrows is None:
+            q, k, v, rstd = self.heads.forward(qkv, turn)
+        else:
+            (q, rstd), (k, v) = self.heads.query(qkv, turn), on.lent[part.borrows].tensors
+        if part.lends is not None:
+            on.lend(part.lends, k, v)
         attended, saved = self._attention(on).forward(q, k, v)
         return _Kept(qkv, q, k, v, rstd, self.o.buffer_of(attended.flatten(1), on.seed), saved)
 
@@ -99,6 +104,11 @@ class AttentionBlock(Block):
         """The gradient of qkv's product, [T, its columns]."""
         o, do = (by_heads(x, self.part.head_dim) for x in (kept.o[:, : self.o.inputs], do))
         dq, dk, dv = self._attention(on).backward(do, kept.q, kept.k, kept.v, o, kept.attention)
+        if self.part.borrows is not None:
+            on.lent[self.part.borrows].collect(dk, dv)
+            return self.heads.query_backward(dq, kept.qkv, kept.rstd, self._turn(on))
+        if self.part.lends is not None:
+            dk, dv = on.lent[self.part.lends].with_own(dk, dv)
         return self.heads.backward(dq, dk, dv, kept.qkv, kept.rstd, self._turn(on))
 
     # -- sizes ----------------------------------------------------------------------------------------------------
@@ -106,26 +116,28 @@ class AttentionBlock(Block):
     @property
     def kind(self) -> tuple[object, ...]:
         """See :attr:`Block.kind`."""
-        return *super().kind, self.part.heads, self.part.kv_heads, self.part.head_dim
+        part = self.part
+        return *super().kind, part.heads, part.kv_heads, part.head_dim, part.lends is None, part.borrows is None
 
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """See :meth:`Block.kept_bytes`."""
+        part, tokens, size = self.part, memory.tokens, self.dtype.itemsize
+        # What is lent is there from the forward of its layer to its backward, and its collected gradients with it.
+        lent = tokens * 2 * part.kv_heads * part.head_dim if part.lends is not None else 0
         if keep < Keep.ATTENTION:
-            return 0
-        part, tokens = self.part, memory.tokens
+            return lent * (size + max(4, size))
         columns = self.qkv.outputs + self.o.inputs + self.o.extra
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
         efficient = memory.ways[part.kind] == "efficient"
         floats = part.heads * (max(4 * tokens, memory.padded_room) if efficient else tokens)
-        if part.q_norm is not None:
-            columns += (part.heads + part.kv_heads) * part.head_dim
-            floats += (part.heads + part.kv_heads) * tokens
-        if part.v_norm is not None:
-            columns += part.kv_heads * part.head_dim
-            floats += part.kv_heads * tokens
+        normed = part.heads * (part.q_norm is not None)
+        if part.borrows is None:
+            normed += part.kv_heads * ((part.k_norm is not None) + (part.v_norm is not None))
+        columns += normed * part.head_dim
+        floats += normed * tokens
         if keep >= Keep.ALL and self.qkv.groups:
             columns += self.columns
-        return tokens * columns * self.dtype.itemsize + 4 * floats
+        return tokens * columns * size + 4 * floats + lent * max(4, size)
 
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""

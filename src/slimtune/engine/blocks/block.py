@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ from slimtune.engine.kernels.formats import Pairs
 from slimtune.engine.structure import Rotary, ScoresKind
 from slimtune.engine.weights import Gradients, Site, Stack
 
-__all__ = ["Block", "Keep", "Memory", "Pass", "RotaryTable", "Sinks"]
+__all__ = ["Block", "Keep", "Lent", "Memory", "Pass", "RotaryTable", "Sinks"]
 
 Sinks = Mapping[Site | Stack, Gradients]
 """Where the adapters' gradients of each site and stack are added; one without adapters has no entry."""
@@ -59,6 +59,29 @@ class RotaryTable:
         return cls(tables[0], tables[1], Pairs(None if rotary.dim == head_dim else rotary.dim, rotary.interleaved))
 
 
+@dataclass
+class Lent:
+    """Tensors that a block made for later layers too, and the gradients that those collected, in float32 or wider."""
+
+    tensors: tuple[Tensor, ...]
+    collected: tuple[Tensor, ...] = ()
+
+    def collect(self, *gradients: Tensor) -> None:
+        """Add a later layer's gradients, one of each tensor; they may be overwritten."""
+        if not self.collected:
+            self.collected = tuple(g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients)
+            return
+        for total, gradient in zip(self.collected, gradients, strict=True):
+            total += gradient
+
+    def with_own(self, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """The whole gradients: the lender's own, and what was collected."""
+        if not self.collected:
+            return gradients
+        pairs = zip(self.collected, gradients, strict=True)
+        return tuple(total.add_(own).to(own.dtype) for total, own in pairs)
+
+
 @dataclass(frozen=True)
 class Pass:
     """What all layers of one forward and backward pass share."""
@@ -73,6 +96,12 @@ class Pass:
     """int64 scalar of this micro-batch's dropout; None: no dropout (evaluation)."""
     mlp_tokens: int
     """Tokens that a feed-forward takes at once; fewer need less memory."""
+    lent: dict[str, Lent] = field(default_factory=dict)
+    """What blocks made for later layers, by name."""
+
+    def lend(self, name: str, *tensors: Tensor) -> None:
+        """Hand tensors to later layers; made again in the backward, they are there already."""
+        self.lent.setdefault(name, Lent(tensors))
 
     @property
     def tokens(self) -> int:

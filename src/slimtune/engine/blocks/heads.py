@@ -38,6 +38,28 @@ class Heads:
         q, k, rstd = self._positioned(q, k, turn)
         return q, k, v, (*rstd, v_rstd)
 
+    def query(self, qkv: Tensor, turn: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As :meth:`forward` where keys and values are borrowed: q alone."""
+        q = by_heads(qkv, self.part.head_dim)
+        if self.part.q_norm is None:
+            return self._turned(q, turn), ()
+        q, rstd = self._normed(q, self.part.q_norm)
+        return self._turned(q, turn), (rstd,)
+
+    def query_backward(self, dq: Tensor, qkv: Tensor, rstd: tuple[Tensor, ...], turn: tuple[Any, ...]) -> Tensor:
+        """As :meth:`backward`, of :meth:`query`."""
+        dq = self._turned(dq.contiguous(), turn, inverse=True)
+        if self.part.q_norm is not None:
+            dq = self._norm_backward(dq, by_heads(qkv, self.part.head_dim), self.part.q_norm, rstd[0])
+        return dq.flatten(1)
+
+    @staticmethod
+    def _turned(q: Tensor, turn: tuple[Any, ...], *, inverse: bool = False) -> Tensor:
+        """q, rotated in place; the kernel takes two sets of heads."""
+        if turn:
+            rope.rope_(q[:, : q.shape[1] // 2], q[:, q.shape[1] // 2 :], *turn, inverse=inverse)
+        return q
+
     def backward(
         self,
         dq: Tensor,
