@@ -47,7 +47,8 @@ FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text",
     "gemma4-12b", "gemma4-e2b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
-    "phi3-partial", "seed_oss", "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense",
+    "phi3-partial", "seed_oss", "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed",
+    "qwen3_moe-dense",
 )  # fmt: skip
 VOCABULARY = 211
 LENGTHS = (17, 5, 30, 8, 1, 3)
