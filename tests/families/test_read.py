@@ -7,7 +7,9 @@ from collections import Counter
 
 import pytest
 
-from slimtune.families import Family, read_family
+from slimtune.config import Config
+from slimtune.engine.read import fits
+from slimtune.families import Family, decoder_of, read_family
 from tests.families.tiny import skeleton
 
 QKVO = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
@@ -117,3 +119,12 @@ def test_families_that_nothing_here_knows_have_parts() -> None:
         family = read_family(skeleton(model_type))
         assert len(family.layers) >= 2
         assert family.names("attention"), model_type
+
+
+def test_a_head_that_is_called_decoder_is_none() -> None:
+    model = skeleton("modernbert-decoder")
+    assert model.get_decoder() is model.get_output_embeddings()
+    assert decoder_of(model) is model
+    assert fits(Config.make(compute_dtype="bf16"), model) == "the engine doesn't know models of type modernbert-decoder"
+    llama = skeleton("llama")
+    assert decoder_of(llama) is llama.model

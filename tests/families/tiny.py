@@ -45,6 +45,7 @@ SIZES: dict[str, Any] = {
     "qk_head_dim": 32, "o_lora_rank": 64, "o_groups": 2, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16,
     # linear attention, state spaces and convolutions
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_heads": 4, "linear_head_dim": 16,
     "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "mamba_d_ssm": 128, "mamba_dt_rank": 64, "n_mamba_heads": 2, "mamba_ngroups": 1,
     "mamba_n_groups": 1, "n_groups": 1, "ssm_state_size": 16, "state_size": 16, "num_heads": 8, "expand": 2,

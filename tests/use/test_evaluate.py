@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from slimtune.errors import UserError
 from slimtune.use.evaluate import bootstrap, documents_of, losses, run_tasks
 from slimtune.use.load import Opened
+from tests.use.families import make_opened
 
 ROWS = [
     {"instruction": "Say yes.", "output": "Yes."},
@@ -41,6 +43,21 @@ def test_losses_are_those_of_each_document_alone(opened: Opened, data: str) -> N
     with opened.as_base():
         bare = losses(opened, documents)
     assert not np.allclose(bare.nats, measured.nats, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "cpmant"])
+def test_rows_are_padded_only_where_no_logit_changes_by_it(family: str, data: str) -> None:
+    """CPM-Ant's attention sees a row's padding."""
+    opened = make_opened(family)
+    documents = documents_of(opened, (data,))
+    measured = losses(opened, documents)
+    assert len(set(documents.lengths)) == 3
+    for at, nats in enumerate(measured.nats):
+        ids, supervised = (torch.from_numpy(np.array(part)) for part in documents[at])
+        with torch.inference_mode():
+            logits = opened.model(input_ids=ids.long()[None], use_cache=False).logits[0, :-1]
+        lost = nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")[supervised[1:]].sum()
+        assert nats == pytest.approx(float(lost), rel=1e-5)
 
 
 def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:

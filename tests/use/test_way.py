@@ -77,3 +77,10 @@ def test_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = make_opened("llama")
     opened.model.to(torch.bfloat16)
     assert way_of(opened).slow is None
+
+
+def test_a_model_that_transformers_makes_no_cache_for_is_computed_without() -> None:
+    """BLT is three models in one, and its config has no number of layers."""
+    opened = make_opened("blt")
+    assert "every token computes the whole text again" in str(way_of(opened).slow)
+    _answers(opened)

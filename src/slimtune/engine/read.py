@@ -33,6 +33,7 @@ from slimtune.engine.structure import (
     Router,
     SelfAttention,
 )
+from slimtune.families import decoder_of
 from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm, RouterForm
 
 __all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
@@ -113,7 +114,7 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
     Raises:
         CannotFuse: No layer of it is one that the engine computes.
     """
-    backbone = inner.get_decoder()
+    backbone = decoder_of(inner)
     config, name = backbone.config, type(inner).__name__
     form = DECODERS.get(config.model_type)
     if form is None:

@@ -5,7 +5,7 @@ architecture needs no entry anywhere to be adapted rightly: a module that mixes 
 and takes a mask, a cache or a state; a feed-forward takes hidden states alone.
 """
 
-from slimtune.families.read import read_family
+from slimtune.families.read import decoder_of, read_family
 from slimtune.families.spec import Family, Layer
 
-__all__ = ["Family", "Layer", "read_family"]
+__all__ = ["Family", "Layer", "decoder_of", "read_family"]

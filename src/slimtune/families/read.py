@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimtune.families.spec import CHOOSES, OTHER_SEQUENCE, Family, Layer
 
-__all__ = ["is_linear", "read_family"]
+__all__ = ["decoder_of", "is_linear", "read_family"]
 
 _SEQUENCE = frozenset(
     {"attention_mask", "past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "state", "mask"}
@@ -57,9 +57,18 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and getattr(module, "n_groups", 1) == 1
 
 
+def decoder_of(model: Any) -> Any:
+    """What reads text in a model, as Transformers finds it; the model itself where that is none.
+
+    Transformers looks for it by name, and ModernBERT calls its head a decoder.
+    """
+    found = model.get_decoder()
+    return model if found is model.get_output_embeddings() else found
+
+
 def _text_part(model: Any) -> nn.Module:
     whole: nn.Module = model
-    decoder: nn.Module = model.get_decoder()
+    decoder: nn.Module = decoder_of(model)
     return decoder if any(_layers(decoder, set())) else whole
 
 

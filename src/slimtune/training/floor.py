@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.families import decoder_of
+
 __all__ = ["Floor", "Work"]
 
 _PROBE_SECONDS = 0.1
@@ -47,8 +49,7 @@ class Work:
         head: Any = model.get_output_embeddings()
         linear, attention = 0, Counter[int | None]()
         largest: tuple[int, ...] = (0, 0)
-        # An image-text model's towers have no part in a step on text. ModernBERT calls its head a decoder.
-        decoder = model if model.get_decoder() is head else model.get_decoder()
+        decoder = decoder_of(model)  # an image-text model's towers have no part in a step on text
         for name, module in decoder.named_modules():
             if module is head or isinstance(module, nn.Embedding):
                 continue

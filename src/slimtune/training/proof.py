@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slimtune.base.quantize import four_bit_formats
+from slimtune.base.computes import CANT_TAKE, cant_compute, check_computes
 from slimtune.batch import IGNORED, MicroBatch
 from slimtune.engine.structure import CannotFuse
 from slimtune.errors import UserError
@@ -41,8 +41,6 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, to
 _HEAD_TOLERANCE = {torch.float32: 2**-16, torch.float64: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 """Share of the largest logit that a token's log-probability may be off on average, by one head and another: a few
 roundings of 16 bits, as autocast may be on for the one alone; in 32 bits the order of a few thousand terms."""
-_CANT_TAKE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What Python and torch raise where a model isn't made as a caller thinks."""
 
 
 def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: int) -> str | None:
@@ -69,7 +67,8 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
     model.eval()
     try:
         with rng_preserved(), torch.no_grad():
-            _prove_use(trainer, ids, dtype)
+            with model.disable_adapter():  # the base, as it is read back and used
+                check_computes(model, ids, dtype)
             given = batch if trainer.engine is None else _beside_others(ids[0].numpy(), room)
             return _prove(trainer, batch, given, dtype)
     finally:
@@ -100,7 +99,7 @@ def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], dtype:
             trains = float(total) / supervised
         except torch.OutOfMemoryError:
             raise
-        except _CANT_TAKE as error:
+        except CANT_TAKE as error:
             said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             if trainer.engine is not None:
                 raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
@@ -153,33 +152,6 @@ def _unfit(what: str) -> CannotFuse:
     return CannotFuse(what, rule="What trains must be the model as it is.", way_out="It trains unfused: engine: plain.")
 
 
-def _prove_use(trainer: Any, ids: Tensor, dtype: torch.dtype) -> None:
-    """The base computes text as it will when the adapter is read back and used: in evaluation, without autocast.
-
-    Raises:
-        UserError: It doesn't. After hours of training that would be late to learn.
-    """
-    model = trainer.model
-    try:
-        with model.disable_adapter():
-            model(input_ids=ids.to(model.get_input_embeddings().weight.device))
-    except torch.OutOfMemoryError:
-        raise
-    except _CANT_TAKE as error:
-        raise _cant_compute(model, error, dtype) from error
-
-
-def _cant_compute(model: Any, error: Exception, dtype: torch.dtype) -> UserError:
-    others = ["--compute-dtype fp32"] if dtype != torch.float32 else []
-    others += ["--quantization none"] if four_bit_formats(model) else []
-    return UserError(
-        f"{type(model.get_base_model()).__name__} can't compute a document: "
-        f"{type(error).__name__}: {str(error).splitlines()[0]}",
-        rule="It was given text alone, as in use: input_ids, in evaluation mode.",
-        way_out=f"In other numbers it may: {' or '.join(others)}." if others else "",
-    )
-
-
 def _own(trainer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
     """The mean loss by the model's own logits.
 
@@ -192,8 +164,8 @@ def _own(trainer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
             loss, supervised, aux = own_loss(trainer.model, inputs, with_router=trainer.aux_loss_enabled)
     except torch.OutOfMemoryError:
         raise
-    except _CANT_TAKE as error:
-        raise _cant_compute(trainer.model, error, dtype) from error
+    except CANT_TAKE as error:
+        raise cant_compute(trainer.model, error, dtype) from error
     if trainer.aux_loss_enabled and aux is None:
         raise UserError("router_aux_loss: this model tells no auxiliary loss", way_out="Leave router_aux_loss out.")
     return float(loss) / float(supervised)

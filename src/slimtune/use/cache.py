@@ -50,7 +50,10 @@ class Holds(Enum):
 
 def what_it_holds(config: PretrainedConfig) -> Holds:
     """What the layers of a model keep, by the cache that Transformers makes for its config."""
-    kinds = {type(layer) for layer in _transformers_layers(config)}
+    try:
+        kinds = {type(layer) for layer in _transformers_layers(config)}
+    except (AttributeError, KeyError, TypeError, ValueError):  # not made for it: BLT is three models in one
+        return Holds.OTHER
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, *_BOTH, *filter(_is_empty, kinds)}:
         return Holds.OTHER
     return Holds.STATES if any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds) else Holds.KEYS

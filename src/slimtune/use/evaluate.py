@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.config import Config
 from slimtune.data import Documents, prove
@@ -23,6 +23,7 @@ from slimtune.errors import UserError
 from slimtune.use.attention import any_length
 from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
+from slimtune.use.way import apart, at_once, is_rounding, trial_prompts
 
 __all__ = ["Interval", "Losses", "bootstrap", "documents_of", "losses", "run_tasks"]
 
@@ -93,9 +94,7 @@ def losses(opened: Opened, documents: Documents) -> Losses:
     """
     nats = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
-    # Sparse attention picks its keys among those of the padding's width, and ties fall otherwise in another width.
-    alone = what_it_holds(opened.model.config.get_text_config(decoder=True)) is Holds.OTHER
-    for batch in _batches(documents.lengths, 0 if alone else _TOKENS_AT_ONCE[opened.device.type]):
+    for batch in _batches(documents.lengths, 0 if _goes_alone(opened) else _TOKENS_AT_ONCE[opened.device.type]):
         rows = [documents[int(at)] for at in batch]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), opened.pad_id)
@@ -106,15 +105,32 @@ def losses(opened: Opened, documents: Documents) -> Losses:
             ids[row, :length] = torch.tensor(document)
             mask[row, :length] = 1
             labels[row, :length] = torch.where(torch.tensor(supervised), ids[row, :length], -100)
-        with any_length():
-            logits = opened.model(
-                input_ids=ids.to(opened.device), attention_mask=mask.to(opened.device), use_cache=False
-            ).logits
+        logits = _logits(opened, ids, mask)
         targets = labels[:, 1:].to(opened.device)
         for row, at in enumerate(batch):
             loss = nn.functional.cross_entropy(logits[row, :-1].float(), targets[row], reduction="sum")
             nats[at], tokens[at] = float(loss), int((targets[row] != -100).sum())
     return Losses(nats, tokens)
+
+
+def _logits(opened: Opened, ids: Tensor, mask: Tensor) -> Tensor:
+    with any_length():
+        logits: Tensor = opened.model(
+            input_ids=ids.to(opened.device), attention_mask=mask.to(opened.device), use_cache=False
+        ).logits
+    return logits
+
+
+def _goes_alone(opened: Opened) -> bool:
+    """Whether a row's logits change with its padding, tried on two rows: CPM-Ant's attention sees it."""
+    # Sparse attention picks its keys among those of the padding's width, and ties fall otherwise in another width.
+    if what_it_holds(opened.model.config.get_text_config(decoder=True)) is Holds.OTHER:
+        return True
+    long, short = trial_prompts(opened)
+    ids = torch.tensor([long, short + [opened.pad_id] * (len(long) - len(short))])
+    mask = torch.tensor([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
+    expected = at_once(opened.model, short[:1], short[1:])
+    return not is_rounding(apart(_logits(opened, ids, mask)[1, : len(short)], expected), opened.model)
 
 
 def bootstrap(sums: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None, seed: int = 0) -> Interval:

@@ -22,6 +22,7 @@ from slimtune.adapter.passport import (
     tokenizer_hash,
 )
 from slimtune.adapter.settings import adapter_config
+from slimtune.base.computes import check_computes
 from slimtune.base.load import load_base
 from slimtune.base.packed import unpack_
 from slimtune.base.source import model_source
@@ -197,7 +198,7 @@ def open_model(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: As :func:`find`; or the model or adapter can't be loaded.
+        UserError: As :func:`find`; or the model or adapter can't be loaded, or can't compute a text as it is loaded.
     """
     found = find(target, base=base, trust_remote_code=trust_remote_code)
     hardware = detect()
@@ -219,6 +220,8 @@ def open_model(
     if found.adapter is not None:
         model = attach_adapter(model, found.adapter)
     model.eval().requires_grad_(False)
+    text = tokenizer("A river rises in the hills.", add_special_tokens=False)["input_ids"]
+    check_computes(model, torch.tensor([text], dtype=torch.int64), model.dtype)
     return Opened(found, model, tokenizer, stop_ids(model, tokenizer, found.manner))
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from slimtune.base.computes import CANT_TAKE
 from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 from slimtune.use.rows import AloneRow, KeptRows, Rows, UncachedRow
@@ -32,16 +33,7 @@ _LENGTHS, _SHARED, _DRAFT = (34, 32), 10, 3
 # below, a router of experts that tips over in 16 bits included, and a fault of the kinds known is far above.
 _TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
 # What code that doesn't know a model says of it.
-FAULTS = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    StopIteration,
-    TypeError,
-    ValueError,
-)
+FAULTS = (*CANT_TAKE, StopIteration)
 
 
 @dataclass(frozen=True)
