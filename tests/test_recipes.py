@@ -109,7 +109,6 @@ def test_the_same_seed_gives_the_same_bytes(
         {"dora": True},
         {"quantization": "none", "lora_init": "pissa"},
         {"modules_to_save": "lm_head"},
-        {"lora_bias": "lora_only"},
         {"rank_pattern": {"q_proj": 4}},
         {"compute_dtype": "bf16"},
         {"optim": "adamw_torch"},

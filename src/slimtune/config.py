@@ -98,7 +98,7 @@ class Config(BaseModel):
     tokens (q, k, v and o in Llama). all-linear: every linear layer and the experts, no router and no head. Words for
     parts: attention (as auto), mlp (dense and shared feed-forwards), experts (all experts of a mixture)."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train."""
+    """none: PEFT's other ways train biases of the base itself, which no adapter can switch off; they are refused."""
     lora_init: (
         Literal["default", "gaussian", "orthogonal", "olora", "pissa", "loftq"]
         | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]

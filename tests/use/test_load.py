@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
@@ -17,6 +17,8 @@ from slimtune.base.tokenizer import save_tokenizer
 from slimtune.errors import UserError
 from slimtune.use.load import Found, Opened, find, turn_ends
 from tests.data.tokenizers import BUILT
+from tests.families.tiny import made
+from tests.families.tiny import tokenizer as byte_tokenizer
 
 
 @pytest.fixture
@@ -109,6 +111,15 @@ def test_opened_answers_as_plain_peft_does_on_the_4_bit_base(opened: Opened, ada
             bare = opened.model(ids.to(opened.device)).logits.cpu()
             assert torch.equal(bare, plain(ids.to(plain.device)).logits.cpu())
     assert not torch.allclose(mine, bare, atol=0.1)
+
+
+def test_an_adapter_with_the_bases_own_biases_isnt_switched_off() -> None:
+    model = get_peft_model(made("qwen2"), LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj").bias.add_(1.0)
+    opened = Opened(Found("run", Path("base"), Path("adapter"), None), model, byte_tokenizer(), (2,))
+    with pytest.raises(UserError, match="holds biases of the base itself"), opened.as_base():
+        pass
 
 
 def test_the_turns_end_stops_a_model_whose_config_does_not_know_it(

@@ -132,7 +132,17 @@ class Opened:
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """Within this, the model answers as its base: the adapter is switched off."""
+        """Within this, the model answers as its base: the adapter is switched off.
+
+        Raises:
+            UserError: It trained biases of the base itself, which PEFT can't switch off.
+        """
+        if self.found.adapter is not None and self.model.active_peft_config.bias != "none":
+            raise UserError(
+                f"the adapter of {self.found.name} holds biases of the base itself, and can't be switched off",
+                rule="What would answer in the base's name has the adapter's biases.",
+                way_out=f"Ask the base by itself: {self.found.base}",
+            )
         with self.model.disable_adapter() if self.found.adapter is not None else nullcontext():
             yield
 
