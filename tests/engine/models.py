@@ -73,7 +73,6 @@ _GEMMA4: dict[str, Any] = {
     "sliding_window": 7,
     "head_dim": 32,
     "global_head_dim": 64,
-    "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 1.5,
 }
 
@@ -117,11 +116,12 @@ def family_config(family: str) -> PretrainedConfig:
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}})  # fmt: skip
         case "gemma4-12b":  # keys are values on full layers, of another head size and another number
             return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 4}, **_GEMMA4, attention_k_eq_v=True,
-                layer_types=["sliding_attention", "full_attention"] * 2, num_global_key_value_heads=1)  # fmt: skip
-        case "gemma4-e2b":  # the last layers take the keys and values of others, and their MLP is twice as wide
+                layer_types=["sliding_attention", "full_attention"] * 2, num_global_key_value_heads=1,
+                hidden_size_per_layer_input=0)  # fmt: skip
+        case "gemma4-e2b":  # per-layer inputs; the last layers take others' keys, and their MLP is twice as wide
             return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 6}, **_GEMMA4, num_kv_shared_layers=4,
                 layer_types=["sliding_attention", "full_attention"] * 3, use_double_wide_mlp=True,
-                output_hidden_states=True)  # fmt: skip
+                hidden_size_per_layer_input=24, vocab_size_per_layer_input=VOCABULARY)  # fmt: skip
         case "glm":
             return GlmConfig(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
         case "glm4":

@@ -66,14 +66,16 @@ def test_scaling(options: dict) -> None:
     assert models.worst_error(actual, expected) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "cohere2", "gemma3_text", "glm4_moe", "olmo2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "cohere2", "gemma3_text", "gemma4-e2b", "glm4_moe", "olmo2", "qwen3_moe"]
+)
 def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
     model = models.add_lora(models.make_base(family), lora_dropout=0.2)
     batch, engine = models.pack(), make_engine(model)
     results = []
     for level in Keep:
         # One chunking for all: a chunk's dropout mask is its own.
-        engine.plan = replace(engine.plan, keep=(level,) * 3, mlp_tokens=24, head_tokens=7)
+        engine.plan = replace(engine.plan, keep=(level,) * len(engine.layers), mlp_tokens=24, head_tokens=7)
         engine.load_state_dict({"seed": 5, "draws": 0})
         results.append(run(engine, model, batch, 40))
     for loss, actual in results[1:]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from slimtune.engine import Engine
 from slimtune.engine.attention import Way
 from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.decoder import LayerComputation, computations
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.read import read_decoder
+from tests.engine import models
 
 VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
 
@@ -92,3 +96,36 @@ def test_a_small_model_gives_the_memory_efficient_kernel_room_for_all_documents(
     assert tight.padded_room == 0
     assert tight.nbytes <= 0.3e9
     assert planned(small_layers, 2048, 49152, 14e9, longest=1024).padded_room == 0
+
+
+def _storages(owner: Any, found: dict[int, int]) -> int:
+    """Bytes of all tensors that an object holds, each memory counted once."""
+    if isinstance(owner, torch.Tensor):
+        found[owner.untyped_storage().data_ptr()] = owner.untyped_storage().nbytes()
+    parts = owner.values() if isinstance(owner, dict) else owner if isinstance(owner, list | tuple) else ()
+    if is_dataclass(owner):
+        parts = [getattr(owner, each.name) for each in fields(owner)]
+    for part in parts:
+        _storages(part, found)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma4-12b", "gemma4-e2b"])
+def test_layers_keep_what_they_said_to_the_byte(family: str) -> None:
+    """What one layer lends to others too, and what those collect for it."""
+    model = models.add_lora(models.make_base(family))
+    engine = Engine(model, dtype=torch.float32, tokens=64)
+    key = engine._inputs.load(micro := engine._micro_batch(models.pack()), 1)
+    memory = Memory(64, 64, engine._inputs.packs_ways, 0)
+    beside = engine._per_layer
+    for level in Keep:
+        on = engine._pass(micro, key, training=True)
+        with torch.no_grad():
+            x, _, saved = engine._forward(key, on, (level,) * len(engine.layers))
+            kept = _storages([saved, on.lent], {})
+            engine._backward(torch.ones_like(x), saved, on)
+        collected = _storages([lent.collected for lent in on.lent.values()], {})
+        said = sum(layer.kept_bytes(memory, level) for layer in engine.layers)
+        if beside is not None:
+            said += beside.kept_bytes(memory) - beside.site.kept_bytes  # its weight lies in no pass
+        assert kept + collected == said

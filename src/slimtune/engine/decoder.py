@@ -17,15 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks import AttentionBlock, Block, ExpertsBlock, Keep, Memory, MlpBlock, Pass, RotaryTable, Sinks
+from slimtune.engine.blocks import (
+    AttentionBlock,
+    Block,
+    ExpertsBlock,
+    Keep,
+    Memory,
+    MlpBlock,
+    Pass,
+    PerLayerBlock,
+    RotaryTable,
+    Sinks,
+)
 from slimtune.engine.kernels import norm
-from slimtune.engine.structure import Branch, Decoder, Experts, GatedMlp, Layer, Rotary, SelfAttention
+from slimtune.engine.per_layer import PerLayerComputation
+from slimtune.engine.structure import Branch, Decoder, Experts, GatedMlp, Layer, PerLayerGate, Rotary, SelfAttention
 from slimtune.engine.weights import Scratch
 
-__all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "rotary_tables"]
+__all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
 
-_STREAMS = 4
-"""Dropout streams that a layer has; a fifth site would share its masks with the next layer's first."""
+_STREAMS = 6
+"""Dropout streams that a layer has; a seventh site would share its masks with the next layer's first."""
 
 
 @dataclass
@@ -255,10 +267,16 @@ class LayerComputation:
 
 
 def _block(
-    part: SelfAttention | GatedMlp | Experts, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch
+    part: SelfAttention | GatedMlp | Experts | PerLayerGate,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
+    scratch: Scratch,
 ) -> Block:
     if isinstance(part, SelfAttention):
         return AttentionBlock(part, dtype, device, stream, scratch)
+    if isinstance(part, PerLayerGate):
+        return PerLayerBlock(part, dtype, device, stream, scratch)
     if isinstance(part, Experts):
         return ExpertsBlock(part, dtype, device, scratch)
     return MlpBlock(part, dtype, device, stream, scratch)
@@ -268,6 +286,12 @@ def computations(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> 
     """One for each layer of the model; None where the layer can't be fused."""
     scratch = Scratch()
     return [None if layer is None else LayerComputation(layer, dtype, device, scratch) for layer in decoder.layers]
+
+
+def per_layer_inputs(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> PerLayerComputation | None:
+    """What makes the layers' inputs beside the stream, where they have any."""
+    part = decoder.per_layer
+    return None if part is None else PerLayerComputation(part, dtype, device, _STREAMS * len(decoder.layers))
 
 
 def rotary_tables(

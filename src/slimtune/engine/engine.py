@@ -16,11 +16,20 @@ from torch import Tensor, nn
 
 from slimtune.batch import MicroBatch
 from slimtune.engine.attention import ROUND, Way
-from slimtune.engine.decoder import Keep, LayerComputation, Pass, Saved, computations, rotary_tables
+from slimtune.engine.decoder import (
+    Keep,
+    LayerComputation,
+    Pass,
+    Saved,
+    computations,
+    per_layer_inputs,
+    rotary_tables,
+)
 from slimtune.engine.graph import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import FlatParameters
+from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
@@ -63,6 +72,7 @@ class Engine:
         flat: The LoRA parameters and their gradients.
         plan: How the memory is used.
         least_memory: The bytes that it will take if ``memory`` is too little for any plan; None if it is kept.
+        in_ram: Bytes of the model's per-layer inputs' table, which was moved to RAM; 0 without one, and on a CPU.
 
     Raises:
         CannotFuse: The model, or one of its layers, is none that the engine computes.
@@ -83,24 +93,35 @@ class Engine:
         if self.decoder.unfused:
             name, reason = next(iter(self.decoder.unfused.items()))
             raise CannotFuse(f"{name} can't be fused: {reason}", way_out="It trains unfused: engine: plain.")
-        self.dtype, self.seed, self.draws = dtype, seed, 0
+        self.dtype, self.seed, self.draws, self.in_ram = dtype, seed, 0, 0
         self.device: torch.device = self.decoder.head.device
         for linear in self.decoder.linears():
             unpack_for_training(linear)
         self.layers: list[LayerComputation] = [x for x in computations(self.decoder, dtype, self.device) if x]
+        self._per_layer = per_layer_inputs(self.decoder, dtype, self.device)
+        beside = () if self._per_layer is None else self._per_layer.trained
+        self._trained: tuple[Site | Stack, ...] = *(part for layer in self.layers for part in layer.trained), *beside
         self.flat = FlatParameters(self._check_trainable(model))
         self._sums = torch.zeros_like(self.flat.grad)
         self._stacked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._sinks = {part: self._bind(part) for layer in self.layers for part in layer.trained}
-        self._lowest = next(index for index, layer in enumerate(self.layers) if layer.trained)
+        self._sinks = {part: self._bind(part) for part in self._trained}
+        # What is beside the stream reaches every layer, so its adapter's gradient comes from all of them.
+        self._through = bool(beside)
+        self._lowest = 0 if beside else next(index for index, layer in enumerate(self.layers) if layer.trained)
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
-        self._inputs = Inputs(tokens, self.decoder.scores, dtype, self.device)
+        self._inputs = Inputs(tokens, self.decoder.scores, dtype, self.device, self._table_in_ram())
         self._tables = rotary_tables(self.decoder, tokens, self.device, dtype)
         budget = self._budget(memory)
         self.plan: MemoryPlan = plan_memory(
-            self.layers, tokens, self._head.shape[0], budget, longest=longest, ways=self._inputs.packs_ways
+            self.layers,
+            tokens,
+            self._head.shape[0],
+            budget,
+            longest=longest,
+            ways=self._inputs.packs_ways,
+            per_layer=self._per_layer,
         )
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
@@ -117,12 +138,12 @@ class Engine:
 
     def _check_trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """The adapters' parameters in the engine's order; nothing else may train."""
-        mine = [parameter for layer in self.layers for part in layer.trained for parameter in part.parameters]
+        mine = [parameter for part in self._trained for parameter in part.parameters]
         known = {id(parameter) for parameter in mine}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
                 raise CannotFuse(
-                    f"{name} trains, and it is no LoRA matrix of a decoder layer",
+                    f"{name} trains, and it is no LoRA matrix that the engine computes",
                     way_out="It trains unfused: engine: plain.",
                 )
         return mine
@@ -266,14 +287,15 @@ class Engine:
 
     def _forward(self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None) -> tuple[Tensor, Tensor, list[Saved]]:
         """The last layer's result as a pair to be added, and what each layer kept."""
-        for layer in self.layers:
-            for part in layer.trained:
-                part.refresh()
+        for part in self._trained:
+            part.refresh()
         for matrix, stacked, _, _ in self._stacked:
             stacked.copy_(matrix)
         x = torch.nn.functional.embedding(self._inputs.input_ids(key), self._embedding).to(self.dtype)
         if self.decoder.embedding_scale != 1.0:
             x *= self.decoder.embedding_scale
+        if self._per_layer is not None:
+            self._per_layer.forward(x, self._table_rows(key), on)
         residual: Tensor | None = None
         saved = []
         for index, layer in enumerate(self.layers):
@@ -309,7 +331,10 @@ class Engine:
             stacked_sum.zero_()
         for index in range(len(self.layers) - 1, self._lowest - 1, -1):
             assert g is not None
-            g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=index > self._lowest)
+            need_dx = index > self._lowest or self._through
+            g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=need_dx)
+        if self._per_layer is not None and self._through:
+            self._per_layer.backward(on, self._sinks)
         for _, _, stacked_sum, total in self._stacked:
             total.copy_(stacked_sum)
         self.flat.grad.addcmul_(self._sums, self._inverse)
@@ -342,6 +367,22 @@ class Engine:
     def _embedding(self) -> Tensor:
         weight: Tensor = self.decoder.model.get_input_embeddings().weight
         return weight.detach()
+
+    def _table_in_ram(self) -> Tensor | None:
+        """The per-layer inputs' table, where it is to live in RAM."""
+        if self._per_layer is None or self.device.type != "cuda":
+            return None
+        keep_in_ram(self._per_layer.part.embedding)
+        self.in_ram = self._per_layer.table.nbytes
+        return self._per_layer.table
+
+    def _table_rows(self, key: ShapeKey) -> Tensor:
+        """The tokens' rows of the per-layer inputs' table."""
+        assert self._per_layer is not None
+        rows = self._inputs.table_rows(key)
+        return (
+            torch.nn.functional.embedding(self._inputs.input_ids(key), self._per_layer.table) if rows is None else rows
+        )
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

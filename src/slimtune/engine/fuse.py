@@ -24,9 +24,18 @@ from transformers.utils.generic import ModelOutput
 
 from slimtune.batch import IGNORED
 from slimtune.engine.attention import Documents, choose
-from slimtune.engine.blocks import RotaryTable
-from slimtune.engine.decoder import Keep, LayerComputation, Pass, Saved, computations, rotary_tables
+from slimtune.engine.blocks import RotaryTable, Sinks
+from slimtune.engine.decoder import (
+    Keep,
+    LayerComputation,
+    Pass,
+    Saved,
+    computations,
+    per_layer_inputs,
+    rotary_tables,
+)
 from slimtune.engine.loss import token_log_probs
+from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
 from slimtune.engine.weights import Gradients, unpack_for_training
@@ -206,6 +215,7 @@ class _Runner:
     def __init__(self, decoder: Decoder, keep: Keep, keep_weights: bool) -> None:
         self.decoder, self.keep, self.keep_weights = decoder, keep, keep_weights
         self._layers: dict[torch.dtype, list[LayerComputation | None]] = {}
+        self._per_layer: dict[torch.dtype, PerLayerComputation | None] = {}
         self._tables: dict[torch.dtype, tuple[int, dict[Rotary, RotaryTable]]] = {}
         around = [part.wrapper for parts in (decoder.linears(), decoder.stacks()) for part in parts]
         self._adapters = [(each, _adapters_of(each)) for each in around if hasattr(each, "active_adapters")]
@@ -322,7 +332,7 @@ class _Runner:
             seed=torch.randint(2**62, (), device=embedded.device) if training else None,
             mlp_tokens=call.input_ids.numel(),
         )
-        x: Tensor = embedded.to(dtype).flatten(0, 1)
+        x: Tensor = self._beside(call, embedded.to(dtype).flatten(0, 1), on, dtype)
         residual: Tensor | None = None
         masks: dict[str, Any] | None = None
         for index, layer in enumerate(self._computations(dtype)):
@@ -335,6 +345,20 @@ class _Runner:
             residual = None
         x = _summed(x, residual)
         return BackboneOutput(last_hidden_state=backbone.norm(x.to(embedded.dtype)).view_as(embedded))
+
+    def _beside(self, call: _Call, x: Tensor, on: Pass, dtype: torch.dtype) -> Tensor:
+        """x, the embedded tokens [T, H], when the layers have their inputs beside it."""
+        if self.decoder.per_layer is None:
+            return x
+        if dtype not in self._per_layer:
+            self._per_layer[dtype] = per_layer_inputs(self.decoder, dtype, x.device)
+        computation = self._per_layer[dtype]
+        assert computation is not None
+        table = computation.table
+        rows = nn.functional.embedding(call.input_ids.flatten().to(table.device), table).to(x.device)
+        matrices = [parameter for part in computation.trained for parameter in part.parameters]
+        result: Tensor = _FusedPerLayer.apply(computation, on, rows, x, *matrices)
+        return result
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
         """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""
@@ -440,22 +464,46 @@ class _FusedLayer(torch.autograd.Function):
         _load_adapters(layer)
         sinks = {part: Gradients.zeros(part) for part in layer.trained}
         dx = layer.backward(g.contiguous(), saved, ctx.on, sinks, need_dx=any(ctx.needs_input_grad[3:5]))
-        grads = [
-            grad.to(parameter.dtype)
-            for part in layer.trained
-            for parameter, grad in zip(part.parameters, part.gradients(sinks[part]), strict=True)
-        ]
-        return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *grads
+        return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *_matrix_gradients(layer, sinks)
+
+
+class _FusedPerLayer(torch.autograd.Function):
+    """The layers' inputs beside the stream x, for autograd: x passes, so that its backward is the last."""
+
+    @staticmethod
+    def forward(ctx: Any, computation: PerLayerComputation, on: Pass, rows: Tensor, x: Tensor, *_: Tensor) -> Tensor:
+        _load_adapters(computation)
+        computation.forward(x, rows, on)
+        ctx.computation, ctx.on = computation, on
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        computation: PerLayerComputation = ctx.computation
+        sinks = {part: Gradients.zeros(part) for part in computation.trained}
+        if computation.trained:
+            _load_adapters(computation)
+            computation.backward(ctx.on, sinks)
+        return None, None, None, g, *_matrix_gradients(computation, sinks)
+
+
+def _matrix_gradients(computed: LayerComputation | PerLayerComputation, sinks: Sinks) -> list[Tensor]:
+    """Of every LoRA matrix, in the order of its parts' parameters."""
+    return [
+        grad.to(parameter.dtype)
+        for part in computed.trained
+        for parameter, grad in zip(part.parameters, part.gradients(sinks[part]), strict=True)
+    ]
 
 
 def _summed(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else x + residual
 
 
-def _load_adapters(layer: LayerComputation) -> None:
-    for site in layer.sites:
+def _load_adapters(computed: LayerComputation | PerLayerComputation) -> None:
+    for site in computed.sites:
         site.a = site.stack_adapters()
-    for part in layer.trained:
+    for part in computed.trained:
         part.refresh()
 
 

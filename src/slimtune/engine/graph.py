@@ -17,6 +17,8 @@ __all__ = ["Inputs", "ShapeKey"]
 
 _AHEAD = 4
 """Micro-batches that the host may be ahead of the device."""
+_AHEAD_OF_ROWS = 2
+"""The same where a table in RAM gives rows, of which a micro-batch's are some hundred megabytes."""
 _DOCUMENT_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of documents that graphs are made for: attention's grid grows with it, so no more than is needed."""
 
@@ -36,10 +38,29 @@ class ShapeKey:
     """Whether the device alone reads where the documents end, so that a graph holds for others of this key."""
 
 
-class Inputs:
-    """Device buffers for micro-batches of up to ``tokens`` tokens, filled by one copy without waiting for it."""
+@dataclass(frozen=True)
+class _Staging:
+    """Host buffers of one micro-batch, each as large as its buffer on the device."""
 
-    def __init__(self, tokens: int, scores: tuple[ScoresKind, ...], dtype: torch.dtype, device: torch.device) -> None:
+    fixed: Tensor
+    boundaries: Tensor
+    rows: Tensor | None
+
+
+class Inputs:
+    """Device buffers for micro-batches of up to ``tokens`` tokens, filled by one copy without waiting for it.
+
+    A ``table`` [vocabulary, C] in RAM gives a row for each token, which a copy of its own brings.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        scores: tuple[ScoresKind, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        table: Tensor | None = None,
+    ) -> None:
         self._scores, self._dtype, self._device = scores, dtype, device
         self.room = tokens
         """Tokens that there is room for."""
@@ -48,9 +69,13 @@ class Inputs:
         # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
         self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
         self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        self._table = table
+        self._rows: Tensor | None = None
+        if table is not None:
+            self._rows = torch.zeros(tokens, table.shape[1], dtype=table.dtype, device=device)
         self._pinned = device.type == "cuda"
-        self._free: deque[tuple[Tensor, Tensor]] = deque()
-        self._busy: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+        self._free: deque[_Staging] = deque()
+        self._busy: deque[tuple[_Staging, torch.cuda.Event]] = deque()
 
     @property
     def packs_ways(self) -> dict[ScoresKind, Way]:
@@ -77,6 +102,10 @@ class Inputs:
         """int64 [T]."""
         return self._part(0, key.tokens)
 
+    def table_rows(self, key: ShapeKey) -> Tensor | None:
+        """The tokens' rows of the table in RAM [T, C], if there is one."""
+        return None if self._rows is None else self._rows[: key.tokens]
+
     def position_ids(self, key: ShapeKey) -> Tensor:
         """int64 [T]."""
         return self._part(1, key.tokens)
@@ -102,7 +131,8 @@ class Inputs:
                 way_out="Make it with tokens set to the largest micro-batch, evaluation's too.",
             )
         key = self._key(micro)
-        fixed, boundaries = self._staging()
+        staging = self._staging()
+        fixed, boundaries = staging.fixed, staging.boundaries
         fixed[0] = seed
         for number, values in enumerate((micro.input_ids, micro.position_ids, micro.rows, micro.targets)):
             start = 1 + number * self.room
@@ -112,24 +142,33 @@ class Inputs:
         boundaries[1 + len(ends) : key.documents + 1] = key.tokens
         self._fixed.copy_(fixed, non_blocking=True)
         self._boundaries[: key.documents + 1].copy_(boundaries[: key.documents + 1], non_blocking=True)
+        if self._table is not None and self._rows is not None and staging.rows is not None:
+            rows = staging.rows[: key.tokens]
+            torch.index_select(self._table, 0, fixed[1 : 1 + key.tokens], out=rows)
+            self._rows[: key.tokens].copy_(rows, non_blocking=True)
         if self._pinned:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-            self._busy.append((fixed, boundaries, copied))
+            self._busy.append((staging, copied))
         else:
-            self._free.append((fixed, boundaries))
+            self._free.append(staging)
         return key
 
-    def _staging(self) -> tuple[Tensor, Tensor]:
+    def _staging(self) -> _Staging:
         """Host buffers that no copy reads any more."""
-        if len(self._busy) >= _AHEAD:
-            fixed, boundaries, copied = self._busy.popleft()
+        if len(self._busy) >= (_AHEAD if self._table is None else _AHEAD_OF_ROWS):
+            staging, copied = self._busy.popleft()
             copied.synchronize()
-            return fixed, boundaries
+            return staging
         if self._free:
             return self._free.popleft()
-        fixed = torch.zeros(self._fixed.shape, dtype=torch.int64, pin_memory=self._pinned)
-        return fixed, torch.zeros(self._boundaries.shape, dtype=torch.int32, pin_memory=self._pinned)
+        fixed, boundaries, rows = (
+            None if like is None else torch.zeros(like.shape, dtype=like.dtype, pin_memory=self._pinned)
+            for like in (self._fixed, self._boundaries, self._rows)
+        )
+        assert fixed is not None
+        assert boundaries is not None
+        return _Staging(fixed, boundaries, rows)
 
     def _key(self, micro: MicroBatch) -> ShapeKey:
         longest, count = max(micro.lengths), len(micro.lengths)

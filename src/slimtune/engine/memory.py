@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from slimtune.engine.attention import Way
 from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.decoder import LayerComputation
+from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.structure import ScoresKind
 
 __all__ = ["MemoryPlan", "plan_memory"]
@@ -60,6 +61,7 @@ class _Shape:
     tokens: int
     vocabulary: int
     ways: Mapping[ScoresKind, Way]
+    per_layer: PerLayerComputation | None = None
 
     @cached_property
     def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
@@ -131,6 +133,8 @@ class _Shape:
         }
         work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
         fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch
+        if self.per_layer is not None:
+            fixed = max(fixed, self.per_layer.working_bytes(memory)) + self.per_layer.kept_bytes(memory)
         room = budget - fixed - sum(sizes[Keep.INPUT])
         keep = [Keep.INPUT] * count
 
@@ -180,6 +184,7 @@ def plan_memory(
     *,
     longest: int | None = None,
     ways: Mapping[ScoresKind, Way],
+    per_layer: PerLayerComputation | None = None,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -190,8 +195,9 @@ def plan_memory(
         budget: Bytes for everything but the model's own tensors.
         longest: Tokens in the longest document; a part can't be smaller.
         ways: How each kind of attention is computed.
+        per_layer: What makes the layers' inputs beside the stream.
     """
-    shape = _Shape(layers, tokens, vocabulary, ways)
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer)
     widest = max(layer.layer.attention.heads * layer.layer.attention.head_dim for layer in layers)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))

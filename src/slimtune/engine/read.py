@@ -8,6 +8,7 @@ projections) is read off them; the rest is the family's :class:`~slimtune.famili
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from slimtune.engine.structure import (
     Layer,
     Linear,
     Norm,
+    PerLayerGate,
+    PerLayerInputs,
     Projection,
     Rotary,
     Router,
@@ -157,7 +160,37 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
         ),
         embedding_scale=_embedding_scale(inner, config, form),
         softcap=_cap(config, "final_logit_softcapping"),
+        per_layer=_per_layer_inputs(backbone, form, frozen=frozen),
         unfused=unfused,
+    )
+
+
+def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerLayerInputs | None:
+    """What layers get of the tokens beside the stream (``Gemma4TextModel.project_per_layer_inputs``).
+
+    Raises:
+        CannotFuse: Its table or norm trains, or its projection is none that the engine reads.
+    """
+    table = getattr(backbone, "embed_tokens_per_layer", None)
+    if table is None:
+        return None
+    over = backbone.per_layer_projection_norm
+    if not _is_bare(table) or (frozen and any(p.requires_grad for part in (table, over) for p in part.parameters())):
+        raise CannotFuse("per-layer inputs train, which the fused engine keeps frozen")
+    width, layers = int(over.weight.shape[0]), len(backbone.layers)
+    linear = _linear("per_layer_model_projection", backbone.per_layer_model_projection, frozen=frozen)
+    if (linear.out_features, int(table.weight.shape[1])) != (layers * width, layers * width):
+        raise CannotFuse(f"per-layer inputs that aren't {width} wide for each of {layers} layers")
+    both, before = float(backbone.per_layer_input_scale), float(backbone.per_layer_model_projection_scale)
+    plain = _norm(over, over.weight, form, scale=both)
+    return PerLayerInputs(
+        embedding=table,
+        projection=Projection((linear,)),
+        # A norm of what was scaled is the norm of what wasn't, with another eps.
+        norm=replace(plain, eps=plain.eps / before**2),
+        scale=both * _root(width, table.weight.dtype),
+        layers=layers,
+        width=width,
     )
 
 
@@ -200,8 +233,12 @@ def _times(config: Any, name: str | None) -> float:
 def _embedding_scale(inner: Any, config: Any, form: DecoderForm) -> float:
     if not form.scaled_embedding:
         return _times(config, form.embedding_times)
-    root = torch.tensor(config.hidden_size**0.5, device="cpu")
-    return root.to(inner.get_input_embeddings().weight.dtype).item()
+    return _root(config.hidden_size, inner.get_input_embeddings().weight.dtype)
+
+
+def _root(size: int, dtype: torch.dtype) -> float:
+    """A size's root, rounded to a dtype."""
+    return torch.tensor(size**0.5, device="cpu").to(dtype).item()
 
 
 def _plain_head(inner: Any) -> bool:
@@ -240,7 +277,7 @@ class _Reader:
         for name, part in self.module.named_children():
             if name not in known and any(True for _ in part.parameters()):
                 raise CannotFuse(f"{self.name} has a {name}, which the engine doesn't compute")
-        *before, last = self.form.branches
+        *before, last = (form for form in self.form.branches if form.where is None or hasattr(self.module, form.where))
         branches = *(self._branch(branch) for branch in before), self._branch(last, self._layer_times())
         layer = Layer(self.index, self.module, branches)
         for projection in layer.projections:
@@ -255,18 +292,39 @@ class _Reader:
 
     def _branch(self, branch: BranchForm, times: float = 1.0) -> Branch:
         """A branch; ``times``: what its result is multiplied with, the stream in it."""
-        blocks: list[SelfAttention | GatedMlp | Experts] = []
-        for name in branch.blocks:
-            part = getattr(self.module, name)
-            blocks += [self._attention(part)] if name == "self_attn" else self._feed_forward(part, name)
+        blocks = tuple(block for name in branch.blocks for block in self._blocks(name))
         after = branch.norm_after
         return Branch(
             norm=None if branch.norm is None else self._norm(self.module, branch.norm),
-            blocks=tuple(blocks),
+            blocks=blocks,
             norm_after=None if after is None else self._norm(self.module, after, scale=times),
             scale=_times(self.config, self.form.residual_times) * (times if after is None else 1.0),
             carry=times,
         )
+
+    def _blocks(self, name: str) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate]:
+        """What is made of a module of the layer."""
+        part = getattr(self.module, name)
+        match name:
+            case "self_attn":
+                return [self._attention(part)]
+            case "per_layer_input_gate":
+                return [self._per_layer_gate()]
+            case "per_layer_projection":
+                return []  # the gate's
+        return self._feed_forward(part, name)
+
+    def _per_layer_gate(self) -> PerLayerGate:
+        return PerLayerGate(
+            gate=self._own_projection("per_layer_input_gate"),
+            projection=self._own_projection("per_layer_projection"),
+            activation=self._activation(self.module.act_fn),
+            index=self.index,
+        )
+
+    def _own_projection(self, name: str) -> Projection:
+        """A linear layer of the layer's own."""
+        return Projection((_linear(f"{self.name}.{name}", getattr(self.module, name), frozen=self.frozen),))
 
     def _norm(self, parent: Any, name: str, *, scale: float = 1.0, like: Tensor | None = None) -> Norm:
         """A norm; ``like``: what ones are made like where it has no weight of its own."""

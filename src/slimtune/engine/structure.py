@@ -31,6 +31,8 @@ __all__ = [
     "Layer",
     "Linear",
     "Norm",
+    "PerLayerGate",
+    "PerLayerInputs",
     "Projection",
     "Rotary",
     "Router",
@@ -215,6 +217,35 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, eq=False)
+class PerLayerGate:
+    """projection(act(gate(x)) x p), p the layer's part of the per-layer inputs."""
+
+    gate: Projection
+    projection: Projection
+    activation: Activation
+    index: int
+    """The layer's."""
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """In the order of computation."""
+        return self.gate, self.projection
+
+
+@dataclass(frozen=True, eq=False)
+class PerLayerInputs:
+    """norm(projection(x)) + scale x embedding(tokens), [T, layers, width]; x the embedded tokens."""
+
+    embedding: Any
+    """Its ``weight`` is [vocabulary, layers x width]."""
+    projection: Projection
+    norm: Norm
+    scale: float
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
 class ExpertStack:
     """A matrix for each of E experts, [E, out_features, in_features], frozen; 16 or 32 bits, or each in NF4."""
 
@@ -274,7 +305,7 @@ class Branch:
 
     norm: Norm | None
     """None: the blocks take x itself."""
-    blocks: tuple[SelfAttention | GatedMlp | Experts, ...]
+    blocks: tuple[SelfAttention | GatedMlp | Experts | PerLayerGate, ...]
     norm_after: Norm | None = None
     scale: float = 1.0
     carry: float = 1.0
@@ -315,6 +346,8 @@ class Decoder:
     """What the embedded tokens are multiplied with."""
     softcap: float | None = None
     """Logits are softcap x tanh(logits / softcap)."""
+    per_layer: PerLayerInputs | None = None
+    """What layers get of the tokens beside the stream."""
     unfused: dict[str, str] = field(default_factory=dict)
     """Reasons, by module name."""
 
@@ -342,7 +375,7 @@ class Decoder:
 
     @property
     def adapters(self) -> Iterator[Adapter]:
-        """Every adapter of the fused layers."""
+        """Every adapter that is computed."""
         for linear in self.linears():
             if linear.adapter is not None:
                 yield linear.adapter
@@ -351,7 +384,9 @@ class Decoder:
                 yield stack.adapter
 
     def linears(self) -> Iterator[Linear]:
-        """Every linear layer of the fused layers."""
+        """Every linear layer that is computed."""
         for layer in self.fused:
             for projection in layer.projections:
                 yield from projection.linears
+        if self.per_layer is not None:
+            yield from self.per_layer.projection.linears

@@ -17,8 +17,11 @@ class BranchForm:
     """One residual branch, by the names of the layer's modules."""
 
     blocks: tuple[str, ...]
+    """An attention is called self_attn; the gate of a per-layer input is followed by its projection."""
     norm: str | None = None
     norm_after: str | None = None
+    where: str | None = None
+    """It is there in layers that have this module."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,13 +88,18 @@ _AROUND = (
     BranchForm(("self_attn",), "input_layernorm", "post_attention_layernorm"),
     BranchForm(("mlp",), "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+_PER_LAYER = BranchForm(
+    ("per_layer_input_gate", "per_layer_projection"),
+    norm_after="post_per_layer_input_norm",
+    where="per_layer_input_gate",
+)
 _GLM4 = (
     BranchForm(("self_attn",), "input_layernorm", "post_self_attn_layernorm"),
     BranchForm(("mlp",), "post_attention_layernorm", "post_mlp_layernorm"),
 )
 _BESIDE = (BranchForm(("self_attn", "mlp"), "input_layernorm"),)
 _GEMMA4 = DecoderForm(
-    _AROUND,
+    (*_AROUND, _PER_LAYER),
     scaled_embedding=True,
     layer_times="layer_scalar",
     sizes_by_layer=True,

@@ -4,6 +4,7 @@ from slimtune.engine.blocks.attention import AttentionBlock
 from slimtune.engine.blocks.block import Block, Keep, Lent, Memory, Pass, RotaryTable, Sinks
 from slimtune.engine.blocks.experts import ExpertsBlock
 from slimtune.engine.blocks.mlp import MlpBlock
+from slimtune.engine.blocks.per_layer import PerLayerBlock
 
 __all__ = [
     "AttentionBlock",
@@ -14,6 +15,7 @@ __all__ = [
     "Memory",
     "MlpBlock",
     "Pass",
+    "PerLayerBlock",
     "RotaryTable",
     "Sinks",
 ]

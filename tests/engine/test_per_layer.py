@@ -1,0 +1,48 @@
+"""Layers' inputs beside the stream: their table in RAM, and the adapter on their projection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from slimtune.engine import Engine
+from slimtune.engine.graph import Inputs
+from tests.engine import models
+
+
+def _gradients(model: Any, engine: Engine) -> dict[str, torch.Tensor]:
+    engine.flat.grad.zero_()
+    engine.forward_backward(models.pack(), 40)
+    return models.gradients(model)
+
+
+def test_a_table_in_ram_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose device buffer is filled from the host."""
+    model: Any = models.add_lora(models.make_base("gemma4-e2b"))
+    expected = _gradients(model, Engine(model, dtype=torch.float32, tokens=64))
+    table = model.get_base_model().model.embed_tokens_per_layer.weight.detach()
+    monkeypatch.setattr(Engine, "_table_in_ram", lambda _: table)
+    engine = Engine(model, dtype=torch.float32, tokens=64)
+    assert engine.in_ram == 0
+    monkeypatch.setattr(Engine, "_table_rows", lambda self, key: Inputs.table_rows(self._inputs, key))
+    for _ in range(3):  # more micro-batches than there are host buffers
+        actual = _gradients(model, engine)
+    assert models.worst_error(actual, expected) == 0.0
+
+
+def test_parts_of_documents_give_the_same_gradients() -> None:
+    """What is lent belongs to one part."""
+    model = models.add_lora(models.make_base("gemma4-e2b"))
+    engine = Engine(model, dtype=torch.float32, tokens=64)
+    whole = _gradients(model, engine)
+    engine.plan = replace(engine.plan, part_tokens=30)
+    assert models.worst_error(_gradients(model, engine), whole) < 1e-5
+
+
+def test_the_projections_adapter_alone_gets_its_gradient_through_every_layer() -> None:
+    model = models.add_lora(models.make_base("gemma4-e2b"), target_modules=["per_layer_model_projection"])
+    _, expected = models.reference(model, models.pack(), 40)
+    assert models.worst_error(_gradients(model, Engine(model, dtype=torch.float32, tokens=64)), expected) < 1e-4
