@@ -12,14 +12,7 @@ import click
 
 __all__ = ["command"]
 
-OLDEST = {
-    "torch": "2.11",
-    "transformers": "5.17",
-    "trl": "1.15",
-    "peft": "0.21",
-    "bitsandbytes": "0.50",
-}
-"""The oldest versions that slimtune is tested with."""
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 ROOM = 2e9
 
 
@@ -52,7 +45,10 @@ def command(as_json: bool) -> None:
 
 def _libraries() -> list[Finding]:
     findings = []
-    for name, oldest in OLDEST.items():
+    required = (line.partition(">=") for line in importlib.metadata.requires("slimtune") or ())
+    oldest_of = {name: oldest for name, _, oldest in required}
+    for name in LIBRARIES:
+        oldest = oldest_of[name]
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

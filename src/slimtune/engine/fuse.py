@@ -196,7 +196,7 @@ class BackboneOutput(BaseModelOutputWithPast):
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What TRL's trainer reads from a model called with ``fused_lm_head=True`` (TRL 1.15 and 1.16, trainer/utils.py,
+    """What TRL's trainer reads from a model called with ``fused_lm_head=True`` (TRL 1.16, trainer/utils.py,
     ``FusedCausalLMOutput``): fields over positions [B, S - 1], zero where the label is -100; None: never asked for."""
 
     loss: Tensor | None = None
@@ -415,7 +415,7 @@ class _Runner:
 def _is_plain_head(forward: Any) -> bool:
     """Whether ``forward`` has a fused head of TRL's that asks for no more than the engine's gives.
 
-    TRL (1.15 and 1.16, trainer/utils.py, ``add_fused_lm_head``) keeps what the trainer asked for in the variables of
+    TRL (1.16, trainer/utils.py, ``add_fused_lm_head``) keeps what the trainer asked for in the variables of
     its function alone; a head whose variables are named otherwise is left to TRL.
     """
     asked = inspect.getclosurevars(forward).nonlocals
