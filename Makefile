@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest floors lock clean data-campaign folders
+.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest floors trl-tests lock clean data-campaign folders
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -78,6 +78,10 @@ floors: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/floors
 	VIRTUAL_ENV=$(abspath build/floors) $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[demo,dev]'
 	OMP_NUM_THREADS=1 build/floors/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
+
+# TRL's own PEFT tests, as they are and fused: make trl-tests TRL=… (a checkout of TRL, of the installed version)
+trl-tests: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trl/trl_fused.py '$(TRL)' $(TESTS)
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra demo --extra dev \
