@@ -34,14 +34,20 @@ def test_streams_are_told_that_the_server_ends(serving: Callable[..., Any]) -> N
     """A long reply of an engine that is slower than the time that is left."""
     with serving() as served, ThreadPoolExecutor(1) as pool:
         engine = served.api.engines["first"]
-        computed = engine._computing.submit
-        engine._computing.submit = lambda *work: (time.sleep(0.02), computed(*work))[1]
+        computed, began = engine._computing.submit, threading.Event()
+
+        def slowly(*work: Any) -> Any:
+            began.set()
+            time.sleep(0.02)
+            return computed(*work)
+
+        engine._computing.submit = slowly
         try:
             body = json.dumps(
                 {"model": "first", "messages": [{"role": "user", "content": "?"}], "max_tokens": 1000, "stream": True}
             )
             streaming = pool.submit(raw, served, "/v1/chat/completions", body.encode())
-            assert until(lambda: served.api.gate.inside == 1)
+            assert began.wait(60)  # not only let in: its answer has begun
             started = time.monotonic()
             served.web.should_exit = True
             assert until(lambda: served.api.gate.closed)
