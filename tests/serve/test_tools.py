@@ -132,8 +132,9 @@ def test_the_answer_can_be_given_back_with_the_tools_result(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "isn't among the tools"),
+        ({"tools": [*TOOLS, *TOOLS]}, "the same name"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
         ({"tools": [{"type": "web_search"}]}, "type"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -169,6 +170,69 @@ def test_a_strict_tools_call_fits_its_schema_or_stays_text(served: Served, says:
         message = ask(bad)
         assert message.tool_calls is None
         assert bad in message.content
+
+
+LIGHT: Any = {
+    "type": "function",
+    "function": {
+        "name": "light",
+        "description": "Set the light",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "colour": {"enum": ["blue", "red"]},
+                "level": {"type": "integer", "maximum": 9, "minimum": 0},
+            },
+            "required": ["colour", "level"],
+            "additionalProperties": False,
+        },
+    },
+}
+BELL: Any = {"type": "function", "function": {"name": "bell", "description": "Ring it"}}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="needs the extra: json")
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.5, "seed": 5}])
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"light", "bell"}),
+        *(({"type": "function", "function": {"name": n}}, {n}) for n in ("light", "bell")),
+    ],
+    ids=["any", "light", "bell"],
+)
+def test_a_reply_that_must_be_a_call_is_one(
+    served: Served, choice: Any, names: set[str], drawn: dict[str, Any]
+) -> None:
+    asked = {"model": "first", "messages": ASKED, "tools": [LIGHT, BELL], "tool_choice": choice, "max_tokens": 400}
+    asked |= {"parallel_tool_calls": False, **drawn}
+    made = served.client.chat.completions.create(**asked).choices[0]
+    assert (made.finish_reason, made.message.content) == ("tool_calls", None)
+    [call] = made.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name in names
+    if call.function.name == "bell":
+        assert arguments == {}
+    else:
+        assert arguments.keys() == {"colour", "level"}
+        assert arguments["colour"] in ("blue", "red")
+        assert arguments["level"] in range(10)
+    with served.client.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion().choices[0].message
+    assert final.tool_calls[0].function.arguments == call.function.arguments
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="needs the extra: json")
+def test_where_calls_must_be_there_may_be_several(served: Served) -> None:
+    """Drawn replies; some go on with another call, and what isn't through at the end is left out."""
+    counts = set()
+    for seed in range(12):
+        choice = served.client.chat.completions.create(
+            model="first", messages=ASKED, tools=[BELL], tool_choice="required", max_tokens=60, temperature=2, seed=seed
+        ).choices[0]
+        assert {call.function.name for call in choice.message.tool_calls} == {"bell"}
+        counts.add(len(choice.message.tool_calls))
+    assert max(counts) > 1
 
 
 def test_strict_tools_are_refused_without_grammars(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

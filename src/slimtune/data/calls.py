@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from slimtune.data.conversation import RowRefused
 from slimtune.data.template import TemplateRefused
 
-__all__ = ["Call", "CallForm", "Read", "call_form"]
+__all__ = ["Call", "CallForm", "Frame", "Marked", "Read", "call_form"]
 
 _DECODER = json.JSONDecoder()
 _NAME = r"([\w.\-]+)"
@@ -54,6 +54,25 @@ Found = tuple[Call, int]
 """A call, and where it ends."""
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands around calls: ``before CALL``, for each one more ``between CALL``, then ``after``. In these, and in
+    ``within``, stand :data:`ID` and :data:`NUMBER`."""
+
+    before: str
+    within: str | Marked
+    """What stands between a call's name and its arguments as a JSON object, with which it ends; or the marks of each
+    argument, and of the call's end."""
+    between: str | None
+    """None where the template writes one call alone."""
+    after: str
+
+    ID = "\0"
+    """Stands for a call's id, nine letters and digits."""
+    NUMBER = "\1"
+    """Stands for a call's number, counted from 0."""
+
+
 class _Kind(Protocol):
     def at(self, text: str, place: int, schemas: Mapping[str, Any]) -> Found | None:
         """The call that begins at ``place``."""
@@ -72,8 +91,37 @@ class CallForm:
     closing: str
     """What stands behind the last; a reply may end before it is through."""
     kind: _Kind
+    lead: str
+    """What stands before a reply of any kind, as the template writes it; what the prompt ends with is left out."""
     sample: str
     """Calls as the template writes them."""
+
+    def frame(self) -> Frame | None:
+        """What stands around calls; None unless each is a name and then its arguments, in JSON or between marks."""
+        if self.lead.strip() and not self.opening:  # a call that begins behind something wouldn't be seen
+            return None
+        match self.kind:
+            case Marked():
+                before, end = self.lead + self.sample.partition(_ONE.name)[0], self.kind.end
+                if not self.closing.startswith(end) or (self.between and not self.between.startswith(end)):
+                    return None
+                return Frame(before, self.kind, self.between[len(end) :] or None, self.closing[len(end) :])
+            case _Object() | _NameThenObject():
+                return self._around_json()
+        return None
+
+    def _around_json(self) -> Frame | None:
+        first = _around(self.sample, _ONE)
+        if first is None:
+            return None
+        before, within, after = first
+        second = _around(after, _NUMBER)
+        if second is None:
+            return None if _NUMBER.name in after else Frame(self.lead + before, within, None, after)
+        between, again, after = second
+        if again != within:  # calls are counted, as Kimi's
+            within, again = (re.sub(r"\d+", Frame.NUMBER, text) for text in (within, again))
+        return Frame(self.lead + before, within, between, after) if again == within else None
 
     def begins(self, text: str) -> int | None:
         """Where calls begin in a reply, or None if none do so far."""
@@ -204,7 +252,10 @@ class _Bare:
 
 
 @dataclass(frozen=True)
-class _Marked:
+class Marked:
+    """Each argument between marks: ``name before_key KEY key_end VALUE value_end``, with ``next_key`` from one value to
+    the next key."""
+
     before_key: str
     """What stands between name and first key."""
     key_end: str
@@ -215,6 +266,7 @@ class _Marked:
     end: str
 
     def at(self, text: str, place: int, schemas: Mapping[str, Any]) -> Found | None:
+        """The call that begins at ``place``."""
         name = re.compile(_NAME).match(text, place)
         if name is None:
             return None
@@ -318,15 +370,25 @@ def call_form(write: Write, ends: Sequence[str]) -> CallForm | None:
     # What comes before every reply alike (the end of a thought that the prompt opened) doesn't open calls.
     before = plain.partition("qzreply")[0]
     common = len(before) if one.startswith(before) else 0
-    for found in _forms(one[common:], two[common:], none, (both or "")[common:]):
+    for found in _forms(one[common:], two[common:], none, (both or "")[common:], before[:common]):
         pairs = zip(asked, (one, two, none, number, both), strict=True)
         if all(text is None or found.read(text[common:], _TOOLS).calls == calls for calls, text in pairs):
             return found
     return None
 
 
-def _forms(one: str, two: str, none: str | None, both: str) -> Iterator[CallForm]:
+def _forms(one: str, two: str, none: str | None, both: str, lead: str) -> Iterator[CallForm]:
     """What could be the form, by a reply with one argument, one with two, one with none, and one with two calls."""
+
+    def form(start: int, end: int, kind: _Kind) -> CallForm:
+        opening, closing = one[:start], one[end:]
+        between = ""
+        if both.startswith(one[:end]):
+            other = both.find("qzother", end)
+            second = max(both.rfind("{", end, other), end) if isinstance(kind, _Object) else other
+            between = both[end:second] if second >= 0 else ""
+        return CallForm(opening.strip(), one[start : start + 1], between, closing, kind, lead, both or one)
+
     name = one.find("qztool")
     if name < 0:
         return
@@ -336,33 +398,36 @@ def _forms(one: str, two: str, none: str | None, both: str) -> Iterator[CallForm
             continue
         made, end = decoded
         if (path := _path(made)) is not None:
-            yield _form(one, both, start, end, _Object(*path))
+            yield form(start, end, _Object(*path))
         elif made == _ONE.arguments and name < start:
             mark = one[name + len("qztool") : start]
             pattern = re.sub(r"\d+", r"\\d+", re.escape(mark.replace(_ID, "\0"))).replace("\0", r"[\w.\-]*")
             kind = _NameThenObject(re.compile(pattern.replace(r"\ ", r"\s*").replace("\\\n", r"\s*")))
-            yield _form(one, both, name, end, kind)
+            yield form(name, end, kind)
     if (bare := re.compile(r"\{qzarg:(\S+)qzvalue\1\}").match(one, name + len("qztool"))) is not None:
-        yield _form(one, both, name, bare.end(), _Bare(bare[1]))
+        yield form(name, bare.end(), _Bare(bare[1]))
     if name >= 0 and (marked := _marks(two, none)) is not None:
         end = one.rfind("qzvalue") + len("qzvalue")
         close = marked.value_end.strip()
-        yield _form(one, both, name, end + one[end:].find(close) + len(close), marked)
+        yield form(name, end + one[end:].find(close) + len(close), marked)
     for end in _closing_brackets(one, name):
-        yield _form(one, both, name, end, _Python())
+        yield form(name, end, _Python())
 
 
-def _form(one: str, both: str, start: int, end: int, kind: _Kind) -> CallForm:
-    opening, closing = one[:start], one[end:]
-    between = ""
-    if both.startswith(one[:end]):
-        other = both.find("qzother", end)
-        second = max(both.rfind("{", end, other), end) if isinstance(kind, _Object) else other
-        between = both[end:second] if second >= 0 else ""
-    return CallForm(opening.strip(), one[start : start + 1], between, closing, kind, both or one)
+def _around(text: str, call: Call) -> tuple[str, str, str] | None:
+    """What stands before, within and after a call of which the name comes first and the arguments are a JSON object."""
+    name = text.find(call.name)
+    behind = name + len(call.name)
+    for start in (place.start() for place in re.finditer(r"\{", text) if name >= 0 and place.start() > name):
+        decoded = _object(text, start)
+        if decoded is not None and decoded[0] == call.arguments:
+            parts = (text[:name], text[behind:start], text[decoded[1] :])
+            before, within, after = (re.sub(rf"{_ID[:-1]}\d", Frame.ID, part) for part in parts)
+            return before, within, after
+    return None
 
 
-def _marks(two: str, none: str | None) -> _Marked | None:
+def _marks(two: str, none: str | None) -> Marked | None:
     words = ("qztool", "qzarg", "qzvalue", "qzmore", "qzsecond")
     places = [two.find(word) for word in words]
     if min(places) < 0 or places != sorted(places) or none is None:
@@ -375,7 +440,7 @@ def _marks(two: str, none: str | None) -> _Marked | None:
     behind = none.partition("qztool")[2]
     whole_end = last[len(value_end) :]
     nothing = behind.removesuffix(whole_end) if behind.endswith(whole_end) else behind
-    return _Marked(before_key, key_end, value_end, next_key, nothing, whole_end)
+    return Marked(before_key, key_end, value_end, next_key, nothing, whole_end)
 
 
 def _path(made: dict[str, Any], path: tuple[str, ...] = ()) -> tuple[tuple[str, ...], str, str] | None:

@@ -218,9 +218,11 @@ class Api:
                 form,
                 asked.shown_tools,
                 self._forms[asked.model].marks(form),
-                most=1 if asked.parallel_tool_calls is False else None,
+                most=1 if asked.one_call else None,
                 checks={name: guides.check(schema) for name, schema in asked.strict_schemas.items()},
             )
+            if asked.must_call is not None:
+                guide = guides.make_call(form.frame(), asked.must_call, several=not asked.one_call)
         if (schema := asked.wanted_schema) is not None:
             guide = self._guides[asked.model].make(schema)
         return opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs), calls, guide

@@ -117,6 +117,15 @@ class Tool(_Strict):
     function: _Function
 
 
+class _Named(_Strict):
+    name: str
+
+
+class _NamedTool(_Strict):
+    type: Literal["function"]
+    function: _Named
+
+
 class _TextFormat(_Strict):
     type: Literal["text"]
 
@@ -142,7 +151,7 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | _NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -160,6 +169,11 @@ class ChatRequest(Request):
             *super()._conflicts(),
             (self.top_logprobs is not None and not self.logprobs, "top_logprobs goes with logprobs: true"),
             (self.tool_choice is not None and not self.tools, "tool_choice goes with tools"),
+            (len(self._names) > len(set(self._names)), "two of the tools have the same name"),
+            (
+                isinstance(self.tool_choice, _NamedTool) and self.tool_choice.function.name not in self._names,
+                "tool_choice names a tool that isn't among the tools",
+            ),
             (
                 bool(self.shown_tools) and self.wanted_schema is not None,
                 "response_format doesn't go with tools: a call has a form of its own",
@@ -194,6 +208,25 @@ class ChatRequest(Request):
         if self.tool_choice == "none" or not self.tools:
             return None
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    @property
+    def _names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools or []]
+
+    @property
+    def must_call(self) -> dict[str, dict[str, Any]] | None:
+        """By tool, its arguments' schema, where the reply has to be a call of one of these."""
+        if self.tool_choice != "required" and not isinstance(self.tool_choice, _NamedTool):
+            return None
+        only = None if self.tool_choice == "required" else self.tool_choice.function.name
+        functions = [tool.function for tool in self.tools or [] if only in (None, tool.function.name)]
+        # As OpenAI's reference has it, one without parameters takes none.
+        return {f.name: {"additionalProperties": False} if f.parameters is None else f.parameters for f in functions}
+
+    @property
+    def one_call(self) -> bool:
+        """Whether there may be no more than one."""
+        return self.parallel_tool_calls is False or isinstance(self.tool_choice, _NamedTool)
 
     @property
     def strict_schemas(self) -> dict[str, dict[str, Any]]:
