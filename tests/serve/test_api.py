@@ -174,7 +174,7 @@ def test_tools_and_parts_of_content_reach_the_template(served: Served, models: d
         ({"n": 2}, "n"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": "always", "tools": [TOOL]}, "tool_choice"),
         ({"temperature": -1}, "temperature"),
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 100_000}, "max_tokens"),
