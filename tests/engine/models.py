@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from transformers import (
     CLIPVisionConfig,
     Cohere2Config,
     CohereConfig,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
+    ExaoneMoeConfig,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
@@ -22,10 +27,15 @@ from transformers import (
     Glm4MoeConfig,
     GlmConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     HeliumConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MiniMaxM2Config,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
@@ -39,6 +49,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
 )
 
 from slimtune.base.packed import Nf4Tensor
@@ -47,10 +58,13 @@ FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text",
     "gemma4-12b", "gemma4-e2b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
-    "phi3-partial", "seed_oss", "smollm3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed",
-    "qwen3_moe-dense",
+    "phi3-partial", "seed_oss", "smollm3", "granitemoehybrid", "ministral3",
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2",
+    "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense", "solar_open",
 )  # fmt: skip
 VOCABULARY = 211
+_MIXES = ("granitemoehybrid",)
+"""Types that Transformers doesn't keep the documents of a pack apart in."""
 LENGTHS = (17, 5, 30, 8, 1, 3)
 """A pack of 64 tokens: document boundaries at odd places, one document of a single token."""
 
@@ -65,6 +79,12 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 64}
+_CHOSEN: dict[str, Any] = {  # DeepSeek-V3's choice of experts
+    **_EXPERTS, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+_GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 8.0,
+}  # fmt: skip
 _WINDOWS: dict[str, Any] = {
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -127,12 +147,18 @@ def family_config(family: str) -> PretrainedConfig:
         case "glm4":
             return Glm4Config(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
         case "granite":
-            return GraniteConfig(**_COMMON, embedding_multiplier=12.0, residual_multiplier=0.22,
-                attention_multiplier=0.0625, logits_scaling=8.0)  # fmt: skip
+            return GraniteConfig(**_COMMON, **_GRANITE)
+        case "granitemoehybrid":
+            return GraniteMoeHybridConfig(**_COMMON, **_GRANITE, num_local_experts=0, shared_intermediate_size=128,
+                layer_types=["attention"] * 3, position_embedding_type="rope", mamba_n_heads=8)  # fmt: skip
         case "helium":
             return HeliumConfig(**_COMMON, head_dim=16)
         case "ministral":
             return MinistralConfig(**_COMMON, **_WINDOWS, head_dim=16)
+        case "ministral3":
+            return Ministral3Config(**_COMMON, head_dim=32, sliding_window=None, rope_parameters={"rope_type": "yarn",
+                "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
+                "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4})  # fmt: skip
         case "olmo2":
             return Olmo2Config(**_COMMON)
         case "olmo3":
@@ -146,10 +172,28 @@ def family_config(family: str) -> PretrainedConfig:
                 attention_dropout=0.0, residual_dropout=0.0)  # fmt: skip
         case "smollm3":
             return SmolLM3Config(**_COMMON, no_rope_layers=[1, 0, 1], use_sliding_window=False)
+        case "dots1":
+            return Dots1Config(**_COMMON, **_CHOSEN, **_WINDOWS, head_dim=32, n_routed_experts=6, n_shared_experts=1,
+                norm_topk_prob=True)  # fmt: skip
+        case "ernie4_5_moe":
+            return Ernie4_5_MoeConfig(**_COMMON, moe_k=3, moe_num_experts=6, moe_intermediate_size=64,
+                moe_num_shared_experts=1, moe_layer_start_index=1)  # fmt: skip
+        case "exaone_moe":
+            return ExaoneMoeConfig(**_COMMON, **_CHOSEN, **_WINDOWS, head_dim=32, num_experts=6, num_shared_experts=1,
+                norm_topk_prob=True, sliding_window_pattern="LG")  # fmt: skip
+        case "flex_olmo":
+            return FlexOlmoConfig(**_COMMON, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True)
         case "glm4_moe":
-            return Glm4MoeConfig(**_COMMON, **_EXPERTS, head_dim=32, partial_rotary_factor=0.5, use_qk_norm=True,
-                n_routed_experts=6, n_shared_experts=1, n_group=3, topk_group=2, first_k_dense_replace=1,
-                routed_scaling_factor=2.5, norm_topk_prob=True)  # fmt: skip
+            return Glm4MoeConfig(**_COMMON, **_CHOSEN, head_dim=32, partial_rotary_factor=0.5, use_qk_norm=True,
+                n_routed_experts=6, n_shared_experts=1, norm_topk_prob=True)  # fmt: skip
+        case "granitemoe":
+            return GraniteMoeConfig(**_COMMON, **_GRANITE, num_local_experts=6, num_experts_per_tok=3)
+        case "granitemoeshared":
+            return GraniteMoeSharedConfig(**_COMMON, **_GRANITE, num_local_experts=6, num_experts_per_tok=3,
+                shared_intermediate_size=128)  # fmt: skip
+        case "minimax_m2":
+            return MiniMaxM2Config(**_COMMON, num_experts_per_tok=3, num_local_experts=6, head_dim=32,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})  # fmt: skip
         case "mixtral":
             return MixtralConfig(**_COMMON, num_experts_per_tok=2, num_local_experts=6, sliding_window=None)
         case "olmoe":
@@ -161,6 +205,9 @@ def family_config(family: str) -> PretrainedConfig:
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[1], norm_topk_prob=False)
         case "qwen3_moe-dense":
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[0, 1, 2])
+        case "solar_open":
+            return SolarOpenConfig(**_COMMON, **_CHOSEN, head_dim=32, n_routed_experts=6, n_shared_experts=1,
+                norm_topk_prob=True)  # fmt: skip
     raise AssertionError(family)
 
 
@@ -189,6 +236,8 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
     for name, buffer in model.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)
+        elif name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.3)
     return model
 
 
@@ -270,13 +319,24 @@ def supervised(batch: dict[str, Tensor]) -> int:
 def reference(model: nn.Module, batch: dict[str, Tensor], count: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and LoRA gradients of the model as it is, through Transformers, PEFT and autograd."""
     model.zero_grad()
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / count
+    loss = torch.zeros(())
+    for part in _documents(batch) if model.config.model_type in _MIXES else [batch]:
+        inputs = {key: value for key, value in part.items() if key != "labels"}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        loss += nn.functional.cross_entropy(logits.flatten(0, 1), part["labels"][:, 1:].flatten(), reduction="sum")
+    loss = loss / count
     loss.backward()
     grads = gradients(model)
     model.zero_grad()
     return loss.item(), grads
+
+
+def _documents(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A pack's documents one by one."""
+    if "position_ids" not in batch:
+        return [batch]
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    return [{key: value[:, a:b] for key, value in batch.items()} for a, b in pairwise(starts)]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -47,6 +47,12 @@ EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"}
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings whose angles depend on the position alone, not on the longest sequence seen."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MLPS = (
+    (("gate_proj", "up_proj"), "down_proj", "act_fn"),
+    (("gate_up_proj",), "down_proj", "activation_fn"),
+    (("input_linear",), "output_linear", "activation"),
+)
+"""What the modules of a gated MLP are called: gate and up, one after the other or in one; down; the activation."""
 _PLAIN = "It trains unfused: engine: plain."
 
 
@@ -251,6 +257,13 @@ def _plain_head(inner: Any) -> bool:
     )
 
 
+def _inside(module: Any, path: str) -> Any:
+    """What lies at a dotted path inside a module; None if nothing does."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def _is_bare(module: Any) -> bool:
     return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
 
@@ -293,6 +306,8 @@ class _Reader:
     def _branch(self, branch: BranchForm, times: float = 1.0) -> Branch:
         """A branch; ``times``: what its result is multiplied with, the stream in it."""
         blocks = tuple(block for name in branch.blocks for block in self._blocks(name))
+        if not blocks:
+            raise CannotFuse(f"{self.name} has no {' and no '.join(branch.blocks)}")
         after = branch.norm_after
         return Branch(
             norm=None if branch.norm is None else self._norm(self.module, branch.norm),
@@ -304,7 +319,9 @@ class _Reader:
 
     def _blocks(self, name: str) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate]:
         """What is made of a module of the layer."""
-        part = getattr(self.module, name)
+        part = getattr(self.module, name, None)
+        if part is None:
+            return []
         match name:
             case "self_attn":
                 return [self._attention(part)]
@@ -394,7 +411,7 @@ class _Reader:
         return kinds[self.index] if self.index < len(kinds) else None
 
     def _is_turned(self, module: Any, window: int | None) -> bool:
-        if not getattr(module, "use_rope", True):
+        if not getattr(module, "use_rope", True) or self.backbone.rotary_emb is None:
             return False
         if self.form.turned == "windowed if any":
             return window is not None or getattr(self.config, "sliding_window", None) is None
@@ -410,7 +427,13 @@ class _Reader:
         dim = 2 * int(angles.shape[0])
         if dim > head_dim:
             raise CannotFuse(f"{self.name} rotates {dim} columns of heads of {head_dim}")
-        return Rotary(module, None if by_kind is None else kind, dim, self.form.interleaved)
+        return Rotary(module, None if by_kind is None else kind, dim, self.form.interleaved, self._growth())
+
+    def _growth(self) -> tuple[float, int] | None:
+        if not self.form.grows_queries:
+            return None
+        parameters = self.config.rope_parameters
+        return float(parameters["llama_4_scaling_beta"]), int(parameters["original_max_position_embeddings"])
 
     def _feed_forward(self, module: Any, name: str) -> list[GatedMlp | Experts]:
         """An MLP; or experts, and beside them those that every token has."""
@@ -419,15 +442,16 @@ class _Reader:
         if getattr(module, "jitter_noise", 0.0):
             raise CannotFuse(f"{self.name} draws noise for its router")
         return [
-            self._experts(module.experts, self._router(module.gate, self.form.router), f"{name}.experts"),
+            self._experts(module.experts, self._router(module, self.form.router), f"{name}.experts"),
             *(
                 self._mlp(getattr(module, part), f"{name}.{part}")
                 for part in ("shared_experts",)
-                if hasattr(module, part)
+                if getattr(module, part, None) is not None
             ),
         ]
 
-    def _router(self, module: Any, form: RouterForm) -> Router:
+    def _router(self, mixture: Any, form: RouterForm) -> Router:
+        module, bias = getattr(mixture, form.gate), _inside(mixture, form.bias)
         if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains its router, which the fused engine keeps frozen")
         choice = Choice(
@@ -439,7 +463,7 @@ class _Reader:
             kept_groups=int(getattr(module, "topk_group", 1)),
             epsilon=form.epsilon,
         )
-        return Router(module, choice, form.wide)
+        return Router(module, None if bias is None else bias.detach().flatten(), choice, form.wide)
 
     def _experts(self, module: Any, router: Router, name: str) -> Experts:
         name, wrappers = f"{self.name}.{name}", {}
@@ -474,15 +498,14 @@ class _Reader:
         return ExpertStack(f"{name}.{parameter}", owner, parameter, experts, columns, rows, around, adapter)
 
     def _mlp(self, module: Any, name: str) -> GatedMlp:
-        merged = hasattr(module, "gate_up_proj")
-        names = ("gate_up_proj",) if merged else ("gate_proj", "up_proj")
-        if not all(hasattr(module, part) for part in (*names, "down_proj")):
-            raise CannotFuse(f"{self.name} has a {type(module).__name__} for a feed-forward")
-        return GatedMlp(
-            gate_up=self._projection(name, module, names),
-            down=self._projection(name, module, ("down_proj",)),
-            activation=self._activation(getattr(module, "activation_fn" if merged else "act_fn", None)),
-        )
+        for ups, down, activation in _MLPS:
+            if all(hasattr(module, part) for part in (*ups, down, activation)):
+                return GatedMlp(
+                    gate_up=self._projection(name, module, ups),
+                    down=self._projection(name, module, (down,)),
+                    activation=self._activation(getattr(module, activation)),
+                )
+        raise CannotFuse(f"{self.name} has a {type(module).__name__} for a feed-forward")
 
     def _activation(self, module: Any) -> Activation:
         known: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -152,6 +152,8 @@ class Rotary:
     """Columns of a head that are rotated, from the first; the others pass."""
     interleaved: bool
     """Neighbouring columns are pairs; else column i and i + dim / 2."""
+    growth: tuple[float, int] | None = None
+    """(β, P): the rotated query of position p is multiplied with 1 + β log(1 + ⌊p / P⌋) (Llama 4)."""
 
 
 class ScoresKind(NamedTuple):
@@ -272,7 +274,9 @@ class Router:
     """What chooses each token's experts, and their weights; frozen."""
 
     module: Any
-    """``weight`` is [E, H]; ``e_score_correction_bias``, where it has one, [E]."""
+    """``weight`` is [E, H]."""
+    bias: Tensor | None
+    """[E], added to the scores before experts are chosen."""
     choice: Choice
     wide: bool
     """Logits are computed in float32 whatever the dtype."""

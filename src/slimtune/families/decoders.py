@@ -7,7 +7,7 @@ hold every one against the unfused model; a run holds it against the model's own
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["DECODERS", "BranchForm", "DecoderForm", "RouterForm"]
 
@@ -31,8 +31,12 @@ class BranchForm:
 
 @dataclass(frozen=True)
 class RouterForm:
-    """How a router makes weights of its logits, where its attributes don't tell it."""
+    """Where a mixture's router lies, and how it makes weights of its logits, where its attributes don't tell it."""
 
+    gate: str = "gate"
+    """The router's name in the mixture."""
+    bias: str = "gate.e_score_correction_bias"
+    """What is added to scores before experts are chosen, in the mixture; some have none."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     wide: bool = False
     """Logits are computed in float32 whatever the model's dtype."""
@@ -73,6 +77,8 @@ class DecoderForm:
     """The config has other sizes for some layers, which their modules tell as well."""
     same_inside: tuple[str, ...] = ()
     """Model types around the text model that do to logits what its own class does."""
+    grows_queries: bool = False
+    """Rotated queries grow with their position, as in Llama 4: the config's ``llama_4_scaling_beta``."""
     caps_scores: bool = False
     """The attention module's soft cap is applied; Gemma 3 has one that is not."""
     router: RouterForm | None = None
@@ -97,6 +103,10 @@ _GLM4 = (
     BranchForm(("self_attn",), "input_layernorm", "post_self_attn_layernorm"),
     BranchForm(("mlp",), "post_attention_layernorm", "post_mlp_layernorm"),
 )
+_GRANITE_MOE = (
+    BranchForm(("self_attn",), "input_layernorm"),
+    BranchForm(("block_sparse_moe", "shared_mlp"), "post_attention_layernorm"),
+)
 _BESIDE = (BranchForm(("self_attn", "mlp"), "input_layernorm"),)
 _GEMMA4 = DecoderForm(
     (*_AROUND, _PER_LAYER),
@@ -106,11 +116,25 @@ _GEMMA4 = DecoderForm(
     same_inside=("gemma4", "gemma4_unified"),
 )
 
+_GRANITE: dict[str, Any] = {
+    "embedding_times": "embedding_multiplier",
+    "residual_times": "residual_multiplier",
+    "logits_over": "logits_scaling",
+}
+# DeepSeek-V3's.
+_SIGMOID = RouterForm(score="sigmoid", wide=True, epsilon=1e-20)
+
 DECODERS: dict[str, DecoderForm] = {
     "cohere": DecoderForm(_BESIDE, centred=True, interleaved=True, logits_times="logit_scale"),
     "cohere2": DecoderForm(_BESIDE, centred=True, interleaved=True, turned="windowed", logits_times="logit_scale"),
+    "dots1": DecoderForm(_BEFORE, router=_SIGMOID),
     "ernie4_5": DecoderForm(_BEFORE, interleaved=True),
+    "ernie4_5_moe": DecoderForm(
+        _BEFORE, interleaved=True, router=RouterForm(bias="gate.moe_statics.e_score_correction_bias", wide=True)
+    ),
     "exaone4": DecoderForm(_AFTER, turned="windowed if any"),
+    "exaone_moe": DecoderForm(_BEFORE, turned="windowed if any", router=_SIGMOID),
+    "flex_olmo": DecoderForm(_AFTER, norms_rows=True, router=RouterForm()),
     "gemma": DecoderForm(_BEFORE, norm_offset=1.0, scaled_embedding=True),
     "gemma2": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True, caps_scores=True),
     "gemma3_text": DecoderForm(_AROUND, norm_offset=1.0, scaled_embedding=True),
@@ -118,16 +142,19 @@ DECODERS: dict[str, DecoderForm] = {
     "gemma4_unified_text": _GEMMA4,
     "glm": DecoderForm(_BEFORE, interleaved=True),
     "glm4": DecoderForm(_GLM4, interleaved=True),
-    "glm4_moe": DecoderForm(_BEFORE, router=RouterForm("sigmoid", wide=True, epsilon=1e-20)),
-    "granite": DecoderForm(
-        _BEFORE,
-        embedding_times="embedding_multiplier",
-        residual_times="residual_multiplier",
-        logits_over="logits_scaling",
-    ),
+    "glm4_moe": DecoderForm(_BEFORE, router=_SIGMOID),
+    "granite": DecoderForm(_BEFORE, **_GRANITE),
+    "granitemoe": DecoderForm(_GRANITE_MOE, **_GRANITE, router=RouterForm("router")),
+    # Its dense models have attention alone; the others' states the engine doesn't compute.
+    "granitemoehybrid": DecoderForm(_GRANITE_MOE, **_GRANITE, router=RouterForm("router")),
+    "granitemoeshared": DecoderForm(_GRANITE_MOE, **_GRANITE, router=RouterForm("router")),
     "helium": DecoderForm(_BEFORE, interleaved=True),
     "llama": DecoderForm(_BEFORE),
+    "minimax_m2": DecoderForm(
+        _BEFORE, norms_rows=True, router=RouterForm(bias="e_score_correction_bias", score="sigmoid")
+    ),
     "ministral": DecoderForm(_BEFORE),
+    "ministral3": DecoderForm(_BEFORE, window_of_all=True, grows_queries=True),
     "mistral": DecoderForm(_BEFORE, window_of_all=True),
     "mixtral": DecoderForm(_BEFORE, window_of_all=True, router=RouterForm()),
     "olmo2": DecoderForm(_AFTER, norms_rows=True),
@@ -140,5 +167,6 @@ DECODERS: dict[str, DecoderForm] = {
     "qwen3_moe": DecoderForm(_BEFORE, router=RouterForm()),
     "seed_oss": DecoderForm(_BEFORE),
     "smollm3": DecoderForm(_BEFORE),
+    "solar_open": DecoderForm(_BEFORE, router=_SIGMOID),
 }
 """By ``model_type``."""

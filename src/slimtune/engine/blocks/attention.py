@@ -70,8 +70,15 @@ class AttentionBlock(Block):
             (q, rstd), (k, v) = self.heads.query(qkv, turn), on.lent[part.borrows].tensors
         if part.lends is not None:
             on.lend(part.lends, k, v)
+        self._grow_(q, on)
         attended, saved = self._attention(on).forward(q, k, v)
         return _Kept(qkv, q, k, v, rstd, self.o.buffer_of(attended.flatten(1), on.seed), saved)
+
+    def _grow_(self, q: Tensor, on: Pass) -> None:
+        """Multiply rotated queries, or their gradient, with what their positions ask for: its own transpose."""
+        growth = None if self.part.rotary is None else on.tables[self.part.rotary].growth
+        if growth is not None:
+            q.mul_(growth[on.position_ids].to(q.dtype)[:, None, None])
 
     def _turn(self, on: Pass) -> tuple[Any, ...]:
         """What rope's kernels take after q and k; nothing where positions don't enter."""
@@ -104,6 +111,7 @@ class AttentionBlock(Block):
         """The gradient of qkv's product, [T, its columns]."""
         o, do = (by_heads(x, self.part.head_dim) for x in (kept.o[:, : self.o.inputs], do))
         dq, dk, dv = self._attention(on).backward(do, kept.q, kept.k, kept.v, o, kept.attention)
+        self._grow_(dq, on)
         if self.part.borrows is not None:
             on.lent[self.part.borrows].collect(dk, dv)
             return self.heads.query_backward(dq, kept.qkv, kept.rstd, self._turn(on))

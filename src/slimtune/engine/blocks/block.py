@@ -42,6 +42,8 @@ class RotaryTable:
     cos: Tensor
     sin: Tensor
     pairs: Pairs
+    growth: Tensor | None = None
+    """What a rotated query is multiplied with, float32 [positions]; None where that is 1 everywhere."""
 
     @classmethod
     def of(cls, rotary: Rotary, head_dim: int, positions: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
@@ -56,7 +58,16 @@ class RotaryTable:
             angles = first if bool((first == second).all()) else table[0][:, ::2]
             rest = head_dim // 2 - angles.shape[1]
             tables.append(torch.nn.functional.pad(angles, (0, rest), value=passes).contiguous())
-        return cls(tables[0], tables[1], Pairs(None if rotary.dim == head_dim else rotary.dim, rotary.interleaved))
+        pairs = Pairs(None if rotary.dim == head_dim else rotary.dim, rotary.interleaved)
+        return cls(tables[0], tables[1], pairs, _growth(rotary, positions, like))
+
+
+def _growth(rotary: Rotary, positions: int, like: Tensor) -> Tensor | None:
+    if rotary.growth is None or positions <= rotary.growth[1]:
+        return None
+    beta, original = rotary.growth
+    steps = torch.arange(positions, device=like.device).div(original, rounding_mode="floor").to(like.dtype)
+    return 1 + beta * torch.log1p(steps)
 
 
 @dataclass

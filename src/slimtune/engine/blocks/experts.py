@@ -48,7 +48,6 @@ class ExpertsBlock(Block):
         self.stacks = (self.gate_up, self.down)
         router_weight: Tensor = part.router.module.weight.detach()
         self._router = router_weight.to(torch.promote_types(dtype, torch.float32) if part.router.wide else dtype)
-        self._bias: Tensor | None = getattr(part.router.module, "e_score_correction_bias", None)
 
     @property
     def columns(self) -> int:
@@ -78,7 +77,7 @@ class ExpertsBlock(Block):
     def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
         """Routes and gates of some tokens' n [T, H]."""
         logits = torch.mm(n.to(self._router.dtype), self._router.t())
-        weights, experts = router.choose(logits, self.part.router.choice, bias=self._bias)
+        weights, experts = router.choose(logits, self.part.router.choice, bias=self.part.router.bias)
         routes = routing.sort_by_expert(experts, self.part.gate_up.experts)
         gates = grouped.grouped_forward(self._inputs(n, routes), gate_up, routes.ends)
         return _Kept(logits, weights, experts, routes, gates)
