@@ -27,7 +27,7 @@ from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.adapter.state import start_from
-from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.adapter.targets import Targets, default_targets, find_targets
 from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
@@ -60,6 +60,7 @@ from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
+from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import tell_stranded
@@ -70,8 +71,10 @@ from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.isolation import lay_out
+from slimtune.training.layout import Layout
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
 from slimtune.training.proof import prove_loss
+from slimtune.training.resumable import Safety
 from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
 from slimtune.training.stop import StopSignals, Watchdog
 from slimtune.training.trainer import SlimTrainer
@@ -112,7 +115,7 @@ def finetune(
     config = config.model_copy(update={"output": output, "date": config.date or date.today()})
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
         config = keep_stdin(config, run.path / "stdin")
-        _train(config, run, choices, signals, screen, formatting_func, observe)
+        _train(config, choices, _Job(run, signals, screen, formatting_func, observe))
     _export(config, run, screen)
     return run
 
@@ -155,169 +158,211 @@ def resume(
         config, _ = resolve_machine(config, detect())  # a file that lacks what was decided
         with damage_told(run.facts_file):
             choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
-        _train(config, run, choices, signals, screen, formatting_func, accept_changes=accept_changes)
+        _train(config, choices, _Job(run, signals, screen, formatting_func, accept_changes=accept_changes))
         run.drop_replaced()
     _export(config, run, screen)
     return run
 
 
-def _train(
-    config: Config,
-    run: RunFolder,
-    choices: list[Choice],
-    signals: StopSignals,
-    screen: Screen,
-    formatting_func: FormattingFunc | None = None,
-    observe: Observer | None = None,
-    *,
-    accept_changes: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """What a run is given besides its config."""
+
+    run: RunFolder
+    signals: StopSignals
+    screen: Screen
+    formatting_func: FormattingFunc | None = None
+    observe: Observer | None = None
+    accept_changes: bool = False
+
+    def observed(self, trainer: SlimTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Show the model to who asked for it."""
+        if self.observe is not None:
+            self.observe(trainer.model, tokenizer)
+
+
+def _train(config: Config, choices: list[Choice], job: _Job) -> None:
     """Train and save; if the engine turns out not to compute the model, once more from the start, without it.
 
     The base is loaded again: what was wrapped, and unpacked for the engine, isn't the plain stack's any more.
     """
-    more = (signals, screen, formatting_func, observe)
     try:
-        _train_once(config, run, list(choices), *more, accept_changes=accept_changes)
+        _train_once(config, choices, job)
         return
     except CannotFuse as error:
         if config.engine != "auto":
             raise
         unfit = Choice("engine", "plain", error.what)
-    screen.warn(f"{unfit.reason} → from the start on the plain stack")
+    job.screen.warn(f"{unfit.reason} → from the start on the plain stack")
     gc.collect()  # the base that isn't needed any more
-    config = config.model_copy(update={"engine": "plain"})
-    _train_once(config, run, [*choices, unfit], *more, accept_changes=accept_changes)
+    _train_once(config.model_copy(update={"engine": "plain"}), [*choices, unfit], job)
 
 
-def _train_once(
-    config: Config,
-    run: RunFolder,
-    choices: list[Choice],
-    signals: StopSignals,
-    screen: Screen,
-    formatting_func: FormattingFunc | None,
-    observe: Observer | None,
-    *,
-    accept_changes: bool,
-) -> None:
-    hardware = detect()
+def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
+    hardware, run = detect(), job.run
     with (
         disk_told(run),
         Watchdog(config.watchdog, run.path / "stacks.txt") as watchdog,
         upstream_to_log(run.log_file),
         deterministic(config, hardware.device) as repeats,
     ):
-        # 1. The tokenizer, the data proven with it, and the base in 4 bits.
-        with screen.working("reading the data"):
-            tokenizer, proof = _read(config, run, watchdog, formatting_func)
-        for line in remarks(tokenizer):
-            screen.warn(line)
-        screen.say("data", _data_line(proof))
-        with screen.working("loading the base"):
-            base = _load(config, hardware, watchdog)
-        check_names(config, base.model)
-        check_model(config, base.model)
-        config, more = _resolve_targets(config, base)
-        choices += more
-        targets = find_targets(config, base.model)
-        # 2. The adapter; with it, who computes the steps, and how documents fill them.
-        lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
-        reason_unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
-        if config.engine == "plain":
-            reason_unfused = next((choice.reason for choice in choices if choice.key == "engine"), reason_unfused)
-        layout, more = lay_out(config, base.model, fused=reason_unfused is None)
-        choices += more
-        config = resolved(config, more)
-        data, held_out = _micro_batches(config, proof)
-        config, more = resolve_steps(config, data.per_epoch)
-        choices += more
-        total = micro_batches_of_run(config, data.per_epoch)
-        if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
-            screen.warn(few)
-        facts = _facts(config, base, run, proof.facts | _batch_facts(data, choices), choices, hardware)
-        screen.say("base", _base_line(facts.base))
-        screen.say("packs", _packs_line(data, config, facts.data["unpacked"]))
-        identity = identity_of(config, facts.base.fingerprint_before, tokenizer)
-        safety = make_safety(config, run, identity, data, signals, watchdog, screen, accept_changes=accept_changes)
-        run.write_config(config)
-        signals.run = watchdog.run = run.path  # from here on it can be resumed
-        run.write_json(run.environment_file, environment(hardware.as_dict()))
-        run.write_json(run.facts_file, facts.as_dict())
+        # 1. The base in 4 bits, its tokenizer, and the data. 2. The LoRA configuration.
+        ready = _prepare(config, choices, job, hardware, watchdog)
+        config, tokenizer = ready.config, ready.tokenizer
+        facts, safety = _begin(ready, job, hardware, watchdog)
+        job.signals.run = watchdog.run = run.path  # from here on it can be resumed
 
-        # 3. SFTTrainer wraps the plain model in it. The engine then runs its steps, where it knows the model.
-        floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
-        trainer = SlimTrainer(
-            model=base.model,
-            args=sft_arguments(
-                config,
-                hardware,
-                run.checkpoints,
-                steps=steps_of_run(config, data.per_epoch),
-                fused=reason_unfused is None,
-                recompute=base.model.supports_gradient_checkpointing,
-            ),
-            data=data,
-            micro_batches=total,
-            evaluation=held_out,
-            tokenizer=tokenizer,
-            lora=lora,
-            callbacks=[
-                MetricsCallback(data, total, config.gradient_accumulation, floor, run.append_metrics, screen.record)
-            ],
-        )
+        # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
+        trainer = _trainer(ready, job, hardware)
         trainer.safety = safety
-        if targets.parameters:
-            give_dropout_(trainer.model, config)
-        if layout is not None:
-            trainer.layout = layout
-        if config.start_from is not None:
-            start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
-        _use_engine(config, hardware, trainer, reason_unfused, screen)
-        own_head = prove_loss(trainer, data.documents[0][0], torch_dtype(config.compute_dtype), config.batch_tokens)
+        first, _ = ready.data.documents[0]
+        own_head = prove_loss(trainer, first, torch_dtype(config.compute_dtype), config.batch_tokens)
         if own_head is not None:
-            screen.say("loss", own_head)
-        # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
-        facts.base.fingerprint_before = fingerprint(trainer.model)
-        facts.adapter = _adapter_facts(config, trainer, coverage(trainer.model, targets))
-        screen.say("adapter", _adapter_line(facts.adapter))
-        for name, reason in targets.left_out.items():
-            screen.say("left out", f"{name}: {reason}")
-        if targets.stacks:
-            screen.say("experts", _experts_line(facts.adapter, len(targets.stacks)))
+            job.screen.say("loss", own_head)
+        adapter = facts.adapter = _wrapped(ready, trainer, facts, job.screen)
 
         # 4. Train, and save the adapter alone.
-        if observe is not None:
-            observe(trainer.model, tokenizer)
-        with screen.training():
+        job.observed(trainer, tokenizer)
+        with job.screen.training():
             trainer.fit()
-        if observe is not None:
-            observe(trainer.model, tokenizer)
-        with results_written(run, signals), watchdog.watching("writing the results"):
-            with atomic_folder(run.adapter) as folder:
-                trainer.save_model(str(folder))
-                ends = renderer_for(tokenizer, Manner.of(config)).end_ids
-                save_stops(folder, local_base(base.source, config.revision), ends)
-                stamp(folder, issue_passport(config, base.source, tokenizer, packed_format(trainer.model)))
-            screen.say("saved", f"{run.adapter} ({megabytes(_adapter_bytes(run))})")
-
-            # What happened, measured.
+        job.observed(trainer, tokenizer)
+        with results_written(run, job.signals), watchdog.watching("writing the results"):
+            adapter.file_bytes, adapter.folder_files = _save(ready, trainer, run)
+            job.screen.say("saved", f"{run.adapter} ({megabytes(adapter.file_bytes)})")
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
             with damage_told(run.metrics_file):
-                facts.training = training_facts(
-                    run.metrics(),
-                    engine="fused" if reason_unfused is None else f"plain: {reason_unfused}",
-                    repeats=repeats,
-                    own_head=own_head,
-                )
+                engine = "fused" if ready.unfused is None else f"plain: {ready.unfused}"
+                facts.training = training_facts(run.metrics(), engine=engine, repeats=repeats, own_head=own_head)
             facts.base.fingerprint_after = fingerprint(trainer.model)
-            facts.adapter.file_bytes = _adapter_bytes(run)
-            facts.adapter.folder_files = sorted(path.name for path in run.adapter.iterdir())
-            del trainer, base  # the fresh base takes their room
+            data = ready.data
+            del trainer, ready  # the fresh base takes their room
             facts.verified = _verify(config, hardware, run, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
-            signals.finished = not config.export
+            job.signals.finished = not config.export
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is decided before the model is wrapped."""
+
+    config: Config
+    """Nothing in it is ``auto`` any more."""
+    choices: list[Choice]
+    tokenizer: PreTrainedTokenizerBase
+    proof: Proof
+    base: Base
+    targets: Targets
+    lora: Any
+    """PEFT's ``LoraConfig``."""
+    unfused: str | None
+    """Why the engine doesn't run the steps; None: it does."""
+    layout: Layout | None
+    """How documents go through the model; None where the engine computes them."""
+    data: MicroBatches
+    held_out: MicroBatches | None
+
+
+def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardware, watchdog: Watchdog) -> _Prepared:
+    """Read the data, load the base, and decide what depends on them."""
+    screen = job.screen
+    with screen.working("reading the data"):
+        tokenizer, proof = _read(config, job.run, watchdog, job.formatting_func)
+    for line in remarks(tokenizer):
+        screen.warn(line)
+    screen.say("data", data_line(proof.facts))
+    with screen.working("loading the base"):
+        base = _load(config, hardware, watchdog)
+    check_names(config, base.model)
+    check_model(config, base.model)
+    config, for_family = _resolve_targets(config, base)
+    targets = find_targets(config, base.model)
+    lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
+    unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
+    if config.engine == "plain":
+        unfused = next((choice.reason for choice in choices if choice.key == "engine"), unfused)
+    layout, for_layout = lay_out(config, base.model, fused=unfused is None)
+    config = resolved(config, for_layout)
+    data, held_out = _micro_batches(config, proof)
+    config, for_steps = resolve_steps(config, data.per_epoch)
+    if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
+        screen.warn(few)
+    choices = [*choices, *for_family, *for_layout, *for_steps]
+    return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
+
+
+def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) -> tuple[Facts, Safety]:
+    """Say what will be done, look whether the run may go on so, and write it into its folder."""
+    config, run, screen = ready.config, job.run, job.screen
+    facts = _facts(ready, run, hardware)
+    screen.say("base", base_line(facts.base))
+    screen.say("packs", packs_line(ready.data, config, facts.data["unpacked"]))
+    identity = identity_of(config, facts.base.fingerprint_before, ready.tokenizer)
+    safety = make_safety(
+        config, run, identity, ready.data, job.signals, watchdog, screen, accept_changes=job.accept_changes
+    )
+    run.write_config(config)
+    run.write_json(run.environment_file, environment(hardware.as_dict()))
+    run.write_json(run.facts_file, facts.as_dict())
+    return facts, safety
+
+
+def _trainer(ready: _Prepared, job: _Job, hardware: Hardware) -> SlimTrainer:
+    """SFTTrainer around the plain base, which it wraps; with the engine, where that runs the steps."""
+    config, base, data = ready.config, ready.base, ready.data
+    total = micro_batches_of_run(config, data.per_epoch)
+    floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
+    trainer = SlimTrainer(
+        model=base.model,
+        args=sft_arguments(
+            config,
+            hardware,
+            job.run.checkpoints,
+            steps=steps_of_run(config, data.per_epoch),
+            fused=ready.unfused is None,
+            recompute=base.model.supports_gradient_checkpointing,
+        ),
+        data=data,
+        micro_batches=total,
+        evaluation=ready.held_out,
+        tokenizer=ready.tokenizer,
+        lora=ready.lora,
+        callbacks=[
+            MetricsCallback(data, total, config.gradient_accumulation, floor, job.run.append_metrics, job.screen.record)
+        ],
+    )
+    if ready.targets.parameters:
+        give_dropout_(trainer.model, config)
+    if ready.layout is not None:
+        trainer.layout = ready.layout
+    if config.start_from is not None:
+        start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
+    _use_engine(config, hardware, trainer, ready.unfused, job.screen)
+    return trainer
+
+
+def _wrapped(ready: _Prepared, trainer: SlimTrainer, facts: Facts, screen: Screen) -> AdapterFacts:
+    """What trains now, said; and what the base is that doesn't."""
+    # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
+    facts.base.fingerprint_before = fingerprint(trainer.model)
+    adapter = _adapter_facts(ready.config, trainer, coverage(trainer.model, ready.targets))
+    screen.say("adapter", adapter_line(adapter))
+    for name, reason in ready.targets.left_out.items():
+        screen.say("left out", f"{name}: {reason}")
+    if ready.targets.stacks:
+        screen.say("experts", experts_line(adapter, len(ready.targets.stacks)))
+    return adapter
+
+
+def _save(ready: _Prepared, trainer: SlimTrainer, run: RunFolder) -> tuple[int, list[str]]:
+    """The adapter alone, with what must be known to use it; gives its bytes, and the names of all files."""
+    config, tokenizer, source = ready.config, ready.tokenizer, ready.base.source
+    with atomic_folder(run.adapter) as folder:
+        trainer.save_model(str(folder))
+        ends = renderer_for(tokenizer, Manner.of(config)).end_ids
+        save_stops(folder, local_base(source, config.revision), ends)
+        stamp(folder, issue_passport(config, source, tokenizer, packed_format(trainer.model)))
+    return (run.adapter / ADAPTER_WEIGHTS).stat().st_size, sorted(path.name for path in run.adapter.iterdir())
 
 
 def _use_engine(
@@ -469,9 +514,8 @@ def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
     return base
 
 
-def _facts(
-    config: Config, base: Base, run: RunFolder, data: dict[str, Any], choices: list[Choice], hardware: Hardware
-) -> Facts:
+def _facts(ready: _Prepared, run: RunFolder, hardware: Hardware) -> Facts:
+    config, base = ready.config, ready.base
     parts = bytes_by_part(base.model)
     return Facts(
         run=run.path.name,
@@ -489,8 +533,8 @@ def _facts(
             bytes_now=sum(part.bytes_now for part in parts),
             fingerprint_before=fingerprint(base.model),
         ),
-        data=data,
-        choices=[ChoiceFact(**asdict(choice)) for choice in choices],
+        data=ready.proof.facts | _batch_facts(ready.data, ready.choices),
+        choices=[ChoiceFact(**asdict(choice)) for choice in ready.choices],
         versions=library_versions(),
         hardware=hardware.as_dict(),
     )
@@ -526,47 +570,3 @@ def _batch_facts(data: MicroBatches, choices: list[Choice]) -> dict[str, Any]:
         "pack_tokens": data.tokens if isinstance(data, PackedBatches) else None,
         "fill": data.fill if isinstance(data, FilledBatches) else None,
     }
-
-
-def _data_line(proof: Proof) -> str:
-    facts = proof.facts
-    share = facts["supervised_tokens"] / max(1, facts["tokens"])
-    dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
-    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised)"
-
-
-def _packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
-    """How documents fill micro-batches; where they aren't packed, why."""
-    if isinstance(data, PackedBatches):
-        return f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
-    how = "documents one at a time" if config.layout == "alone" else "padded rows"
-    full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
-    return f"off: {unpacked} → {how}, {data.per_epoch:,} micro-batches{full}"
-
-
-def _base_line(base: BaseFacts) -> str:
-    parts = ", ".join(f"{part['part']} {megabytes(part['bytes_now'])} {part['format']}" for part in base.parts[:4])
-    return (
-        f"{base.parameters / 1e6:,.1f} M parameters, {megabytes(base.bytes_16bit)} in 16 bits → "
-        f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
-    )
-
-
-def _adapter_line(adapter: AdapterFacts) -> str:
-    share = adapter.trainable_parameters / adapter.total_parameters
-    weights = adapter.adapted_weights / (adapter.total_parameters - adapter.trainable_parameters)
-    return (
-        f"{adapter.trainable_parameters:,} parameters train ({share:.2%}) in {sum(adapter.modules.values())} modules: "
-        f"{adapter.adapted_layers} of {adapter.layers} layers, {weights:.0%} of the weights"
-    )
-
-
-def _experts_line(adapter: AdapterFacts, stacks: int) -> str:
-    return (
-        f"{adapter.expert_parameters:,} of these parameters are for all experts, in {stacks} stacks, without dropout; "
-        "--targets attention,mlp leaves them out"
-    )
-
-
-def _adapter_bytes(run: RunFolder) -> int:
-    return (run.adapter / ADAPTER_WEIGHTS).stat().st_size

@@ -1,0 +1,56 @@
+"""The lines by which a run says what it found and what it will do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimtune.config import Config
+from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches
+from slimtune.run.facts import AdapterFacts, BaseFacts
+from slimtune.run.screen import megabytes
+
+__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "packs_line"]
+
+
+def data_line(facts: Mapping[str, Any]) -> str:
+    """What the data is, by the facts of its proof."""
+    share = facts["supervised_tokens"] / max(1, facts["tokens"])
+    dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
+    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised)"
+
+
+def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
+    """How documents fill micro-batches; where they aren't packed, why."""
+    if isinstance(data, PackedBatches):
+        return f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
+    how = "documents one at a time" if config.layout == "alone" else "padded rows"
+    full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
+    return f"off: {unpacked} → {how}, {data.per_epoch:,} micro-batches{full}"
+
+
+def base_line(base: BaseFacts) -> str:
+    """What the base takes, by its largest parts."""
+    parts = ", ".join(f"{part['part']} {megabytes(part['bytes_now'])} {part['format']}" for part in base.parts[:4])
+    return (
+        f"{base.parameters / 1e6:,.1f} M parameters, {megabytes(base.bytes_16bit)} in 16 bits → "
+        f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
+    )
+
+
+def adapter_line(adapter: AdapterFacts) -> str:
+    """What trains."""
+    share = adapter.trainable_parameters / adapter.total_parameters
+    weights = adapter.adapted_weights / (adapter.total_parameters - adapter.trainable_parameters)
+    return (
+        f"{adapter.trainable_parameters:,} parameters train ({share:.2%}) in {sum(adapter.modules.values())} modules: "
+        f"{adapter.adapted_layers} of {adapter.layers} layers, {weights:.0%} of the weights"
+    )
+
+
+def experts_line(adapter: AdapterFacts, stacks: int) -> str:
+    """What of that is for experts, in this many stacks."""
+    return (
+        f"{adapter.expert_parameters:,} of these parameters are for all experts, in {stacks} stacks, without dropout; "
+        "--targets attention,mlp leaves them out"
+    )
