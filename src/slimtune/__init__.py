@@ -15,14 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 __all__ = ["Config", "__version__", "finetune", "fuse", "load_config", "resume"]
 
 if TYPE_CHECKING:
     from slimtune.config import Config, load_config
     from slimtune.engine import fuse
     from slimtune.recipes import finetune, resume
+
+    __version__: str
 
 _HOMES = {
     "Config": "slimtune.config",
@@ -34,6 +34,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("slimtune")
     if name not in _HOMES:
         raise AttributeError(f"module 'slimtune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import click
 
-import slimtune
 from slimtune.errors import SlimtuneError, StopRequested, UserError
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
 
@@ -74,7 +73,7 @@ class _Verbs(click.Group):
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(slimtune.__version__, prog_name="slimtune")
+@click.version_option(package_name="slimtune", prog_name="slimtune")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def slimtune_command(ctx: click.Context, debug: bool) -> None:

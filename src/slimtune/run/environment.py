@@ -7,11 +7,10 @@ import platform
 from datetime import UTC, datetime
 from typing import Any
 
-import slimtune
-
 __all__ = ["LIBRARIES", "environment", "library_versions"]
 
 LIBRARIES = (
+    "slimtune",
     "torch",
     "transformers",
     "trl",
@@ -26,7 +25,7 @@ LIBRARIES = (
 
 def library_versions() -> dict[str, str]:
     """Installed version of slimtune and of each library that a result depends on."""
-    versions = {"slimtune": slimtune.__version__}
+    versions = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
