@@ -20,6 +20,8 @@ from transformers import (
     ExaoneMoeConfig,
     FlexOlmoConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Gemma4TextConfig,
     GemmaConfig,
@@ -48,6 +50,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
     SolarOpenConfig,
 )
@@ -212,10 +215,16 @@ def family_config(family: str) -> PretrainedConfig:
 
 
 def with_tower(text: PretrainedConfig) -> nn.Module:
-    """A text model inside a class that reads images too."""
-    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        image_size=16, patch_size=8)  # fmt: skip
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=1))
+    """A text model inside a class that reads images too, of 16 x 16 points in four patches."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "image_size": 16, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    if isinstance(text, Gemma3TextConfig):
+        return Gemma3ForConditionalGeneration(Gemma3Config(vision_config=SiglipVisionConfig(**sizes), text_config=text))
+    tower = CLIPVisionConfig(**sizes)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=text, image_token_index=1, vision_feature_layer=-1)
+    )
 
 
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

@@ -50,6 +50,25 @@ def test_rows_padded_on_the_left(family: str) -> None:
         assert models.worst_error(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2"])
+def test_the_text_part_of_a_model_that_reads_images(family: str) -> None:
+    model = models.add_lora(models.with_tower(models.family_config(family)), target_modules=["q_proj", "down_proj"])
+    projector: Any = model.get_base_model().model.multi_modal_projector
+    text = models.padded()
+    text["input_ids"].clamp_(min=2)
+    image = {**text, "input_ids": text["input_ids"].clone(), "pixel_values": torch.randn(3, 3, 16, 16)}
+    image["input_ids"][:, 1:5] = 1  # its four patches
+    for batch in (text, image):
+        projector.requires_grad_(batch is image)
+        loss, expected = models.reference(model, batch, 40)
+        fusion = fuse(model)
+        found, actual = models.reference(model, batch, 40)
+        fusion.undo()
+        assert fusion.computed == 1, fusion.left
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert models.worst_error(actual, expected) < 1e-4
+
+
 @torch.no_grad()
 def test_what_a_call_may_ask_for_is_left_to_the_model() -> None:
     model = models.add_lora(models.make_base("qwen2"))
@@ -132,8 +151,8 @@ def test_refuses_with_a_reason() -> None:
         fuse(models.add_lora(models.make_base("qwen2"), use_dora=True))
     with pytest.raises(CannotFuse, match="no LoRA adapter"):
         fuse(models.make_base("llama").requires_grad_(False))
-    with pytest.raises(CannotFuse, match="LlavaForConditionalGeneration hands its text model embedded tokens"):
-        fuse(models.add_lora(models.with_tower(models.family_config("qwen2")), target_modules=["q_proj"]))
+    with pytest.raises(CannotFuse, match="Gemma3ForConditionalGeneration may hand its text model masks"):
+        fuse(models.add_lora(models.with_tower(models.family_config("gemma3_text")), target_modules=["q_proj"]))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(CannotFuse, match="models of type gpt2"):
         fuse(gpt2)

@@ -46,8 +46,10 @@ _HEAD_TOKENS = 1024
 _HEAD_OUTPUTS = frozenset({"log_probs", "entropy", "is_top1"})
 _MIXED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose own layers can be called between fused ones: one mask or two, one rotary table."""
+_TOWERS = frozenset({"internvl", "llava", "mistral3", "smolvlm"})
+"""Types that read images too, and hand their text model nothing but embedded tokens and what they got themselves."""
 _KNOWN = frozenset({
-    "input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep",
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep",
     "labels", "shift_labels", "num_items_in_batch", "fused_lm_head",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
 })  # fmt: skip
@@ -108,11 +110,12 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     backbone = decoder.backbone
     if hasattr(backbone.forward, "slimtune_fusion"):
         raise CannotFuse("the model is fused already", way_out="Undo that first: Fusion.undo().")
-    if decoder.model.config.model_type != backbone.config.model_type:
+    inside = decoder.model.config.model_type != backbone.config.model_type
+    if inside and decoder.model.config.model_type not in _TOWERS:
         raise CannotFuse(
-            f"{type(decoder.model).__name__} hands its text model embedded tokens",
-            rule="Layers are fused where the model gets token ids.",
-            way_out="slimtune train computes it with the engine; or fuse the text model alone.",
+            f"{type(decoder.model).__name__} may hand its text model masks or positions of its own",
+            rule=f"Of classes that read images too, {', '.join(sorted(_TOWERS))} are fused.",
+            way_out="slimtune train computes its text part with the engine.",
         )
     if decoder.unfused and decoder.backbone.config.model_type not in _MIXED:
         name, reason = next(iter(decoder.unfused.items()))
@@ -126,7 +129,7 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     runner = _Runner(decoder, keep, decoder.head.device.type == "cpu" if keep_weights is None else keep_weights)
 
     own_backbone, own_model = backbone.forward, decoder.model.forward
-    plain_head = _is_plain_head(own_model)
+    plain_head = not inside and _is_plain_head(own_model)
 
     def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not backbone:  # a deep copy of it, whose layers are its own
@@ -179,7 +182,9 @@ def _shadow(fusion: Fusion, owner: Any, name: str, value: Any) -> None:
 class _Call:
     """A forward call that the engine computes."""
 
-    input_ids: Tensor
+    input_ids: Tensor | None
+    embedded: Tensor | None
+    """[B, S, H], instead of ids [B, S]."""
     position_ids: Tensor
     """[B, S], below S."""
     attention_mask: Tensor | None
@@ -224,7 +229,7 @@ class _Runner:
 
     def accepts(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | str:
         """The call's inputs, or why the model's own forward has to do it."""
-        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        ids, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if len(args) > 1:
             return "arguments by their place"
@@ -234,14 +239,17 @@ class _Runner:
         if not self._adapters_active():
             return "adapters that are off, merged or others"
         for name, tensor in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
-            if not (isinstance(tensor, Tensor) and tensor.ndim == 2) and (tensor is not None or name == "input_ids"):
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.ndim == 2):
                 return f"{name} that is no matrix"
-        if ids.numel() == 0:
-            return "no token"
+        tokens = embedded if ids is None else ids
+        if tokens is None or tokens.numel() == 0 or (ids is not None and embedded is not None):
+            return "no tokens, or two kinds"
+        if ids is None and self.decoder.per_layer is not None:
+            return "inputs_embeds"
         if positions is None and any(kwargs.get(name) is not None for name in _BOUNDARIES):
             return "document boundaries without position_ids"
-        rows, length = ids.shape
-        starts = torch.zeros(rows, length, dtype=torch.bool, device=ids.device)
+        rows, length = tokens.shape[:2]
+        starts = torch.zeros(rows, length, dtype=torch.bool, device=tokens.device)
         starts[:, 0] = True
         if mask is not None:
             # The tokens before a row's first real one are a document of their own; those behind its last follow it.
@@ -254,12 +262,13 @@ class _Runner:
             if bool(positions.expand(rows, length)[starts].any()):
                 return "position_ids of a document that don't count from 0"
         if positions is None:
-            positions = torch.arange(length, device=ids.device)
+            positions = torch.arange(length, device=tokens.device)
         elif mask is not None and not bool(((positions >= 0) & (positions < length)).all()):
             return "position_ids beyond the row"
         begins = torch.nonzero(starts.flatten())[:, 0].cpu()
         lengths = torch.diff(begins, append=torch.tensor([rows * length]))
-        return _Call(ids, positions.expand(rows, length), mask, _documents(tuple(lengths.tolist()), ids.device))
+        documents = _documents(tuple(lengths.tolist()), tokens.device)
+        return _Call(ids, embedded, positions.expand(rows, length), mask, documents)
 
     def _asks_for(self, module: Any, kwargs: dict[str, Any]) -> str | None:
         """What the call wants, or may want, that the engine doesn't compute."""
@@ -268,7 +277,7 @@ class _Runner:
             value = kwargs.get(name)
             return default if value is None else value
 
-        if asked("use_cache", self.decoder.model.config.use_cache and not module.training):
+        if asked("use_cache", self.decoder.backbone.config.use_cache and not module.training):
             return "use_cache"
         if not asked("return_dict", module.config.return_dict):
             return "a tuple"
@@ -316,7 +325,7 @@ class _Runner:
     def backbone(self, call: _Call) -> BackboneOutput:
         """The backbone's output: last_hidden_state [B, S, H], after the final norm."""
         dtype, backbone = self._dtype(), self.decoder.backbone
-        embedded: Tensor = backbone.embed_tokens(call.input_ids)
+        embedded: Tensor = backbone.embed_tokens(call.input_ids) if call.embedded is None else call.embedded
         if not hasattr(backbone.embed_tokens, "embed_scale"):  # else the module has done it
             embedded = embedded * self.decoder.embedding_scale
         training, lengths = backbone.training, call.documents.lengths
@@ -327,10 +336,10 @@ class _Runner:
                 for kind in self.decoder.scores
             },
             position_ids=call.position_ids.flatten(),
-            tables=self._rotary(call.input_ids.shape[1], dtype),
+            tables=self._rotary(call.position_ids.shape[1], dtype),
             # Drawn from torch's own generator, so that a script's seed decides it.
             seed=torch.randint(2**62, (), device=embedded.device) if training else None,
-            mlp_tokens=call.input_ids.numel(),
+            mlp_tokens=call.position_ids.numel(),
         )
         x: Tensor = self._beside(call, embedded.to(dtype).flatten(0, 1), on, dtype)
         residual: Tensor | None = None
@@ -355,6 +364,7 @@ class _Runner:
         computation = self._per_layer[dtype]
         assert computation is not None
         table = computation.table
+        assert call.input_ids is not None
         rows = nn.functional.embedding(call.input_ids.flatten().to(table.device), table).to(x.device)
         matrices = [parameter for part in computation.trained for parameter in part.parameters]
         result: Tensor = _FusedPerLayer.apply(computation, on, rows, x, *matrices)
@@ -362,7 +372,7 @@ class _Runner:
 
     def _masks(self, call: _Call, embedded: Tensor) -> dict[str, Any]:
         """As the backbones' own forward makes them (transformers, modeling_qwen2.py, ``Qwen2Model.forward``)."""
-        config = self.decoder.model.config
+        config = self.decoder.backbone.config
         # What was kept before, none here, goes by its place: its name is another in Transformers 5.24.
         arguments = (config, embedded, call.attention_mask, None)
         sliding = getattr(config, "sliding_window", None) is not None
@@ -377,8 +387,8 @@ class _Runner:
         backbone = self.decoder.backbone
         module = backbone.layers[index]
         window = getattr(module.self_attn, "sliding_window", None)
-        if window is None and self.decoder.model.config.model_type == "mistral":
-            window = self.decoder.model.config.sliding_window
+        if window is None and backbone.config.model_type == "mistral":
+            window = backbone.config.sliding_window
         result: Tensor = module(
             hidden,
             attention_mask=masks["sliding_attention" if window else "full_attention"],
