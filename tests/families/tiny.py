@@ -96,6 +96,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4, "layer_types": HYBRID * 2,
     },
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
+        },
+    },
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "logits_scaling": 4.0},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -110,6 +117,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral": {"layer_types": HYBRID * 2, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 32,
         "indexer_compress_ratio": 4,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from slimtune.base.computes import ROUNDING, differ
 from slimtune.base.load import torch_dtype
 from slimtune.batch import MicroBatch
 from slimtune.config import Config
@@ -54,9 +55,6 @@ SEEN_WHOLE = frozenset(
 """Layer types whose mixing shows in a few dozen tokens. Others compress or choose among far more tokens than that."""
 NOISE = 2.0
 """So many times what a repeat changes may be noise too."""
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-"""Shares of the largest logit that don't count: the order of sums may follow a token's place. A few hundred roundings
-of 32 bits, which add up, or a few of 16 bits, whose sums are made in 32."""
 _FAILURES = (CannotPack, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError)
 """What a model may raise that wasn't written for packs; out of memory is none of it."""
 
@@ -208,13 +206,7 @@ def _padded(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str | None:
     seen = _compared(one, logits(first, some), moved, dtype, "a row's logits change with the other rows")
     if seen is not None:
         return seen
-    # Other tokens in the padding are other tokens for a mixture's experts, whose sums may round otherwise and, in 16
-    # bits, send a token elsewhere; a model that sees its padding changes nearly all of the rows that have some.
-    scale = max(float(x.abs().max()) for x in one)
-    pairs = zip(one, logits(first, others), strict=True)
-    changed = torch.cat([(a - b).abs().amax(-1) for a, b in pairs])
-    most = float(changed.max() if dtype == torch.float32 else changed.median())
-    return None if most <= 2 * ROUNDING[dtype] * scale else "a row's logits change with its padding"
+    return "a row's logits change with its padding" if differ(one, logits(first, others), dtype) else None
 
 
 # -- both -------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def _logits(opened: Opened, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _goes_alone(opened: Opened) -> bool:
-    """Whether a row's logits change with its padding, tried on two rows: CPM-Ant's attention sees it."""
+    """Whether a row's logits change with its padding, tried on two rows."""
     # Sparse attention picks its keys among those of the padding's width, and ties fall otherwise in another width.
     if what_it_holds(opened.model.config.get_text_config(decoder=True)) is Holds.OTHER:
         return True
