@@ -102,10 +102,28 @@ def test_before_the_first_step_one_signal_is_enough(kind: str, number: signal.Si
     assert f"stopped by {number.name}" in said
 
 
+HOLDS_THE_LOCK_AT_FIRST = """
+import collections, ctypes, itertools, os, signal
+from slimtune.training.stop import StopSignals
+with StopSignals() as signals, signals.deferrable():
+    # All in C, with the interpreter's lock: the signal, and then what has no end.
+    asks = map(ctypes.PyDLL(None).kill, [os.getpid()], [int(signal.SIGTERM)])
+    collections.deque(itertools.chain(asks, itertools.repeat(0)), maxlen=0)
+"""
+
+
+def test_before_the_first_step_even_what_holds_the_interpreter_is_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK_AT_FIRST], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert "asked to stop, and Python itself hangs" in done.stderr
+
+
 def test_from_the_first_step_on_it_waits_for_the_steps_end() -> None:
     ended = []
     with pytest.raises(StopRequested), StopSignals() as signals, signals.deferrable():  # noqa: PT012
+        assert signals._unheard is not None
         signals.defer()
+        assert signals._unheard is None
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(6)  # longer than the grace of what isn't deferred
         signals.defer()  # as each step does

@@ -1,8 +1,10 @@
 """Stopping on request and stopping a hang: signals, and a watchdog. Standard library only.
 
 The first SIGTERM, SIGINT or SIGUSR1 asks: training saves at the end of the step, every other phase ends where it is,
-within seconds, whatever it waits for; the exit code is 75. The second one ends the process at once. Both are safe
-because everything on disk is written whole or not at all (:mod:`slimtune.run.durable`).
+within seconds, whatever it waits for; the exit code is 75. Before the first step that holds even where a library keeps
+the interpreter's lock: then another process kills this one (:class:`slimtune.training.backstop.Unheard`). The second
+signal ends the process at once. All are safe because everything on disk is written whole or not at all
+(:mod:`slimtune.run.durable`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from types import FrameType
 from typing import Any, Self
 
 from slimtune.errors import GuardStop, StopRequested
-from slimtune.training.backstop import Backstop
+from slimtune.training.backstop import Backstop, Unheard
 
 __all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog", "end_anyway"]
 
@@ -60,6 +62,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup: tuple[int, int] | None = None
         self._wakeup_before = -1
+        self._unheard: Unheard | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -69,6 +72,7 @@ class StopSignals:
             os.set_blocking(write, False)
             self._wakeup, self._wakeup_before = (read, write), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(read,), name="stop-signals", daemon=True).start()
+            self._unheard = Unheard(read, _GRACE)
             self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
@@ -76,6 +80,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        self._listen_alone()
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakeup[1])
@@ -108,6 +113,7 @@ class StopSignals:
         if not self._deferred:
             self.check()
             self._deferred = True
+            self._listen_alone()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -137,6 +143,12 @@ class StopSignals:
     def resume(self) -> str:
         """The command that goes on with the run."""
         return f"slimtune resume {shlex.quote(str(self.run))}"
+
+    def _listen_alone(self) -> None:
+        """From the first step on a signal waits for the step's end, however long that takes."""
+        if self._unheard is not None:
+            self._unheard.close()
+            self._unheard = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
