@@ -374,7 +374,12 @@ def _use_engine(
         if hardware.device == "cuda" and not trainer.args.gradient_checkpointing:
             screen.say("memory", "every layer's activations are kept: this class can't compute them again")
         return
-    trainer.use_engine(make_engine(config, trainer.model))
+    engine = make_engine(config, trainer.model)
+    trainer.use_engine(engine)
+    if engine.in_ram:
+        screen.say(
+            "memory", f"per-layer embeddings live in RAM ({engine.in_ram / 2**30:.2f}GiB): a row a token is copied"
+        )
     if trainer.least_memory is not None and hardware.device == "cuda":
         screen.warn(
             f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "

@@ -60,7 +60,7 @@ from slimtune.base.packed import Nf4Tensor
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text",
-    "gemma4-12b", "gemma4-e2b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
+    "gemma4-12b", "gemma4-e2b", "gemma4-26b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
     "phi3-partial", "seed_oss", "smollm3", "granitemoehybrid", "ministral3",
     "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2",
     "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense", "solar_open",
@@ -145,6 +145,10 @@ def family_config(family: str) -> PretrainedConfig:
             return Gemma4TextConfig(**_COMMON | {"num_hidden_layers": 6}, **_GEMMA4, num_kv_shared_layers=4,
                 layer_types=["sliding_attention", "full_attention"] * 3, use_double_wide_mlp=True,
                 hidden_size_per_layer_input=24, vocab_size_per_layer_input=VOCABULARY)  # fmt: skip
+        case "gemma4-26b":  # an MLP beside experts, each with norms of its own, and the router with another
+            return Gemma4TextConfig(**_COMMON, **_GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True,
+                num_experts=6, top_k_experts=3, moe_intermediate_size=64,
+                layer_types=["sliding_attention", "full_attention", "full_attention"])  # fmt: skip
         case "glm":
             return GlmConfig(**_COMMON, head_dim=32, partial_rotary_factor=0.5, attention_bias=True)
         case "glm4":
@@ -242,6 +246,8 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
                 parameter.data *= 0.2  # its scores are scaled by nothing else: softmax would be all or nothing
         elif "bias" in name:
             parameter.data.normal_(0.0, 0.3)
+        elif name.endswith("scale"):
+            parameter.data.normal_(1.0, 0.3)
     for name, buffer in model.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)
@@ -255,7 +261,7 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and name != "lm_head" and ".router." not in name:
             parent, _, child = name.rpartition(".")
             new = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4",
@@ -280,7 +286,11 @@ def add_lora(model: nn.Module, *, seed: int = 1, **options: Any) -> nn.Module:
     wanted = settings["target_modules"]
     if any(parameter.ndim == 3 for parameter in model.parameters()):
         # By full names: of these types PEFT would take other words for the experts, and adapt their routers too.
-        named = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+        named = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head" and ".router." not in name
+        ]
         stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
         settings["target_modules"], settings["target_parameters"] = (
             [name for name in names if wanted == "all-linear" or name.rpartition(".")[2] in wanted]

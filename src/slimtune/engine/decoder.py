@@ -11,8 +11,9 @@ as the pair (what is added, s): the next norm adds it on its way.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from slimtune.engine.blocks import (
     AttentionBlock,
     Block,
+    BranchBlock,
+    BranchComputation,
+    BranchSaved,
     ExpertsBlock,
     Keep,
     Memory,
@@ -29,7 +33,6 @@ from slimtune.engine.blocks import (
     RotaryTable,
     Sinks,
 )
-from slimtune.engine.kernels import norm
 from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.structure import Branch, Decoder, Experts, GatedMlp, Layer, PerLayerGate, Rotary, SelfAttention
 from slimtune.engine.weights import Scratch
@@ -41,25 +44,6 @@ _STREAMS = 6
 
 
 @dataclass
-class BranchSaved:
-    """What a branch kept, or made anew."""
-
-    s: Tensor
-    """Its input [T, H]."""
-    rstd: Tensor | None = None
-    """Of the norm before; None without one, and where it is not kept."""
-    inputs: tuple[Tensor, ...] | None = None
-    """Each block's input buffer."""
-    fresh: bool = False
-    """The inputs' own columns are still to be written."""
-    blocks: tuple[Any, ...] = ()
-    """What each block kept."""
-    y: Tensor | None = None
-    """The blocks' sum, where a norm comes after it."""
-    y_rstd: Tensor | None = None
-
-
-@dataclass
 class Saved:
     """What a layer kept."""
 
@@ -68,126 +52,28 @@ class Saved:
     """At :attr:`Keep.INPUT` the first one's input alone."""
 
 
-class BranchComputation:
-    """One residual branch."""
-
-    def __init__(self, branch: Branch, blocks: tuple[Block, ...]) -> None:
-        self.branch, self.blocks = branch, blocks
-        self.adapted = any(block.trained for block in blocks)
-
-    # -- forward ------------------------------------------------------------------------------------------------------
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None
-    ) -> tuple[Tensor, Tensor, BranchSaved]:
-        """The stream after it as a pair to be added, both [T, H], and what it kept."""
-        branch = self.branch
-        saved = self.enter(x, residual)
-        assert saved.inputs is not None
-        results = [block.forward(n, on, keep) for block, n in zip(self.blocks, saved.inputs, strict=True)]
-        y = results[0][0]
-        for other, _ in results[1:]:
-            y.add_(other)
-        kept = BranchSaved(saved.s, blocks=tuple(block for _, block in results))
-        if keep is not None and keep >= Keep.ATTENTION:
-            kept.rstd = saved.rstd
-        if keep is not None and keep >= Keep.ALL and any(block.reads_input for block in self.blocks):
-            kept.inputs = saved.inputs
-        if branch.norm_after is not None:
-            after = branch.norm_after
-            added, _, y_rstd = norm.norm_forward(y, after.weight, after.eps, centred=after.centred)
-            if keep is not None and keep >= Keep.ATTENTION:
-                kept.y, kept.y_rstd = y, y_rstd
-            y = added
-        past = saved.s if branch.carry == 1.0 else saved.s * branch.carry
-        return y if branch.scale == 1.0 else y.mul_(branch.scale), past, kept
-
-    def enter(self, x: Tensor, residual: Tensor | None) -> BranchSaved:
-        """The stream's sum, normalised into the blocks' input buffers."""
-        first, over = self.blocks[0], self.branch.norm
-        if over is None:
-            s = x if residual is None else x + residual
-            return BranchSaved(s, None, tuple(self._filled(block, s) for block in self.blocks), fresh=True)
-        n, hidden = x.new_empty(x.shape[0], first.columns), x.shape[1]
-        _, s, rstd = norm.norm_forward(
-            x, over.weight, over.eps, residual=residual, centred=over.centred, out=n[:, :hidden]
-        )
-        others = (self._filled(block, n[:, :hidden]) for block in self.blocks[1:])
-        return BranchSaved(s, rstd, (n, *others), fresh=True)
-
-    @staticmethod
-    def _filled(block: Block, n: Tensor) -> Tensor:
-        if block.columns == n.shape[1]:
-            return n
-        buffer = n.new_empty(n.shape[0], block.columns)
-        buffer[:, : n.shape[1]].copy_(n)
-        return buffer
-
-    # -- backward -----------------------------------------------------------------------------------------------------
-
-    def backward(
-        self, g: Tensor, saved: BranchSaved, on: Pass, sinks: Sinks, *, need_dx: bool, own_g: bool
-    ) -> Tensor | None:
-        """The gradient of its input, from that of its result.
-
-        Args:
-            g: [T, H].
-            saved: What the forward kept.
-            on: The pass.
-            sinks: Where the adapters' gradients go.
-            need_dx: Without it None is returned.
-            own_g: ``g`` may be overwritten.
-        """
-        branch = self.branch
-        dy = g if branch.scale == 1.0 else g * branch.scale
-        if branch.norm_after is not None:
-            assert saved.y is not None
-            assert saved.y_rstd is not None
-            after = branch.norm_after
-            dy = norm.norm_backward(dy, saved.y, after.weight, saved.y_rstd, centred=after.centred)
-        kept = saved.blocks or (None,) * len(self.blocks)
-        if saved.inputs is None and any(
-            was is None or block.reads_input for was, block in zip(kept, self.blocks, strict=True)
-        ):
-            again = self.enter(saved.s, None)
-            saved.inputs, saved.fresh, saved.rstd = again.inputs, True, again.rstd
-        dn: Tensor | None = None
-        for index, block in enumerate(self.blocks):
-            n = None if saved.inputs is None else saved.inputs[index]
-            d = block.backward(dy, n, kept[index], on, sinks, fresh=saved.fresh, need_dx=need_dx)
-            dn = d if dn is None or d is None else dn.add_(d)
-        if dn is None:
-            return None
-        over = branch.norm
-        if branch.carry != 1.0:
-            g, own_g = (g.mul_(branch.carry) if own_g else g * branch.carry), True
-        if over is None:
-            return dn.add_(g)
-        assert saved.rstd is not None
-        return norm.norm_backward(
-            dn, saved.s, over.weight, saved.rstd, dresidual=g, centred=over.centred, out=g if own_g else dn
-        )
-
-
 class LayerComputation:
     """One decoder layer, computed for any :class:`Pass`."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch):
         self.layer, self.dtype = layer, dtype
-        branches, stream = [], _STREAMS * layer.index
-        for branch in layer.branches:
-            blocks: list[Block] = []
-            for part in branch.blocks:
-                blocks.append(_block(part, dtype, device, stream, scratch))
-                stream += len(part.projections)
-            branches.append(BranchComputation(branch, tuple(blocks)))
-        if stream > _STREAMS * (layer.index + 1):
+        if len(layer.projections) > _STREAMS:
             raise ValueError(f"layer {layer.index} has more projections than dropout streams")
-        self.branches = tuple(branches)
-        self.blocks = tuple(block for branch in branches for block in branch.blocks)
+        self.hidden, stream = layer.attention.qkv.in_features, itertools.count(_STREAMS * layer.index)
+
+        def computed(branch: Branch) -> BranchComputation:
+            blocks = (
+                BranchBlock(computed(part))
+                if isinstance(part, Branch)
+                else _block(part, dtype, device, stream, scratch)
+                for part in branch.blocks
+            )
+            return BranchComputation(branch, tuple(blocks), self.hidden, dtype)
+
+        self.branches = tuple(computed(branch) for branch in layer.branches)
+        self.blocks = tuple(block for branch in self.branches for block in branch.blocks)
         self.sites = tuple(site for block in self.blocks for site in block.sites)
         self.trained = tuple(part for block in self.blocks for part in block.trained)
-        self.hidden = layer.attention.qkv.in_features
 
     def forward(self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None) -> tuple[Tensor, Tensor, Saved]:
         """The layer's result as a pair to be added, both [T, H], and what it kept.
@@ -235,22 +121,16 @@ class LayerComputation:
 
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """Bytes that it keeps from its forward to its backward."""
+        streams = len(self.branches) if keep >= Keep.ATTENTION else 1
         stream = memory.tokens * self.hidden * self.dtype.itemsize
-        total = stream + sum(block.kept_bytes(memory, keep) for block in self.blocks)
-        if keep >= Keep.ATTENTION:
-            for index, branch in enumerate(self.branches):
-                total += stream * (index > 0) + 4 * memory.tokens * (branch.branch.norm is not None)
-                total += (stream + 4 * memory.tokens) * (branch.branch.norm_after is not None)
-        return total
+        return streams * stream + sum(branch.kept_bytes(memory, keep) for branch in self.branches)
 
     def working_bytes(self, memory: Memory) -> int:
         """Bytes that its backward takes at its peak beside what was kept, all of it computed again."""
         stream = memory.tokens * self.hidden * self.dtype.itemsize
         inputs = sum(block.columns for block in self.blocks[:-1]) * memory.tokens * self.dtype.itemsize
-        after = 2 * stream * any(branch.branch.norm_after is not None for branch in self.branches)
-        carried = stream * any(branch.branch.carry != 1.0 for branch in self.branches)
-        work = max(block.working_bytes(memory) for block in self.blocks)
-        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + after + carried + work
+        work = max(branch.working_bytes(memory) for branch in self.branches)
+        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + work
 
     def _again(self, x: Tensor, on: Pass) -> list[BranchSaved]:
         """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""
@@ -260,25 +140,23 @@ class LayerComputation:
             y, s, saved = branch.forward(*pair, on, Keep.ALL)
             pair = (y, s)
             kept.append(saved)
-        last = self.branches[-1]
-        if last.branch.norm_after is None:
-            return [*kept, last.enter(*pair)]
-        return [*kept, last.forward(*pair, on, Keep.ATTENTION)[2]]
+        return [*kept, self.branches[-1].again(*pair, on)]
 
 
 def _block(
     part: SelfAttention | GatedMlp | Experts | PerLayerGate,
     dtype: torch.dtype,
     device: torch.device,
-    stream: int,
+    streams: Iterator[int],
     scratch: Scratch,
 ) -> Block:
+    if isinstance(part, Experts):
+        return ExpertsBlock(part, dtype, device, scratch)
+    stream, _ = next(streams), next(streams)  # one for each of two projections
     if isinstance(part, SelfAttention):
         return AttentionBlock(part, dtype, device, stream, scratch)
     if isinstance(part, PerLayerGate):
         return PerLayerBlock(part, dtype, device, stream, scratch)
-    if isinstance(part, Experts):
-        return ExpertsBlock(part, dtype, device, scratch)
     return MlpBlock(part, dtype, device, stream, scratch)
 
 

@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 
 from slimtune.config import Config
 from slimtune.engine.kernels.router import Choice
+from slimtune.engine.read_linear import FLOATS, read_adapter, read_linear
 from slimtune.engine.structure import (
     Activation,
-    Adapter,
     Branch,
     CannotFuse,
     Decoder,
@@ -27,7 +27,6 @@ from slimtune.engine.structure import (
     ExpertStack,
     GatedMlp,
     Layer,
-    Linear,
     Norm,
     PerLayerGate,
     PerLayerInputs,
@@ -46,7 +45,6 @@ EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"}
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings whose angles depend on the position alone, not on the longest sequence seen."""
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj", "act_fn"),
     (("gate_up_proj",), "down_proj", "activation_fn"),
@@ -184,7 +182,7 @@ def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerL
     if not _is_bare(table) or (frozen and any(p.requires_grad for part in (table, over) for p in part.parameters())):
         raise CannotFuse("per-layer inputs train, which the fused engine keeps frozen")
     width, layers = int(over.weight.shape[0]), len(backbone.layers)
-    linear = _linear("per_layer_model_projection", backbone.per_layer_model_projection, frozen=frozen)
+    linear = read_linear("per_layer_model_projection", backbone.per_layer_model_projection, frozen=frozen)
     if (linear.out_features, int(table.weight.shape[1])) != (layers * width, layers * width):
         raise CannotFuse(f"per-layer inputs that aren't {width} wide for each of {layers} layers")
     both, before = float(backbone.per_layer_input_scale), float(backbone.per_layer_model_projection_scale)
@@ -253,7 +251,7 @@ def _plain_head(inner: Any) -> bool:
         _is_bare(head)
         and type(head) is nn.Linear
         and getattr(head, "bias", None) is None
-        and head.weight.dtype in _FLOATS
+        and head.weight.dtype in FLOATS
     )
 
 
@@ -290,7 +288,12 @@ class _Reader:
         for name, part in self.module.named_children():
             if name not in known and any(True for _ in part.parameters()):
                 raise CannotFuse(f"{self.name} has a {name}, which the engine doesn't compute")
-        *before, last = (form for form in self.form.branches if form.where is None or hasattr(self.module, form.where))
+        *before, last = (
+            form
+            for form in self.form.branches
+            if (form.where is None or hasattr(self.module, form.where))
+            and (form.unless is None or not hasattr(self.module, form.unless))
+        )
         branches = *(self._branch(branch) for branch in before), self._branch(last, self._layer_times())
         layer = Layer(self.index, self.module, branches)
         for projection in layer.projections:
@@ -305,24 +308,32 @@ class _Reader:
 
     def _branch(self, branch: BranchForm, times: float = 1.0) -> Branch:
         """A branch; ``times``: what its result is multiplied with, the stream in it."""
-        blocks = tuple(block for name in branch.blocks for block in self._blocks(name))
+        blocks = [block for each in branch.blocks for block in self._blocks(each)]
         if not blocks:
-            raise CannotFuse(f"{self.name} has no {' and no '.join(branch.blocks)}")
+            raise CannotFuse(f"{self.name} has no {' and no '.join(map(str, branch.blocks))}")
+        over = None if branch.norm is None else self._norm(self.module, branch.norm)
+        if isinstance(blocks[0], Experts) and blocks[0].router.norm is not None:  # it reads what the branch gets
+            blocks, over = [replace(blocks[0], norm=over)], None
         after = branch.norm_after
         return Branch(
-            norm=None if branch.norm is None else self._norm(self.module, branch.norm),
-            blocks=blocks,
+            norm=over,
+            blocks=tuple(blocks),
             norm_after=None if after is None else self._norm(self.module, after, scale=times),
             scale=_times(self.config, self.form.residual_times) * (times if after is None else 1.0),
             carry=times,
         )
 
-    def _blocks(self, name: str) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate]:
-        """What is made of a module of the layer."""
+    def _blocks(self, name: str | BranchForm) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch]:
+        """What is made of a module of the layer, or of a branch inside one."""
+        if isinstance(name, BranchForm):
+            return [replace(self._branch(name), carry=0.0)]
         part = getattr(self.module, name, None)
         if part is None:
             return []
         match name:
+            case "experts":
+                assert self.form.router is not None
+                return [self._experts(part, self._router(self.module, self.form.router), name)]
             case "self_attn":
                 return [self._attention(part)]
             case "per_layer_input_gate":
@@ -341,7 +352,7 @@ class _Reader:
 
     def _own_projection(self, name: str) -> Projection:
         """A linear layer of the layer's own."""
-        return Projection((_linear(f"{self.name}.{name}", getattr(self.module, name), frozen=self.frozen),))
+        return Projection((read_linear(f"{self.name}.{name}", getattr(self.module, name), frozen=self.frozen),))
 
     def _norm(self, parent: Any, name: str, *, scale: float = 1.0, like: Tensor | None = None) -> Norm:
         """A norm; ``like``: what ones are made like where it has no weight of its own."""
@@ -454,8 +465,11 @@ class _Reader:
         module, bias = getattr(mixture, form.gate), _inside(mixture, form.bias)
         if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains its router, which the fused engine keeps frozen")
+        own = module.proj if form.normalises else module
+        if not _is_bare(own) or own.weight.dtype not in FLOATS:
+            raise CannotFuse(f"{self.name} has an adapted or packed router, which the engine doesn't compute")
         choice = Choice(
-            k=int(module.top_k),
+            k=int(module.config.top_k_experts if form.normalises else module.top_k),
             score=form.score,
             renormalise=bool(getattr(module, "norm_topk_prob", True)),
             scaling=float(getattr(module, "routed_scaling_factor", 1.0)),
@@ -463,7 +477,16 @@ class _Reader:
             kept_groups=int(getattr(module, "topk_group", 1)),
             epsilon=form.epsilon,
         )
-        return Router(module, None if bias is None else bias.detach().flatten(), choice, form.wide)
+        return Router(
+            weight=own.weight,
+            choice=choice,
+            wide=form.wide,
+            bias=None if bias is None else bias.detach().flatten(),
+            expert_scale=module.per_expert_scale if form.normalises else None,
+            norm=Norm(module.scale, float(module.eps), scale=float(module.scalar_root_size))
+            if form.normalises
+            else None,
+        )
 
     def _experts(self, module: Any, router: Router, name: str) -> Experts:
         name, wrappers = f"{self.name}.{name}", {}
@@ -486,12 +509,12 @@ class _Reader:
         packed = getattr(weight, "format", None)
         if packed not in (None, "nf4") or getattr(weight, "turned", False):
             raise CannotFuse(f"{name}.{parameter} is packed as {packed}, which the engine doesn't unpack")
-        if packed is None and weight.dtype not in _FLOATS:
+        if packed is None and weight.dtype not in FLOATS:
             raise CannotFuse(f"{name}.{parameter} is {weight.dtype}")
         if self.frozen and weight.requires_grad:
             raise CannotFuse(f"{name} trains its experts themselves, which the fused engine keeps frozen")
         experts, rows, columns = weight.shape
-        adapter = None if wrapper is None else _adapter(f"{name}.{parameter}", wrapper)
+        adapter = None if wrapper is None else read_adapter(f"{name}.{parameter}", wrapper)
         if adapter is not None and adapter.a.shape[1] != columns:
             raise CannotFuse(f"{name}.{parameter} is adapted as if it were stored the other way around")
         around = owner if wrapper is None else wrapper
@@ -515,48 +538,7 @@ class _Reader:
         raise CannotFuse(f"{self.name} has activation {type(module).__name__}")
 
     def _projection(self, owner: str, module: Any, names: Sequence[str]) -> Projection:
-        linears = (_linear(f"{self.name}.{owner}.{part}", getattr(module, part), frozen=self.frozen) for part in names)
+        linears = (
+            read_linear(f"{self.name}.{owner}.{part}", getattr(module, part), frozen=self.frozen) for part in names
+        )
         return Projection(tuple(linears))
-
-
-def _linear(name: str, module: Any, *, frozen: bool) -> Linear:
-    base: Any = getattr(module, "base_layer", module)
-    weight: Any = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise CannotFuse(f"{name} is a {type(base).__name__} without a weight")
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        if state.quant_type != "nf4":
-            raise CannotFuse(f"{name} is quantised as {state.quant_type}, not nf4")
-        if weight.dtype != torch.uint8 and not getattr(state, "packing_format_for_cpu", False):
-            raise CannotFuse(f"{name} has its 4-bit codes stored as {weight.dtype}")
-        out_features, in_features = state.shape
-    elif type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATS:
-        out_features, in_features = weight.shape
-    else:
-        raise CannotFuse(f"{name} is a {type(base).__name__} of {weight.dtype}, neither NF4 nor a 16- or 32-bit linear")
-    if frozen and any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
-        raise CannotFuse(f"{name} trains its base weight or bias, which the fused engine keeps frozen")
-    adapter = _adapter(name, module) if module is not base else None
-    return Linear(name, base, module, adapter, int(in_features), int(out_features))
-
-
-def _adapter(name: str, module: Any) -> Adapter | None:
-    if not hasattr(module, "lora_A"):
-        raise CannotFuse(f"{name} has a {type(module).__name__}, not a LoRA adapter")
-    active = [key for key in module.active_adapters if key in module.lora_A]
-    if not active:
-        return None
-    if len(active) > 1:
-        raise CannotFuse(f"{name} has {len(active)} active adapters; the fused engine computes one")
-    key = active[0]
-    if key in module.lora_variant or module.use_dora.get(key, False):
-        raise CannotFuse(f"{name} has a LoRA variant ({type(module.lora_variant.get(key)).__name__}), not plain LoRA")
-    if module.merged_adapters:
-        raise CannotFuse(f"{name} has its adapter merged into the base")
-    a, b, dropout = module.lora_A[key], module.lora_B[key], module.lora_dropout[key]
-    if b.bias is not None:
-        raise CannotFuse(f"{name} has a LoRA bias")
-    if not isinstance(dropout, nn.Identity | nn.Dropout):
-        raise CannotFuse(f"{name} has a {type(dropout).__name__} on the adapter's input")
-    return Adapter(a.weight, b.weight, float(module.scaling[key]), float(getattr(dropout, "p", 0.0)))

@@ -273,13 +273,17 @@ class ExpertStack:
 class Router:
     """What chooses each token's experts, and their weights; frozen."""
 
-    module: Any
-    """``weight`` is [E, H]."""
-    bias: Tensor | None
-    """[E], added to the scores before experts are chosen."""
+    weight: Tensor
+    """[E, H]."""
     choice: Choice
     wide: bool
     """Logits are computed in float32 whatever the dtype."""
+    bias: Tensor | None = None
+    """[E], added to the scores where experts are chosen."""
+    expert_scale: Tensor | None = None
+    """[E], what each expert's weight is multiplied with at last."""
+    norm: Norm | None = None
+    """Its own, of the block's input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +295,8 @@ class Experts:
     """All gates, then all ups, of each expert."""
     down: ExpertStack
     activation: Activation
+    norm: Norm | None = None
+    """Of what the experts read, where the router reads the block's input by a norm of its own."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -309,10 +315,17 @@ class Branch:
 
     norm: Norm | None
     """None: the blocks take x itself."""
-    blocks: tuple[SelfAttention | GatedMlp | Experts | PerLayerGate, ...]
+    blocks: tuple[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch, ...]
+    """A branch among them has norms of its own and carries nothing."""
     norm_after: Norm | None = None
     scale: float = 1.0
     carry: float = 1.0
+
+    @property
+    def parts(self) -> Iterator[SelfAttention | GatedMlp | Experts | PerLayerGate]:
+        """Its blocks, and those of branches among them."""
+        for block in self.blocks:
+            yield from block.parts if isinstance(block, Branch) else (block,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,12 +339,18 @@ class Layer:
     @property
     def projections(self) -> tuple[Projection, ...]:
         """In the order of computation."""
-        return tuple(p for branch in self.branches for block in branch.blocks for p in block.projections)
+        return tuple(projection for part in self.parts for projection in part.projections)
 
     @property
     def attention(self) -> SelfAttention:
         """The layer's attention."""
-        return next(b for branch in self.branches for b in branch.blocks if isinstance(b, SelfAttention))
+        return next(part for part in self.parts if isinstance(part, SelfAttention))
+
+    @property
+    def parts(self) -> Iterator[SelfAttention | GatedMlp | Experts | PerLayerGate]:
+        """All blocks."""
+        for branch in self.branches:
+            yield from branch.parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,8 +393,9 @@ class Decoder:
     def stacks(self) -> Iterator[ExpertStack]:
         """Every expert stack of the fused layers."""
         for layer in self.fused:
-            for part in (part for branch in layer.branches for part in branch.blocks if isinstance(part, Experts)):
-                yield from part.stacks
+            for part in layer.parts:
+                if isinstance(part, Experts):
+                    yield from part.stacks
 
     @property
     def adapters(self) -> Iterator[Adapter]:

@@ -6,7 +6,7 @@ hold every one against the unfused model; a run holds it against the model's own
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 __all__ = ["DECODERS", "BranchForm", "DecoderForm", "RouterForm"]
@@ -16,17 +16,21 @@ __all__ = ["DECODERS", "BranchForm", "DecoderForm", "RouterForm"]
 class BranchForm:
     """One residual branch, by the names of the layer's modules."""
 
-    blocks: tuple[str, ...]
-    """An attention is called self_attn; the gate of a per-layer input is followed by its projection."""
+    blocks: tuple[str | BranchForm, ...]
+    """An attention is called self_attn; the gate of a per-layer input is followed by its projection. A branch among
+    them has norms of its own, and no stream past it."""
     norm: str | None = None
     norm_after: str | None = None
     where: str | None = None
     """It is there in layers that have this module."""
+    unless: str | None = None
+    """It isn't there in layers that have this module."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return *self.blocks, *(name for name in (self.norm, self.norm_after) if name is not None)
+        inside = (name for each in self.blocks for name in ((each,) if isinstance(each, str) else each.names))
+        return *inside, *(name for name in (self.norm, self.norm_after, self.where) if name is not None)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class RouterForm:
     """Logits are computed in float32 whatever the model's dtype."""
     epsilon: float = 0.0
     """Added to the sum that the chosen scores are divided by."""
+    normalises: bool = False
+    """It reads what the experts' norm reads, by a norm of its own, and each expert has a scale."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,17 @@ _GRANITE_MOE = (
     BranchForm(("block_sparse_moe", "shared_mlp"), "post_attention_layernorm"),
 )
 _BESIDE = (BranchForm(("self_attn", "mlp"), "input_layernorm"),)
+_MLP_AND_EXPERTS = BranchForm(
+    (
+        BranchForm(("mlp",), "pre_feedforward_layernorm", "post_feedforward_layernorm_1"),
+        BranchForm(("experts",), "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+    ),
+    norm_after="post_feedforward_layernorm",
+    where="router",
+)
 _GEMMA4 = DecoderForm(
-    (*_AROUND, _PER_LAYER),
+    (_AROUND[0], replace(_AROUND[1], unless="router"), _MLP_AND_EXPERTS, _PER_LAYER),
+    router=RouterForm("router", normalises=True),
     scaled_embedding=True,
     layer_times="layer_scalar",
     sizes_by_layer=True,

@@ -2,6 +2,7 @@
 
 from slimtune.engine.blocks.attention import AttentionBlock
 from slimtune.engine.blocks.block import Block, Keep, Lent, Memory, Pass, RotaryTable, Sinks
+from slimtune.engine.blocks.branch import BranchBlock, BranchComputation, BranchSaved
 from slimtune.engine.blocks.experts import ExpertsBlock
 from slimtune.engine.blocks.mlp import MlpBlock
 from slimtune.engine.blocks.per_layer import PerLayerBlock
@@ -9,6 +10,9 @@ from slimtune.engine.blocks.per_layer import PerLayerBlock
 __all__ = [
     "AttentionBlock",
     "Block",
+    "BranchBlock",
+    "BranchComputation",
+    "BranchSaved",
     "ExpertsBlock",
     "Keep",
     "Lent",

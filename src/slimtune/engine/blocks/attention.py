@@ -143,8 +143,6 @@ class AttentionBlock(Block):
             normed += part.kv_heads * ((part.k_norm is not None) + (part.v_norm is not None))
         columns += normed * part.head_dim
         floats += normed * tokens
-        if keep >= Keep.ALL and self.qkv.groups:
-            columns += self.columns
         return tokens * columns * size + 4 * floats + lent * max(4, size)
 
     def working_bytes(self, memory: Memory) -> int:

@@ -224,7 +224,7 @@ class Block(ABC):
 
     @abstractmethod
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
-        """Bytes kept from the forward to the backward, the input buffer among them at :attr:`Keep.ALL`."""
+        """Bytes kept from the forward to the backward, the input buffer not among them."""
 
     @abstractmethod
     def working_bytes(self, memory: Memory) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
-from slimtune.engine.kernels import grouped, grouped_lora, mlp, router, routing
-from slimtune.engine.structure import Experts
+from slimtune.engine.kernels import grouped, grouped_lora, mlp, norm, router, routing
+from slimtune.engine.structure import Experts, Norm
 from slimtune.engine.weights import Scratch, Stack
 
 __all__ = ["ExpertsBlock"]
@@ -46,8 +46,8 @@ class ExpertsBlock(Block):
         self.part, self.dtype = part, dtype
         self.gate_up, self.down = (Stack(stack, dtype, device, scratch) for stack in part.stacks)
         self.stacks = (self.gate_up, self.down)
-        router_weight: Tensor = part.router.module.weight.detach()
-        self._router = router_weight.to(torch.promote_types(dtype, torch.float32) if part.router.wide else dtype)
+        wide = torch.promote_types(dtype, torch.float32) if part.router.wide else dtype
+        self._router = part.router.weight.detach().to(wide)
 
     @property
     def columns(self) -> int:
@@ -56,8 +56,8 @@ class ExpertsBlock(Block):
 
     @property
     def reads_input(self) -> bool:
-        """For the gradients of gate_up's adapters."""
-        return self.gate_up.rank > 0
+        """For the gradients of gate_up's adapters, and for the norms' backward."""
+        return self.gate_up.rank > 0 or self.part.norm is not None or self.part.router.norm is not None
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -76,8 +76,9 @@ class ExpertsBlock(Block):
 
     def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
         """Routes and gates of some tokens' n [T, H]."""
-        logits = torch.mm(n.to(self._router.dtype), self._router.t())
-        weights, experts = router.choose(logits, self.part.router.choice, bias=self.part.router.bias)
+        by = self.part.router
+        logits = torch.mm(self._normed(n, by.norm).to(self._router.dtype), self._router.t())
+        weights, experts = router.choose(logits, by.choice, bias=by.bias, expert_scale=by.expert_scale)
         routes = routing.sort_by_expert(experts, self.part.gate_up.experts)
         gates = grouped.grouped_forward(self._inputs(n, routes), gate_up, routes.ends)
         return _Kept(logits, weights, experts, routes, gates)
@@ -85,7 +86,7 @@ class ExpertsBlock(Block):
     def _inputs(self, n: Tensor, routes: routing.Routes) -> Tensor:
         """gate_up's input [R, H + extra]."""
         x = n.new_empty(routes.order.shape[0], self.gate_up.inputs + self.gate_up.extra)
-        routing.gather_rows(n, routes, out=x[:, : self.gate_up.inputs])
+        routing.gather_rows(self._normed(n, self.part.norm), routes, out=x[:, : self.gate_up.inputs])
         return self._adapted(self.gate_up, x, routes)
 
     def _hidden(self, chunk: _Kept) -> Tensor:
@@ -126,11 +127,34 @@ class ExpertsBlock(Block):
                     self.gate_up, chunk.gates, self._inputs(n[rows], chunk.routes), dx, chunk.routes, None, sinks
                 )
             if need_dx:
-                dlogits = router.choose_backward(dw, chunk.logits, chunk.experts, self.part.router.choice)
-                through_router = torch.mm(dlogits.to(self._router.dtype), self._router).to(self.dtype)
-                dx = dx[:, : self.gate_up.inputs]
-                routing.combine(dx, chunk.routes, addend=through_router, out=dn[rows])
+                self._input_backward(dx[:, : self.gate_up.inputs], dw, None if n is None else n[rows], chunk, dn[rows])
         return dn if need_dx else None
+
+    def _input_backward(self, dx: Tensor, dw: Tensor, n: Tensor | None, chunk: _Kept, out: Tensor) -> None:
+        """dn [T, H] of the rows' dx [R, H] and the router weights' gradient [T, k], by way of the norms."""
+        by = self.part.router
+        dlogits = router.choose_backward(dw, chunk.logits, chunk.experts, by.choice, expert_scale=by.expert_scale)
+        through_router = torch.mm(dlogits.to(self._router.dtype), self._router).to(self.dtype)
+        if by.norm is None:
+            routing.combine(dx, chunk.routes, addend=through_router, out=out)
+            return
+        assert n is not None
+        assert self.part.norm is not None
+        d = self._norm_backward(through_router, n, by.norm)
+        self._norm_backward(routing.combine(dx, chunk.routes), n, self.part.norm, beside=d, out=out)
+
+    @staticmethod
+    def _normed(n: Tensor, over: Norm | None) -> Tensor:
+        """n, or what a norm of the block's own makes of it."""
+        return n if over is None else norm.norm_forward(n, over.weight, over.eps, centred=over.centred)[0]
+
+    @staticmethod
+    def _norm_backward(
+        d: Tensor, n: Tensor, over: Norm, *, beside: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of n, and what is added to it; the norm is computed again."""
+        rstd = norm.norm_forward(n, over.weight, over.eps, centred=over.centred)[2]
+        return norm.norm_backward(d, n, over.weight, rstd, dresidual=beside, centred=over.centred, out=out)
 
     def _down_backward(self, dy: Tensor, chunk: _Kept, down: Tensor, sinks: Sinks) -> Tensor:
         """The router weights' gradient [T, k]; the chunk's gates are overwritten with theirs."""
@@ -180,8 +204,6 @@ class ExpertsBlock(Block):
             return 0
         k, experts = self.part.router.choice.k, self.part.gate_up.experts
         columns = k * self.part.gate_up.out_features
-        if keep >= Keep.ALL and self.reads_input:
-            columns += self.columns
         return (
             memory.tokens * columns * self.dtype.itemsize
             + memory.tokens * (experts * self._router.dtype.itemsize + 4 * 4 * k)

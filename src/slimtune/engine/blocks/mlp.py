@@ -94,8 +94,6 @@ class MlpBlock(Block):
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """See :meth:`Block.kept_bytes`."""
         columns = self.gate_up.outputs if keep >= Keep.GATES else 0
-        if keep >= Keep.ALL and self.gate_up.groups:
-            columns += self.columns
         return memory.tokens * columns * self.dtype.itemsize
 
     def working_bytes(self, memory: Memory) -> int:

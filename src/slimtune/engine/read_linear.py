@@ -1,0 +1,68 @@
+"""Reads one linear layer, and PEFT's adapter around it, into what the engine computes with; changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.engine.structure import Adapter, CannotFuse, Linear
+
+__all__ = ["FLOATS", "read_adapter", "read_linear"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of weights that aren't packed."""
+
+
+def read_linear(name: str, module: Any, *, frozen: bool) -> Linear:
+    """A linear layer, PEFT's or plain; ``frozen``: its own weight and bias may not train.
+
+    Raises:
+        CannotFuse: Its weight or its adapter is none that the engine computes.
+    """
+    base: Any = getattr(module, "base_layer", module)
+    weight: Any = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise CannotFuse(f"{name} is a {type(base).__name__} without a weight")
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        if state.quant_type != "nf4":
+            raise CannotFuse(f"{name} is quantised as {state.quant_type}, not nf4")
+        if weight.dtype != torch.uint8 and not getattr(state, "packing_format_for_cpu", False):
+            raise CannotFuse(f"{name} has its 4-bit codes stored as {weight.dtype}")
+        out_features, in_features = state.shape
+    elif type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS:
+        out_features, in_features = weight.shape
+    else:
+        raise CannotFuse(f"{name} is a {type(base).__name__} of {weight.dtype}, neither NF4 nor a 16- or 32-bit linear")
+    if frozen and any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+        raise CannotFuse(f"{name} trains its base weight or bias, which the fused engine keeps frozen")
+    adapter = read_adapter(name, module) if module is not base else None
+    return Linear(name, base, module, adapter, int(in_features), int(out_features))
+
+
+def read_adapter(name: str, module: Any) -> Adapter | None:
+    """The active adapter of one of PEFT's layers, if there is one.
+
+    Raises:
+        CannotFuse: It is no plain LoRA, or one of several.
+    """
+    if not hasattr(module, "lora_A"):
+        raise CannotFuse(f"{name} has a {type(module).__name__}, not a LoRA adapter")
+    active = [key for key in module.active_adapters if key in module.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise CannotFuse(f"{name} has {len(active)} active adapters; the fused engine computes one")
+    key = active[0]
+    if key in module.lora_variant or module.use_dora.get(key, False):
+        raise CannotFuse(f"{name} has a LoRA variant ({type(module.lora_variant.get(key)).__name__}), not plain LoRA")
+    if module.merged_adapters:
+        raise CannotFuse(f"{name} has its adapter merged into the base")
+    a, b, dropout = module.lora_A[key], module.lora_B[key], module.lora_dropout[key]
+    if b.bias is not None:
+        raise CannotFuse(f"{name} has a LoRA bias")
+    if not isinstance(dropout, nn.Identity | nn.Dropout):
+        raise CannotFuse(f"{name} has a {type(dropout).__name__} on the adapter's input")
+    return Adapter(a.weight, b.weight, float(module.scaling[key]), float(getattr(dropout, "p", 0.0)))
