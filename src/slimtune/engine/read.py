@@ -326,7 +326,7 @@ class _Reader:
     def _blocks(self, name: str | BranchForm) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch]:
         """What is made of a module of the layer, or of a branch inside one."""
         if isinstance(name, BranchForm):
-            return [replace(self._branch(name), carry=0.0)]
+            return [replace(self._branch(name), carry=None)]
         part = getattr(self.module, name, None)
         if part is None:
             return []

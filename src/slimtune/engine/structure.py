@@ -316,10 +316,11 @@ class Branch:
     norm: Norm | None
     """None: the blocks take x itself."""
     blocks: tuple[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch, ...]
-    """A branch among them has norms of its own and carries nothing."""
+    """A branch among them has norms of its own."""
     norm_after: Norm | None = None
     scale: float = 1.0
-    carry: float = 1.0
+    carry: float | None = 1.0
+    """None: nothing of the stream passes, as in a branch that is a block of another."""
 
     @property
     def parts(self) -> Iterator[SelfAttention | GatedMlp | Experts | PerLayerGate]:

@@ -65,7 +65,7 @@ class BranchComputation:
             if keep is not None and keep >= Keep.ATTENTION:
                 kept.y, kept.y_rstd = y, y_rstd
             y = added
-        past = saved.s if branch.carry in (0.0, 1.0) else saved.s * branch.carry
+        past = saved.s if branch.carry is None or branch.carry == 1.0 else saved.s * branch.carry
         return y if branch.scale == 1.0 else y.mul_(branch.scale), past, kept
 
     def enter(self, x: Tensor, residual: Tensor | None) -> BranchSaved:
@@ -130,9 +130,9 @@ class BranchComputation:
             dn = d if dn is None or d is None else dn.add_(d)
         if dn is None:
             return None
-        over, past = branch.norm, g if branch.carry else None
-        if past is not None and branch.carry != 1.0:
-            past, own_g = (past.mul_(branch.carry) if own_g else past * branch.carry), True
+        over, past = branch.norm, None if branch.carry is None else g
+        if branch.carry is not None and branch.carry != 1.0:
+            past, own_g = (g.mul_(branch.carry) if own_g else g * branch.carry), True
         if over is None:
             return dn if past is None else dn.add_(past)
         assert saved.rstd is not None
@@ -162,7 +162,7 @@ class BranchComputation:
     def working_bytes(self, memory: Memory) -> int:
         """Bytes that its backward takes beside what it keeps at :attr:`Keep.ATTENTION` and two streams."""
         after = 2 * self.stream(memory) * (self.branch.norm_after is not None)
-        carried = self.stream(memory) * (self.branch.carry not in (0.0, 1.0))
+        carried = self.stream(memory) * (self.branch.carry not in (None, 1.0))
         return after + carried + max(block.working_bytes(memory) for block in self.blocks)
 
 
