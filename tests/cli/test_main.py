@@ -162,7 +162,7 @@ def test_importing_changes_nothing_outside() -> None:
         "before = dict(os.environ), list(warnings.filters), list(logging.root.handlers), sys.excepthook\n"
         "import slimtune, slimtune.config, slimtune.cli\n"
         "assert 'torch' not in sys.modules\n"
-        "import torch, transformers, trl, peft, bitsandbytes\n"
+        "import torch, transformers, trl, peft, bitsandbytes, datasets\n"
         "hooked = dict(os.environ), list(warnings.filters), torch.get_default_dtype()\n"
         "forward = transformers.LlamaForCausalLM.forward, peft.PeftModel.forward, trl.SFTTrainer.training_step\n"
         "slimtune.finetune, slimtune.fuse, slimtune.Config\n"
