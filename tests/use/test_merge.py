@@ -22,7 +22,8 @@ from slimtune.use import merge as merging
 from slimtune.use.load import find
 from slimtune.use.merge import merge, write_weights
 from slimtune.use.parity import PROMPTS
-from tests.families.tiny import save
+from slimtune.use.rounding import round_once_
+from tests.families.tiny import made, save, tokenizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHAPE: dict[str, Any] = {
@@ -249,6 +250,44 @@ def test_a_merge_whose_proof_fails_or_dies_leaves_nothing(tmp_path: Path, monkey
     with pytest.raises(GuardStop, match="merged does not say what"):
         merge(found, tmp_path / "other", prove=export.prove_merged)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+
+
+def test_a_copy_in_16_bits_is_held_to_what_rounding_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a threshold that nothing in 16 bits keeps."""
+    base = _tiny(tmp_path / "base", tied=False, dtype=torch.bfloat16)
+    tokenizer().save_pretrained(base)
+    _wrap(base, tmp_path / "adapter", target_modules=ATTENTION)
+    for name in ("reference", "certify"):
+        monkeypatch.setattr(export, name, partial(getattr(export, name), prompts=PROMPTS[:2]))
+    monkeypatch.setitem(export.KL_ALLOWED, "merged", 1e-12)
+    found = find(str(tmp_path / "adapter"), base=str(base))
+    certificate = merge(found, tmp_path / "merged", prove=export.prove_merged)
+    assert certificate is not None
+    assert certificate.kl_mean_of_rounding is not None
+    assert 1e-12 < certificate.kl_mean <= certificate.kl_mean_allowed == 2 * certificate.kl_mean_of_rounding
+    assert certificate.kl_mean_of_rounding < 1e-3
+    plain = merging.MergedWeights
+    monkeypatch.setattr(merging, "MergedWeights", lambda base, adapter, **_: plain(base, None))
+    with pytest.raises(GuardStop, match="by rounding"):
+        merge(found, tmp_path / "other", prove=export.prove_merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounding_moves_adapted_weights_by_up_to_half_a_place(dtype: torch.dtype) -> None:
+    model = get_peft_model(made("llama"), LoraConfig(target_modules=["q_proj"]))
+    adapted = {name: value.clone() for name, value in model.named_parameters()}
+    round_once_(model, dtype, seed=0)
+    for name, value in model.named_parameters():
+        off = (value - adapted[name]).abs()
+        if ".base_layer." not in name:
+            assert not off.any()
+            continue
+        # A number's half place is between these two shares of it, and roundings are even up to that.
+        place = torch.finfo(dtype).eps / 2
+        assert off.max() <= place * adapted[name].abs().max()
+        assert float((off / adapted[name].abs()).max()) == pytest.approx(place, rel=0.1)
 
 
 MEASURED = """
