@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, Qwen2ForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from slimtune.engine import CannotFuse, fuse
@@ -153,6 +153,11 @@ def test_refuses_with_a_reason() -> None:
         fuse(models.make_base("llama").requires_grad_(False))
     with pytest.raises(CannotFuse, match="Gemma3ForConditionalGeneration may hand its text model masks"):
         fuse(models.add_lora(models.with_tower(models.family_config("gemma3_text")), target_modules=["q_proj"]))
+    reward = get_peft_model(
+        Qwen2ForSequenceClassification(models.family_config("qwen2")), LoraConfig(task_type="SEQ_CLS")
+    )
+    with pytest.raises(CannotFuse, match="Qwen2ForSequenceClassification has no head over a vocabulary"):
+        fuse(reward)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(CannotFuse, match="models of type gpt2"):
         fuse(gpt2)

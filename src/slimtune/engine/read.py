@@ -211,6 +211,7 @@ def _foreign(inner: Any, config: Any, form: DecoderForm) -> dict[str, bool]:
             getattr(config, part, 0.0) for part in ("residual_dropout", "resid_pdrop", "embd_pdrop")
         ),
         "clipped queries and keys": getattr(config, "clip_qkv", None) is not None,
+        "no head over a vocabulary": inner.get_output_embeddings() is None,
         "an adapter or a bias on the head": not _plain_head(inner),
         # Some classes around a text model leave out what the text model's own class does to logits, some don't.
         f"a text model inside whose config scales or caps logits ({config.model_type})": (
