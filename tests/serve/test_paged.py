@@ -61,6 +61,12 @@ def test_what_it_leaves_out_is_known_before(family: str, why: str) -> None:
     assert why in str(why_not_paged(make_opened(family)))
 
 
+def test_a_window_that_the_models_class_does_not_know_is_known_before() -> None:
+    opened = make_opened("llama")
+    opened.model.config.sliding_window = 4096  # longer than anything that is tried
+    assert "its class has no window" in str(why_not_paged(opened))
+
+
 @pytest.mark.skipif(OLD_TRANSFORMERS, reason="attention by request isn't used there")
 def test_scores_that_are_off_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = attention_module._attention

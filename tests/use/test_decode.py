@@ -69,6 +69,14 @@ def test_chat_gives_them_too(opened: Opened, monkeypatch: pytest.MonkeyPatch) ->
     assert ChatSession(opened, Sampling(max_new_tokens=NEW)).reply("anything", lambda text: None) == expected
 
 
+def test_a_window_that_the_models_class_does_not_know_cuts_nothing() -> None:
+    opened = make_opened("llama")
+    opened.model.config.sliding_window = WINDOW  # left over from another class; Transformers' own cache obeys it
+    expected = [greedy(opened, prompt, NEW) for prompt in MIXED]
+    replies = {reply.index: reply.ids for reply in generate(opened, MIXED, Sampling(max_new_tokens=NEW))}
+    assert [replies[index] for index in range(len(MIXED))] == expected
+
+
 def test_memory_of_a_row_is_measured(opened: Opened) -> None:
     way = way_of(opened)
     assert way.state_bytes + way.token_bytes > 0

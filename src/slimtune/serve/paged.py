@@ -76,6 +76,9 @@ def why_not_paged(opened: Opened) -> str | None:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has a softcap"
     prompts = {str(number): prompt for number, prompt in enumerate(trial_prompts(opened))}
+    # The cache would forget what is outside it, the attention reads all.
+    if getattr(config, "sliding_window", None) and "sliding_window" not in getattr(config, "__dataclass_fields__", ()):
+        return "its config has a sliding_window, its class has no window"
     heard = _Listening()
     try:
         pages = sum(len(prompt) + _TRIAL_NEW for prompt in prompts.values()) // PAGE + 2 * len(prompts) + 1
