@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trl
 
-from slimtune.data.calls import Call, CallForm, call_form
+from slimtune.data.calls import Call, CallForm, Read, call_form
 from slimtune.data.render import ChatRenderer
 from tests.data.judge import as_loaded, tokenizer_for
 
@@ -120,6 +120,25 @@ def test_a_value_has_the_type_that_its_schema_says() -> None:
     file = THEIRS / "glm4moe.jinja"
     text = written(file, [Call("get_weather", {"zip": "01234", "days": "many", "unknown": 5})])
     assert form(file).read(text, TOOLS).calls == [Call("get_weather", {"zip": "01234", "days": "many", "unknown": 5})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen2_5", '<tool_call>\n{"name": "get_weather", "arguments": {"days": NaN}}\n</tool_call>'),
+        ("qwen2_5", '<tool_call>\n{"name": "get_weather", "arguments": {"days": 1e999}}\n</tool_call>'),
+        ("qwen2_5", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "\\ud800"}}\n</tool_call>'),
+        ("lfm2_2_5", "<|tool_call_start|>[get_weather(city=1+2j)]<|tool_call_end|>"),
+        ("lfm2_2_5", "<|tool_call_start|>[get_weather(city=b'K')]<|tool_call_end|>"),
+        ("lfm2_2_5", "<|tool_call_start|>[get_weather(city={1, 2})]<|tool_call_end|>"),
+        ("lfm2_2_5", '<|tool_call_start|>[get_weather(**{"city": "K"})]<|tool_call_end|>'),
+        ("lfm2_2_5", f"<|tool_call_start|>[get_weather(days={'-' * 900}1)]<|tool_call_end|>"),
+        # Each bracket might be the end: read from the start for each, this took ten seconds.
+        ("lfm2_2_5", f"<|tool_call_start|>[get_weather({'days=1,' * 1500}city={')' * 2000}"),
+    ],
+)
+def test_arguments_that_json_cannot_hold_are_no_call(name: str, text: str) -> None:
+    assert form(THEIRS / f"{name}.jinja").read(text, TOOLS) == Read(text, [])
 
 
 @pytest.mark.parametrize("file", UNKNOWN, ids=lambda file: file.stem)

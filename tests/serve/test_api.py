@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -289,6 +290,25 @@ def test_a_client_that_goes_away_stops_costing(served: Served) -> None:
     assert until(lambda: engine.held == 0)
     assert not engine._tickets
     assert served.api.gate.inside == 0
+
+
+def test_a_prompt_whose_client_is_gone_is_never_rendered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread renders for all: what waits for it must not be what nobody waits for."""
+    busy, rendered = threading.Event(), []
+    monkeypatch.setattr("slimtune.serve.api._plain_ids", lambda opened, prompt: rendered.append(prompt) or [1])
+    body = json.dumps({"model": "first", "prompt": "?", "max_tokens": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    served.api._renderer.submit(busy.wait, 60)
+    try:
+        for _ in range(5):
+            with socket.create_connection(urlsplit(served.url).netloc.split(":")) as connection:
+                connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                assert until(lambda: served.api.gate.inside == 1)
+            assert until(lambda: served.api.gate.inside == 0)
+    finally:
+        busy.set()
+    assert raw(served, "/v1/completions", body)[0] == 200
+    assert rendered == ["?"]
 
 
 def test_health_metrics_and_the_page(served: Served) -> None:

@@ -152,6 +152,8 @@ class CallForm:
         schemas = {tool["function"]["name"]: _properties(tool["function"]) for tool in tools}
         end = place = begin + len(self.opening)
         while (found := self.kind.at(reply, _blank(reply, place), schemas)) is not None:
+            if not _is_json(found[0].arguments):
+                break
             call, end = found
             calls.append(call)
             following = _after(reply, end, self.between)
@@ -304,19 +306,17 @@ class _Json(ast.NodeTransformer):
 @dataclass(frozen=True)
 class _Python:
     def at(self, text: str, place: int, schemas: Mapping[str, Any]) -> Found | None:
-        for end in _closing_brackets(text, place):
-            try:
-                made = ast.parse(text[place:end], mode="eval").body
-            except (SyntaxError, ValueError, MemoryError, RecursionError):
-                continue
+        end = _closing_bracket(text, place)
+        if end is None:
+            return None
+        try:
+            made = ast.parse(text[place:end], mode="eval").body
             if not isinstance(made, ast.Call) or not isinstance(made.func, ast.Name) or made.args:
                 return None
-            try:
-                arguments = {str(each.arg): ast.literal_eval(_Json().visit(each.value)) for each in made.keywords}
-            except ValueError:
-                return None
-            return Call(made.func.id, arguments), end
-        return None
+            arguments = {each.arg: ast.literal_eval(_Json().visit(each.value)) for each in made.keywords if each.arg}
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return None
+        return (Call(made.func.id, arguments), end) if len(arguments) == len(made.keywords) else None
 
 
 # -- finding a template's form ----------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ def _forms(one: str, two: str, none: str | None, both: str, lead: str) -> Iterat
         end = one.rfind("qzvalue") + len("qzvalue")
         close = marked.value_end.strip()
         yield form(name, end + one[end:].find(close) + len(close), marked)
-    for end in _closing_brackets(one, name):
-        yield form(name, end, _Python())
+    if (bracket := _closing_bracket(one, name)) is not None:
+        yield form(name, bracket, _Python())
 
 
 def _around(text: str, call: Call) -> tuple[str, str, str] | None:
@@ -540,5 +540,30 @@ def _common(one: str, other: str) -> str:
     return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
-def _closing_brackets(text: str, place: int) -> Iterator[int]:
-    return (found.end() for found in re.compile(r"\)").finditer(text, max(place, 0)))
+def _is_json(arguments: dict[str, Any]) -> bool:
+    """Whether a client can be given them: Python's notation, and Python's reader of JSON, take more than JSON has."""
+    try:
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _closing_bracket(text: str, place: int) -> int | None:
+    """Where the first bracket from ``place`` on is closed, as Python counts them; one pass, whatever a model wrote."""
+    depth, quote = 0, ""
+    while place < len(text):
+        char = text[place]
+        if quote:
+            place += char == "\\"
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+            if depth <= 0:
+                return place + 1 if depth == 0 else None
+        place += 1
+    return None

@@ -160,14 +160,14 @@ class Api:
         """``POST /v1/chat/completions``."""
         asked = protocol.read(protocol.ChatRequest, await self._body(request), self.limits)
         engine = self._engine(asked.model)
-        prompt, calls, guide = await self._rendered(partial(self._prepared, asked, engine.opened))
+        prompt, calls, guide = await self._rendered(request, partial(self._prepared, asked, engine.opened))
         return await self._answer(request, asked, engine, prompt, Chat, calls=calls, guide=guide)
 
     async def completions(self, request: Request) -> Any:
         """``POST /v1/completions``: the prompt as it is, without a template."""
         asked = protocol.read(protocol.CompletionRequest, await self._body(request), self.limits)
         engine = self._engine(asked.model)
-        prompt = await self._rendered(lambda: _plain_ids(engine.opened, asked.prompt))
+        prompt = await self._rendered(request, partial(_plain_ids, engine.opened, asked.prompt))
         return await self._answer(request, asked, engine, prompt, Completion)
 
     async def models(self, request: Request) -> Response:
@@ -227,10 +227,16 @@ class Api:
             guide = self._guides[asked.model].make(schema)
         return opened.prompt_ids(asked.turns, asked.shown_tools, asked.chat_template_kwargs), calls, guide
 
-    async def _rendered(self, render: Callable[[], T]) -> T:
+    async def _rendered(self, request: Request, render: Callable[[], T]) -> T:
+        """What ``render`` gives, once its turn comes; for a client that is gone by then it isn't done."""
+
+        async def rendered() -> T:
+            async with self.deadlines.within():
+                return await asyncio.get_running_loop().run_in_executor(self._renderer, render)
+
         with self.gate.entered():
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._renderer, render)
+                return await while_connected(request.receive, rendered())
             except UserError as error:
                 raise Refusal(400, str(error), "invalid_prompt") from None
 
