@@ -54,7 +54,7 @@ def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[st
             **({"compute_dtype": "bf16"} if torch.cuda.is_available() else {}) | options,
         )  # fmt: skip
         as_a_t4 = options.get("compute_dtype") == "fp16" and torch.cuda.is_available()
-        with mock.patch("slimtune.engine.graph.choose", return_value="efficient") if as_a_t4 else nullcontext():
+        with mock.patch("slimtune.engine.inputs.choose", return_value="efficient") if as_a_t4 else nullcontext():
             run = finetune(config)
         records = [record for record in run.metrics() if "step_seconds" in record]
     losses = [record["loss"] for record in records]

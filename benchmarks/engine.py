@@ -108,7 +108,7 @@ def main() -> None:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if "--as-a-t4" in sys.argv:
         dtype = torch.float16
-        mock.patch("slimtune.engine.graph.choose", return_value="efficient").start()
+        mock.patch("slimtune.engine.inputs.choose", return_value="efficient").start()
     for name in names:
         try:
             results.append(measure(name, "--profile" in sys.argv, dtype))

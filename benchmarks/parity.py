@@ -157,7 +157,7 @@ def replays(size: str, layers: int, way: Way, dtype: torch.dtype, r: int) -> dic
             found.append(collect(model))
         return found
 
-    with mock.patch("slimtune.engine.graph.choose", return_value=way):
+    with mock.patch("slimtune.engine.inputs.choose", return_value=way):
         unrecorded, again, recorded = run(False), run(False), run(CUDA)
     return {
         "check": "replays", "size": size, "way": way, "dtype": str(dtype), "r": r,

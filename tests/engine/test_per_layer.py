@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slimtune.engine import Engine
-from slimtune.engine.graph import Inputs
+from slimtune.engine.inputs import Inputs
 from tests.engine import models
 
 

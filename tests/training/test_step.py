@@ -21,7 +21,7 @@ from slimtune.data.packing import micro_batches
 from slimtune.data.preflight import prove
 from slimtune.engine import Engine
 from slimtune.engine.attention import Documents
-from slimtune.engine.graph import Inputs, ShapeKey
+from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.errors import UserError
 from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder

@@ -25,7 +25,7 @@ from slimtune.engine.decoder import (
     per_layer_inputs,
     rotary_tables,
 )
-from slimtune.engine.graph import Inputs, ShapeKey
+from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import FlatParameters

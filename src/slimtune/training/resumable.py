@@ -27,7 +27,7 @@ from slimtune.run.identity import Identity
 from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
 from slimtune.training.guard import DivergenceGuard, find_nonfinite
-from slimtune.training.halving import largest_piece, split_micro_batch
+from slimtune.training.pieces import largest_piece, split_micro_batch
 from slimtune.training.proof import LOOK_AGAIN, is_expert, named, without_gradient
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.saving import Moment, Trained, snapshot

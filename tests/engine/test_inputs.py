@@ -8,7 +8,7 @@ import torch
 from slimtune.batch import MicroBatch
 from slimtune.engine import graph as graph_module
 from slimtune.engine.attention import Way
-from slimtune.engine.graph import Inputs, ShapeKey
+from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.structure import ScoresKind
 
 
