@@ -63,3 +63,10 @@ def test_both_readmes_show_the_same_commands() -> None:
     english = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.md")]
     chinese = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.zh-CN.md")]
     assert english == chinese
+
+
+def test_the_glossary_points_at_modules_that_exist() -> None:
+    rows = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").splitlines()[6:]
+    where = [path for row in rows for path in re.findall(r"`([^`]+)`", row.split("|")[3])]
+    assert len(where) > 30
+    assert [path for path in where if not (ROOT / "src/slimtune" / path).exists()] == []
