@@ -23,6 +23,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -228,6 +230,15 @@ def with_tower(text: PretrainedConfig) -> nn.Module:
     tower = CLIPVisionConfig(**sizes)
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=tower, text_config=text, image_token_index=1, vision_feature_layer=-1)
+    )
+
+
+def gemma4_with_tower() -> nn.Module:
+    """Gemma 4 as it is published: its text model, with per-layer inputs, in a class that reads images too."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16}  # fmt: skip
+    return Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=family_config("gemma4-e2b"), vision_config=tower, audio_config=None, image_token_id=1)
     )
 
 

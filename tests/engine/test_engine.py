@@ -228,6 +228,20 @@ def test_refuses_what_it_does_not_compute() -> None:
         make_engine(models.add_lora(models.make_base("qwen2"))).forward_backward(left, 1)
 
 
+def test_a_text_model_inside_its_own_families_class() -> None:
+    """Gemma 4's class around it makes embedded tokens and per-layer inputs, and caps logits, as the text model does."""
+    torch.manual_seed(0)
+    model = models.add_lora(
+        models.gemma4_with_tower(), target_modules=[*ATTENTION, "down_proj", "per_layer_input_gate"]
+    )
+    batch = models.pack()
+    batch["input_ids"].clamp_(min=4)  # no image's
+    loss, expected = models.reference(model, batch, 40)
+    found, actual = run(make_engine(model), model, batch, 40)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert models.worst_error(actual, expected) < 1e-4
+
+
 def test_the_real_model(model_folder: Path) -> None:
     """SmolLM2-135M in fp32 and in NF4, 30 layers deep, on two packed documents."""
     batch = models.pack(lengths=(24, 9, 7))
