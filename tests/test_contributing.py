@@ -39,6 +39,17 @@ def test_functions_are_shorter_than_90_lines() -> None:
     assert set(long) <= LONGER.keys()
 
 
+def test_nobody_is_shouted_at() -> None:
+    """English with an exclamation mark, but for those of the demo's data and of a probe for tokenizers."""
+    shouted = {
+        name(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and re.search(r"\w\w!(\s|$)", str(node.value))
+    }
+    assert shouted <= {"data/words.py", "demo/__init__.py"}
+
+
 def test_the_lock_holds_what_pyproject_asks_for_with_hashes_and_no_index() -> None:
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     assert not re.search(r"https?://|--(extra-)?index-url|--find-links", lock)
