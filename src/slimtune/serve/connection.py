@@ -163,7 +163,7 @@ class Connection(H11Protocol):
 def _home(client: tuple[str, int] | None) -> str:
     """Whose a connection is: its address; of IPv6 the network, which is one subscriber's."""
     address = "" if client is None else client[0]
-    return ipaddress.IPv6Address(address).exploded[:19] if ":" in address else address
+    return ipaddress.IPv6Address(address).packed[:8].hex() if ":" in address else address
 
 
 def connection_type(limits: Limits, most: int) -> type[Connection]:
