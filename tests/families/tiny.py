@@ -111,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "mamba_dt_rank": 64,
     },
+    "kosmos_2_5_text_model": {"embed_dim": HIDDEN, "layers": LAYERS, "attention_heads": HEADS},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_hidden_layers": 2},

@@ -20,6 +20,7 @@ from slimtune.training.isolation import find_layout, lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.packs import DocumentAttention
 from slimtune.training.rng import RandomState
+from tests.families.tiny import made
 from tests.tolerances import GRADIENT, GRADIENT_16_BIT
 from tests.training import families
 
@@ -198,6 +199,16 @@ def test_what_mixes_is_found(mixes: str, kind: str, seen: dict[str, str]) -> Non
     for name, words in seen.items():
         assert words in found.reasons[name]
         assert re.search("[\u4e00-\u9fff]", reason_in_chinese(found.reasons[name]))
+
+
+def test_documents_that_are_apart_and_not_as_alone_go_unpacked() -> None:
+    """Kosmos-2.5 counts positions from 2 where it is given none, and takes given ones as they are."""
+    model = made("kosmos-2.5")
+    found = find_layout(model)
+    assert found.layout.kind == "padded"
+    [reason] = found.reasons.values()
+    assert reason == "a document's logits in a pack are not those of the document alone"
+    assert "单独" in reason_in_chinese(reason)
 
 
 def test_layers_that_mix_more_than_a_proof_shows_go_unpacked() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from slimtune.adapter.patterns import check_patterns
 from slimtune.adapter.targets import Targets
+from slimtune.base.quantize import four_bit_formats
 from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 
@@ -27,8 +28,18 @@ def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | N
         rows: By the name of an embedding or head, the rows of it that train.
 
     Raises:
-        UserError: Experts are among the targets, and an option that PEFT doesn't have for them.
+        UserError: Experts are among the targets, and an option that PEFT doesn't have for them. Or a module is to get
+            an adapter and to train whole.
     """
+    for name in config.modules_to_save:
+        if twice := [
+            end for end in targets.modules if f".{name}".endswith(f".{end}") or f".{end}".endswith(f".{name}")
+        ]:
+            raise UserError(
+                f"modules_to_save {name!r} is among the targets ({twice[0]})",
+                rule="A module gets an adapter, or trains whole.",
+                way_out="Leave it out of one of the two.",
+            )
     if targets.parameters:
         _check_options(config, targets)
     return LoraConfig(
@@ -108,26 +119,60 @@ def coverage(model: nn.Module, targets: Targets) -> Coverage:
 
 
 def check_names(config: Config, model: Any) -> None:
-    """See that the modules to save and the layers that the config names are the model's.
+    """See that the modules to save and the layers that the config names are the model's, and that those can be copied.
+
+    Args:
+        config: The run's.
+        model: The base, loaded.
 
     Raises:
         UserError: A name matches no module, or a layer isn't there; the nearest name is proposed. Or a pattern is none,
-            or isn't matched in time.
+            or isn't matched in time. Or a module to save lies in 4 bits, or isn't the only one that PEFT would take.
     """
     paths = [name for name, _ in model.named_modules()]
     asked = config.model_dump(include={"rank_pattern", "alpha_pattern", "modules_to_save"})
     check_patterns("the run's config", asked, [*paths, *(name for name, _ in model.named_parameters())])
-    endings = sorted({path.rsplit(".", 1)[-1] for path in paths})
     for name in config.modules_to_save:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            raise UserError(
-                f"modules_to_save {name!r} is the name of no module of {type(model).__name__}",
-                rule=did_you_mean(name, endings),
-                way_out="Name modules by the end of their names.",
-            )
+        _check_copied(name, model, paths)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if config.layers is not None and layers is not None and max(config.layers) >= layers:
         raise UserError(
             f"layers {max(config.layers)} is not there: {type(model).__name__} has {layers}",
             rule=f"Layers count from 0 to {layers - 1}.",
         )
+
+
+def _holds_numbers(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _check_copied(name: str, model: Any, paths: Sequence[str]) -> None:
+    """See that a module of ``modules_to_save`` can be copied, to train whole."""
+    meant = [path for path in paths if path == name or path.endswith(f".{name}")]
+    if not meant:
+        raise UserError(
+            f"modules_to_save {name!r} is the name of no module of {type(model).__name__}",
+            rule=did_you_mean(name, sorted({path.rsplit(".", 1)[-1] for path in paths})),
+            way_out="Name modules by the end of their names.",
+        )
+    for path in paths:
+        if path.endswith(name) and path not in meant:
+            raise UserError(
+                f"modules_to_save {name!r} is the end of {path} too",
+                rule="PEFT takes every module whose name ends so, in the middle of a word as well.",
+                way_out=f"Say more of the name: --modules-to-save {meant[0]}",
+            )
+    for path in meant:
+        inside = [part for part, module in model.get_submodule(path).named_modules() if part and _holds_numbers(module)]
+        if inside:
+            raise UserError(
+                f"modules_to_save {name!r}: {path} is made of other modules",
+                rule="What slimtune finds on a model, as attention and what carries adapters, isn't in such a copy.",
+                way_out=f"Name what it is made of: --modules-to-save {','.join(inside)}",
+            )
+        if formats := four_bit_formats(model.get_submodule(path)):
+            raise UserError(
+                f"modules_to_save {name!r}: {path} lies in {formats[0]}",
+                rule="A copy that trains whole holds plain numbers.",
+                way_out=f"--targets {name} puts an adapter on it where it can carry one; or --quantization none.",
+            )

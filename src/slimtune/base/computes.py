@@ -54,7 +54,7 @@ def check_computes(model: Any, ids: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def differ(some: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def differ(some: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype, *, most: bool = True) -> bool:
     """Whether tokens' logits differ by more than rounding, once other tokens stand beside them.
 
     For a mixture's experts these are other tokens to compute, whose sums may round otherwise and, in 16 bits, send a
@@ -64,11 +64,12 @@ def differ(some: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype)
         some: Logits [..., tokens, vocabulary].
         others: As many, of the same shapes.
         dtype: What they were computed in.
+        most: In 32 bits, look at the token that changes most; else at the median.
     """
     scale = max(float(x.abs().max()) for x in some)
     changed = torch.cat([(a - b).abs().amax(-1).flatten() for a, b in zip(some, others, strict=True)])
-    most = float(changed.max() if dtype == torch.float32 else changed.median())
-    return not most <= 2 * ROUNDING[dtype] * scale  # where it is no number, too
+    change = float(changed.max() if most and dtype == torch.float32 else changed.median())
+    return not change <= 2 * ROUNDING[dtype] * scale  # where it is no number, too
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

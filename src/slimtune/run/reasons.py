@@ -33,6 +33,7 @@ _REASONS = (
         r"a document's logits change with its neighbours in a pack by (.+) of the largest",
         r"打包后，文档的 logits 随相邻文档改变，幅度达最大值的 \1",
     ),
+    (r"a document's logits in a pack are not those of the document alone", "打包后，文档的 logits 与单独计算时不同"),
     (
         r"a row's logits change with the other rows by (.+) of the largest",
         r"一行的 logits 随其他行改变，幅度达最大值的 \1",

@@ -8,6 +8,8 @@ tokens), positions that count through the pack. What it doesn't mistake for it: 
 mixture of experts has the same tokens to compute, and its routers are asked the same; against a document computed
 alone, or beside other ones, rounding alone could send a token to another expert.
 
+Then two of them go through the model alone, as in use: most of their tokens must say what they say in the pack.
+
 Rows are proven likewise: the same rows in another order, and with other tokens in their padding. If rows touch each
 other too, documents go through the model one at a time.
 
@@ -178,10 +180,16 @@ def _packed(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str | None:
         return [parts[2 * order.index(at)] for at in range(len(moving))] + list(parts[1::2])
 
     first = list(range(len(moving)))
-    moved = logits([*first[1:], 0])
-    return _compared(
-        logits(first), logits(first), moved, dtype, "a document's logits change with its neighbours in a pack"
-    )
+    one, moved = logits(first), logits([*first[1:], 0])
+    seen = _compared(one, logits(first), moved, dtype, "a document's logits change with its neighbours in a pack")
+    if seen is not None:
+        return seen
+    # Kept apart, and yet otherwise than alone: Kosmos-2.5 counts positions from 2, and takes the pack's as they are.
+    rows = Layout(model, "padded")
+    alone = [_logits(model, rows, _batch([document], padded=True))[0] for document in (moving[0], staying[-1])]
+    if differ([one[0], one[-1]], alone, dtype, most=False):
+        return "a document's logits in a pack are not those of the document alone"
+    return None
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

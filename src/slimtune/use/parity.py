@@ -87,13 +87,13 @@ class Certificate:
         )
 
     def beside(self, rounded: Certificate) -> Certificate:
-        """The same, held to no more than twice what rounding makes of the model, if that is more than was allowed."""
+        """The same, held to twice what rounding makes of the model, and to one first token fewer."""
         most = max(rounded.kl_mean, self.kl_mean_of_rounding or 0.0)
         return replace(
             self,
             kl_mean_of_rounding=most,
-            kl_mean_allowed=max(self.kl_mean_allowed, _TIMES_ROUNDING * most),
-            first_token_allowed=min(self.first_token_allowed, rounded.first_token_agrees / rounded.prompts),
+            kl_mean_allowed=_TIMES_ROUNDING * most,
+            first_token_allowed=min(self.first_token_allowed, (rounded.first_token_agrees - 1) / rounded.prompts),
         )
 
     def line(self) -> str:
