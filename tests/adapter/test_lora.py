@@ -41,3 +41,12 @@ def test_a_module_has_an_adapter_or_trains_whole() -> None:
         config = Config(targets=("q_proj", "v_proj"), modules_to_save=(saved,))
         with pytest.raises(UserError, match="is among the targets") if is_refused else nullcontext():
             lora_config(config, find_targets(config, model))
+
+
+@pytest.mark.parametrize(("family", "last"), [("llama", 3), ("blt", 0), ("gpt2", 3)])
+def test_layers_are_counted_on_the_model(family: str, last: int) -> None:
+    model = made(family)
+    check_names(Config(layers=(0, last)), model)
+    with pytest.raises(UserError, match=f"layers {last + 1} is not there: .* has {last + 1}") as refusal:
+        check_names(Config(layers=(0, last + 1)), model)
+    assert refusal.value.rule == f"Layers count from 0 to {last}."

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.adapter.lora import lora_config
@@ -146,8 +147,9 @@ class _Steps:
 
 def _load(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
-    wanted = (config.architectures or [""])[0]
-    auto = AutoModelForImageTextToText if wanted.endswith("ForConditionalGeneration") else AutoModelForCausalLM
+    [wanted] = config.architectures
+    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) == wanted
+    auto = AutoModelForCausalLM if text else AutoModelForImageTextToText
     model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 

@@ -15,6 +15,7 @@ from slimtune.adapter.targets import Targets
 from slimtune.base.quantize import four_bit_formats
 from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
+from slimtune.families import read_family
 
 __all__ = ["Coverage", "check_names", "coverage", "give_dropout_", "lora_config"]
 
@@ -134,11 +135,18 @@ def check_names(config: Config, model: Any) -> None:
     check_patterns("the run's config", asked, [*paths, *(name for name, _ in model.named_parameters())])
     for name in config.modules_to_save:
         _check_copied(name, model, paths)
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if config.layers is not None and layers is not None and max(config.layers) >= layers:
+    if config.layers is not None:
+        _check_layers(config.layers, model)
+
+
+def _check_layers(asked: Sequence[int], model: Any) -> None:
+    """By the layers' own names, as PEFT counts them: BLT is three models, and its config says no number."""
+    ends = [layer.path.rpartition(".")[2] for layer in read_family(model).layers]
+    there = {int(end) for end in ends if end.isdigit()}
+    if missing := set(asked) - there:
         raise UserError(
-            f"layers {max(config.layers)} is not there: {type(model).__name__} has {layers}",
-            rule=f"Layers count from 0 to {layers - 1}.",
+            f"layers {max(missing)} is not there: {type(model).__name__} has {len(there)}",
+            rule=f"Layers count from 0 to {max(there, default=0)}.",
         )
 
 
