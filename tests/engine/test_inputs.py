@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimtune.batch import MicroBatch
-from slimtune.engine import graph as graph_module
+from slimtune.engine import inputs as inputs_module
 from slimtune.engine.attention import Way
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.structure import ScoresKind
@@ -19,7 +19,7 @@ def pack(*lengths: int) -> MicroBatch:
 
 
 def keys(monkeypatch: pytest.MonkeyPatch, way: Way, room: int, *packs: MicroBatch) -> list[ShapeKey]:
-    monkeypatch.setattr(graph_module, "choose", lambda *_, **__: way)
+    monkeypatch.setattr(inputs_module, "choose", lambda *_, **__: way)
     inputs = Inputs(2048, (ScoresKind(64),), torch.float32, torch.device("cpu"))
     inputs.padded_room = room
     made = []

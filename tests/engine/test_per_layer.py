@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimtune.engine import Engine
+from slimtune.engine import CannotFuse, Engine, fuse
 from slimtune.engine.inputs import Inputs
 from tests.engine import models
 
@@ -46,3 +46,10 @@ def test_the_projections_adapter_alone_gets_its_gradient_through_every_layer() -
     model = models.add_lora(models.make_base("gemma4-e2b"), target_modules=["per_layer_model_projection"])
     _, expected = models.reference(model, models.pack(), 40)
     assert models.worst_error(_gradients(model, Engine(model, dtype=torch.float32, tokens=64)), expected) < 1e-4
+
+
+def test_embedded_tokens_that_train_are_refused() -> None:
+    """Their gradient runs through the layers' inputs too."""
+    model = models.add_lora(models.make_base("gemma4-e2b"), modules_to_save=["embed_tokens"])
+    with pytest.raises(CannotFuse, match="per-layer inputs are made of trains"):
+        fuse(model)

@@ -179,8 +179,12 @@ def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerL
     if table is None:
         return None
     over = backbone.per_layer_projection_norm
-    if not _is_bare(table) or (frozen and any(p.requires_grad for part in (table, over) for p in part.parameters())):
-        raise CannotFuse("per-layer inputs train, which the fused engine keeps frozen")
+    # The embedded tokens' gradient by way of the layers' inputs is never made.
+    for part in (table, over, backbone.embed_tokens):
+        if not _is_bare(part) or (frozen and any(p.requires_grad for p in part.parameters())):
+            raise CannotFuse(
+                "an embedding or a norm that per-layer inputs are made of trains; the engine keeps it frozen"
+            )
     width, layers = int(over.weight.shape[0]), len(backbone.layers)
     linear = read_linear("per_layer_model_projection", backbone.per_layer_model_projection, frozen=frozen)
     if (linear.out_features, int(table.weight.shape[1])) != (layers * width, layers * width):
