@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimtune.adapter.lora import coverage, give_dropout_, lora_config
 from slimtune.adapter.targets import default_targets, find_targets
@@ -203,3 +204,13 @@ def test_experts_in_4_bits_get_the_same_gradients(tmp_path: Path, hardware: Hard
     for name, gradient in unpacked.items():
         assert gradient.any(), name
         torch.testing.assert_close(packed[name], gradient)
+
+
+@pytest.mark.skipif("unlimited_ocr" not in CONFIG_MAPPING, reason="this Transformers has no such family")
+@pytest.mark.parametrize("targets", ["auto", "all-linear", ("q_proj",)])
+def test_where_nothing_fits_the_reason_is_told(targets: Any) -> None:
+    """PEFT renames this family's adapters once more when it reads them (Transformers 5.23)."""
+    model = skeleton("unlimited_ocr")
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj of UnlimitedOcr") as refusal:
+        default_targets(model) if targets == "auto" else find_targets(config_of(targets=targets), model)
+    assert refusal.value.rule == "PEFT reads its adapter back under another name."

@@ -59,6 +59,7 @@ def default_targets(model: nn.Module) -> tuple[tuple[str, ...], str]:
     family = _read(model)
     wanted = _fit(family.names("attention"), family)
     if not wanted:
+        _tell_unfit(family.names("attention"), model, family)
         raise UserError(
             f"no linear layers that mix tokens were found in {type(model).__name__}",
             rule="By default the projections of attention, or of what a family has in its place, are adapted.",
@@ -139,22 +140,28 @@ def _meant(config: Config, model: nn.Module, family: Family) -> tuple[list[str],
         found_stacks = [path for path in family.names("experts") if _ends_in(path, [name])]
         if not found and not found_stacks:
             raise _unknown(name, model, family)
-        for path in found:
-            if path in family.unfit:
-                raise UserError(
-                    f"targets {name!r}: an adapter can't be put on {path}",
-                    rule=f"{family.unfit[path][0].upper()}{family.unfit[path][1:]}.",
-                    way_out="Leave it out, or leave targets at auto.",
-                )
+        _tell_unfit(found, model, family)
         modules += found
         stacks += found_stacks
     if not modules and not stacks:
+        _tell_unfit([path for name in names if name in TARGET_WORDS for path in family.names(name)], model, family)
         raise UserError(
             f"targets {', '.join(names)}: {type(model).__name__} has none of these",
             rule=_what_there_is(model, family),
             way_out="Name modules by the end of their names, or leave targets at auto.",
         )
     return list(dict.fromkeys(modules)), list(dict.fromkeys(stacks))
+
+
+def _tell_unfit(paths: Sequence[str], model: nn.Module, family: Family) -> None:
+    """Refuse the first of ``paths`` that can't carry an adapter, with its reason."""
+    for path in paths:
+        if reason := family.unfit.get(path):
+            raise UserError(
+                f"targets: an adapter can't be put on {path} of {type(model).__name__}",
+                rule=f"{reason[0].upper()}{reason[1:]}.",
+                way_out="Leave it out, name other modules by the end of their names, or take another model.",
+            )
 
 
 def _unknown(name: str, model: nn.Module, family: Family) -> UserError:
