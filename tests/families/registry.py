@@ -47,18 +47,16 @@ NO_CHAT_MODELS = frozenset({
 })
 # fmt: on
 """Causal classes of encoders, and decoders of something that isn't text alone: nobody chats with them."""
+# fmt: off
 IMAGE_TEXT = (
-    "gemma3",
-    "gemma4",
-    "qwen3_5",
-    "mistral3",
-    "qwen3_vl",
-    "qwen2_5_vl",
-    "internvl",
-    "llava",
-    "gemma3n",
-    "llama4",
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "gemma3", "gemma3n", "gemma4", "glm4v",
+    "glm4v_moe", "glm_ocr", "granite_docling", "hyperclovax_vision_v2", "idefics3", "internvl", "kosmos-2.5",
+    "lfm2_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minimax_m3_vl",
+    "mistral3", "mistral_large4", "ovis2", "paddleocr_vl", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "unlimited_ocr", "video_llama_3",
 )
+# fmt: on
+"""Types whose text is trained within a class that reads images too; others of Transformers' list are much alike."""
 
 
 def families() -> list[str]:
