@@ -53,3 +53,10 @@ def test_embedded_tokens_that_train_are_refused() -> None:
     model = models.add_lora(models.make_base("gemma4-e2b"), modules_to_save=["embed_tokens"])
     with pytest.raises(CannotFuse, match="per-layer inputs are made of trains"):
         fuse(model)
+
+
+def test_no_two_sites_draw_the_same_dropout_masks() -> None:
+    engine = Engine(models.add_lora(models.make_base("gemma4-e2b")), dtype=torch.float32, tokens=64)
+    assert engine._per_layer is not None
+    streams = [site.stream for layer in engine.layers for site in layer.sites] + [engine._per_layer.site.stream]
+    assert len(set(streams)) == len(streams)

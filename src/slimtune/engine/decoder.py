@@ -39,8 +39,8 @@ from slimtune.engine.weights import Scratch
 
 __all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
 
-_STREAMS = 6
-"""Dropout streams that a layer has; a seventh site would share its masks with the next layer's first."""
+_STREAMS = 4
+"""Dropout streams that a layer has at least; the masks of a run that is resumed follow from their numbers."""
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Saved:
 class LayerComputation:
     """One decoder layer, computed for any :class:`Pass`."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch):
+    def __init__(
+        self, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch, first_stream: int
+    ) -> None:
         self.layer, self.dtype = layer, dtype
-        if len(layer.projections) > _STREAMS:
-            raise ValueError(f"layer {layer.index} has more projections than dropout streams")
-        self.hidden, stream = layer.attention.qkv.in_features, itertools.count(_STREAMS * layer.index)
+        self.hidden, stream = layer.attention.qkv.in_features, itertools.count(first_stream)
 
         def computed(branch: Branch) -> BranchComputation:
             blocks = (
@@ -163,13 +163,22 @@ def _block(
 def computations(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> list[LayerComputation | None]:
     """One for each layer of the model; None where the layer can't be fused."""
     scratch = Scratch()
-    return [None if layer is None else LayerComputation(layer, dtype, device, scratch) for layer in decoder.layers]
+    streams = _streams(decoder)
+    return [
+        None if layer is None else LayerComputation(layer, dtype, device, scratch, streams * layer.index)
+        for layer in decoder.layers
+    ]
+
+
+def _streams(decoder: Decoder) -> int:
+    """Dropout streams of each layer: one more site would share its masks with the next layer's first."""
+    return max(_STREAMS, *(len(layer.projections) for layer in decoder.fused))
 
 
 def per_layer_inputs(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> PerLayerComputation | None:
     """What makes the layers' inputs beside the stream, where they have any."""
     part = decoder.per_layer
-    return None if part is None else PerLayerComputation(part, dtype, device, _STREAMS * len(decoder.layers))
+    return None if part is None else PerLayerComputation(part, dtype, device, _streams(decoder) * len(decoder.layers))
 
 
 def rotary_tables(
