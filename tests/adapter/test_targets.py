@@ -206,6 +206,30 @@ def test_experts_in_4_bits_get_the_same_gradients(tmp_path: Path, hardware: Hard
         torch.testing.assert_close(packed[name], gradient)
 
 
+def test_patterns_reach_what_is_adapted_as_a_tensor_too() -> None:
+    """The dense feed-forward of DeepSeek's first layer, whose names PEFT takes for experts'."""
+    model = wrapped(made("deepseek_v3"), config_of(rank_pattern={"down_proj": 2, "q_b_proj": 3}, lora_dropout=0.0))
+    ranks = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.lora_A:
+            name = path.removeprefix("base_model.model.model.layers.").replace(".base_layer", "")
+            own = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            ranks[name if own == "weight" else f"{name}.{own}"] = module.r["default"]
+    assert ranks["0.mlp.down_proj"] == ranks["1.mlp.shared_experts.down_proj"] == ranks["1.mlp.experts.down_proj"] == 2
+    assert ranks["0.mlp.up_proj"] == ranks["1.mlp.experts.gate_up_proj"] == 4
+    assert ranks["0.self_attn.q_b_proj"] == 3
+
+
+def test_a_pattern_for_nothing_that_gets_an_adapter_is_refused() -> None:
+    model = skeleton("qwen3_moe")
+    find_targets(config_of(alpha_pattern={r"layers\.1\..*_proj": 3, "experts.down_proj": 2}), model)
+    for option in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match=f"{option} 'experts' is the name of nothing that gets an adapter"):
+            find_targets(config_of(**{option: {"experts": 2}}), model)
+    with pytest.raises(UserError, match="'o_proj' is the name of nothing"):
+        find_targets(config_of(targets="q_proj", rank_pattern={"o_proj": 2}), model)
+
+
 @pytest.mark.skipif("unlimited_ocr" not in CONFIG_MAPPING, reason="this Transformers has no such family")
 @pytest.mark.parametrize("targets", ["auto", "all-linear", ("q_proj",)])
 def test_where_nothing_fits_the_reason_is_told(targets: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,17 @@ def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | N
         use_dora=config.dora,
         modules_to_save=list(config.modules_to_save) or None,
         layers_to_transform=None if config.layers is None or not targets.modules else list(config.layers),
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
+        rank_pattern=_patterns(config.rank_pattern, targets),
+        alpha_pattern=_patterns(config.alpha_pattern, targets),
         trainable_token_indices=rows or None,
     )
+
+
+def _patterns(asked: Mapping[str, int], targets: Targets) -> dict[str, int]:
+    """For PEFT a linear layer that is adapted as a tensor has its weight's name."""
+    as_tensors = any(name.endswith(".weight") for name in targets.parameters)
+    beside = {rf"(?:{pattern})\.weight": value for pattern, value in asked.items()} if as_tensors else {}
+    return {**asked, **beside}
 
 
 def _check_options(config: Config, targets: Targets) -> None:

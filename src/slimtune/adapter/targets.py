@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from re import escape
+from re import escape, match
 from typing import Any
 
 import torch
@@ -78,10 +78,12 @@ def find_targets(config: Config, model: nn.Module) -> Targets:
         model: The plain base.
 
     Raises:
-        UserError: A name means nothing, or something that an adapter can't be put on.
+        UserError: A name means nothing, or something that an adapter can't be put on; or a pattern of ranks or alphas
+            means nothing that gets an adapter.
     """
     family = _read(model)
     wanted, stacks = _meant(config, model, family)
+    _check_patterns(config, [*wanted, *stacks])
     ends = _ends(wanted, _paths(model, family))
     taken = _taken_for_experts(ends, model)
     weights = [f"{path}.weight" for path in wanted if _ends_in(path, taken)]
@@ -151,6 +153,18 @@ def _meant(config: Config, model: nn.Module, family: Family) -> tuple[list[str],
             way_out="Name modules by the end of their names, or leave targets at auto.",
         )
     return list(dict.fromkeys(modules)), list(dict.fromkeys(stacks))
+
+
+def _check_patterns(config: Config, adapted: Sequence[str]) -> None:
+    """See that each pattern is of use; PEFT's own rule of matching (``get_pattern_key``)."""
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise UserError(
+                    f"{option} {pattern!r} is the name of nothing that gets an adapter",
+                    rule="PEFT would leave it out without a word.",
+                    way_out=f"Name something like {adapted[0]}, by the end of its name.",
+                )
 
 
 def _tell_unfit(paths: Sequence[str], model: nn.Module, family: Family) -> None:
