@@ -148,11 +148,14 @@ class BranchComputation:
             total += 4 * memory.tokens * (self.branch.norm is not None)
             total += (self.stream(memory) + 4 * memory.tokens) * (self.branch.norm_after is not None)
         if keep >= Keep.ALL and any(block.reads_input for block in self.blocks):
-            # A block without columns of its own takes what there is.
-            own = [block for index, block in enumerate(self.blocks) if block.columns > self.hidden or not index]
-            if self.branch.norm is None:
-                own = [block for block in own if block.columns > self.hidden]
-            total += sum(block.columns for block in own) * memory.tokens * self.dtype.itemsize
+            # A block without columns of its own takes what there is; a norm writes the first one's.
+            normed = self.branch.norm is not None
+            columns = (
+                block.columns
+                for index, block in enumerate(self.blocks)
+                if block.columns > self.hidden or (normed and index == 0)
+            )
+            total += sum(columns) * memory.tokens * self.dtype.itemsize
         return total
 
     def stream(self, memory: Memory) -> int:
