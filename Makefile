@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What installs the lock. It decides on no version that a run sees, but a new one may read the lock otherwise.
+UV := 0.13.9
 
 .PHONY: demo test lint types imports unit campaigns families tokenizers templates newest floors trl-tests lock clean data-campaign folders
 
@@ -34,12 +36,12 @@ FILES ?= 2400
 folders: $(STAMP)
 	FOLDERS_CAMPAIGN=$(FILES) CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns/test_folders.py --timeout 20000
 
-# uv comes from PyPI into the environment; the lock pins every version and hash.
+# uv comes from the index into the environment; the lock pins every version and hash.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "slimtune needs Python 3.11 to 3.13; say which: make PYTHON=python3.12 demo"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --require-hashes --compile-bytecode \
 		-r requirements.lock
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --editable .

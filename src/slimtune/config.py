@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from slimtune.errors import UserError, shown
+from slimtune.errors import UserError, check_utf8, shown
 from slimtune.foreign import recognised, translated
 
 __all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config", "read_yaml"]
@@ -242,6 +242,7 @@ class Config(BaseModel):
         for key in ("model", "data", "eval", "output", "start_from", "template", "add_tokens"):
             value = getattr(self, key)
             for name in map(str, value if isinstance(value, tuple) else () if value is None else [value]):
+                check_utf8(key, name)
                 if "\0" in name or max(len(part.encode(errors="replace")) for part in name.split("/")) > 255:
                     raise ValueError(f"{key}: no file system has such a name: {shown(name, 60)}")
         if not _is_finite(self.template_vars):

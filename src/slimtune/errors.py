@@ -6,14 +6,32 @@ Exit codes: 0 done · 1 a fault of slimtune's own · 2 something the person can 
 
 from __future__ import annotations
 
+import errno
 import re
 
-__all__ = ["GuardStop", "SlimtuneError", "StopRequested", "UserError", "shown"]
+__all__ = [
+    "GuardStop",
+    "SlimtuneError",
+    "StopRequested",
+    "UserError",
+    "by_the_system",
+    "check_utf8",
+    "is_panic",
+    "shown",
+]
 
 _MOST = 4_000
 """Characters of one part of a message: files and fields may hold megabytes, and a message repeats what they hold."""
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What makes a terminal do something, or show text in another order than it stands in."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What makes a terminal do something, or show text in another order than it stands in; and bytes of a file's name that
+are no UTF-8, which nothing can print."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
+_NO_HANDLE = frozenset({errno.EMFILE, errno.ENFILE})
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
+"""How Rust's libraries (safetensors, tokenizers) end the plain exceptions that they raise."""
 
 
 def shown(text: str, most: int = _MOST) -> str:
@@ -54,3 +72,47 @@ class StopRequested(SlimtuneError):
     """The run was asked to stop (a signal, a watchdog) and left a checkpoint to go on from."""
 
     exit_code = 75
+
+
+def check_utf8(what: str, name: str) -> None:
+    """See that a name can stand in a run's files, which are UTF-8.
+
+    Raises:
+        UserError: Its bytes are none.
+    """
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise UserError(
+            f"{what} {name} is no UTF-8",
+            rule="A run's files hold the names of its files.",
+            way_out="Rename it, or give a link of another name.",
+        )
+
+
+def by_the_system(error: BaseException) -> UserError | None:
+    """What a disk refuses, wherever it does, as the person's to mend: no code can be right or wrong about it.
+
+    None if ``error`` is nothing of that kind.
+    """
+    file, number, said = "", None, str(error)
+    if isinstance(error, OSError):
+        file, number, said = str(error.filename or ""), error.errno, error.strerror or said
+    elif found := _OS_ERROR.search(said):
+        number = int(found[1] or found[2])
+    is_named = bool(file) or not isinstance(error, OSError)  # what sockets refuse has no file
+    if number in _NO_ROOM:
+        way_out = "Make room, or take another disk."
+    elif number in _NOT_ALLOWED and is_named:
+        way_out = "Choose a place that you may read and write, or change whose it is."
+    elif number in _NO_PLACE and is_named:
+        way_out = "Check the path."
+    elif number in _NO_HANDLE:
+        way_out = "Allow more open files: ulimit -n"
+    else:
+        return None
+    return UserError(f"{file}: {said}" if file else f"a file can't be written: {said}", way_out=way_out)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code gave up, as tokenizers' does over a file that it can't follow. PyO3 makes that no
+    :class:`Exception`, and its class can't be imported."""
+    return type(error).__name__ == "PanicException"

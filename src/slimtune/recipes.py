@@ -63,7 +63,7 @@ from slimtune.run.folder import RunFolder
 from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
-from slimtune.run.replaced import tell_stranded
+from slimtune.run.replaced import check_adapter, tell_stranded
 from slimtune.run.report import write_report
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
@@ -148,6 +148,7 @@ def resume(
     check_alone()
     run = RunFolder.open(path)
     with StopSignals(path) as signals, lock_run(path):
+        check_adapter(run.adapter)
         config = (config or run.config()).model_copy(update={"output": path})
         if config.trust_remote_code and not trust_remote_code:
             raise UserError(
@@ -335,7 +336,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware) -> SlimTrainer:
         give_dropout_(trainer.model, config)
     if ready.layout is not None:
         trainer.layout = ready.layout
-    if config.start_from is not None:
+    if config.start_from is not None and not job.run.has_checkpoint:  # else its values come from there
         start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
     _use_engine(config, hardware, trainer, ready.unfused, job.screen)
     return trainer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,16 @@ def test_a_stored_base_that_would_be_misread_is_refused(
     monkeypatch.setattr(load, "misread_weight", lambda model: "model.layers.0.mlp.down_proj.weight")
     with pytest.raises(UserError, match=r"misreads .*down_proj.weight .* in 4 bits on this CPU"):
         load_base(str(tiny_model), hardware, compute_dtype="fp32")
+
+
+def test_a_weight_of_another_shape_than_the_configs_is_refused(
+    tiny_model: Path, hardware: Hardware, tmp_path: Path
+) -> None:
+    """Transformers doesn't compare what is packed while it is read."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["num_key_value_heads"] != config["num_attention_heads"]
+    config["num_key_value_heads"] = None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"k_proj\.weight of \d+ × \d+, where config\.json says \d+ × \d+"):
+        load_base(str(tmp_path / "model"), hardware, compute_dtype="fp32")

@@ -93,6 +93,8 @@ def test_no_config_file_brings_a_verb_down(whole: Path, parts: tuple[Path, Path]
             code = -1
         said = process.output()
         codes[f"exit {code}"] += 1
+        if code == 75 and "watchdog" in done:  # as it asks for
+            code = 0
         is_broken_statement = code == 1 and verb[0] == "explain" and "internal error" not in said
         if (code not in (0, 2, 3) and not is_broken_statement) or len(said) > 40_000 or "\x1b" in said:
             told = f"trial {trial}: {kind}/{name}: {done}: {verb[0]}: exit {code}, {len(said):,} characters"

@@ -40,3 +40,14 @@ def test_a_dtype_and_a_quantisation_are_asked_for(
     done = run_here(verb, str(tiny_model), *words, "--compute-dtype", "fp16", "--quantization", "none")
     assert (done.returncode, "seen enough" in done.stderr) == (2, True)
     assert (asked["compute_dtype"], asked["quantization"]) == ("fp16", "none")
+
+
+def test_where_nothing_can_be_written_is_told_before_the_model_is_opened(
+    run_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "asks.jsonl").write_text('"Why?"\n')
+    for verb, *more in (("compare",), ("generate", str(tmp_path / "asks.jsonl"))):
+        done = run_here(verb, "no-such-run", *more, "-o", str(tmp_path / "file" / "out"))
+        assert done.returncode == 2
+        assert "nothing can be written into" in done.stderr

@@ -228,3 +228,24 @@ def test_the_ledger_goes_into_the_run(tmp_path: Path, tokenizer: PreTrainedToken
         "file": "a.jsonl", "line": 101, "action": "repaired", "rule": "leading-reply",
         "reason": "replies before the first user turn were left out",
     }  # fmt: skip
+
+
+def test_what_the_cache_refuses_is_told_with_its_name(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="the cache can't be written") as refused:
+        examine(Config.make(data=write(tmp_path / "a.jsonl", numbered(3))), tokenizer)
+    assert "XDG_CACHE_HOME" in refused.value.way_out
+
+
+def test_more_turns_than_tokens_are_dropped_before_they_are_rendered(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Each reply is rendered with all that stands before it: thousands of turns would take hours."""
+    turns = [{"role": ("user", "assistant")[at % 2], "content": "x"} for at in range(20_000)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    proof = examine(Config.make(data=str(tmp_path / "a.jsonl")), tokenizer)
+    assert proof.facts["dropped"] == {"too-long": 1}
+    assert "20,000 turns" in proof.facts["examples"]["too-long"]

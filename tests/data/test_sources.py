@@ -405,3 +405,18 @@ def test_many_columns_are_counted_once(name: str, tmp_path: Path) -> None:
     else:
         file.write_text("{" + ",".join(f'"{column}": 1' for column in again) + "}\n")
         assert "'c19999' stands twice" in next(iter(file_rows(file, name))).refused
+
+
+def test_a_stretch_of_rows_that_hold_nothing_is_told_once(tmp_path: Path) -> None:
+    """A million of them fit into two kilobytes."""
+    file = tmp_path / "rows.parquet"
+    empty = pa.nulls(500_000, pa.string())
+    pq.write_table(pa.table({"text": pa.concat_arrays([empty, pa.array(["x"]), empty])}), file)
+    rows = list(file_rows(file, file.name))
+    assert sum(row.rows for row in rows) == 1_000_001
+    assert [row.place.number for row in rows if row.value and row.value["text"]] == [500_001]
+    assert len(rows) <= 2 + 256
+    numbers = [row.place.number for row in rows]
+    assert [at + row.rows for at, row in zip(numbers, rows, strict=True)] == [*numbers[1:], 1_000_002]
+    sample = read_rows(parse_source(f"{file}#1000"), seed=3)
+    assert sum(row.rows for row in sample) == 1000

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from slimtune.data.conversation import normalise
@@ -159,3 +159,12 @@ def test_a_template_that_writes_a_token_read_both_ways_is_refused() -> None:
     with pytest.raises(UserError, match="as a control token in some places") as caught:
         renderer_for(tokenizer)
     assert '"normalized": false' in caught.value.way_out
+
+
+def test_a_pattern_that_runs_in_circles_is_told() -> None:
+    """The tokenizers library gives up on it, by a panic."""
+    tokenizer = BUILT["byte-level"].make()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    encoder = TokenEncoder(tokenizer)
+    with pytest.raises(UserError, match=r"can't encode a text.*retry-limit"):
+        encoder.text_ids("a" * 40 + "!")

@@ -6,13 +6,16 @@ import errno
 import json
 import os
 import random
+import re
 import signal
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slimtune.errors import UserError
 from slimtune.run import durable
 from slimtune.run.durable import SUMS, DamagedError, JsonLines, atomic_folder, verify, write_file
 
@@ -215,3 +218,40 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
     JsonLines(tmp_path / "metrics.jsonl").append({"step": 2})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002, 0o022])
+def test_who_may_read_a_file_is_the_umasks_to_say(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with durable.atomic_folder(tmp_path / "made") as folder:
+            durable.write_file(folder / "file", b"x")
+        durable.replace_file(tmp_path / "text", "x")
+        durable.JsonLines(tmp_path / "lines").append({})
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "made" / "file", tmp_path / "made" / durable.SUMS, tmp_path / "text", tmp_path / "lines"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable.replace_file(tmp_path / "text", "old")
+
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "text"))):
+        durable.replace_file(tmp_path / "text", "new")
+    monkeypatch.undo()
+    assert (tmp_path / "text").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    durable.check_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="nothing can be written into"):
+        durable.check_writable(tmp_path / "file" / "folder")

@@ -209,6 +209,13 @@ def numbers(text: str) -> set[str]:
     return set(re.findall(r"\d[\d,.:]*\d|\d", re.sub(r"[a-z]\d|SHA-256", "", text)))
 
 
+@pytest.mark.parametrize("value", ["yes", 1, None, [1]])
+def test_a_verdict_is_true_or_false_and_nothing_else(facts: Facts, value: Any) -> None:
+    facts["verified"]["outputs_differ"] = value
+    with pytest.raises(TypeError, match="outputs_differ"):
+        explain(facts, "en")
+
+
 def test_a_name_cannot_forge_code_or_lines(facts: Facts) -> None:
     facts["base"]["model"] = "a`b\n# c"
     assert "`a'b # c`" in texts(explain(facts), "base")

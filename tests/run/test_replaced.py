@@ -18,7 +18,7 @@ from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.run.durable import atomic_folder
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import LOCK, lock_run
-from slimtune.run.replaced import aside_of
+from slimtune.run.replaced import aside_of, check_adapter
 
 
 @pytest.fixture
@@ -231,3 +231,11 @@ def test_an_empty_folder_stays_and_is_empty_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad"):
         begin(folder, UserError("bad"))
     assert list(folder.iterdir()) == []
+
+
+def test_a_resumed_run_writes_over_nothing_that_it_did_not_write(run: Path) -> None:
+    check_adapter(run / "adapter")
+    check_adapter(run / "absent")
+    (run / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt is nothing that the run wrote"):
+        check_adapter(run / "adapter")

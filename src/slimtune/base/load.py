@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.classes import check_whole, language_class
 from slimtune.base.finite import check_finite
-from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight
+from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight, misshapen_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.sizes import check_sizes
 from slimtune.base.source import from_pretrained, local_revision, model_source
@@ -102,6 +102,9 @@ def load_base(
         **options,
     )
     check_whole(model, loaded, loading["missing_keys"])
+    misshapen = misshapen_weight(loaded)
+    if misshapen is not None:
+        raise UserError(f"the files of {model} hold {misshapen}", way_out="Check that the download is whole.")
     check_finite(model, loaded)
     keep_trainable_layout(loaded)
     misread = misread_weight(loaded)

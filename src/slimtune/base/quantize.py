@@ -21,6 +21,7 @@ __all__ = [
     "four_bit_share",
     "keep_trainable_layout",
     "misread_weight",
+    "misshapen_weight",
     "packed_format",
 ]
 
@@ -50,6 +51,24 @@ def misread_weight(model: nn.Module) -> str | None:
         if state is not None and parameter.device.type == "cpu" and state.shape[-1] % state.blocksize:
             return name if misreads_partial_blocks() else None
     return None
+
+
+def misshapen_weight(model: nn.Module) -> str | None:
+    """The first 4-bit weight whose shape in the files isn't its layer's, in words; None if all fit.
+
+    Transformers compares shapes with the config's, but not of what a quantizer packs.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if isinstance(module, nn.Linear) and state is not None:
+            stored, wanted = tuple(state.shape), (module.out_features, module.in_features)
+            if stored != wanted:
+                return f"{name}.weight of {_by(stored)}, where config.json says {_by(wanted)}"
+    return None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from slimtune.base.embedded import embedded_model_folder, is_embedded
 from slimtune.base.trust import check_model_folder
-from slimtune.errors import SlimtuneError, UserError, shown
+from slimtune.errors import SlimtuneError, UserError, is_panic, shown
 
 __all__ = ["check_folder", "from_pretrained", "local_revision", "model_source", "upstream_errors"]
 
@@ -104,7 +104,9 @@ def upstream_errors(source: str) -> Iterator[None]:
         ) from None
     except SlimtuneError:
         raise
-    except Exception as error:  # the libraries take a folder at its word: it fails anywhere, with anything
+    except BaseException as error:  # the libraries take a folder at its word: it fails anywhere, with anything
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise _load_error(source, error) from error
 
 

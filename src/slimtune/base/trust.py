@@ -13,13 +13,16 @@ that never end, are :mod:`slimtune.adapter.settings`' and :mod:`slimtune.adapter
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slimtune.base.growth import check_growth
 from slimtune.errors import UserError
 
 __all__ = ["check_adapter_folder", "check_attention", "check_model_folder"]
@@ -42,8 +45,11 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
         UserError: Names the file, the field or the link, and the rule.
     """
     files = list(_files(folder))
+    _refuse_unreadable(folder, files)
     _refuse_pickles(folder, files)
     for file in files:
+        if file.name == "tokenizer.json":
+            check_growth(file, _read_json(file))
         if file.suffix == ".json" and file.name not in _WORDS:
             content = _read_json(file)
             for key, value in _fields(content):
@@ -116,6 +122,13 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
         elif not stat.S_ISDIR(mode):
             raise UserError(f"{path} is no regular file", rule="A model folder holds files and folders only.")
+
+
+def _refuse_unreadable(folder: Path, files: list[Path]) -> None:
+    """Of a file that it may not read, a library says that it isn't there."""
+    for file in (folder, *(file for file in files if file.parent == folder)):
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} can't be read: {os.strerror(errno.EACCES)}", way_out="Change whose it is.")
 
 
 def _refuse_pickles(folder: Path, files: list[Path]) -> None:

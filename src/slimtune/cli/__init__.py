@@ -6,7 +6,6 @@ Verbs are loaded when they are called, so that ``slimtune --help`` answers at on
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from slimtune.errors import SlimtuneError, StopRequested, UserError
+from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
 
 __all__ = ["main", "nobody_reads", "say_error", "slimtune_command"]
@@ -39,11 +38,6 @@ VERBS = {
     "config": "Print the documented defaults as YAML, or a JSON schema.",
     "doctor": "Check this machine and the installed versions.",
 }
-
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
-                  errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE})  # fmt: skip
-"""What a disk refuses with, wherever it does; no code can be right or wrong about it."""
-
 
 class _Verbs(click.Group):
     """A group that imports a verb's module only when the verb is called."""
@@ -96,6 +90,8 @@ def main() -> NoReturn:
     # --debug is understood after the verb as well: people add it to the end of a line that failed.
     arguments = (["--debug"] if debug else []) + [word for word in sys.argv[1:] if word != "--debug"]
     try:
+        for word in arguments:
+            check_utf8("the argument", word)
         code: Any = slimtune_command.main(args=arguments, standalone_mode=False, obj={"own_process": True})
         sys.exit(code if isinstance(code, int) else 0)
     except SlimtuneError as error:
@@ -112,12 +108,14 @@ def main() -> NoReturn:
     except BrokenPipeError:
         nobody_reads()
         sys.exit(0)
-    except Exception as error:  # noqa: BLE001 - the last stop: said in one line, exits 1, --debug shows where
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the last stop: said in one line, exits 1, --debug shows where
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in DISK and error.filename:
-            say_error(UserError(f"{error.filename}: {error.strerror}", way_out="Make room, or take another disk."))
-            sys.exit(UserError.exit_code)
+        if (refused := by_the_system(error)) is not None:
+            say_error(refused)
+            sys.exit(refused.exit_code)
         text = str(error).strip().splitlines() or [""]
         click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
         click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)

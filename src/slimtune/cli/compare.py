@@ -50,6 +50,7 @@ def command(
         from rich.table import Table
 
         from slimtune.cli.page import Page
+        from slimtune.run.durable import check_writable, replace_file
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
         from slimtune.use.load import open_model
@@ -59,17 +60,18 @@ def command(
         parse_condition(condition)
     check = load_checker(checker) if checker else None
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    folder = output or Path(target)
+    check_writable(folder)
     with upstream_to_log(None):
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
         say_if_slow(opened)
         made = compare(opened, data, checker=check, general=general, sampling=sampling)
-    folder = output or Path(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.html").write_text(made.page(), encoding="utf-8")
     text = json.dumps(made.as_dict(), ensure_ascii=False, indent=2)
-    (folder / "compare.json").write_text(text + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "compare.html", made.page())
+    replace_file(folder / "compare.json", text + "\n")
     if as_json:
         click.echo(text)
     else:

@@ -12,6 +12,7 @@ import click
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, some_config_options
 from slimtune.errors import UserError
+from slimtune.run.durable import replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,9 +113,9 @@ def command(
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from None
+        raise UserError(f"{path} can't be written: {error.strerror}", way_out="Choose another file.") from None
 
 
 def _show(

@@ -46,6 +46,7 @@ def command(
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+        from slimtune.run.durable import check_writable
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.answers import answer_file
         from slimtune.use.load import open_model
@@ -54,6 +55,7 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     questions = read_questions(prompts)
+    check_writable(output.parent)
     with upstream_to_log(None):
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code

@@ -94,7 +94,7 @@ class Builder:
         for number, source in enumerate(sources):
             batch = _Batch()
             for row in read_rows(source, seed=self.config.seed, whole=self.config.format):
-                self.ledger.rows_in += 1
+                self.ledger.rows_in += row.rows
                 item = self._item(row)
                 if item is None:
                     continue
@@ -108,10 +108,14 @@ class Builder:
     def _item(self, row: Row) -> _Item | None:
         """A row, normalised and rendered; None where it is dropped."""
         if row.refused:
-            self.ledger.drop(row.place, "unreadable", row.refused)
+            self.ledger.drop(row.place, "unreadable", row.refused, rows=row.rows)
             return None
         try:
             conversation = self._conversation(row)
+            turns = len(conversation.messages)  # a turn has a token at least, and each is rendered with all before it
+            if turns > self.config.max_length and self.config.overlong == "drop":
+                self._too_long(row, f"{turns:,} turns", turns)
+                return None
             drafts = self.renderer.drafts(conversation, self.config.train_on)
         except RowRefused as refused:
             self.ledger.drop(row.place, refused.name, refused.rule, refused.field)
@@ -119,14 +123,15 @@ class Builder:
         sizes = [sum([len(piece.text) for piece in draft.pieces]) for draft in drafts]
         size = max(sizes)
         if size > self._longest_text and self.config.overlong == "drop":
-            self.ledger.drop(
-                row.place,
-                "too-long",
-                f"{size:,} characters can't fit into max_length {self.config.max_length:,} tokens",
-            )
-            self.overlong[_rounded(size // 4)] += 1
+            self._too_long(row, f"{size:,} characters", size // 4)
             return None
         return _Item(row, conversation, drafts, sum(sizes))
+
+    def _too_long(self, row: Row, what: str, tokens: int) -> None:
+        """Drop a row that is too long whatever it comes to; ``tokens`` is a guess."""
+        reason = f"{what} can't fit into max_length {self.config.max_length:,} tokens"
+        self.ledger.drop(row.place, "too-long", reason)
+        self.overlong[_rounded(tokens)] += 1
 
     def _conversation(self, row: Row) -> Conversation:
         value = row.value

@@ -24,7 +24,7 @@ from typing import Any
 
 from slimtune.data.described import Description, descriptions
 from slimtune.data.readers import ENDINGS, format_of
-from slimtune.errors import UserError
+from slimtune.errors import UserError, check_utf8
 
 __all__ = ["DataFile", "Found", "find_files"]
 
@@ -87,9 +87,10 @@ def _matching(name: str) -> Found | None:
 
 
 def _labelled(paths: Iterable[Path], root: Path) -> tuple[DataFile, ...]:
-    return tuple(
-        DataFile(path, str(path.relative_to(root)) if path.is_relative_to(root) else path.name) for path in paths
-    )
+    labels = [(path, str(path.relative_to(root)) if path.is_relative_to(root) else path.name) for path in paths]
+    for _, label in labels:
+        check_utf8("the data file", label)
+    return tuple(DataFile(path, label) for path, label in labels)
 
 
 def _in_folder(folder: Path, name: str, part: str) -> Found:

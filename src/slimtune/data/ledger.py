@@ -20,7 +20,8 @@ class Ledger:
     """Writes ``ledger.jsonl`` and keeps the counts: rows in = rows trained + rows dropped.
 
     One line of the file is ``{"file", "line" or "row", "action", "rule", "field", "reason"}``; the action is
-    ``dropped``, ``repaired`` or ``noted``.
+    ``dropped``, ``repaired`` or ``noted``. A stretch of a table's rows that hold nothing is one line with ``rows``, how
+    many they are.
     """
 
     file: TextIO
@@ -32,10 +33,10 @@ class Ledger:
     examples: dict[str, str] = field(default_factory=dict)
     rows_repaired: int = 0
 
-    def drop(self, place: Place, rule: str, reason: str, where: str = "") -> None:
-        """Account for a row that is not trained on."""
-        self.dropped[rule] += 1
-        self._write(place, "dropped", rule, reason, where)
+    def drop(self, place: Place, rule: str, reason: str, where: str = "", *, rows: int = 1) -> None:
+        """Account for a row that is not trained on, or for ``rows`` from it on."""
+        self.dropped[rule] += rows
+        self._write(place, "dropped", rule, reason, where, rows)
 
     def repair(self, place: Place, rules: list[str], meanings: dict[str, str]) -> None:
         """Account for a row that named rules changed."""
@@ -50,8 +51,10 @@ class Ledger:
             self.noted[rule] += 1
             self._write(place, "noted", rule, meanings[rule], "")
 
-    def _write(self, place: Place, action: str, rule: str, reason: str, where: str) -> None:
+    def _write(self, place: Place, action: str, rule: str, reason: str, where: str, rows: int = 1) -> None:
         entry: dict[str, Any] = {"file": place.file, place.unit: place.number, "action": action, "rule": rule}
+        if rows > 1:
+            entry["rows"] = rows
         if where:
             entry["field"] = where
         entry["reason"] = reason

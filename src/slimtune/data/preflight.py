@@ -142,15 +142,16 @@ def examine(
     folder = cache_folder() / key
     cached = (folder / "facts.json").is_file()
     if not cached:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".making-", dir=cache_folder()))
-        try:
-            _write(made, config, sources, held_out, renderer, key, None, on_progress)
-            if content_key(config, tokenizer, sources, held_out) != key:
-                raise UserError("a data file changed while it was read", way_out="Run again when it is complete.")
-            _publish(made, folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        with _cache_told():
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=".making-", dir=cache_folder()))
+            try:
+                _write(made, config, sources, held_out, renderer, key, None, on_progress)
+                if content_key(config, tokenizer, sources, held_out) != key:
+                    raise UserError("a data file changed while it was read", way_out="Run again when it is complete.")
+                _publish(made, folder)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
     proof = _open(folder, config, sources, held_out)
     proof.cached = cached
     return proof
@@ -160,6 +161,19 @@ def cache_folder() -> Path:
     """Where proven data is kept: ``$XDG_CACHE_HOME/slimtune/data``, else ``~/.cache/slimtune/data``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "slimtune" / "data"
+
+
+@contextmanager
+def _cache_told() -> Iterator[None]:
+    """What the system refuses of the cache is the person's to mend; what it refuses of the data, its readers tell."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache can't be written: {error.strerror or error} ({error.filename or cache_folder()})",
+            rule="Proven data is kept there, as a run reads it.",
+            way_out="Make room, or set XDG_CACHE_HOME to a folder that can be written.",
+        ) from error
 
 
 def _publish(made: Path, folder: Path) -> None:

@@ -72,6 +72,8 @@ class Row:
     refused: str = ""
     repairs: tuple[str, ...] = ()
     """Rules by which the reader mended it."""
+    rows: int = 1
+    """For how many rows, one behind another, it stands: a stretch of a table in which there is nothing is one."""
 
 
 def format_of(filename: str) -> str | None:
@@ -495,10 +497,20 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
 
     Objects in tools and calls lose the nulls that stand for keys they haven't; columns of JSON text are decoded.
     """
-    number = 0
+    number = empty = 0
+
+    def stretch() -> Row:
+        return Row(Place(label, number - empty + 1, "row"), None, "the row is empty: null in every column", rows=empty)
+
     for batch in batches:
         coded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
         for part in _parts(batch):
+            if all(column.null_count == part.num_rows for column in part.columns):  # a few bytes may hold millions
+                number, empty = number + part.num_rows, empty + part.num_rows
+                continue
+            if empty:
+                yield stretch()
+                empty = 0
             if part.num_rows == 1 and (size := sum(map(_extent, part.columns))) > ROW_LIMIT:
                 number += 1
                 yield Row(Place(label, number, "row"), None, f"about {size:,} bytes; one row may have {ROW_LIMIT:,}")
@@ -510,6 +522,8 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
                 for name, kind in coded.items():
                     value[name] = _json_decoded(value[name], kind)
                 yield Row(Place(label, number, "row"), value, repairs=("absent-keys",) if absent else ())
+    if empty:
+        yield stretch()
 
 
 def _parts(batch: Any) -> Iterator[Any]:

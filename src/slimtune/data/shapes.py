@@ -8,6 +8,8 @@ is guessed: the row is refused, and the message has the ``--map`` to try.
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,9 @@ _BESIDE = frozenset({*_SYSTEM, "tools", "functions", "toolConfig", "chat_templat
 """Columns that are read beside the turns."""
 _BESIDE_MESSAGES = _BESIDE | {"messages"}
 _ALPACA = frozenset({"instruction", "input", "output", "system", "history"})
+
+_COLUMNS_COMPARED = 1_000
+"""A row of a broken file may have as many columns as it has words."""
 
 _WHO = ("role", "from", "speaker", "author", "sender")
 _SAID = ("content", "value", "text", "message", "utterance", "parts")
@@ -428,11 +433,10 @@ def unknown_shape(value: Mapping[str, Any]) -> RowRefused:
     """
     _refused(value)
     what = f"its columns ({listed(value)}) make no known shape"
-    known = ["instruction", "output", "conversations", "messages", "prompt", "completion", "text"]
-    for name, item in value.items():
-        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.8)
-        if near and near[0] != name and isinstance(item, list) == (near[0] in ("conversations", "messages")):
-            return RowRefused("", f"{what}: did you mean {near[0]!r} by {name!r}?")
+    for name, item in itertools.islice(value.items(), _COLUMNS_COMPARED):
+        near = _near(str(name)[:40].lower())
+        if near is not None and near != name and isinstance(item, list) == (near in ("conversations", "messages")):
+            return RowRefused("", f"{what}: did you mean {near!r} by {name!r}?")
     lists = [name for name, item in value.items() if _are_turns(item)]
     if lists:
         return RowRefused("", f"{what}; if {lists[0]!r} holds the turns, try {_flag('messages', lists[0])}")
@@ -457,6 +461,13 @@ def unknown_shape(value: Mapping[str, Any]) -> RowRefused:
     flags += [_flag("input", extra)] if extra else []
     raw = "; as raw text: --format text" if "text" in value else ""
     return RowRefused("", f"{what}; say which columns hold question and reply: {' '.join(flags)}{raw}")
+
+
+@functools.lru_cache(4096)
+def _near(name: str) -> str | None:
+    """The known column that somebody may have meant; kept, as every row of a file has the same names."""
+    known = ["instruction", "output", "conversations", "messages", "prompt", "completion", "text"]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
 
 
 def _flag(field: str, column: Any) -> str:

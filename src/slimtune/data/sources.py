@@ -123,15 +123,18 @@ def read_rows(source: Source, *, seed: int = 0, whole: str = "text") -> Iterator
     if source.sample is None:
         yield from _all_rows(source, whole)
         return
-    total = sum(1 for _ in _all_rows(source, whole))
+    total = sum(row.rows for row in _all_rows(source, whole))
     if source.sample >= total:
         yield from _all_rows(source, whole)
         return
     chosen = np.zeros(total, dtype=bool)
     chosen[np.random.default_rng([seed, total]).choice(total, source.sample, replace=False)] = True
-    for take, row in zip(chosen, _all_rows(source, whole), strict=True):
-        if take:
-            yield row
+    at = 0
+    for row in _all_rows(source, whole):
+        taken = int(np.count_nonzero(chosen[at : at + row.rows]))
+        at += row.rows
+        if taken:
+            yield row if taken == row.rows else replace(row, rows=taken)
 
 
 def _all_rows(source: Source, whole: str) -> Iterator[Row]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.data.words import WordEncoder
-from slimtune.errors import UserError
+from slimtune.errors import UserError, is_panic
 
 __all__ = ["Ids", "Piece", "TokenEncoder"]
 
@@ -171,9 +172,9 @@ class TokenEncoder:
             chosen = [at for at, key in enumerate(keys) if key[1] == kind and encoded[at] is None]
             if not chosen:
                 continue
-            for at, encoding in zip(
-                chosen, backend.encode_batch_fast([keys[at][0] for at in chosen], add_special_tokens=False), strict=True
-            ):
+            with _panics_told():
+                made = backend.encode_batch_fast([keys[at][0] for at in chosen], add_special_tokens=False)
+            for at, encoding in zip(chosen, made, strict=True):
                 encoded[at] = np.array(encoding.ids, dtype=np.int32)
 
     def keep(self, keys: Sequence[tuple[str, int]], encoded: Sequence[Ids]) -> None:
@@ -185,6 +186,21 @@ class TokenEncoder:
     def text_ids(self, text: str) -> Ids:
         """Ids of a text alone, no added token recognised."""
         return self.encode([[Piece(text, -1, False, False)]])[0][0]
+
+
+@contextmanager
+def _panics_told() -> Iterator[None]:
+    """A pattern of the tokenizer's that runs in circles over some text ends in a panic of the tokenizers library."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UserError(
+            f"the tokenizer can't encode a text of the data: {error}",
+            rule="Its own patterns and steps fail on it.",
+            way_out="Take the tokenizer from where the model comes from.",
+        ) from error
 
 
 def _read_as_text(backend: Tokenizer, spec: dict[str, Any]) -> tuple[set[str], set[str]]:

@@ -19,17 +19,22 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from slimtune.errors import UserError
 
 __all__ = [
     "SUMS",
     "DamagedError",
     "JsonLines",
     "atomic_folder",
+    "check_writable",
     "discard",
     "free_bytes",
     "listed",
     "remove_leftovers",
+    "replace_file",
     "verify",
     "write_file",
 ]
@@ -80,8 +85,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and sync it to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    """Write a new file and sync it to the disk. Who may read it is the umask's to say, as of every file here."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         view = memoryview(data).cast("B")
         while view:
@@ -89,6 +94,40 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole: readers see the old one or the new one, and after a failure the old one.
+
+    Raises:
+        OSError: It can't be written; the error names the file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, text.encode())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.filename is None:  # a write knows only a number
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """See that a file can be made in ``folder``, or in the one that it would be made in, before hours are spent.
+
+    Raises:
+        UserError: It can't.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        what = f"nothing can be written into {there}: {error.strerror}"
+        raise UserError(what, way_out="Choose another place (-o).") from None
 
 
 def verify(folder: Path) -> None:
@@ -166,7 +205,7 @@ class JsonLines:
             self.error = None
 
     def _write(self) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             while self._waiting:
                 whole = os.fstat(descriptor).st_size

@@ -424,6 +424,18 @@ def _size(base: Facts, adapter: Facts, size: int, say: Say) -> Statement:
     )
 
 
+def _verdict(verified: Mapping[str, Any], name: str) -> bool:
+    """What was checked holds or doesn't; a text that is taken for true would prove what nobody has seen.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    holds = verified[name]
+    if not isinstance(holds, bool):
+        raise TypeError(f"verified.{name} is {type(holds).__name__}")
+    return holds
+
+
 def _read_back(facts: Facts, say: Say) -> Section | None:
     if not facts.get("adapter"):
         return None
@@ -438,7 +450,7 @@ def _read_back(facts: Facts, say: Say) -> Section | None:
     difference = value_text(verified["largest_difference"], say)
     checks = (
         (
-            verified["keys_match"],
+            _verdict(verified, "keys_match"),
             (
                 "Every tensor of the file found its place, and none was left over.",
                 "文件里的每个张量都各就各位，不多不少。",
@@ -446,12 +458,12 @@ def _read_back(facts: Facts, say: Say) -> Section | None:
             ("THE FILE'S TENSORS DO NOT FIT THE MODEL.", "文件里的张量与模型对不上！"),
         ),
         (
-            verified["all_finite"],
+            _verdict(verified, "all_finite"),
             ("Every value in it is a finite number.", "其中每个数值都是有限数。"),
             ("IT HOLDS VALUES THAT ARE NO FINITE NUMBERS.", "其中有非有限的数值！"),
         ),
         (
-            verified["outputs_differ"],
+            _verdict(verified, "outputs_differ"),
             (
                 f"With the adapter on, logits differ from those with it off by up to {difference}: it has an effect.",
                 f"开启与关闭适配器，logits 最多相差 {difference}：它确实在起作用。",

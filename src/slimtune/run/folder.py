@@ -20,12 +20,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slimtune.config import Config, load_config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.run import replaced
-from slimtune.run.durable import JsonLines, write_file
+from slimtune.run.durable import JsonLines, replace_file
 from slimtune.run.lock import LOCK, lock_run
 
 __all__ = ["RunFolder"]
@@ -104,18 +104,11 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Record what runs."""
-        self._write(self.config_file, config.to_yaml())
+        replace_file(self.config_file, config.to_yaml())
 
     def write_json(self, file: Path, value: Any) -> None:
         """Write ``value`` whole: readers see the old file or the new one."""
-        self._write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-    @staticmethod
-    def _write(file: Path, text: str) -> None:
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, text.encode())
-        temporary.replace(file)
+        replace_file(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, file: Path) -> dict[str, Any]:
         """Read one of the run's JSON files; empty if it wasn't written.
@@ -145,18 +138,22 @@ class RunFolder:
         return None if self._metrics is None else self._metrics.error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of the metrics; a last line cut off by a kill is left out."""
+        """All complete lines of the metrics; a last line cut off by a kill is left out, and what is no JSON, as NaN."""
         if not self.metrics_file.is_file():
             return []
         records = []
         for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                record = json.loads(line)
+                record = json.loads(line, parse_constant=_no_json)
             except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 records.append(record)
         return records
+
+
+def _no_json(constant: str) -> NoReturn:
+    raise ValueError(constant)
 
 
 def _json_safe(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,4 +215,6 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"output folder {path} can't be made or put aside: {error.strerror}") from None
+        raise UserError(
+            f"output folder {path} can't be made or put aside: {error.strerror}", way_out="Choose another folder (-o)."
+        ) from None

@@ -28,7 +28,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         UserError: Another process holds the run; it is named by its id. Or the lock can't be made there.
     """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UserError(f"run {folder} can't be locked: {error.strerror} ({folder / LOCK})") from None
     try:

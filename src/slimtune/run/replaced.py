@@ -22,6 +22,7 @@ from slimtune.run.lock import LOCK, is_locked, is_run_lock
 __all__ = [
     "aside_of",
     "bring_back",
+    "check_adapter",
     "check_replaceable",
     "clear",
     "drop",
@@ -83,6 +84,20 @@ def check_replaceable(path: Path) -> None:
     if Path.cwd().is_relative_to(real):
         raise UserError(f"output {path} can't be put aside: this command was given inside it",
                         way_out="Give it from another folder.")  # fmt: skip
+
+
+def check_adapter(folder: Path) -> None:
+    """See that a run's ``adapter/``, which the end of a resumed run replaces whole, holds only what the run wrote.
+
+    Raises:
+        UserError: It holds something else; that is named.
+    """
+    for stranger in _foreign_saved(folder) if folder.is_dir() and listed(folder) else ():
+        raise UserError(
+            f"{stranger} is nothing that the run wrote",
+            rule="The end of a resumed run writes its adapter anew, and nothing else in that folder would be left.",
+            way_out="Move it out.",
+        )
 
 
 def aside_of(path: Path) -> Path:

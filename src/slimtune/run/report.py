@@ -16,7 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
+from slimtune.run.durable import replace_file
 from slimtune.run.explain import explain
+from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.history import Curve, History, read_history, smooth
 from slimtune.run.screen import megabytes, time_left
@@ -63,18 +65,13 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
     facts = run.read_json(run.facts_file)
     environment = run.read_json(run.environment_file)
     config = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
-    history = read_history(run.metrics())
-    views = {each: _view(run, facts, environment, history, each) for each in ("en", "zh")}
+    with damage_told(run.metrics_file):
+        history = read_history(run.metrics())
+        told = {each: _told(history, each) for each in ("en", "zh")}
+    views = {each: _view(run, facts, environment, each) | told[each] for each in ("en", "zh")}
     page = _page("report.html.j2").render(views=views, lang=lang, config=config)
-    _write(run.report_html, page)
-    _write(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
-
-
-def _write(file: Path, text: str) -> None:
-    """Readers see the old file or the new one, whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    replace_file(run.report_html, page)
+    replace_file(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
 
 
 def _page(template: str) -> Any:
@@ -91,14 +88,23 @@ def _page(template: str) -> Any:
     return environment.get_template(template)
 
 
-def _view(
-    run: RunFolder, facts: Mapping[str, Any], environment: Mapping[str, Any], history: History, lang: Lang
-) -> dict[str, Any]:
-    """Everything that one language's page shows."""
+def _in(lang: Lang) -> Say:
+    return lambda english, chinese: chinese if lang == "zh" else english
 
-    def say(english: str, chinese: str) -> str:
-        return chinese if lang == "zh" else english
 
+def _told(history: History, lang: Lang) -> dict[str, Any]:
+    """What one language's page shows of the metrics."""
+    say = _in(lang)
+    return {
+        "charts": _charts(history, say),
+        "events": _events(history, say),
+        "losses": markdown_table(_losses(history, say)) if history.steps else "",
+    }
+
+
+def _view(run: RunFolder, facts: Mapping[str, Any], environment: Mapping[str, Any], lang: Lang) -> dict[str, Any]:
+    """Everything else that it shows."""
+    say = _in(lang)
     finished = bool(facts.get("training"))
     story = explain(facts, lang) if facts else Explanation(lang, run.path.name, ())
     return {
@@ -110,9 +116,6 @@ def _view(
         "verdict": verdict(story) if finished else say("this run did not come to its end", "这次运行没有走到终点"),
         "subtitle": _subtitle(facts, environment, say),
         "tiles": _tiles(facts, say),
-        "charts": _charts(history, say),
-        "events": _events(history, say),
-        "losses": markdown_table(_losses(history, say)) if history.steps else "",
         "machine": _machine(environment, say),
         "markdown_story": write_markdown(story, level=2) if facts else "",
         "markdown_machine": markdown_table(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slimtune.errors import shown
+
 __all__ = [
     "Bar",
     "Explanation",
@@ -142,4 +144,4 @@ def code(value: Any) -> str:
 
 def plain(value: Any) -> str:
     """A value as text on one line."""
-    return " ".join(str(value).split())
+    return shown(" ".join(str(value).split()))

@@ -195,6 +195,12 @@ class Checkpoints:
         """Whether a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that was read back whole, if it is still there."""
+        path = None if self.last_saved is None else self.path(self.last_saved)
+        return path if path is not None and path.is_dir() else None
+
     def path(self, step: int) -> Path:
         """The folder of the checkpoint at ``step``."""
         return self.folder / f"checkpoint-{step}"
@@ -218,6 +224,7 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot) -> None:
         files = snapshot.files()
+        self.folder.mkdir(exist_ok=True)  # somebody may have deleted it
         needed, free = sum(map(len, files.values())) + _SLACK, free_bytes(self.folder)
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(self.folder))

@@ -16,6 +16,9 @@ from slimtune.training.floor import Floor
 
 __all__ = ["MetricsCallback", "memory_bytes", "optimizer_facts", "training_facts"]
 
+_MOST = 1e30
+"""No step's flops, bytes or seconds come near it."""
+
 
 class MetricsCallback(TrainerCallback):
     """Turns the Trainer's logs into records with speed, time left and memory.
@@ -113,27 +116,28 @@ def training_facts(
         own_head: Why the loss came from the model's own head.
     """
     steps = list({record["step"]: record for record in records if "step_seconds" in record}.values())
-    tokens = sum(int(record["tokens"]) for record in steps)
-    supervised_tokens = sum(int(record["supervised_tokens"]) for record in steps)
-    tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
-    evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
-    looks = [record["without"] for record in records if record.get("event") == "gradients"]
+    tokens = sum(int(_value(record, "tokens")) for record in steps)
+    supervised_tokens = sum(int(_value(record, "supervised_tokens")) for record in steps)
+    losses = [None if record["loss"] is None else _value(record, "loss") for record in steps]
+    tail = [loss for loss in losses[-max(1, len(steps) // 10) :] if loss is not None]
+    evaluations = [_value(record, "eval_loss") for record in records if record.get("eval_loss") is not None]
+    looks = [[str(name) for name in record["without"]] for record in records if record.get("event") == "gradients"]
     seconds = sum(map(_seconds, steps))
     spent, counted = max(seconds, 1e-9), all("floor_share" in record for record in steps)
     return TrainingFacts(
         engine=engine,
         repeats=repeats,
-        steps=int(steps[-1]["step"]) if steps else 0,
-        epochs=round(float(steps[-1].get("epoch", 0.0)), 3) if steps else 0.0,
-        first_loss=float(steps[0]["loss"]) if steps and steps[0]["loss"] is not None else float("nan"),
+        steps=int(_value(steps[-1], "step")) if steps else 0,
+        epochs=round(_value({"epoch": 0.0} | steps[-1], "epoch"), 3) if steps else 0.0,
+        first_loss=losses[0] if losses and losses[0] is not None else float("nan"),
         last_loss=sum(tail) / len(tail) if tail else float("nan"),
         seconds=round(seconds, 2),
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
-        model_flops_per_second=sum(record["model_flops"] for record in steps) / spent if counted else None,
-        floor_share=round(sum(r["floor_share"] * _seconds(r) for r in steps) / spent, 4) if counted else None,
-        peak_memory_bytes=max((int(record["memory_bytes"]) for record in steps), default=0),
+        model_flops_per_second=sum(_value(r, "model_flops") for r in steps) / spent if counted else None,
+        floor_share=round(sum(_value(r, "floor_share") * _seconds(r) for r in steps) / spent, 4) if counted else None,
+        peak_memory_bytes=max((int(_value(record, "memory_bytes")) for record in steps), default=0),
         memory_kind="gpu peak allocated" if torch.cuda.is_available() else "process resident",
         eval_loss=evaluations[-1] if evaluations else None,
         own_head=own_head,
@@ -143,7 +147,19 @@ def training_facts(
 
 def _seconds(record: dict[str, Any]) -> float:
     """How long the steps of a record took."""
-    return float(record["step_seconds"] * record.get("logged_steps", 1))
+    return _value(record, "step_seconds") * _value({"logged_steps": 1} | record, "logged_steps")
+
+
+def _value(record: dict[str, Any], key: str) -> float:
+    """A record's number, as a run of this world may have measured it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = record[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:
+        raise ValueError(f"step {record.get('step')}: {key} = {value!r}")
+    return float(value)
 
 
 def optimizer_facts(name: str, optimizer: torch.optim.Optimizer) -> OptimizerFacts:

@@ -418,8 +418,8 @@ class ResumableTrainer(Trainer):
         return [row for place in bad or range(len(self._step_losses)) for row in self.safety.rows(first + place)]
 
     def _stop_by_guard(self, what: str, rows: list[str], way_out: str = "") -> GuardStop:
-        saved, resume = self.safety.checkpoints.last_saved, self.safety.signals.resume
-        good = f"The last good checkpoint is {self.safety.checkpoints.path(saved)}." if saved is not None else ""
+        newest, resume = self.safety.checkpoints.last_good, self.safety.signals.resume
+        good = f"The last good checkpoint is {newest}." if newest is not None else ""
         self.safety.record({"event": "guard", "step": self.state.global_step + 1, "what": what, "rows": rows})
         return GuardStop(
             what + (f"\n       rows of the batch: {_some(rows)}" if rows else ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from slimtune.adapter.passport import template_hash, tokenizer_hash
 from slimtune.config import Config
 from slimtune.data.packing import MicroBatches
 from slimtune.data.sources import content_hash, parse_source
-from slimtune.errors import GuardStop, SlimtuneError, UserError
+from slimtune.errors import GuardStop, SlimtuneError, UserError, by_the_system
 from slimtune.run.environment import library_versions
 from slimtune.run.folder import RunFolder
 from slimtune.run.identity import Identity, require_same
@@ -25,8 +24,6 @@ from slimtune.training.resumable import Safety
 from slimtune.training.stop import StopSignals, Watchdog
 
 __all__ = ["disk_told", "identity_of", "make_safety", "results_written"]
-
-_OS_ERROR = re.compile(r"\(os error \d+\)")
 
 
 def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -> Identity:
@@ -98,15 +95,14 @@ def disk_told(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = _refused(error)
-        if what is None:
+        refused = _refused(error)
+        if refused is None:
             raise
-        begun, goes_on = run.has_checkpoint, f"slimtune resume {shlex.quote(str(run.path))}"
-        raise UserError(
-            what,
-            rule=f"The run is saved up to its newest checkpoint in {run.checkpoints}." if begun else "",
-            way_out=f"Then: {goes_on}" if begun else "Make room, or choose another folder (-o).",
-        ) from error
+        if run.has_checkpoint:
+            rule = f"The run is saved up to its newest checkpoint in {run.checkpoints}."
+            way_out = f"{refused.way_out} Then: slimtune resume {shlex.quote(str(run.path))}"
+            raise UserError(refused.what, rule=rule, way_out=way_out) from error
+        raise refused from error
 
 
 @contextmanager
@@ -135,20 +131,18 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
         ) from error
     except Exception as error:
         signals.check()
-        what = _refused(error)
-        if what is None:
+        refused = _refused(error)
+        if refused is None:
             raise
-        what = f"the results can't be written: {what}"
-        raise GuardStop(what, rule=done, way_out=f"Make room, then: {goes_on}") from error
+        what = f"the results can't be written: {refused.what}"
+        raise GuardStop(what, rule=done, way_out=f"{refused.way_out} Then: {goes_on}") from error
 
 
-def _refused(error: Exception) -> str | None:
-    """What the system refused, with the file if it is known; None if ``error`` says nothing of that kind.
-
-    The Rust parts of safetensors and tokenizers raise plain exceptions that end in "(os error 28)".
-    """
+def _refused(error: Exception) -> UserError | None:
+    """What the system refused, with the file if it is known; None if ``error`` says nothing of that kind."""
     if isinstance(error, SlimtuneError):
         return None
-    if isinstance(error, OSError):
-        return f"{error.strerror} ({error.filename})" if error.strerror and error.filename else str(error)
-    return str(error) if _OS_ERROR.search(str(error)) else None
+    refused = by_the_system(error)
+    if refused is None and isinstance(error, OSError):
+        refused = UserError(str(error), way_out="Mend that.")
+    return refused

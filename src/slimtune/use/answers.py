@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.errors import UserError
+from slimtune.run.durable import replace_file
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened
 from slimtune.use.questions import Question
 from slimtune.use.sampling import Sampling
 
 __all__ = ["answer_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    tokens: int
+    stopped: bool
 
 
 def answer_file(
@@ -62,33 +70,32 @@ def answer_file(
         for side in sides:
             for index, made in _answers(opened, questions, sampling, side, {i for i, s in replies if s == side}):
                 replies[index, side] = made
-                _line(file, {"index": index, "side": side, **made})
+                _line(file, {"index": index, "side": side, **asdict(made)})
                 on_progress(sum(done in sides for _, done in replies), total)
-    temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for index, question in enumerate(questions):
-            row: dict[str, Any] = {"index": index, "messages": question.messages}
-            if question.reference is not None:
-                row["reference"] = question.reference
-            for side in sides:
-                made = replies[index, side]
-                row |= {side: made["text"], f"{side}_tokens": made["tokens"], f"{side}_stopped": made["stopped"]}
-            _line(file, row)
-    temporary.replace(output)
+    rows = []
+    for index, question in enumerate(questions):
+        row: dict[str, Any] = {"index": index, "messages": question.messages}
+        if question.reference is not None:
+            row["reference"] = question.reference
+        for side in sides:
+            made = replies[index, side]
+            row |= {side: made.text, f"{side}_tokens": made.tokens, f"{side}_stopped": made.stopped}
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    replace_file(output, "".join(rows))
     partial.unlink()
     return already
 
 
 def _answers(
     opened: Opened, questions: list[Question], sampling: Sampling, side: str, done: set[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, _Answer]]:
     left = [index for index in range(len(questions)) if index not in done]
     asked = [questions[index] for index in left]
     prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
     with opened.as_base() if side == "base_reply" else opened.as_tuned():
         # A row's random numbers follow from its own place in the file, also after a resume.
         for reply in generate(opened, prompts, sampling, numbers=left):
-            yield left[reply.index], {"text": reply.text, "tokens": len(reply.ids), "stopped": reply.stopped}
+            yield left[reply.index], _Answer(reply.text, len(reply.ids), reply.stopped)
 
 
 def _settings(opened: Opened, questions: list[Question], sampling: Sampling) -> dict[str, Any]:
@@ -105,22 +112,28 @@ def _settings(opened: Opened, questions: list[Question], sampling: Sampling) -> 
     }
 
 
-def _resumed(partial: Path, settings: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
+def _resumed(partial: Path, settings: dict[str, Any]) -> dict[tuple[int, str], _Answer]:
     if not partial.is_file():
         return {}
     whole = partial.read_bytes()
     # A kill can cut the last line off; what is behind the last line's end goes.
     kept = whole[: whole.rfind(b"\n") + 1]
-    lines = [json.loads(line) for line in kept.splitlines()]
-    if lines and lines[0].get("settings") != settings:
+    way_out = "Remove it, or choose another output (-o)."
+    try:
+        lines = [json.loads(line) for line in kept.splitlines()]
+        made_with = lines[0]["settings"] if lines else settings
+        replies = {(line.pop("index"), line.pop("side")): _Answer(**line) for line in lines[1:]}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{partial} isn't as slimtune wrote it", way_out=way_out) from None
+    if made_with != settings:
         raise UserError(
             f"{partial} was made with another model, other prompts or other options",
             rule="Answers that were made differently aren't mixed.",
-            way_out="Remove it, or choose another output (-o).",
+            way_out=way_out,
         )
     if len(kept) < len(whole):
         partial.write_bytes(kept)
-    return {(line.pop("index"), line.pop("side")): line for line in lines[1:]}
+    return replies
 
 
 def _line(file: Any, value: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.files import UnpackedFiles
 from slimtune.adapter.merged import MergedWeights, read_model_config
+from slimtune.base.source import upstream_errors
 from slimtune.data.render import renderer_for
 from slimtune.errors import UserError
 from slimtune.use.gguf_file import check_family, write_gguf
@@ -163,10 +164,11 @@ def _prove(said: Reference, found: Found, file: Path, kind: Kind) -> Certificate
 
 def _read_back_voice(file: Path) -> Voice:
     """The GGUF file, weights and tokenizer, as Transformers reads it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with upstream_errors(str(file)):  # its reader of GGUF knows fewer tokenizers than llama.cpp does
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model.eval()  # type: ignore[no-untyped-call]
     opened = Opened(Found(str(file), file.parent, None, None), model, tokenizer, stop_ids(model, tokenizer))
     return transformers_voice(opened, f"{file.name}, read back by Transformers")

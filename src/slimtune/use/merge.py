@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,13 +95,14 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not empty", way_out="Choose another folder (-o).")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        temporary = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
+        temporary.mkdir(parents=True)  # as the umask says; tempfile's are the owner's alone
     except OSError as error:
-        raise UserError(f"output folder {output} can't be made: {error.strerror}") from None
+        raise UserError(
+            f"output folder {output} can't be made: {error.strerror}", way_out="Choose another folder (-o)."
+        ) from None
     try:
         yield temporary
-        temporary.chmod(0o755)
         temporary.replace(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -142,4 +143,4 @@ def _copy_companions(found: Found, folder: Path) -> None:
     processors = {PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME}
     for file in (*found.base.glob("*.py"), *(found.base / name for name in sorted(processors))):
         if file.is_file():
-            shutil.copy2(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)

@@ -20,6 +20,7 @@ from slimtune.run.chart import Line, line_chart
 from slimtune.run.folder import RunFolder
 from slimtune.run.history import read_history
 from slimtune.use.load import Found
+from slimtune.use.merge import new_folder
 
 __all__ = ["model_card", "push"]
 
@@ -55,11 +56,14 @@ def push(found: Found, target: str, *, private: bool = True) -> str:
     files = [found.adapter / name for name in _FILES if (found.adapter / name).is_file()]
     if target.startswith((".", "/", "~")):
         folder = Path(target).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copy2(file, folder / file.name)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        with new_folder(folder / ".new") as made:  # nothing of it is seen before all of it is there
+            for file in files:
+                shutil.copyfile(file, made / file.name)
+            for name, text in texts.items():
+                (made / name).write_text(text, encoding="utf-8")
+            for file in sorted(made.iterdir()):
+                file.replace(folder / file.name)
+        (folder / ".new").rmdir()
         return str(folder)
     api = HfApi()
     try:
