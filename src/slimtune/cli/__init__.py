@@ -39,6 +39,7 @@ VERBS = {
     "doctor": "Check this machine and the installed versions.",
 }
 
+
 class _Verbs(click.Group):
     """A group that imports a verb's module only when the verb is called."""
 
