@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ def test_loss_and_gradient_equal_autograd(chunk: int) -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)
     head, weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64), torch.rand(HIDDEN, dtype=torch.float64)
-    norm = Norm(SimpleNamespace(weight=weight), 1e-5)
+    norm = Norm(weight, 1e-5)
     rows, targets = torch.tensor([0, 3, 4, 17, 29]), torch.tensor([5, 0, 52, 7, 7])
     g = torch.full((TOKENS, HIDDEN), torch.nan, dtype=torch.float64)
     loss = head_loss_and_grad(x, residual, norm, head, rows, targets, chunk, g)
@@ -34,7 +32,7 @@ def test_loss_and_gradient_equal_autograd(chunk: int) -> None:
 
 
 def test_no_supervised_token() -> None:
-    norm = Norm(SimpleNamespace(weight=torch.ones(HIDDEN)), 1e-5)
+    norm = Norm(torch.ones(HIDDEN), 1e-5)
     none = torch.zeros(0, dtype=torch.int64)
     g = torch.full((TOKENS, HIDDEN), torch.nan)
     x = torch.randn(TOKENS, HIDDEN)
