@@ -41,12 +41,14 @@ def check_computes(model: Any, ids: Tensor, dtype: torch.dtype) -> None:
     behind = ids[:, :1].expand(-1, ids.shape[1] - seen)  # the first token over and over: one that means no image
     try:
         with torch.no_grad():
-            one, other = (_logits(model, text)[:, :seen] for text in (ids, torch.cat([ids[:, :seen], behind], 1)))
+            texts = (ids, torch.cat([ids[:, :seen], behind], 1))
+            one, other = (_logits(model, text)[:, seen // 2 : seen] for text in texts)
     except torch.OutOfMemoryError:
         raise
     except CANT_TAKE as error:
         raise cant_compute(model, error, dtype) from error
-    if seen and bool(torch.isfinite(one).all()) and differ([one], [other], dtype):
+    # Most of the tokens just before: one that rounding sends to another expert is no reason to refuse a model.
+    if seen and bool(torch.isfinite(one).all()) and differ([one], [other], dtype, most=False):
         raise UserError(
             f"{type(_bare(model)).__name__} is no causal language model: a token's logits change with those behind",
             rule="A token's loss asks for the next one, which must not be seen yet.",
