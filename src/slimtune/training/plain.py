@@ -99,7 +99,7 @@ def own_loss(
     Args:
         model: A causal language model; its ``forward`` gets no labels, so that no class's own idea of a loss counts.
         inputs: ``input_ids``, ``labels`` [B, S], and what else the model takes.
-        with_router: Ask for the auxiliary loss, unweighted; None otherwise.
+        with_router: Ask for the auxiliary loss, unweighted; None otherwise, or where the model tells none.
 
     Returns:
         (sum of the supervised tokens' negative log-likelihoods in fp32, their number, auxiliary loss).
@@ -112,7 +112,9 @@ def own_loss(
     targets = inputs["labels"][:, 1:].to(outputs.logits.device)
     mask = targets != IGNORED
     loss = functional.cross_entropy(outputs.logits[:, :-1][mask].float(), targets[mask], reduction="sum")
-    return loss, mask.sum(), outputs.aux_loss if with_router else None
+    aux = outputs.aux_loss if with_router else None
+    # A class whose routers weren't recorded says 0, no tensor (Granite MoE in Transformers 5.17): that is none.
+    return loss, mask.sum(), aux if isinstance(aux, Tensor) else None
 
 
 def _one_dtype(model: Any) -> Any:
