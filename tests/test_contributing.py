@@ -12,9 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "src").rglob("*.py"))
 LONGER = {
-    "engine/kernels/attention.py": "to be split",
     "engine/kernels/lora.py:_down_backward": "one kernel of Triton's, which can't call another function's loads",
-    "recipes.py:_train_once": "to be redrawn",
 }
 """What is longer than the rule, and why."""
 

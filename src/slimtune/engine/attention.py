@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.kernels import attention as kernel
+from slimtune.engine.kernels import attention_tiles
 from slimtune.engine.kernels import reference_attention as reference
 from slimtune.engine.kernels._triton import TritonError
 from slimtune.engine.kernels.reference_attention import as_many_heads
@@ -358,7 +359,7 @@ def is_right(
     Each architecture, dtype and head dimension has a kernel of its own, and no one has tried them all with documents
     packed like these. Draws from a generator of its own.
     """
-    if way == "triton" and not kernel.fits(device, dtype, head_dim):
+    if way == "triton" and not attention_tiles.fits(device, dtype, head_dim):
         return False
     lengths, heads = (150, 9, 64, 1, 32), 2
     tokens, columns = sum(lengths), heads * head_dim

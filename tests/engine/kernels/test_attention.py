@@ -12,7 +12,7 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from slimtune.engine.kernels import attention, reference_attention
-from slimtune.engine.kernels.attention import Tile, Tiles, tiles_for
+from slimtune.engine.kernels.attention_tiles import Tile, Tiles, tiles_for
 from tests.engine.kernels.maker import Maker
 from tests.tolerances import assert_close
 

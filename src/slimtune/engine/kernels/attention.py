@@ -5,7 +5,7 @@ What is computed: :mod:`slimtune.engine.kernels.reference_attention`. How: softm
 
 - The device alone reads where documents end, so a CUDA graph follows new ones. Blocks don't cross documents: document
   i's first block has the number boundaries[i] // block + i, which leaves room for all of those before it, and a program
-  finds its document by that (:func:`_place`). The grid has tokens // block + documents programs a head; what is too
+  finds its document by that (``place``). The grid has tokens // block + documents programs a head; what is too
   many ends at once.
 - Blocks that no query sees are not visited, and only those that lie across the diagonal, the window's edge or the
   document's end are masked. They are visited first, in one loop, so that one kernel serves layers with a window and
@@ -24,9 +24,6 @@ multiplied as such, not in TF32.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,149 +35,29 @@ from slimtune.engine.kernels._triton import (
     constant,
     jit,
     jit_one_for_all,
-    pow2,
     row_alignment,
     runs_on_triton,
     shared_memory,
     tl,
 )
+from slimtune.engine.kernels.attention_blocks import (
+    LOG2E,
+    bend,
+    is_seen,
+    keys_of,
+    load_tile,
+    masked_at,
+    place,
+    queries_of,
+    store_tile,
+)
+from slimtune.engine.kernels.attention_tiles import Tile, Tiles, columns_of, tiles_for
 
-__all__ = ["MOST_COLUMNS", "Tile", "Tiles", "attention_backward", "attention_forward", "fits", "tiles_for"]
+__all__ = ["attention_backward", "attention_forward"]
 
-MOST_COLUMNS = 512
-"""The largest head dimension that is taken."""
 _TOGETHER = 256
 """The largest head dimension of which one program sums dk and dv."""
-_LOG2E = constant(1 / math.log(2))
 _NOTHING = constant(-1e30)  # under any score, and finite: no NaN of inf - inf
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is cut."""
-
-    queries: int
-    """Queries in a block: 16 or a larger power of two."""
-    keys: int
-    """Keys in a block, likewise."""
-    warps: int
-    stages: int
-    """How many blocks of what the inner loop reads are on their way at once."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the three kernels are cut."""
-
-    forward: Tile
-    keys: Tile
-    """Of the kernel that makes dk and dv."""
-    queries: Tile
-    """Of the kernel that makes dq."""
-
-
-# -- what the kernels share -------------------------------------------------------------------------------------------
-
-
-@jit
-def _place(boundaries: tl.tensor, documents: int, number: int, BLOCK: tl.constexpr) -> tuple[int, int, int]:
-    """A block's document: its first token and its length, and where in it the block begins (past its end: nothing)."""
-    low = number * 0
-    high = low + documents
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(boundaries + middle) // BLOCK + middle <= number
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    start = tl.load(boundaries + low)
-    end = tl.load(boundaries + low + 1)
-    return start, end - start, (number - start // BLOCK - low) * BLOCK
-
-
-@jit
-def _tile(
-    at: tl.tensor,
-    stride: int,
-    rows: int,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MASK: tl.constexpr,
-) -> tl.tensor:
-    """[BLOCK, COLUMNS] from ``at`` on; zeros past ``rows``, if they are masked, and past D."""
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    if MASK:
-        x = tl.load(at + row * stride + column, mask=(row < rows) & (column < D), other=0.0)
-    elif D < COLUMNS:
-        x = tl.load(at + row * stride + column, mask=column < D, other=0.0)
-    else:
-        x = tl.load(at + row * stride + column)
-    return x
-
-
-@jit
-def _store(
-    at: tl.tensor,
-    stride: int,
-    rows: int,
-    x: tl.tensor,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    tl.store(at + row * stride + column, x.to(at.dtype.element_ty), mask=(row < rows) & (column < D))
-
-
-@jit
-def _bent(x: tl.tensor, scale: float, softcap: float) -> tl.tensor:
-    """tanh(x · scale / softcap); 2^x may end in infinity or zero, and is right with either."""
-    return 1.0 - 2.0 / (tl.exp2(x * (scale / softcap * 2.0 * _LOG2E)) + 1.0)
-
-
-@jit
-def _seen(query: int, key: int, window: int, QUERIES: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
-    """[QUERIES, KEYS]: which of these keys these queries see."""
-    distance = (query + tl.arange(0, QUERIES))[:, None] - (key + tl.arange(0, KEYS))[None, :]
-    return (distance >= 0) & (distance < window)
-
-
-@jit
-def _keys_of(
-    query: int, length: int, window: int, QUERIES: tl.constexpr, KEYS: tl.constexpr
-) -> tuple[int, int, int, int]:
-    """(a, b, c, d): of a block of queries, key blocks from a to b and from c to d are masked, those between whole."""
-    a = tl.maximum(query - window + 1, 0) // KEYS * KEYS
-    d = tl.minimum(query + QUERIES, length)
-    c = tl.maximum((query + 1) // KEYS * KEYS, a)
-    edge = tl.maximum(query + QUERIES - window, 0)
-    b = tl.minimum(tl.maximum((edge + KEYS - 1) // KEYS * KEYS, a), c)
-    return a, b, c, d
-
-
-@jit
-def _queries_of(
-    key: int, length: int, window: int, QUERIES: tl.constexpr, KEYS: tl.constexpr
-) -> tuple[int, int, int, int]:
-    """(a, b, c, d): of a block of keys, query blocks from a to b and from c to d are masked, those between whole."""
-    a = key // QUERIES * QUERIES
-    d = tl.minimum(key + KEYS - 1 + window, length)
-    b = (key + KEYS - 1 + QUERIES - 1) // QUERIES * QUERIES
-    c = tl.maximum(tl.minimum(key + window, length) // QUERIES * QUERIES, a)
-    b = tl.minimum(b, c)
-    return a, b, c, d
-
-
-@jit
-def _masked(number: int, a: int, b: int, c: int, BLOCK: tl.constexpr) -> tl.tensor:
-    """Where the masked block of this number begins: those from a to b come first, then those from c on."""
-    first = a + number * BLOCK
-    return tl.where(first < b, first, c + first - b)
-
-
-# -- forward ----------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -207,15 +84,15 @@ def _forward_step(
     CAP: tl.constexpr,
     MASK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    k_tile = _tile(k + (first + key) * k_token, k_token, length - key, KEYS, D, COLUMNS, MASK)
+    k_tile = load_tile(k + (first + key) * k_token, k_token, length - key, KEYS, D, COLUMNS, MASK)
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
-    scores = _bent(scores, scale, softcap) * (softcap * _LOG2E) if CAP else scores * (scale * _LOG2E)
+    scores = bend(scores, scale, softcap) * (softcap * LOG2E) if CAP else scores * (scale * LOG2E)
     if MASK:
-        scores = tl.where(_seen(query, key, window, QUERIES, KEYS), scores, -float("inf"))
+        scores = tl.where(is_seen(query, key, window, QUERIES, KEYS), scores, -float("inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
     p = tl.exp2(scores - higher[:, None])
     fading = tl.exp2(peak - higher)
-    v_tile = _tile(v + (first + key) * v_token, v_token, length - key, KEYS, D, COLUMNS, MASK)
+    v_tile = load_tile(v + (first + key) * v_token, v_token, length - key, KEYS, D, COLUMNS, MASK)
     made = tl.dot(p.to(v_tile.dtype), v_tile, made * fading[:, None], input_precision="ieee")
     return made, total * fading + tl.sum(p, 1), higher
 
@@ -252,13 +129,13 @@ def _forward(
 ) -> None:
     head = tl.program_id(0).to(tl.int64)
     # A document's last queries see the most keys: they begin first.
-    start, length, query = _place(boundaries, documents, tl.num_programs(1) - 1 - tl.program_id(1), QUERIES)
+    start, length, query = place(boundaries, documents, tl.num_programs(1) - 1 - tl.program_id(1), QUERIES)
     if query >= length:
         return
     # Strides come in units of ALIGN elements, so that the compiler knows how wide it may read.
     q_token, k_token, v_token = q_token * ALIGN, k_token * ALIGN, v_token * ALIGN
     first, row = start.to(tl.int64), (start + query).to(tl.int64)
-    q_tile = _tile(q + head * q_head * ALIGN + row * q_token, q_token, length - query, QUERIES, D, COLUMNS, True)
+    q_tile = load_tile(q + head * q_head * ALIGN + row * q_token, q_token, length - query, QUERIES, D, COLUMNS, True)
     k += head // group * k_head * ALIGN
     v += head // group * v_head * ALIGN
     made = tl.zeros([QUERIES, COLUMNS], tl.float32)
@@ -266,11 +143,11 @@ def _forward(
     peak = tl.full([QUERIES], _NOTHING, tl.float32)
     if SINKS:
         total += 1.0
-        peak = tl.zeros([QUERIES], tl.float32) + tl.maximum(tl.load(sinks + head).to(tl.float32) * _LOG2E, _NOTHING)
-    a, b, c, d = _keys_of(query, length, window, QUERIES, KEYS)
+        peak = tl.zeros([QUERIES], tl.float32) + tl.maximum(tl.load(sinks + head).to(tl.float32) * LOG2E, _NOTHING)
+    a, b, c, d = keys_of(query, length, window, QUERIES, KEYS)
     for number in range(tl.cdiv(b - a + d - c, KEYS)):
         made, total, peak = _forward_step(
-            made, total, peak, q_tile, k, v, k_token, v_token, first, query, _masked(number, a, b, c, KEYS),
+            made, total, peak, q_tile, k, v, k_token, v_token, first, query, masked_at(number, a, b, c, KEYS),
             length, window, scale, softcap, D, COLUMNS, QUERIES, KEYS, CAP, True,
         )  # fmt: skip
     for key in range(b, c, KEYS):
@@ -278,9 +155,9 @@ def _forward(
             made, total, peak, q_tile, k, v, k_token, v_token, first, query, key,
             length, window, scale, softcap, D, COLUMNS, QUERIES, KEYS, CAP, False,
         )  # fmt: skip
-    _store(o + head * D + row * o_token, o_token, length - query, made / total[:, None], QUERIES, D, COLUMNS)
+    store_tile(o + head * D + row * o_token, o_token, length - query, made / total[:, None], QUERIES, D, COLUMNS)
     at = tl.arange(0, QUERIES)
-    tl.store(logsumexp + head * tokens + row + at, (peak + tl.log2(total)) / _LOG2E, mask=at < length - query)
+    tl.store(logsumexp + head * tokens + row + at, (peak + tl.log2(total)) / LOG2E, mask=at < length - query)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -306,8 +183,8 @@ def _delta(
     first = tl.program_id(1) * BLOCK
     left, row = tokens - first, first.to(tl.int64)
     do_token, o_token = do_token * ALIGN, o_token * ALIGN
-    x = _tile(do + head * do_head * ALIGN + row * do_token, do_token, left, BLOCK, D, COLUMNS, True).to(tl.float32)
-    y = _tile(o + head * o_head * ALIGN + row * o_token, o_token, left, BLOCK, D, COLUMNS, True).to(tl.float32)
+    x = load_tile(do + head * do_head * ALIGN + row * do_token, do_token, left, BLOCK, D, COLUMNS, True).to(tl.float32)
+    y = load_tile(o + head * o_head * ALIGN + row * o_token, o_token, left, BLOCK, D, COLUMNS, True).to(tl.float32)
     at = tl.arange(0, BLOCK)
     tl.store(delta + head * tokens + row + at, tl.sum(x * y, 1), mask=at < left)
 
@@ -342,19 +219,19 @@ def _keys_step(
 ) -> tuple[tl.tensor, tl.tensor]:
     """What a block of queries adds; everything between is [KEYS, QUERIES], so that no product needs it turned."""
     at = tl.arange(0, QUERIES)
-    q_tile = _tile(q + (first + query) * q_token, q_token, length - query, QUERIES, D, COLUMNS, MASK)
+    q_tile = load_tile(q + (first + query) * q_token, q_token, length - query, QUERIES, D, COLUMNS, MASK)
     sums = tl.load(logsumexp + first + query + at, mask=at < length - query, other=float("inf"))  # infinity: p = 0
     scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
     if CAP:
-        bent = _bent(scores, scale, softcap)
-        scores = bent * (softcap * _LOG2E)
+        bent = bend(scores, scale, softcap)
+        scores = bent * (softcap * LOG2E)
     else:
         bent = scores
-        scores = scores * (scale * _LOG2E)
-    p = tl.exp2(scores - (sums * _LOG2E)[None, :])
+        scores = scores * (scale * LOG2E)
+    p = tl.exp2(scores - (sums * LOG2E)[None, :])
     if MASK:
-        p = tl.where(tl.trans(_seen(query, key, window, QUERIES, KEYS)), p, 0.0)
-    do_tile = _tile(do + (first + query) * do_token, do_token, length - query, QUERIES, D, COLUMNS, MASK)
+        p = tl.where(tl.trans(is_seen(query, key, window, QUERIES, KEYS)), p, 0.0)
+    do_tile = load_tile(do + (first + query) * do_token, do_token, length - query, QUERIES, D, COLUMNS, MASK)
     if DV:
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
     if DK:
@@ -402,18 +279,18 @@ def _backward_keys(
     ALIGN: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(0).to(tl.int64)
-    start, length, key = _place(boundaries, documents, tl.program_id(1), KEYS)
+    start, length, key = place(boundaries, documents, tl.program_id(1), KEYS)
     if key >= length:
         return
     q_token, k_token, v_token, do_token = q_token * ALIGN, k_token * ALIGN, v_token * ALIGN, do_token * ALIGN
     first, row = start.to(tl.int64), (start + key).to(tl.int64)
-    k_tile = _tile(k + kv_head * k_head * ALIGN + row * k_token, k_token, length - key, KEYS, D, COLUMNS, True)
+    k_tile = load_tile(k + kv_head * k_head * ALIGN + row * k_token, k_token, length - key, KEYS, D, COLUMNS, True)
     v_tile = k_tile
     if DK:
-        v_tile = _tile(v + kv_head * v_head * ALIGN + row * v_token, v_token, length - key, KEYS, D, COLUMNS, True)
+        v_tile = load_tile(v + kv_head * v_head * ALIGN + row * v_token, v_token, length - key, KEYS, D, COLUMNS, True)
     dk_sum = tl.zeros([KEYS, COLUMNS if DK else 1], tl.float32)
     dv_sum = tl.zeros([KEYS, COLUMNS if DV else 1], tl.float32)
-    a, b, c, d = _queries_of(key, length, window, QUERIES, KEYS)
+    a, b, c, d = queries_of(key, length, window, QUERIES, KEYS)
     for member in range(group):
         head = kv_head * group + member
         q_at, do_at = q + head * q_head * ALIGN, do + head * do_head * ALIGN
@@ -421,7 +298,7 @@ def _backward_keys(
         for number in range(tl.cdiv(b - a + d - c, QUERIES)):
             dk_sum, dv_sum = _keys_step(
                 dk_sum, dv_sum, k_tile, v_tile, q_at, do_at, sums, deltas, q_token, do_token, first,
-                _masked(number, a, b, c, QUERIES), key, length, window, scale, softcap,
+                masked_at(number, a, b, c, QUERIES), key, length, window, scale, softcap,
                 D, COLUMNS, QUERIES, KEYS, CAP, DK, DV, True,
             )  # fmt: skip
         for query in range(b, c, QUERIES):
@@ -431,9 +308,9 @@ def _backward_keys(
                 D, COLUMNS, QUERIES, KEYS, CAP, DK, DV, False,
             )  # fmt: skip
     if DK:
-        _store(dk + kv_head * D + row * dk_token, dk_token, length - key, dk_sum * scale, KEYS, D, COLUMNS)
+        store_tile(dk + kv_head * D + row * dk_token, dk_token, length - key, dk_sum * scale, KEYS, D, COLUMNS)
     if DV:
-        _store(dv + kv_head * D + row * dk_token, dk_token, length - key, dv_sum, KEYS, D, COLUMNS)
+        store_tile(dv + kv_head * D + row * dk_token, dk_token, length - key, dv_sum, KEYS, D, COLUMNS)
 
 
 @jit
@@ -461,18 +338,18 @@ def _queries_step(
     CAP: tl.constexpr,
     MASK: tl.constexpr,
 ) -> tl.tensor:
-    k_tile = _tile(k + (first + key) * k_token, k_token, length - key, KEYS, D, COLUMNS, MASK)
-    v_tile = _tile(v + (first + key) * v_token, v_token, length - key, KEYS, D, COLUMNS, MASK)
+    k_tile = load_tile(k + (first + key) * k_token, k_token, length - key, KEYS, D, COLUMNS, MASK)
+    v_tile = load_tile(v + (first + key) * v_token, v_token, length - key, KEYS, D, COLUMNS, MASK)
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     if CAP:
-        bent = _bent(scores, scale, softcap)
-        scores = bent * (softcap * _LOG2E)
+        bent = bend(scores, scale, softcap)
+        scores = bent * (softcap * LOG2E)
     else:
         bent = scores
-        scores = scores * (scale * _LOG2E)
+        scores = scores * (scale * LOG2E)
     p = tl.exp2(scores - sums[:, None])
     if MASK:
-        p = tl.where(_seen(query, key, window, QUERIES, KEYS), p, 0.0)
+        p = tl.where(is_seen(query, key, window, QUERIES, KEYS), p, 0.0)
     ds = p * (tl.dot(do, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
     if CAP:
         ds *= 1.0 - bent * bent
@@ -512,23 +389,23 @@ def _backward_queries(
     ALIGN: tl.constexpr,
 ) -> None:
     head = tl.program_id(0).to(tl.int64)
-    start, length, query = _place(boundaries, documents, tl.num_programs(1) - 1 - tl.program_id(1), QUERIES)
+    start, length, query = place(boundaries, documents, tl.num_programs(1) - 1 - tl.program_id(1), QUERIES)
     if query >= length:
         return
     q_token, k_token, v_token, do_token = q_token * ALIGN, k_token * ALIGN, v_token * ALIGN, do_token * ALIGN
     first, row, left = start.to(tl.int64), (start + query).to(tl.int64), length - query
-    q_tile = _tile(q + head * q_head * ALIGN + row * q_token, q_token, left, QUERIES, D, COLUMNS, True)
-    do_tile = _tile(do + head * do_head * ALIGN + row * do_token, do_token, left, QUERIES, D, COLUMNS, True)
+    q_tile = load_tile(q + head * q_head * ALIGN + row * q_token, q_token, left, QUERIES, D, COLUMNS, True)
+    do_tile = load_tile(do + head * do_head * ALIGN + row * do_token, do_token, left, QUERIES, D, COLUMNS, True)
     at = tl.arange(0, QUERIES)
-    sums = tl.load(logsumexp + head * tokens + row + at, mask=at < left, other=float("inf")) * _LOG2E
+    sums = tl.load(logsumexp + head * tokens + row + at, mask=at < left, other=float("inf")) * LOG2E
     deltas = tl.load(delta + head * tokens + row + at, mask=at < left, other=0.0)
     k += head // group * k_head * ALIGN
     v += head // group * v_head * ALIGN
     made = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    a, b, c, d = _keys_of(query, length, window, QUERIES, KEYS)
+    a, b, c, d = keys_of(query, length, window, QUERIES, KEYS)
     for number in range(tl.cdiv(b - a + d - c, KEYS)):
         made = _queries_step(
-            made, q_tile, do_tile, sums, deltas, k, v, k_token, v_token, first, query, _masked(number, a, b, c, KEYS),
+            made, q_tile, do_tile, sums, deltas, k, v, k_token, v_token, first, query, masked_at(number, a, b, c, KEYS),
             length, window, scale, softcap, D, COLUMNS, QUERIES, KEYS, CAP, True,
         )  # fmt: skip
     for key in range(b, c, KEYS):
@@ -536,70 +413,7 @@ def _backward_queries(
             made, q_tile, do_tile, sums, deltas, k, v, k_token, v_token, first, query, key,
             length, window, scale, softcap, D, COLUMNS, QUERIES, KEYS, CAP, False,
         )  # fmt: skip
-    _store(dq + head * D + row * dq_token, dq_token, left, made * scale, QUERIES, D, COLUMNS)
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
-
-# By columns, the best first; the first that fits the device's shared memory is taken. Reasons: on Hopper a product runs
-# on the fast path (wgmma) with 64 rows and more, and two warp groups of 128 threads share a sum of 128 rows or of 512
-# columns without spilling it; what the inner loop reads lies in shared memory twice or three times over, so that it is
-# loaded while the block before is computed.
-_FORWARD = {
-    64: (Tile(128, 64, 4, 3),),
-    128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    256: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-    512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-}
-_KEYS = {
-    64: (Tile(64, 64, 4, 2),),
-    128: (Tile(32, 128, 8, 2),),
-    256: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-    512: (Tile(32, 64, 8, 1), Tile(16, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
-}
-_QUERIES = {
-    64: (Tile(128, 64, 8, 3),),
-    128: (Tile(64, 64, 4, 2),),
-    256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-    512: (Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
-}
-_PLAIN = (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
-"""For products by plain instructions, of which large blocks make long code: up to 64 columns, and past that."""
-_TENSOR_CORES = 99 << 10
-"""Shared memory of the smallest device whose tensor cores Triton uses (Ampere's and later); Turing has 64 KiB."""
-_BESIDE = 1024
-"""Bytes of shared memory that a program takes for less than blocks."""
-
-
-def _columns(head_dim: int) -> int:
-    """A block's columns."""
-    return max(16, pow2(head_dim))
-
-
-def tiles_for(head_dim: int, dtype: torch.dtype, shared: int) -> Tiles | None:
-    """What suits a device of so many bytes of shared memory a program; None if nothing fits it."""
-    columns = _columns(head_dim)
-    plain = dtype == torch.float32 or shared < _TENSOR_CORES
-
-    def first(tiles: tuple[Tile, ...], rows: Callable[[Tile], int]) -> Tile | None:
-        room = (shared - _BESIDE) // (columns * dtype.itemsize)
-        return next((tile for tile in tiles if rows(tile) <= room), None)
-
-    # What a program holds, and what its inner loop reads, in rows.
-    forward, keys, queries = (
-        first(_PLAIN[columns > 64 :][:1] if plain else table[max(64, columns)], rows)
-        for table, rows in (
-            (_FORWARD, lambda tile: tile.queries + 2 * tile.stages * tile.keys),
-            (_KEYS, lambda tile: 2 * tile.keys + 2 * tile.stages * tile.queries),
-            (_QUERIES, lambda tile: 2 * tile.queries + 2 * tile.stages * tile.keys),
-        )
-    )
-    return None if forward is None or keys is None or queries is None else Tiles(forward, keys, queries)
-
-
-def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether there is Triton for this device, and a block of so many columns has room in its shared memory."""
-    return head_dim <= MOST_COLUMNS and tiles_for(head_dim, dtype, shared_memory(device)) is not None
+    store_tile(dq + head * D + row * dq_token, dq_token, left, made * scale, QUERIES, D, COLUMNS)
 
 
 # -- what is called ---------------------------------------------------------------------------------------------------
@@ -615,7 +429,7 @@ def _options(q: Tensor, k: Tensor, boundaries: Tensor, scale: float, window: int
         "scale": scale,
         "softcap": 1.0 if softcap is None else softcap,
         "D": q.shape[2],
-        "COLUMNS": _columns(q.shape[2]),
+        "COLUMNS": columns_of(q.shape[2]),
         "CAP": softcap is not None,
         "enable_fp_fusion": True,
     }
@@ -690,7 +504,7 @@ def attention_backward(
     (tokens, heads, dim), kv_heads, ends = q.shape, k.shape[1], len(boundaries) - 1
     delta = torch.empty_like(logsumexp)
     align = row_alignment(do, q, k, v, o)
-    columns = _columns(dim)
+    columns = columns_of(dim)
     rows = max(16, 8192 // columns)
     _delta[(heads, cdiv(tokens, rows))](
         do, o, delta, *_strides(align, do, o), tokens, D=dim, COLUMNS=columns, BLOCK=rows, ALIGN=align, num_warps=4,
