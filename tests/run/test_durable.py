@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from slimtune.errors import UserError
 from slimtune.run import durable
@@ -226,11 +228,13 @@ def test_who_may_read_a_file_is_the_umasks_to_say(mask: int, tmp_path: Path) -> 
     try:
         with durable.atomic_folder(tmp_path / "made") as folder:
             durable.write_file(folder / "file", b"x")
+            save_file({"a": torch.zeros(3)}, folder / "weights")
         durable.replace_file(tmp_path / "text", "x")
         durable.JsonLines(tmp_path / "lines").append({})
     finally:
         os.umask(before)
-    for path in (tmp_path / "made" / "file", tmp_path / "made" / durable.SUMS, tmp_path / "text", tmp_path / "lines"):
+    names = ("made/file", "made/weights", f"made/{durable.SUMS}", "text", "lines")
+    for path in (tmp_path / name for name in names):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o777 & ~mask
 

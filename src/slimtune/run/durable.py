@@ -232,11 +232,13 @@ class JsonLines:
 
 
 def _seal(folder: Path) -> None:
-    lines = []
-    for path in sorted(folder.iterdir()):
-        lines.append(f"{_sha256(path)}  {path.name}\n")
+    files = sorted(folder.iterdir())
+    write_file(folder / SUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files).encode())
+    mode = stat.S_IMODE((folder / SUMS).stat().st_mode)
+    for path in files:
+        if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets the owner alone read what it writes
+            path.chmod(mode)
         _sync_file(path)
-    write_file(folder / SUMS, "".join(lines).encode())
     _sync_folder(folder)
 
 
