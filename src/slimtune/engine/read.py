@@ -65,7 +65,7 @@ def fits_options(config: Config) -> str | None:
         "a router's auxiliary loss": config.router_aux_loss is not None,
         f"optimizer {config.optim}": config.optim not in EIGHT_BIT_ADAMW and config.optim != "auto",
     }
-    return next((f"the engine has no {what}" for what, is_so in unknown.items() if is_so), None)
+    return next((f"the engine has nothing for {what}" for what, is_so in unknown.items() if is_so), None)
 
 
 def fits(config: Config, model: nn.Module, adapted: Collection[str] | None = None) -> str | None:
