@@ -94,7 +94,9 @@ def losses(opened: Opened, documents: Documents) -> Losses:
     """
     nats = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
-    for batch in _batches(documents.lengths, 0 if _goes_alone(opened) else _TOKENS_AT_ONCE[opened.device.type]):
+    padded = len(np.unique(documents.lengths)) > 1  # rows of one length have no padding that could change anything
+    most = 0 if padded and _goes_alone(opened) else _TOKENS_AT_ONCE[opened.device.type]
+    for batch in _batches(documents.lengths, most):
         rows = [documents[int(at)] for at in batch]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), opened.pad_id)
