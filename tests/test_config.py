@@ -151,6 +151,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+def test_biases_of_the_base_train_no_more_than_the_rest_of_it(which: str) -> None:
+    with pytest.raises(UserError, match=rf"'lora_bias' can't be '{which}'[\s\S]*biases of the base itself"):
+        Config.make(model="m", data="d", lora_bias=which)
+
+
 def test_a_config_cannot_be_changed_after_parsing() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 1  # type: ignore[misc]

@@ -22,6 +22,7 @@ from pydantic import (
     JsonValue,
     PositiveFloat,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -236,6 +237,13 @@ class Config(BaseModel):
             if isinstance(values.get(key), str) and values[key] not in ("auto", "all-linear"):
                 values[key] = tuple(part.strip() for part in values[key].split(",") if part.strip())
         return values
+
+    @field_validator("lora_bias")
+    @classmethod
+    def _biases_stay(cls, value: str) -> str:
+        if value != "none":
+            raise ValueError("it trains biases of the base itself, which PEFT can't switch off: leave it at none")
+        return value
 
     @model_validator(mode="after")
     def _names_can_be_files(self) -> Self:

@@ -35,7 +35,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the head": ({"targets": (*ATTENTION, "lm_head")}, {}),
     "a copy of the head": ({"modules_to_save": ("lm_head",)}, {}),
     "DoRA": ({"dora": True}, {}),
-    "biases": ({"lora_bias": "all"}, {}),
     "ranks": ({"rank_pattern": {"q_proj": 2}}, {}),
     "another optimizer": ({"optim": "adamw_torch"}, {}),
     "attention dropout": ({}, {"attention_dropout": 0.1}),

@@ -11,7 +11,7 @@ import pytest
 from slimtune.config import Config
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware, detect
-from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
+from slimtune.training.arguments import check_alone, check_model, sft_arguments
 from tests.training.tiny import tiny
 
 
@@ -40,13 +40,6 @@ def test_no_auxiliary_loss_unless_asked_for(tmp_path: Path) -> None:
     check_model(asked, tiny("qwen3_moe"))
     with pytest.raises(UserError, match="no auxiliary loss"):
         check_model(asked, tiny("llama"))
-
-
-@pytest.mark.parametrize("which", ["all", "lora_only"])
-def test_biases_of_the_base_train_no_more_than_the_rest_of_it(which: str) -> None:
-    check_arguments(resolved())
-    with pytest.raises(UserError, match=f"lora_bias: {which} trains biases of the base itself"):
-        check_arguments(resolved(lora_bias=which))
 
 
 def test_the_head_takes_no_adapter() -> None:

@@ -52,7 +52,6 @@ def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | N
         target_modules=list(targets.modules),
         target_parameters=list(targets.parameters) or None,
         exclude_modules=targets.exclude,
-        bias=config.lora_bias,
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_rslora=config.rslora,
         use_dora=config.dora,

@@ -6,10 +6,10 @@ import html
 
 from slimtune.data.view import Sample
 
-__all__ = ["page"]
+__all__ = ["POLICY", "page"]
 
-# The page asks for nothing and runs nothing, whatever a row holds.
-_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+"""Every page that slimtune writes says it: it asks for nothing and runs nothing, whatever a row or a reply holds."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --back: #ffffff;
   --learn: #dafbe1; --learn-ink: #0a3d1a; --bad: #cf222e; --good: #1a7f37; }
@@ -54,7 +54,7 @@ def page(title: str, refusal: str | None, lines: list[tuple[str, str]], said: li
     body = "\n".join(part for part in parts if part)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{_POLICY}\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{POLICY}\n'
         f"<title>{quoted(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{quoted(title)}</h1>\n{body}\n</body>\n</html>\n"
     )

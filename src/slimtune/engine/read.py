@@ -58,7 +58,6 @@ def fits_options(config: Config) -> str | None:
     """Why the engine has nothing for what a run's config asks, whatever its model is; None if it has."""
     unknown = {
         "DoRA": config.dora,
-        "biases that train": config.lora_bias != "none",
         "modules_to_save": bool(config.modules_to_save),
         "rows of added tokens that train": config.add_tokens is not None,
         "other ranks for some modules": bool(config.rank_pattern or config.alpha_pattern),

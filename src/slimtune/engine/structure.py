@@ -193,7 +193,7 @@ class SelfAttention:
     """qkv is q alone: keys and values are those lent by this name."""
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def projections(self) -> tuple[Projection, Projection]:
         """In the order of computation."""
         return self.qkv, self.o
 
@@ -213,7 +213,7 @@ class GatedMlp:
     activation: Activation
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def projections(self) -> tuple[Projection, Projection]:
         """In the order of computation."""
         return self.gate_up, self.down
 
@@ -229,7 +229,7 @@ class PerLayerGate:
     """The layer's."""
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def projections(self) -> tuple[Projection, Projection]:
         """In the order of computation."""
         return self.gate, self.projection
 

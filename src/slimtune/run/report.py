@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from slimtune.data.page import POLICY
 from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
 from slimtune.run.durable import replace_file
 from slimtune.run.explain import explain
@@ -69,7 +70,7 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
         history = read_history(run.metrics())
         told = {each: _told(history, each) for each in ("en", "zh")}
     views = {each: _view(run, facts, environment, each) | told[each] for each in ("en", "zh")}
-    page = _page("report.html.j2").render(views=views, lang=lang, config=config)
+    page = _page("report.html.j2").render(policy=Markup(POLICY), views=views, lang=lang, config=config)
     replace_file(run.report_html, page)
     replace_file(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
 

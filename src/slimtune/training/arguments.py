@@ -45,15 +45,8 @@ def check_arguments(config: Config) -> None:
     """See that what the config names for the Trainer is there, before anything heavy is loaded.
 
     Raises:
-        UserError: Transformers knows no such optimizer, a logger's package isn't installed, or biases are to train.
+        UserError: Transformers knows no such optimizer, or a logger's package isn't installed.
     """
-    if config.lora_bias != "none":
-        raise UserError(
-            f"lora_bias: {config.lora_bias} trains biases of the base itself",
-            rule="An adapter stands beside a frozen base, which is the same again once the adapter is switched off; "
-            "PEFT can't switch trained biases off.",
-            way_out="Leave lora_bias at none.",
-        )
     known = [str(name.value) for name in OptimizerNames]
     if config.optim != "auto" and config.optim not in known:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slimtune.data.page import POLICY
 from slimtune.errors import GuardStop, UserError
 from slimtune.use.evaluate import Interval, bootstrap, documents_of, losses
 from slimtune.use.general import GENERAL
@@ -112,7 +113,7 @@ class Comparison:
             )
             head = _head("asked", "reference", "base", "tuned", "score")
             parts.append(f"<h2>{title}</h2>" + (f"<table>{head}{body}</table>" if items else "<p>Nothing.</p>"))
-        return _PAGE.format(title=escape(self.name), body="\n".join(parts))
+        return _PAGE.format(policy=POLICY, title=escape(self.name), body="\n".join(parts))
 
 
 def compare(
@@ -236,10 +237,9 @@ def _head(*names: str) -> str:
     return "<tr>" + "".join(f"<th>{name}" for name in names)
 
 
-# The policy: it asks for nothing and runs nothing, whatever a reply holds.
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+{policy}
 <title>{title}: base against tuned</title>
 <style>
 :root {{ color-scheme: light dark; }}

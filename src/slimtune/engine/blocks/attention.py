@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.attention import Attention
-from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.blocks.heads import Heads, by_heads
 from slimtune.engine.structure import SelfAttention
-from slimtune.engine.weights import Scratch, Site
+from slimtune.engine.weights import Scratch
 
 __all__ = ["AttentionBlock"]
 
@@ -32,26 +32,13 @@ class _Kept:
     attention: tuple[Any, ...]
 
 
-class AttentionBlock(Block):
+class AttentionBlock(TwoProjections):
     """N heads and K kv heads of D, over any :class:`Pass`."""
 
     def __init__(self, part: SelfAttention, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch):
-        self.part, self.dtype, self.heads = part, dtype, Heads(part)
-        self.qkv, self.o = (
-            Site(projection, dtype, device, stream + number, scratch)
-            for number, projection in enumerate(part.projections)
-        )
-        self.sites = (self.qkv, self.o)
-
-    @property
-    def columns(self) -> int:
-        """qkv's."""
-        return self.qkv.inputs + self.qkv.extra
-
-    @property
-    def reads_input(self) -> bool:
-        """For the gradients of qkv's adapters."""
-        return self.qkv.groups > 0
+        super().__init__(part.projections, dtype, device, stream, scratch)
+        self.part, self.heads = part, Heads(part)
+        self.qkv, self.o = self.sites
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -159,11 +146,6 @@ class AttentionBlock(Block):
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""
         return memory.tokens
-
-    @property
-    def products(self) -> float:
-        """See :attr:`Block.products`."""
-        return float(sum(site.inputs * site.outputs for site in self.sites))
 
     def products_again(self, keep: Keep) -> float:
         """See :meth:`Block.products_again`."""

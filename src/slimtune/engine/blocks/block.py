@@ -13,10 +13,10 @@ from torch import Tensor
 
 from slimtune.engine.attention import Documents, Way
 from slimtune.engine.kernels.formats import Pairs
-from slimtune.engine.structure import Rotary, ScoresKind
-from slimtune.engine.weights import Gradients, Site, Stack
+from slimtune.engine.structure import Projection, Rotary, ScoresKind
+from slimtune.engine.weights import Gradients, Scratch, Site, Stack
 
-__all__ = ["Block", "Keep", "Lent", "Memory", "Pass", "RotaryTable", "Sinks"]
+__all__ = ["Block", "Keep", "Lent", "Memory", "Pass", "RotaryTable", "Sinks", "TwoProjections"]
 
 Sinks = Mapping[Site | Stack, Gradients]
 """Where the adapters' gradients of each site and stack are added; one without adapters has no entry."""
@@ -242,3 +242,44 @@ class Block(ABC):
     @abstractmethod
     def products_again(self, keep: Keep) -> float:
         """Of those, how many the backward computes again."""
+
+
+class TwoProjections(Block):
+    """A block whose first projection reads n, and whose second gives y.
+
+    Args:
+        projections: The two.
+        dtype: Compute dtype.
+        device: Where it computes.
+        stream: Number of the first one's dropout; the second has the next.
+        scratch: Buffers for weights that aren't kept.
+    """
+
+    sites: tuple[Site, Site]
+
+    def __init__(
+        self,
+        projections: tuple[Projection, Projection],
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: int,
+        scratch: Scratch,
+    ) -> None:
+        first, second = projections
+        self.dtype = dtype
+        self.sites = Site(first, dtype, device, stream, scratch), Site(second, dtype, device, stream + 1, scratch)
+
+    @property
+    def columns(self) -> int:
+        """The first projection's."""
+        return self.sites[0].inputs + self.sites[0].extra
+
+    @property
+    def reads_input(self) -> bool:
+        """For the gradients of the first projection's adapters."""
+        return self.sites[0].groups > 0
+
+    @property
+    def products(self) -> float:
+        """See :attr:`Block.products`."""
+        return float(sum(site.inputs * site.outputs for site in self.sites))

@@ -7,34 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.kernels import mlp
 from slimtune.engine.structure import GatedMlp
-from slimtune.engine.weights import Scratch, Site
+from slimtune.engine.weights import Scratch
 
 __all__ = ["MlpBlock"]
 
 
-class MlpBlock(Block):
+class MlpBlock(TwoProjections):
     """F gates and ups. It keeps gate and up [T, 2 F] from :attr:`Keep.GATES` on."""
 
     def __init__(self, part: GatedMlp, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch):
-        self.part, self.dtype = part, dtype
-        self.gate_up, self.down = (
-            Site(projection, dtype, device, stream + number, scratch)
-            for number, projection in enumerate(part.projections)
-        )
-        self.sites = (self.gate_up, self.down)
-
-    @property
-    def columns(self) -> int:
-        """gate_up's."""
-        return self.gate_up.inputs + self.gate_up.extra
-
-    @property
-    def reads_input(self) -> bool:
-        """For the gradients of gate_up's adapters."""
-        return self.gate_up.groups > 0
+        super().__init__(part.projections, dtype, device, stream, scratch)
+        self.part = part
+        self.gate_up, self.down = self.sites
 
     def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
         """See :meth:`Block.forward`."""
@@ -104,11 +91,6 @@ class MlpBlock(Block):
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""
         return min(memory.tokens, memory.mlp_tokens)
-
-    @property
-    def products(self) -> float:
-        """See :attr:`Block.products`."""
-        return float(sum(site.inputs * site.outputs for site in self.sites))
 
     def products_again(self, keep: Keep) -> float:
         """See :meth:`Block.products_again`."""

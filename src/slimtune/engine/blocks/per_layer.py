@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.kernels import mlp
 from slimtune.engine.structure import PerLayerGate
-from slimtune.engine.weights import Scratch, Site
+from slimtune.engine.weights import Scratch
 
 __all__ = ["PER_LAYER", "PerLayerBlock"]
 
@@ -22,26 +22,13 @@ PER_LAYER = "per-layer inputs"
 """The name that they are lent by: [T, layers, P]."""
 
 
-class PerLayerBlock(Block):
+class PerLayerBlock(TwoProjections):
     """It keeps the gate [T, P] from :attr:`Keep.GATES` on."""
 
     def __init__(self, part: PerLayerGate, dtype: torch.dtype, device: torch.device, stream: int, scratch: Scratch):
-        self.part, self.dtype = part, dtype
-        self.gate, self.projection = (
-            Site(projection, dtype, device, stream + number, scratch)
-            for number, projection in enumerate(part.projections)
-        )
-        self.sites = (self.gate, self.projection)
-
-    @property
-    def columns(self) -> int:
-        """The gate's."""
-        return self.gate.inputs + self.gate.extra
-
-    @property
-    def reads_input(self) -> bool:
-        """For the gradients of the gate's adapter."""
-        return self.gate.groups > 0
+        super().__init__(part.projections, dtype, device, stream, scratch)
+        self.part = part
+        self.gate, self.projection = self.sites
 
     def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
         """See :meth:`Block.forward`."""
@@ -91,11 +78,6 @@ class PerLayerBlock(Block):
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""
         return memory.tokens
-
-    @property
-    def products(self) -> float:
-        """See :attr:`Block.products`."""
-        return float(sum(site.inputs * site.outputs for site in self.sites))
 
     def products_again(self, keep: Keep) -> float:
         """See :meth:`Block.products_again`."""
