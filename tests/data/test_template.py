@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import pytest
 import trl
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ HOSTILE = {
     "long range": "{% for i in range(10**9) %}{% endfor %}",
     "joining": GROW.replace("CHANGE", "{% set n.s = n.s ~ n.s %}"),
     "adding": GROW.replace("CHANGE", "{% set n.s = n.s + n.s %}"),
+    "adding up": GROW.replace("CHANGE", "{% set n.s = n.s + n.s + n.s %}"),
     "capturing": GROW.replace("CHANGE", "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}"),
     "center": "{{ 'a'.center(10**9) }}",
     "center filter": "{{ 'a'|center(1000000000) }}",
@@ -71,6 +74,36 @@ HOSTILE = {
 def test_hostile_templates_are_stopped(name: str) -> None:
     with pytest.raises(TemplateRefused):
         ChatTemplate(HOSTILE[name], {}).render(MESSAGES, None, add_generation_prompt=False)
+
+
+SUMS = (
+    "'a' + 'b' + 'c'",
+    "'a' + ('b' + ('c' + 'd')) + 'e'",
+    "1 + 2.5 + 3",
+    "[1] + [2] + [3, 'x']",
+    "'a' + (1 + 2 + 3)|string + 'b' ~ 'c' + 'd' + 'e'",
+    "(1 + 2 + 3) * 2 - 1 + 4 + 5",
+    "m.content + '\\n' + m.role|upper + m.content[:1]",
+    "('<b>'|safe) + '<i>' + '&'",
+    "'<i>' + ('<b>'|safe) + '&'",
+    "'a' + 'b' + 1",
+    "'a' + none + m.missing",
+    "m.missing + 'a' + 'b'",
+)
+
+
+@pytest.mark.parametrize("source", SUMS)
+def test_sums_are_jinjas(source: str) -> None:
+    def made(render: Callable[[], str]) -> str:
+        try:
+            return render()
+        except (TypeError, jinja2.UndefinedError, TemplateRefused) as error:
+            return f"refused: {error}"
+
+    text = f"{{% set m = messages[0] %}}{{{{ {source} }}}}"
+    ours = made(lambda: ChatTemplate(text, {}).render(MESSAGES, None, add_generation_prompt=False))
+    plain = made(lambda: jinja2.Environment().from_string(text).render(messages=MESSAGES))
+    assert ours == plain or (plain.startswith("refused: ") and plain.removeprefix("refused: ") in ours)
 
 
 def test_a_template_that_raises_says_what_it_says() -> None:

@@ -496,6 +496,9 @@ class Dialect:
         # What ends text may part it from calls (GigaChat 3), unless the model is said to stop there.
         ends, controls = () if calls else self.end_marks, self._encoder.controls
         pattern, text = self._encoder.pattern, reply.text
+        first = pattern.search(text)
+        if first is None or first.end() == len(text):
+            return
         # Where marks alone follow, nothing is lost by stopping at the first (Apriel's <|end|></s>).
         found = [f[0] for f in pattern.finditer(text) if pattern.sub("", text[f.end() :]).strip()]
         between = self._thoughts[3] if self._thoughts is not None else ""

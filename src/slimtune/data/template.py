@@ -102,6 +102,25 @@ def _join(value: Any, d: str = "", attribute: Any = None) -> str:
     return str(d).join(parts)
 
 
+def _plus(left: Any, right: Any) -> Any:
+    if type(left) is str and type(right) is str:
+        if len(left) + len(right) > MAX_OUTPUT:
+            _too_long("a sum")
+        return left + right
+    if isinstance(left, str | list) and len(left) + _length(right) > MAX_OUTPUT:
+        _too_long("a sum")
+    return left + right
+
+
+def _sum(*terms: Any) -> Any:
+    """``a + b + c`` at once; texts, which nearly all terms are, without the sums in between."""
+    if set(map(type, terms)) == {str}:
+        if sum(map(len, terms)) > MAX_OUTPUT:
+            _too_long("a sum")
+        return "".join(terms)
+    return functools.reduce(_plus, terms)
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
@@ -112,6 +131,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["join"] = _join
         self.filters["_bounded"] = _checked
         self.filters["_counted"] = self._counted
+        self.filters["_sum"] = _sum
         self.globals = {
             "range": self._range,
             "dict": dict,
@@ -166,7 +186,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for body in bodies + [block.body for block in tree.find_all(n.CallBlock)]:
             count = n.Call(n.Name("_step", "load"), [], [], None, None)
             body.insert(0, n.ExprStmt(count, lineno=1))
-        _wrap_joins(tree)
+        _wrap_joins_and_sums(tree)
         for block in tree.find_all(n.AssignBlock):
             inner = block.filter
             block.filter = n.Filter(inner, "_bounded", [], [], None, None)
@@ -192,13 +212,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
-            if type(left) is str and type(right) is str:
-                if len(left) + len(right) > MAX_OUTPUT:
-                    _too_long("a sum")
-                return left + right
-            if isinstance(left, str | list) and len(left) + _length(right) > MAX_OUTPUT:
-                _too_long("a sum")
-            return left + right
+            return _plus(left, right)
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > _MAX_NUMBER:
@@ -251,14 +265,17 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return bounded
 
 
-def _wrap_joins(tree: n.Template) -> None:
-    """Put each ``a ~ b`` under a filter that checks its size."""
+def _wrap_joins_and_sums(tree: n.Template) -> None:
+    """Put each ``a ~ b`` under a filter that checks its size, and make each ``a + b + c`` one filter's."""
 
     def wrapped(value: Any) -> Any:
         if isinstance(value, list):
             return [wrapped(item) for item in value]
         if isinstance(value, tuple):
             return tuple(wrapped(item) for item in value)
+        if isinstance(value, n.Add) and len(terms := _terms(value)) > 2:
+            first, *others = wrapped(terms)
+            return n.Filter(first, "_sum", others, [], None, None, lineno=value.lineno)
         if isinstance(value, n.Node):
             visit(value)
             if isinstance(value, n.Concat):
@@ -271,6 +288,11 @@ def _wrap_joins(tree: n.Template) -> None:
                 setattr(node, name, wrapped(value))
 
     visit(tree)
+
+
+def _terms(node: n.Expr) -> list[n.Expr]:
+    """What is added up from left to right; a term in brackets that is a sum itself is one."""
+    return [*_terms(node.left), node.right] if isinstance(node, n.Add) else [node]
 
 
 class _Namespace(jinja2.utils.Namespace):
