@@ -3,8 +3,9 @@
     python benchmarks/decoders.py OUT SHAPE [CASE...]
 
 Random weights in a published model's shape, fewer layers; 4 x 2,048 tokens a step, no dropout. SHAPE: ``moe`` (six
-layers of Qwen3-30B-A3B), ``gemma3`` (eight of Gemma 3 4B, text), ``glm4`` (six of GLM-4 9B), ``olmo3`` (six of OLMo 3
-7B). Each case is a process of its own, the median step after four:
+layers of Qwen3-30B-A3B), ``gemma3`` (eight of Gemma 3 4B, text), ``gemma4`` (twelve of Gemma 4 E4B, the last five of
+which share keys and values), ``gemma4-moe`` (six of Gemma 4 26B-A4B), ``glm4`` (six of GLM-4 9B), ``olmo3`` (six of
+OLMo 3 7B). Each case is a process of its own, the median step after four:
 
 - ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on q, k, v and o; a mixture's experts stay in 16 bits in TRL.
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -48,6 +50,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
         "query_pre_attn_scalar": 256,
     }),
+    "gemma4": ("Gemma4TextConfig", {
+        "vocab_size": 262144, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+        "sliding_window": 512, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+        "num_kv_shared_layers": 5, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144,
+        "final_logit_softcapping": 30.0,
+    }),
+    "gemma4-moe": ("Gemma4TextConfig", {
+        "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 6,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256,
+        "global_head_dim": 512, "attention_k_eq_v": True, "sliding_window": 1024,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"], "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+        "final_logit_softcapping": 30.0,
+    }),
     "glm4": ("Glm4Config", {
         "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 6,
         "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
@@ -59,8 +76,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """As the models' config.json have them, but for the number of layers."""
 TINY = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
-    "num_experts_per_tok": 2}  # fmt: skip
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "top_k_experts": 2, "global_head_dim": 64, "num_global_key_value_heads": 1,
+    "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 1024}  # fmt: skip
 
 
 def make_folder(folder: Path, shape: str) -> None:
@@ -70,7 +89,7 @@ def make_folder(folder: Path, shape: str) -> None:
     peers.make_folder("tiny", folder)
     name, options = SHAPES[shape]
     if not CUDA:
-        options = {**options, **{key: value for key, value in TINY.items() if key in options}}
+        options = {**options, **{key: value for key, value in TINY.items() if options.get(key)}}
     config = getattr(transformers, name)(
         **options, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16
     )
@@ -176,6 +195,7 @@ def train(folder: Path, workload: Workload, *, profile: bool = False, **options:
         "step_ms": statistics.median(record["step_seconds"] for record in timed) * 1e3,
         "tokens_s": statistics.median(record["tokens"] / record["step_seconds"] for record in timed),
         "peak_gib": max(record["memory_bytes"] for record in records) / 2**30,
+        "floor_share": statistics.median(record.get("floor_share", math.nan) for record in timed),
         "losses": [records[0]["loss"], records[-1]["loss"]],
         "engine": facts["training"]["engine"],
         "trained": facts["adapter"]["trainable_parameters"],

@@ -350,7 +350,7 @@ def reference(model: nn.Module, batch: dict[str, Tensor], count: int) -> tuple[f
     """Loss and LoRA gradients of the model as it is, through Transformers, PEFT and autograd."""
     model.zero_grad()
     loss = torch.zeros(())
-    for part in _documents(batch) if model.config.model_type in _MIXES else [batch]:
+    for part in documents(batch) if model.config.model_type in _MIXES else [batch]:
         inputs = {key: value for key, value in part.items() if key != "labels"}
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
         loss += nn.functional.cross_entropy(logits.flatten(0, 1), part["labels"][:, 1:].flatten(), reduction="sum")
@@ -361,7 +361,7 @@ def reference(model: nn.Module, batch: dict[str, Tensor], count: int) -> tuple[f
     return loss.item(), grads
 
 
-def _documents(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def documents(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """A pack's documents one by one."""
     if "position_ids" not in batch:
         return [batch]

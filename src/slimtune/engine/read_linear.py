@@ -34,6 +34,8 @@ def read_linear(name: str, module: Any, *, frozen: bool) -> Linear:
         out_features, in_features = state.shape
     elif type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS:
         out_features, in_features = weight.shape
+    elif (packed := getattr(weight, "format", None)) is not None:
+        raise CannotFuse(f"{name} is packed in {packed} by rows of {weight.shape[-1]}, which the engine doesn't unpack")
     else:
         raise CannotFuse(f"{name} is a {type(base).__name__} of {weight.dtype}, neither NF4 nor a 16- or 32-bit linear")
     if frozen and any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
