@@ -1,9 +1,10 @@
-"""Shows that fused and unfused runs learn the same: python benchmarks/curves.py MODEL DATA [--steps 200]
+"""Shows that fused and unfused runs learn the same: python benchmarks/curves.py MODEL DATA [--steps 200] [--small NAME]
 
 Trains LoRA on MODEL (a folder or hub id; SmolLM2-135M in the kept results) with DATA (alpaca-like rows), dropout 0, the
 same seed and order, by `slimtune train`'s own recipe: unfused in bf16, fused in bf16, fused in fp16 as a T4-class card
 needs it (memory capped at 15 GiB, and its kernel for attention), fused with padding instead of packing. Writes each
-loss curve, the mean relative difference from the unfused one, and any non-finite value.
+loss curve, the mean relative difference from the unfused one, and any non-finite value. With ``--small`` the model is a
+small one of that family with MODEL's tokenizer, trained here from random weights on DATA's text before.
 """
 
 from __future__ import annotations
@@ -39,6 +40,68 @@ PAIRS = {
     "fused, least memory": "fused",
     "fused, padded": "unfused, padded",
 }
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
+}  # fmt: skip
+_WINDOWS = {"sliding_window": 128, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
+_EXPERTS = {"num_experts": 16, "moe_intermediate_size": 128}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3TextConfig", {**_WINDOWS, "query_pre_attn_scalar": 64}),
+    "gemma4-e2b": ("Gemma4TextConfig", {
+        **_WINDOWS, "global_head_dim": 128, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 64,
+        "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+    }),
+    "gemma4-26b": ("Gemma4TextConfig", {
+        **_WINDOWS, **_EXPERTS, "global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 4, "final_logit_softcapping": 30.0,
+    }),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts_per_tok": 4, "norm_topk_prob": True}),
+    "granite-moe": ("GraniteMoeConfig", {
+        "num_local_experts": 16, "num_experts_per_tok": 4, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.125, "logits_scaling": 4.0, "intermediate_size": 128,
+    }),
+}  # fmt: skip
+"""Small models of families whose published ones are too large to train from the beginning."""
+
+
+def small_model(name: str, source: str, data: str, folder: Path, *, steps: int = 400) -> dict[str, Any]:
+    """Train one from random weights on the text of DATA, with Transformers and AdamW alone, and save it."""
+    import transformers
+
+    kind, options = SMALL[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    rows = json.loads(Path(data).read_text())
+    text = "\n\n".join("\n".join(str(value) for value in row.values()) for row in rows)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    sizes = {**_COMMON, "vocab_size": len(tokenizer), **options}
+    if "hidden_size_per_layer_input" in options:
+        sizes["vocab_size_per_layer_input"] = len(tokenizer)
+    config = getattr(transformers, kind)(
+        **sizes, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    length, rows_at_once, losses = min(256, len(ids) // 4), 16 if device == "cuda" else 2, []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 40)
+        starts = torch.randint(0, len(ids) - length, (rows_at_once,)).tolist()
+        batch = torch.stack([ids[start : start + length] for start in starts]).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"tokens": len(ids), "steps": steps, "first": losses[0], "last": statistics.fmean(losses[-10:])}
 
 
 def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,20 +144,29 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--runs", help="only these, separated by ;")
+    parser.add_argument("--small", choices=SMALL, help="a small model of this family, trained here before")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    about = machine()
+    about, model = machine(), options.model
     results: dict[str, Any] = {}
     options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"{about['date']}-curves{f'-{options.small}' if options.small else ''}.json"
+    if options.small:
+        model = tempfile.mkdtemp()
+        about["trained"] = small_model(options.small, options.model, options.data, Path(model))
+        print(json.dumps(about["trained"]), flush=True)
     for name in options.runs.split(";") if options.runs else RUNS:
-        results[name] = curve(options.model, options.data, options.steps, RUNS[name])
+        results[name] = curve(model, options.data, options.steps, RUNS[name])
         other = PAIRS.get(name)
         if other in results:
             results[name]["against"] = {other: difference(results[name]["losses"], results[other]["losses"])}
         summary = {key: value for key, value in results[name].items() if key not in ("losses", "grad_norms")}
-        print(json.dumps({name: summary, "first": results[name]["losses"][0], "last": results[name]["losses"][-1]}))
+        print(
+            json.dumps({name: summary, "first": results[name]["losses"][0], "last": results[name]["losses"][-1]}),
+            flush=True,
+        )
         written = {**about, "steps": options.steps, "results": results}
-        (options.out / f"{about['date']}-curves.json").write_text(json.dumps(written, indent=1) + "\n")
+        file.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
