@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -49,8 +50,11 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SiglipVisionConfig,
     SmolLM3Config,
@@ -66,9 +70,12 @@ FAMILIES = (
     "phi3-partial", "seed_oss", "smollm3", "granitemoehybrid", "ministral3",
     "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2",
     "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense", "solar_open",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
 )  # fmt: skip
 VOCABULARY = 211
-_MIXES = ("granitemoehybrid",)
+_WEIGHS = re.compile(r"\.router\.|expert_gate$")
+"""What weighs experts, which slimtune neither packs nor adapts."""
+_MIXES = ("granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Types that Transformers doesn't keep the documents of a pack apart in."""
 LENGTHS = (17, 5, 30, 8, 1, 3)
 """A pack of 64 tokens: document boundaries at odd places, one document of a single token."""
@@ -94,6 +101,10 @@ _WINDOWS: dict[str, Any] = {
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_DELTA: dict[str, Any] = {  # neither of the heads is as wide as the other kind, nor a power of two
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 24,
+    "linear_value_head_dim": 48, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 _GEMMA4: dict[str, Any] = {
     "sliding_window": 7,
     "head_dim": 32,
@@ -214,10 +225,23 @@ def family_config(family: str) -> PretrainedConfig:
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[1], norm_topk_prob=False)
         case "qwen3_moe-dense":
             return Qwen3MoeConfig(**_COMMON, **_EXPERTS, num_experts=6, mlp_only_layers=[0, 1, 2])
+        case "qwen3_5_text":
+            return Qwen3_5TextConfig(**_COMMON, **_DELTA)
+        case "qwen3_5_moe_text":
+            return Qwen3_5MoeTextConfig(**_COMMON, **_EXPERTS, **_DELTA, num_experts=6,
+                shared_expert_intermediate_size=64)  # fmt: skip
+        case "qwen3_next":  # a layer without experts, and three value heads to a key head
+            return Qwen3NextConfig(**_COMMON, **_EXPERTS, **_DELTA | {"linear_num_value_heads": 6}, num_experts=6,
+                shared_expert_intermediate_size=64, mlp_only_layers=[1])  # fmt: skip
         case "solar_open":
             return SolarOpenConfig(**_COMMON, **_CHOSEN, head_dim=32, n_routed_experts=6, n_shared_experts=1,
                 norm_topk_prob=True)  # fmt: skip
     raise AssertionError(family)
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Names of all stacks of experts."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".conv1d." not in name]
 
 
 def with_tower(text: PretrainedConfig) -> nn.Module:
@@ -247,7 +271,7 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
     model = AutoModelForCausalLM.from_config(
         family_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa"
     )
-    if any(parameter.ndim == 3 for parameter in model.parameters()):
+    if _stacks(model):
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
     for name, parameter in model.named_parameters():
         # Transformers starts biases at 0 and norms at 1, where a mistake with them would not show.
@@ -272,7 +296,7 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head" and ".router." not in name:
+        if isinstance(module, nn.Linear) and name != "lm_head" and not _WEIGHS.search(name):
             parent, _, child = name.rpartition(".")
             new = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4",
@@ -284,7 +308,7 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
             new.bias = module.bias
             setattr(model.get_submodule(parent), child, new)
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
                 packed = Nf4Tensor.quantize(parameter.data, double_quant=double)
                 setattr(module, own, nn.Parameter(packed, requires_grad=False))
     model.is_loaded_in_4bit = True
@@ -295,14 +319,14 @@ def add_lora(model: nn.Module, *, seed: int = 1, **options: Any) -> nn.Module:
     """PEFT's LoRA, with a B that isn't zero: else A would have no gradient."""
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **options}
     wanted = settings["target_modules"]
-    if any(parameter.ndim == 3 for parameter in model.parameters()):
+    if _stacks(model):
         # By full names: of these types PEFT would take other words for the experts, and adapt their routers too.
         named = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name != "lm_head" and ".router." not in name
+            if isinstance(module, nn.Linear) and name != "lm_head" and not _WEIGHS.search(name)
         ]
-        stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+        stacks = _stacks(model)
         settings["target_modules"], settings["target_parameters"] = (
             [name for name in names if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
             for names in (named, stacks)

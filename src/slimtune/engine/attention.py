@@ -69,6 +69,12 @@ class Documents:
         return sum(self.lengths)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """int32 [T] on the device, which finds it by itself: the first token of each token's document."""
+        places = torch.arange(self.tokens, dtype=torch.int32, device=self.boundaries.device)
+        return self.boundaries[torch.searchsorted(self.boundaries, places, right=True) - 1]
+
+    @cached_property
     def runs(self) -> list[Run]:
         """All documents, as the device sees them, if there is room; else neighbours that take at most 2 T, or one."""
         count = len(self.boundaries) - 1

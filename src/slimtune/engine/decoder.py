@@ -24,6 +24,7 @@ from slimtune.engine.blocks import (
     BranchBlock,
     BranchComputation,
     BranchSaved,
+    DeltaBlock,
     ExpertsBlock,
     Keep,
     Memory,
@@ -34,7 +35,17 @@ from slimtune.engine.blocks import (
     Sinks,
 )
 from slimtune.engine.per_layer import PerLayerComputation
-from slimtune.engine.structure import Branch, Decoder, Experts, GatedMlp, Layer, PerLayerGate, Rotary, SelfAttention
+from slimtune.engine.structure import (
+    Branch,
+    Decoder,
+    Experts,
+    GatedDelta,
+    Layer,
+    Part,
+    PerLayerGate,
+    Rotary,
+    SelfAttention,
+)
 from slimtune.engine.weights import Scratch
 
 __all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
@@ -59,7 +70,7 @@ class LayerComputation:
         self, layer: Layer, dtype: torch.dtype, device: torch.device, scratch: Scratch, first_stream: int
     ) -> None:
         self.layer, self.dtype = layer, dtype
-        self.hidden, stream = layer.attention.qkv.in_features, itertools.count(first_stream)
+        self.hidden, stream = layer.hidden, itertools.count(first_stream)
 
         def computed(branch: Branch) -> BranchComputation:
             blocks = (
@@ -144,7 +155,7 @@ class LayerComputation:
 
 
 def _block(
-    part: SelfAttention | GatedMlp | Experts | PerLayerGate,
+    part: Part,
     dtype: torch.dtype,
     device: torch.device,
     streams: Iterator[int],
@@ -155,6 +166,8 @@ def _block(
     stream, _ = next(streams), next(streams)  # one for each of two projections
     if isinstance(part, SelfAttention):
         return AttentionBlock(part, dtype, device, stream, scratch)
+    if isinstance(part, GatedDelta):
+        return DeltaBlock(part, dtype, device, stream, scratch)
     if isinstance(part, PerLayerGate):
         return PerLayerBlock(part, dtype, device, stream, scratch)
     return MlpBlock(part, dtype, device, stream, scratch)
@@ -185,6 +198,5 @@ def rotary_tables(
     decoder: Decoder, positions: int, device: torch.device, dtype: torch.dtype
 ) -> dict[Rotary, RotaryTable]:
     """The table of every rotary embedding that a layer has."""
-    parts = [layer.attention for layer in decoder.fused]
-    sizes = {part.rotary: part.head_dim for part in parts if part.rotary is not None}
+    sizes = {part.rotary: part.head_dim for part in decoder.attentions if part.rotary is not None}
     return {rotary: RotaryTable.of(rotary, dim, positions, device, dtype) for rotary, dim in sizes.items()}

@@ -198,7 +198,8 @@ def plan_memory(
         per_layer: What makes the layers' inputs beside the stream.
     """
     shape = _Shape(layers, tokens, vocabulary, ways, per_layer)
-    widest = max(layer.layer.attention.heads * layer.layer.attention.head_dim for layer in layers)
+    attentions = [layer.layer.attention for layer in layers]
+    widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
     plans = [shape.filled(*size, budget) for size in sizes]

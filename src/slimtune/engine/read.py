@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 
 from slimtune.config import Config
 from slimtune.engine.kernels.router import Choice
-from slimtune.engine.read_linear import FLOATS, read_adapter, read_linear
+from slimtune.engine.read_delta import input_names, read_delta
+from slimtune.engine.read_linear import FLOATS, is_bare, read_adapter, read_linear
 from slimtune.engine.structure import (
     Activation,
     Branch,
@@ -25,9 +26,12 @@ from slimtune.engine.structure import (
     Decoder,
     Experts,
     ExpertStack,
+    GatedDelta,
     GatedMlp,
     Layer,
+    Linear,
     Norm,
+    Part,
     PerLayerGate,
     PerLayerInputs,
     Projection,
@@ -140,9 +144,10 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
     for index, module in enumerate(backbone.layers):
         try:
             layer = _Reader(index, module, backbone, form, frozen=frozen).layer()
-            if layer.attention.borrows not in lent:
-                raise CannotFuse(f"layers.{index} takes the keys of a layer that isn't computed")
-            lent.add(layer.attention.lends)
+            if layer.attention is not None:
+                if layer.attention.borrows not in lent:
+                    raise CannotFuse(f"layers.{index} takes the keys of a layer that isn't computed")
+                lent.add(layer.attention.lends)
             layers.append(layer)
         except CannotFuse as refusal:
             layers.append(None)
@@ -180,7 +185,7 @@ def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerL
     over = backbone.per_layer_projection_norm
     # The embedded tokens' gradient by way of the layers' inputs is never made.
     for part in (table, over, backbone.embed_tokens):
-        if not _is_bare(part) or (frozen and any(p.requires_grad for p in part.parameters())):
+        if not is_bare(part) or (frozen and any(p.requires_grad for p in part.parameters())):
             raise CannotFuse(
                 "an embedding or a norm that per-layer inputs are made of trains; the engine keeps it frozen"
             )
@@ -252,7 +257,7 @@ def _root(size: int, dtype: torch.dtype) -> float:
 def _plain_head(inner: Any) -> bool:
     head: Any = inner.get_output_embeddings()
     return (
-        _is_bare(head)
+        is_bare(head)
         and type(head) is nn.Linear
         and getattr(head, "bias", None) is None
         and head.weight.dtype in FLOATS
@@ -264,10 +269,6 @@ def _inside(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def _is_bare(module: Any) -> bool:
-    return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
 
 
 def _norm(module: Any, weight: Tensor, form: DecoderForm, *, scale: float = 1.0) -> Norm:
@@ -327,7 +328,7 @@ class _Reader:
             carry=times,
         )
 
-    def _blocks(self, name: str | BranchForm) -> Sequence[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch]:
+    def _blocks(self, name: str | BranchForm) -> Sequence[Part | Branch]:
         """What is made of a module of the layer, or of a branch inside one."""
         if isinstance(name, BranchForm):
             return [replace(self._branch(name), carry=None)]
@@ -340,6 +341,8 @@ class _Reader:
                 return [self._experts(part, self._router(self.module, self.form.router), name)]
             case "self_attn":
                 return [self._attention(part)]
+            case "linear_attn":
+                return [self._delta(part)]
             case "per_layer_input_gate":
                 return [self._per_layer_gate()]
             case "per_layer_projection":
@@ -361,7 +364,7 @@ class _Reader:
     def _norm(self, parent: Any, name: str, *, scale: float = 1.0, like: Tensor | None = None) -> Norm:
         """A norm; ``like``: what ones are made like where it has no weight of its own."""
         module = getattr(parent, name)
-        if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
+        if not is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains a norm, which the fused engine keeps frozen")
         weight = getattr(module, "weight", None if like is None else torch.ones_like(like))
         if weight is None or weight.ndim != 1:
@@ -380,9 +383,10 @@ class _Reader:
         head_dim, o = int(module.head_dim), self._projection("self_attn", module, ("o_proj",))
         heads = o.in_features // head_dim
         qkv = self._projection("self_attn", module, ["qkv_proj"] if hasattr(module, "qkv_proj") else names)
-        kv_heads = (qkv.out_features // head_dim - heads) // own if own else heads // int(module.num_key_value_groups)
+        queries = heads * (1 + self.form.gates_queries)
+        kv_heads = (qkv.out_features // head_dim - queries) // own if own else heads // int(module.num_key_value_groups)
         if (
-            (heads * head_dim, (heads + own * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
+            (heads * head_dim, (queries + own * kv_heads) * head_dim) != (o.in_features, qkv.out_features)
             or kv_heads < 1
             or heads % kv_heads
         ):
@@ -407,10 +411,15 @@ class _Reader:
             v_norm=self._norm(module, "v_norm", like=module.k_norm.weight) if hasattr(module, "v_norm") else None,
             norms_rows=self.form.norms_rows,
             keys_are_values=own == 1,
+            gated=self.form.gates_queries,
             lends=str(module.layer_type) if lends else None,
             borrows=borrows,
             softcap=_cap(module, "attn_logit_softcapping") if self.form.caps_scores else None,
         )
+
+    def _delta(self, module: Any) -> GatedDelta:
+        inputs, out = (self._projection("linear_attn", module, names) for names in (input_names(module), ["out_proj"]))
+        return read_delta(self.name, module, inputs, out, self._norm(module, "norm"), frozen=self.frozen)
 
     def _window(self, module: Any) -> int | None:
         window = getattr(self.config if self.form.window_of_all else module, "sliding_window", None)
@@ -459,18 +468,28 @@ class _Reader:
         return [
             self._experts(module.experts, self._router(module, self.form.router), f"{name}.experts"),
             *(
-                self._mlp(getattr(module, part), f"{name}.{part}")
-                for part in ("shared_experts",)
+                replace(self._mlp(getattr(module, part), f"{name}.{part}"), weigher=self._weigher(module, name, part))
+                for part in ("shared_experts", "shared_expert")
                 if getattr(module, part, None) is not None
             ),
         ]
 
+    def _weigher(self, mixture: Any, name: str, part: str) -> Linear | None:
+        """What weighs the shared expert of each token, where something does."""
+        module = getattr(mixture, f"{part}_gate", None)
+        if module is None:
+            return None
+        linear = read_linear(f"{self.name}.{name}.{part}_gate", module, frozen=self.frozen)
+        if linear.adapter is not None or linear.bias is not None or linear.out_features != 1:
+            raise CannotFuse(f"{linear.name} has an adapter or a bias, or more than one row")
+        return linear
+
     def _router(self, mixture: Any, form: RouterForm) -> Router:
         module, bias = getattr(mixture, form.gate), _inside(mixture, form.bias)
-        if not _is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
+        if not is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains its router, which the fused engine keeps frozen")
         own = module.proj if form.normalises else module
-        if not _is_bare(own) or own.weight.dtype not in FLOATS:
+        if not is_bare(own) or own.weight.dtype not in FLOATS:
             raise CannotFuse(f"{self.name} has an adapted or packed router, which the engine doesn't compute")
         choice = Choice(
             k=int(module.config.top_k_experts if form.normalises else module.top_k),
@@ -497,7 +516,7 @@ class _Reader:
         while hasattr(module, "parameter_name"):  # PEFT's wrappers of single parameters, one around the other
             wrappers[module.parameter_name] = module
             module = module.base_layer
-        if not _is_bare(module):
+        if not is_bare(module):
             raise CannotFuse(f"{name} is a {type(module).__name__}")
         return Experts(
             router=router,

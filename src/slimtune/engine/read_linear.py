@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from slimtune.engine.structure import Adapter, CannotFuse, Linear
 
-__all__ = ["FLOATS", "read_adapter", "read_linear"]
+__all__ = ["FLOATS", "is_bare", "read_adapter", "read_linear"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of weights that aren't packed."""
+
+
+def is_bare(module: Any) -> bool:
+    """Whether PEFT hasn't wrapped it."""
+    return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
 
 
 def read_linear(name: str, module: Any, *, frozen: bool) -> Linear:

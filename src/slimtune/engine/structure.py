@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slimtune.engine.kernels.delta import DeltaHeads
 from slimtune.engine.kernels.router import Choice
 from slimtune.errors import UserError
 
@@ -27,10 +28,12 @@ __all__ = [
     "Decoder",
     "ExpertStack",
     "Experts",
+    "GatedDelta",
     "GatedMlp",
     "Layer",
     "Linear",
     "Norm",
+    "Part",
     "PerLayerGate",
     "PerLayerInputs",
     "Projection",
@@ -187,6 +190,8 @@ class SelfAttention:
     """The norms go over all heads of a token at once; else over each head."""
     keys_are_values: bool = False
     """qkv has no v: the keys as projected are the values too."""
+    gated: bool = False
+    """Each query head's gate stands beside it in qkv's first part; its sigmoid multiplies what attention gives."""
     lends: str | None = None
     """Later layers take its keys and values by this name, and its gradients of them are theirs too."""
     borrows: str | None = None
@@ -204,13 +209,41 @@ class SelfAttention:
 
 
 @dataclass(frozen=True, eq=False)
+class GatedDelta:
+    """out(norm(rule(conv(mixed), a, b)) x silu(z)), where mixed, z, b, a are the inputs' product (Qwen3-Next)."""
+
+    inputs: Projection
+    """mixed (all q, all k, all v), z, b, a, one after the other."""
+    out: Projection
+    heads: DeltaHeads
+    conv: Tensor
+    """[columns of mixed, taps], followed by silu."""
+    conv_bias: Tensor | None
+    a_log: Tensor
+    """[value heads]."""
+    dt_bias: Tensor
+    """[value heads]; a token's decay is exp(-exp(a_log) softplus(a + dt_bias))."""
+    norm: Norm
+    """Of each value head."""
+    by_key_head: bool = False
+    """The product has q, k, v, z of one key head after the other, then b, a likewise."""
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """In the order of computation."""
+        return self.inputs, self.out
+
+
+@dataclass(frozen=True, eq=False)
 class GatedMlp:
-    """down(act(gate) x up)."""
+    """down(act(gate) x up), or that times a weight of the token's own."""
 
     gate_up: Projection
     """All gates, then all ups."""
     down: Projection
     activation: Activation
+    weigher: Linear | None = None
+    """[1, H], without an adapter: the sigmoid of what it gives multiplies the token's result."""
 
     @property
     def projections(self) -> tuple[Projection, Projection]:
@@ -309,13 +342,17 @@ class Experts:
         return self.gate_up, self.down
 
 
+Part = SelfAttention | GatedDelta | GatedMlp | Experts | PerLayerGate
+"""What a block computes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Branch:
     """x = carry x + scale x norm_after(sum of its blocks of norm(x))."""
 
     norm: Norm | None
     """None: the blocks take x itself."""
-    blocks: tuple[SelfAttention | GatedMlp | Experts | PerLayerGate | Branch, ...]
+    blocks: tuple[Part | Branch, ...]
     """A branch among them has norms of its own."""
     norm_after: Norm | None = None
     scale: float = 1.0
@@ -323,7 +360,7 @@ class Branch:
     """None: nothing of the stream passes, as in a branch that is a block of another."""
 
     @property
-    def parts(self) -> Iterator[SelfAttention | GatedMlp | Experts | PerLayerGate]:
+    def parts(self) -> Iterator[Part]:
         """Its blocks, and those of branches among them."""
         for block in self.blocks:
             yield from block.parts if isinstance(block, Branch) else (block,)
@@ -343,12 +380,17 @@ class Layer:
         return tuple(projection for part in self.parts for projection in part.projections)
 
     @property
-    def attention(self) -> SelfAttention:
-        """The layer's attention."""
-        return next(part for part in self.parts if isinstance(part, SelfAttention))
+    def attention(self) -> SelfAttention | None:
+        """The layer's attention; None where it mixes tokens by a state."""
+        return next((part for part in self.parts if isinstance(part, SelfAttention)), None)
 
     @property
-    def parts(self) -> Iterator[SelfAttention | GatedMlp | Experts | PerLayerGate]:
+    def hidden(self) -> int:
+        """Width of the stream."""
+        return self.projections[0].in_features
+
+    @property
+    def parts(self) -> Iterator[Part]:
         """All blocks."""
         for branch in self.branches:
             yield from branch.parts
@@ -387,9 +429,14 @@ class Decoder:
         return tuple(layer for layer in self.layers if layer is not None)
 
     @property
+    def attentions(self) -> tuple[SelfAttention, ...]:
+        """Of all layers that have one."""
+        return tuple(layer.attention for layer in self.fused if layer.attention is not None)
+
+    @property
     def scores(self) -> tuple[ScoresKind, ...]:
         """Every kind of attention that a layer has."""
-        return tuple(dict.fromkeys(layer.attention.kind for layer in self.fused))
+        return tuple(dict.fromkeys(part.kind for part in self.attentions))
 
     def stacks(self) -> Iterator[ExpertStack]:
         """Every expert stack of the fused layers."""

@@ -22,7 +22,7 @@ from slimtune.engine.kernels import lora, nf4
 from slimtune.engine.kernels.formats import NestedScales, dynamic_map
 from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 
-__all__ = ["Gradients", "Scratch", "Site", "Stack", "unpack_for_training"]
+__all__ = ["Gradients", "Scratch", "Site", "Stack", "dense", "unpack_for_training"]
 
 _NESTED_BLOCK = 256  # scales to one scale of scales, as base.packed makes them
 _ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
@@ -393,6 +393,14 @@ class Stack:
     @cached_property
     def _code(self) -> Tensor:
         return dynamic_map(signed=True).to(self.device)
+
+
+def dense(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight [out_features, in_features] in a dtype, a copy."""
+    unpack_for_training(linear)
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=linear.base.weight.device)
+    _write_weight(linear, weight)
+    return weight
 
 
 def _write_weight(linear: Linear, out: Tensor) -> None:

@@ -17,8 +17,8 @@ class BranchForm:
     """One residual branch, by the names of the layer's modules."""
 
     blocks: tuple[str | BranchForm, ...]
-    """An attention is called self_attn; the gate of a per-layer input is followed by its projection. A branch among
-    them has norms of its own, and no stream past it."""
+    """An attention is called self_attn, a state linear_attn; the gate of a per-layer input is followed by its
+    projection. A branch among them has norms of its own, and no stream past it."""
     norm: str | None = None
     norm_after: str | None = None
     where: str | None = None
@@ -85,6 +85,8 @@ class DecoderForm:
     """Model types around the text model that do to logits what its own class does."""
     grows_queries: bool = False
     """Rotated queries grow with their position, as in Llama 4: the config's ``llama_4_scaling_beta``."""
+    gates_queries: bool = False
+    """A query's projection gives its gate too, head by head; its sigmoid multiplies what attention gives."""
     caps_scores: bool = False
     """The attention module's soft cap is applied; Gemma 3 has one that is not."""
     router: RouterForm | None = None
@@ -129,6 +131,17 @@ _GEMMA4 = DecoderForm(
     layer_times="layer_scalar",
     sizes_by_layer=True,
     same_inside=("gemma4", "gemma4_unified"),
+)
+
+_QWEN3_NEXT = DecoderForm(
+    (
+        replace(_BEFORE[0], where="self_attn"),
+        BranchForm(("linear_attn",), "input_layernorm", where="linear_attn"),
+        _BEFORE[1],
+    ),
+    norm_offset=1.0,
+    gates_queries=True,
+    router=RouterForm(),
 )
 
 _GRANITE: dict[str, Any] = {
@@ -179,7 +192,10 @@ DECODERS: dict[str, DecoderForm] = {
     "phi3": DecoderForm(_BEFORE, window_of_all=True),
     "qwen2": DecoderForm(_BEFORE),
     "qwen3": DecoderForm(_BEFORE),
+    "qwen3_5_moe_text": _QWEN3_NEXT,
+    "qwen3_5_text": _QWEN3_NEXT,
     "qwen3_moe": DecoderForm(_BEFORE, router=RouterForm()),
+    "qwen3_next": _QWEN3_NEXT,
     "seed_oss": DecoderForm(_BEFORE),
     "smollm3": DecoderForm(_BEFORE),
     "solar_open": DecoderForm(_BEFORE, router=_SIGMOID),

@@ -13,7 +13,7 @@ from tests.tolerances import assert_close
 SHAPES = [(37, 1536), (3, 5504), (2, 80)]
 
 
-@pytest.fixture(params=["silu", "gelu_tanh"])
+@pytest.fixture(params=["silu", "gelu_tanh", "sigmoid"])
 def activation(request: pytest.FixtureRequest) -> mlp.Activation:
     return request.param
 
@@ -28,6 +28,8 @@ def gate_and_up(make: Maker, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def transformers_act(g: Tensor, activation: mlp.Activation) -> Tensor:
     if activation == "silu":
         return torch.nn.functional.silu(g)
+    if activation == "sigmoid":
+        return torch.sigmoid(g)
     return torch.nn.functional.gelu(g, approximate="tanh")
 
 

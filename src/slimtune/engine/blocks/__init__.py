@@ -3,6 +3,7 @@
 from slimtune.engine.blocks.attention import AttentionBlock
 from slimtune.engine.blocks.block import Block, Keep, Lent, Memory, Pass, RotaryTable, Sinks
 from slimtune.engine.blocks.branch import BranchBlock, BranchComputation, BranchSaved
+from slimtune.engine.blocks.delta import DeltaBlock
 from slimtune.engine.blocks.experts import ExpertsBlock
 from slimtune.engine.blocks.mlp import MlpBlock
 from slimtune.engine.blocks.per_layer import PerLayerBlock
@@ -13,6 +14,7 @@ __all__ = [
     "BranchBlock",
     "BranchComputation",
     "BranchSaved",
+    "DeltaBlock",
     "ExpertsBlock",
     "Keep",
     "Lent",

@@ -11,6 +11,7 @@ from torch import Tensor
 from slimtune.engine.attention import Attention
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.blocks.heads import Heads, by_heads
+from slimtune.engine.kernels import mlp
 from slimtune.engine.structure import SelfAttention
 from slimtune.engine.weights import Scratch
 
@@ -30,6 +31,10 @@ class _Kept:
     o: Tensor
     """o's input buffer."""
     attention: tuple[Any, ...]
+    gate: Tensor | None = None
+    """[T, N D], where what attention gave is multiplied with its sigmoid."""
+    attended: Tensor | None = None
+    """What attention gave then, [T, N D]; without a gate ``o`` begins with it."""
 
 
 class AttentionBlock(TwoProjections):
@@ -51,6 +56,7 @@ class AttentionBlock(TwoProjections):
 
     def _attend(self, n: Tensor, on: Pass) -> _Kept:
         qkv, part, turn = self.qkv.forward(n), self.part, self._turn(on)
+        qkv, gate = self._without_gate(qkv)
         if part.borrows is None:
             q, k, v, rstd = self.heads.forward(qkv, turn)
         else:
@@ -59,7 +65,27 @@ class AttentionBlock(TwoProjections):
             on.lend(part.lends, k, v)
         self._grow_(q, on)
         attended, saved = self._attention(on).forward(q, k, v)
-        return _Kept(qkv, q, k, v, rstd, self.o.buffer_of(attended.flatten(1), on.seed), saved)
+        result = attended.flatten(1)
+        if gate is None:
+            return _Kept(qkv, q, k, v, rstd, self.o.buffer_of(result, on.seed), saved)
+        o = self.o.input_buffer(len(result))
+        mlp.gated_forward(gate, result, activation="sigmoid", out=o[:, : self.o.inputs])
+        self.o.fill_extra(o, on.seed, 0)
+        return _Kept(qkv, q, k, v, rstd, o, saved, gate, result)
+
+    def _without_gate(self, product: Tensor) -> tuple[Tensor, Tensor | None]:
+        """q, k, v one after the other, and the gates [T, N D] if there are any."""
+        if not self.part.gated:
+            return product, None
+        both, rest = product.tensor_split([2 * self.o.inputs], dim=1)
+        q, gate = both.view(len(both), self.part.heads, 2, -1).unbind(2)
+        return torch.cat((q.flatten(1), rest), dim=1), gate.flatten(1)
+
+    def _with_gate(self, dqkv: Tensor, dgate: Tensor) -> Tensor:
+        """The way back: the product's gradient from those of q, k, v and of the gates."""
+        dq, rest = dqkv.tensor_split([self.o.inputs], dim=1)
+        both = torch.stack([by_heads(x.contiguous(), self.part.head_dim) for x in (dq, dgate)], dim=2)
+        return torch.cat((both.flatten(1), rest), dim=1)
 
     def _grow_(self, q: Tensor, on: Pass) -> None:
         """Multiply rotated queries, or their gradient, with what their positions ask for: its own transpose."""
@@ -96,7 +122,13 @@ class AttentionBlock(TwoProjections):
 
     def _attention_backward(self, do: Tensor, kept: _Kept, on: Pass) -> Tensor:
         """The gradient of qkv's product, [T, its columns]."""
-        o, do = (by_heads(x, self.part.head_dim) for x in (kept.o[:, : self.o.inputs], do))
+        result = kept.o[:, : self.o.inputs]
+        if kept.gate is not None:
+            assert kept.attended is not None
+            through, result = do, kept.attended
+            do = result.clone()
+            mlp.gated_backward_(through, kept.gate, do, activation="sigmoid")
+        o, do = (by_heads(x, self.part.head_dim) for x in (result, do))
         dq, dk, dv = self._attention(on).backward(do, kept.q, kept.k, kept.v, o, kept.attention)
         self._grow_(dq, on)
         if self.part.borrows is not None:
@@ -104,7 +136,8 @@ class AttentionBlock(TwoProjections):
             return self.heads.query_backward(dq, kept.qkv, kept.rstd, self._turn(on))
         if self.part.lends is not None:
             dk, dv = on.lent[self.part.lends].with_own(dk, dv)
-        return self.heads.backward(dq, dk, dv, kept.qkv, kept.rstd, self._turn(on))
+        dqkv = self.heads.backward(dq, dk, dv, kept.qkv, kept.rstd, self._turn(on))
+        return dqkv if kept.gate is None else self._with_gate(dqkv, kept.gate)
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +154,7 @@ class AttentionBlock(TwoProjections):
         lent = tokens * 2 * part.kv_heads * part.head_dim if part.lends is not None else 0
         if keep < Keep.ATTENTION:
             return lent * (size + max(4, size))
-        columns = self.qkv.outputs + self.o.inputs + self.o.extra
+        columns = self.qkv.outputs + self.o.inputs * (1 + part.gated) + self.o.extra
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
         efficient = memory.ways[part.kind] == "efficient"
         floats = part.heads * (max(4 * tokens, memory.padded_room) if efficient else tokens)
@@ -138,6 +171,8 @@ class AttentionBlock(TwoProjections):
         q, qkv, hidden = part.heads * part.head_dim, (part.heads + 2 * part.kv_heads) * part.head_dim, self.o.outputs
         # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
         attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
+        # The product beside what it is split into, or its gradient beside theirs; what attention gave once more.
+        attention += tokens * (self.qkv.outputs + 2 * q) * size * part.gated
         if memory.ways[part.kind] == "efficient":
             # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with q's heads, and o.
             attention += 4 * q * (max(2 * tokens, memory.padded_room) - tokens) + tokens * 5 * q * size

@@ -10,7 +10,7 @@ from torch import Tensor
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.kernels import mlp
 from slimtune.engine.structure import GatedMlp
-from slimtune.engine.weights import Scratch
+from slimtune.engine.weights import Scratch, dense
 
 __all__ = ["MlpBlock"]
 
@@ -22,6 +22,7 @@ class MlpBlock(TwoProjections):
         super().__init__(part.projections, dtype, device, stream, scratch)
         self.part = part
         self.gate_up, self.down = self.sites
+        self._weigher = None if part.weigher is None else dense(part.weigher, dtype)
 
     def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
         """See :meth:`Block.forward`."""
@@ -36,7 +37,14 @@ class MlpBlock(TwoProjections):
             mlp.gated_forward(*gates.chunk(2, dim=1), activation=self.part.activation, out=h[:, : self.down.inputs])
             self.down.fill_extra(h, on.seed, number)
             self.down.forward(h, out=y[rows])
+            weight = self._weight(n[rows])
+            if weight is not None:
+                y[rows] *= weight
         return y, kept
+
+    def _weight(self, n: Tensor) -> Tensor | None:
+        """What each token's result is multiplied with, [rows, 1]."""
+        return None if self._weigher is None else torch.sigmoid(n[:, : self.gate_up.inputs] @ self._weigher.t())
 
     def backward(
         self, dy: Tensor, n: Tensor | None, kept: Any, on: Pass, sinks: Sinks, *, fresh: bool, need_dx: bool
@@ -53,28 +61,50 @@ class MlpBlock(TwoProjections):
                 gates = self.gate_up.forward(part)
             else:
                 gates = kept[rows]
-            self._gates_backward(dy[rows], gates, on, number, sinks)
+            weight = None if part is None else self._weight(part)
+            dlogit = self._gates_backward(dy[rows], gates, on, number, sinks, weight)
             out = None if dn is None else dn[rows]
             d = self.gate_up.backward(
                 gates, part, on.seed, sinks.get(self.gate_up), chunk=number, need_dx=need_dx, out=out
             )
+            if d is not None and dlogit is not None and self._weigher is not None:
+                d = torch.addmm(d, dlogit, self._weigher)
             if out is None:
                 dn = d
             elif d is not None and d.data_ptr() != out.data_ptr():
                 out.copy_(d)
         return dn
 
-    def _gates_backward(self, dy: Tensor, gates: Tensor, on: Pass, number: int, sinks: Sinks) -> None:
-        """Overwrite gates [rows, 2 F] with their gradient."""
+    def _gates_backward(
+        self, dy: Tensor, gates: Tensor, on: Pass, number: int, sinks: Sinks, weight: Tensor | None
+    ) -> Tensor | None:
+        """Overwrite gates [rows, 2 F] with their gradient; that of the token's own weight before its sigmoid [rows, 1].
+
+        The weight's is dy · y for the result y without it. That is h · dh, as dh is dy by the transpose of what makes
+        y of h: so y isn't needed again.
+        """
         gate, up = gates.chunk(2, dim=1)
         h = None
-        if self.down.groups:
+        if self.down.groups or weight is not None:
             h = self.down.input_buffer(dy.shape[0])
             mlp.gated_forward(gate, up, activation=self.part.activation, out=h[:, : self.down.inputs])
             self.down.fill_extra(h, on.seed, number)
-        dh = self.down.backward(dy, h, on.seed, sinks.get(self.down), chunk=number)
+        weighed = dy if weight is None else dy * weight
+        dh = self.down.backward(weighed, h, on.seed, sinks.get(self.down), chunk=number)
         assert dh is not None
+        dlogit = None
+        if weight is not None:
+            assert h is not None
+            wide = torch.promote_types(self.dtype, torch.float32)
+            dot = torch.linalg.vecdot(dh.to(wide), h[:, : self.down.inputs].to(wide))[:, None]
+            dlogit = (dot * (1 - weight.to(wide))).to(self.dtype)
         mlp.gated_backward_(dh, gate, up, activation=self.part.activation)
+        return dlogit
+
+    @property
+    def reads_input(self) -> bool:
+        """For the gradients of the first projection's adapters, and for the token's own weight."""
+        return super().reads_input or self._weigher is not None
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
@@ -86,7 +116,12 @@ class MlpBlock(TwoProjections):
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""
         columns = self.columns + self.down.outputs
-        return (memory.tokens * columns + self.rows(memory) * 3 * self.gate_up.outputs) * self.dtype.itemsize
+        working = (memory.tokens * columns + self.rows(memory) * 3 * self.gate_up.outputs) * self.dtype.itemsize
+        if self._weigher is None:
+            return working
+        # dy once more; h beside dh, both in float32 where they are multiplied.
+        more = 2 * self.down.outputs * self.dtype.itemsize + 3 * self.down.inputs * max(4, self.dtype.itemsize)
+        return working + self.rows(memory) * more
 
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""

@@ -1,8 +1,9 @@
 """The gated MLP's elementwise part.
 
 Forward: h = act(gate) · up with act(g) = g · σ(v(g)): v = g is silu (SwiGLU), v = √(8/π) (g + 0.044715 g³) is GELU in
-its tanh form (GeGLU). Backward, with a = act(gate) and s = σ(v(gate)): dgate = w · dh · up · (s + a · (1 - s) · v'),
-dup = w · dh · a; they overwrite gate and up, which nobody needs afterwards, and h is given back for who recomputes it.
+its tanh form (GeGLU); or act(g) = σ(g), a gate. Backward, with a = act(gate) and s = σ(v(gate)): dup = w · dh · a and
+dgate = w · dh · up · a', where a' = s + a · (1 - s) · v', or of a gate s · (1 - s); they overwrite gate and up, which
+nobody needs afterwards, and h is given back for who recomputes it.
 w is 1, or in a mixture of experts the router's weight of the row, whose gradient is Σ dh · h over the row.
 
 Layout: [T, F] with any row stride: gate and up may be the halves of one [T, 2 F] product, h the first columns of a
@@ -26,9 +27,12 @@ __all__ = ["Activation", "gated_backward_", "gated_forward"]
 
 
 @jit
-def _activate(g: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+def _activate(g: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """The activation of g and its slope."""
-    if GELU:
+    if KIND == "sigmoid":
+        act = tl.sigmoid(g)
+        slope = act * (1.0 - act)
+    elif KIND == "gelu_tanh":
         sigma = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         act = g * sigma
         slope = sigma + act * (1.0 - sigma) * (1.5957691216057308 * (1.0 + 0.134145 * g * g))
@@ -48,7 +52,7 @@ def _forward(
     up_stride: int,
     h_stride: int,
     size: int,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
@@ -57,7 +61,7 @@ def _forward(
     mask = columns < size
     g = tl.load(gate + tl.multiple_of(row * gate_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + tl.multiple_of(row * up_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
-    act, _ = _activate(g, GELU)
+    act, _ = _activate(g, KIND)
     tl.store(h + tl.multiple_of(row * h_stride, ALIGN) + columns, act * u, mask=mask)
 
 
@@ -75,7 +79,7 @@ def _backward(
     up_stride: int,
     h_stride: int,
     size: int,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     WITH_H: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WITH_DW: tl.constexpr,
@@ -98,7 +102,7 @@ def _backward(
         d = tl.load(dh + columns, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + columns, mask=mask, other=0.0).to(tl.float32)
-        act, slope = _activate(g, GELU)
+        act, slope = _activate(g, KIND)
         if WITH_DW:
             total += d * (act * u)
         if WEIGHTED:
@@ -125,7 +129,7 @@ def gated_forward(gate: Tensor, up: Tensor, *, activation: Activation = "silu", 
     block = _block(size)
     _forward[(rows, cdiv(size, block))](
         gate, up, h, gate.stride(0), up.stride(0), h.stride(0), size,
-        GELU=activation == "gelu_tanh", BLOCK=block, ALIGN=row_alignment(gate, up, h), num_warps=block // 512,
+        KIND=activation, BLOCK=block, ALIGN=row_alignment(gate, up, h), num_warps=block // 512,
         enable_fp_fusion=True,
     )  # fmt: skip
     return h
@@ -156,6 +160,6 @@ def gated_backward_(
         dh, gate, up, place, dh if routes is None else routes.order,
         dh if weights is None else weights.contiguous(), dh if dw is None else dw,
         dh.stride(0), gate.stride(0), up.stride(0), place.stride(0), size,
-        GELU=activation == "gelu_tanh", WITH_H=h is not None, WEIGHTED=weights is not None, WITH_DW=dw is not None,
+        KIND=activation, WITH_H=h is not None, WEIGHTED=weights is not None, WITH_DW=dw is not None,
         SPAN=span, BLOCK=block, ALIGN=row_alignment(dh, gate, up, h), num_warps=block // 512, enable_fp_fusion=True,
     )  # fmt: skip

@@ -14,12 +14,15 @@ from slimtune.engine.kernels.reference_experts import Routes
 
 __all__ = ["Activation", "gated_backward_", "gated_forward"]
 
-Activation = Literal["silu", "gelu_tanh"]
-"""g x sigma(v(g)): silu with v = g, and the tanh form of GELU with v = sqrt(8 / pi) (g + 0.044715 g^3)."""
+Activation = Literal["silu", "gelu_tanh", "sigmoid"]
+"""g x sigma(v(g)): silu with v = g, and the tanh form of GELU with v = sqrt(8 / pi) (g + 0.044715 g^3). Or sigma(g)."""
 
 
 def _activate(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """The activation of g and its slope: with s = sigma(v), a = g s and a' = s + a (1 - s) v'."""
+    if activation == "sigmoid":
+        sigma = torch.sigmoid(g)
+        return sigma, sigma * (1 - sigma)
     if activation == "silu":
         v, slope = g, torch.ones_like(g)
     else:

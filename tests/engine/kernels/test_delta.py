@@ -1,0 +1,110 @@
+"""The gated delta rule and its convolution against their definitions, token by token, through autograd in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, silu
+
+from slimtune.engine.kernels import delta
+from slimtune.engine.kernels import reference_delta as reference
+from tests.engine.kernels.maker import Maker
+from tests.tolerances import assert_close, relative_error
+
+HEADS = delta.DeltaHeads(keys=2, values=4, key_dim=24, value_dim=48)
+PACKS = [(1,), (64,), (63, 1, 1), (17, 5, 30, 8, 1, 3), (130, 62, 2, 65)]
+
+
+class Rule(NamedTuple):
+    """Arguments of the rule, and the gradient of its result."""
+
+    mixed: Tensor
+    g: Tensor
+    beta: Tensor
+    starts: Tensor
+    boundaries: Tensor
+    do: Tensor
+
+    def computed(self, heads: delta.DeltaHeads) -> tuple[Tensor, ...]:
+        """o, dmixed, dg, dbeta."""
+        where = self.mixed, self.g, self.beta, self.starts, self.boundaries, heads
+        o, saved = delta.delta_forward(*where)
+        wide = torch.promote_types(self.mixed.dtype, torch.float32)
+        assert sum(each.nbytes for each in saved) == saved.nbytes(len(o), heads, wide.itemsize)
+        return o, *delta.delta_backward(self.do, *where, saved)
+
+    def defined(self, heads: delta.DeltaHeads) -> tuple[Tensor, ...]:
+        """The same by :func:`reference.recurrent` and autograd, in float64 on the CPU."""
+        inputs = [x.double().cpu().requires_grad_() for x in self[:3]]
+        o = reference.recurrent(*inputs, self.starts.cpu(), heads)
+        o.backward(self.do.double().cpu())
+        return o.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
+
+
+def boundaries(lengths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    """starts, and boundaries that go on repeating the end as a recorded graph's do."""
+    ends = torch.tensor([0, *lengths, 0, 0]).cumsum(0).int()
+    starts = ends[: len(lengths)].repeat_interleave(torch.tensor(lengths))
+    return starts.to(device), ends.to(device)
+
+
+def rule(make: Maker, lengths: tuple[int, ...], heads: delta.DeltaHeads = HEADS) -> Rule:
+    """Decays from none to all at once, and keys that resemble each other."""
+    tokens = sum(lengths)
+    wide = torch.promote_types(make.dtype, torch.float32)
+    mixed = make(tokens, sum(heads.columns)) + 0.7
+    g = -(make(tokens, heads.values, dtype=wide).abs() ** 5)
+    g[::7] = 0.0
+    beta = torch.sigmoid(3 * make(tokens, heads.values, dtype=wide))
+    return Rule(mixed, g, beta, *boundaries(lengths, make.device), make(tokens, heads.columns[2]))
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+def test_equals_the_recurrence(make: Maker, lengths: tuple[int, ...]) -> None:
+    given = rule(make, lengths)
+    for actual, expected in zip(given.computed(HEADS), given.defined(HEADS), strict=True):
+        if expected.any():
+            # A chunk's gradients are sums of products of products, and differences of them: each is rounded.
+            assert_close(actual, expected, dtype=make.dtype, factor=10.0 if make.dtype == torch.float32 else 4.0)
+        else:
+            assert not actual.any()
+
+
+def test_in_float64_with_documents_of_1_to_1000_tokens() -> None:
+    lengths = (1000, 1, 200, 64, 63, 2)
+    given = rule(Maker("cpu", torch.float64), lengths, heads := delta.DeltaHeads(1, 2, 8, 12))
+    for actual, expected in zip(given.computed(heads), given.defined(heads), strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+def test_other_documents_change_nothing(make: Maker) -> None:
+    """To the bit: what lies in one chunk with a document multiplies it by zeros."""
+    given = rule(make, (70, 20, 40))
+    whole = given.computed(HEADS)
+    other = given._replace(mixed=given.mixed.clone(), g=given.g.clone())
+    other.mixed[70:90] = make(20, sum(HEADS.columns), scale=9.0)
+    other.g[70:90] = -90.0
+    for before, after in zip(whole, other.computed(HEADS), strict=True):
+        assert torch.equal(before[:70], after[:70])
+        assert torch.equal(before[90:], after[90:])
+
+
+@pytest.mark.parametrize("columns", [88, 1032])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_convolution(make: Maker, columns: int, with_bias: bool) -> None:
+    lengths = (17, 5, 30, 2, 1, 3, 70)
+    starts, _ = boundaries(lengths, make.device)
+    x, dy = make.strided_copy(make(sum(lengths), columns)), make.strided_copy(make(sum(lengths), columns))
+    weight, bias = make(columns, 4), make(columns) if with_bias else None
+    wide, many = x.double().requires_grad_(), None if bias is None else bias.double()
+    documents = [
+        silu(conv1d(part.T[None], weight.double()[:, None], many, padding=3, groups=columns)[0, :, : len(part)]).T
+        for part in wide.split(lengths)
+    ]
+    expected = torch.cat(documents)
+    expected.backward(dy.double())
+    assert_close(delta.conv_silu_forward(x, weight, bias, starts), expected.detach(), dtype=make.dtype)
+    assert_close(delta.conv_silu_backward(dy, x, weight, bias, starts), wide.grad, dtype=make.dtype)
