@@ -120,9 +120,10 @@ def test_gradients_accumulate_over_the_window() -> None:
     assert models.worst_error(models.gradients(model), expected) < 1e-6
 
 
-def test_dropout_is_the_same_forward_and_backward() -> None:
+@pytest.mark.parametrize(("family", "options"), [("qwen2", {}), ("qwen3_5_text", {"layers_to_transform": [2]})])
+def test_dropout_is_the_same_forward_and_backward(family: str, options: dict) -> None:
     """The loss is linear in an adapter's B along one direction's small step: its slope is the gradient."""
-    model = models.add_lora(models.make_base("qwen2", dtype=torch.float64), lora_dropout=0.3)
+    model = models.add_lora(models.make_base(family, dtype=torch.float64), lora_dropout=0.3, **options)
     engine = make_engine(model, dtype=torch.float64)
     batch = models.pack()
     state = {"seed": 9, "draws": 3}

@@ -25,6 +25,7 @@ from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 __all__ = ["Gradients", "Scratch", "Site", "Stack", "dense", "unpack_for_training"]
 
 _NESTED_BLOCK = 256  # scales to one scale of scales, as base.packed makes them
+_MASKS = 3  # adapters on one input that lora's kernels draw dropout masks for at once
 _ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
 
 
@@ -199,23 +200,29 @@ class Site:
         """
         first, extra = x[:, : self.inputs], x[:, self.inputs :]
         if self.groups and self.a is not None:
-            lora.lora_down(
-                first if source is None else source, self.a, out=extra, ones=self.projection.has_bias,
-                copy=None if source is None else first, **self._dropout(seed, chunk),
-            )  # fmt: skip
+            for rows, options in self._dropout(seed, chunk):
+                last = rows.stop == len(self.a)
+                out = extra[:, rows.start :] if last else extra[:, rows]  # columns after the last become zero
+                copy = None if source is None or rows.start else first
+                lora.lora_down(
+                    first if copy is None or source is None else source, self.a[rows], out=out, copy=copy,
+                    ones=last and self.projection.has_bias, **options,
+                )  # fmt: skip
             return
         if source is not None:
             first.copy_(source)
         if self.extra:
             extra.copy_(self._tail)
 
-    def _dropout(self, seed: Tensor | None, chunk: int) -> dict[str, Any]:
-        return {
-            "groups": self.groups,
-            "dropout": 0.0 if seed is None else self.dropout,
-            "seed": seed,
-            "stream": self.stream + (chunk << 16),
-        }
+    def _dropout(self, seed: Tensor | None, chunk: int) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Rows of A that one call of lora's kernels takes, and its options: all, or as many as it draws masks for."""
+        dropout = 0.0 if seed is None else self.dropout
+        most = _MASKS if dropout else self.groups
+        for number, first in enumerate(range(0, self.groups, most)):
+            groups = min(most, self.groups - first)
+            stream = self.stream + (chunk << 16) + (number << 28)
+            options = {"groups": groups, "dropout": dropout, "seed": seed, "stream": stream}
+            yield slice(first * self.rank, (first + groups) * self.rank), options
 
     # -- the product --------------------------------------------------------------------------------------------------
 
@@ -259,10 +266,11 @@ class Site:
         product = torch.mm(dy, self.weight()[:, first:])
         self._b_backward(dy, x[:, self.inputs : self.inputs + columns], gradients)
         dx = product[:, : self.inputs] if need_dx else None
-        lora.lora_down_backward_(
-            product[:, self.inputs - first :][:, :columns], x[:, : self.inputs], self.a, da=gradients.a, dx=dx,
-            **self._dropout(seed, chunk),
-        )  # fmt: skip
+        du = product[:, self.inputs - first :][:, :columns]
+        for rows, options in self._dropout(seed, chunk):
+            lora.lora_down_backward_(
+                du[:, rows], x[:, : self.inputs], self.a[rows], da=gradients.a[rows], dx=dx, **options
+            )
         return dx
 
     def _b_backward(self, dy: Tensor, u: Tensor, gradients: Gradients) -> None:

@@ -6,14 +6,15 @@ A head's state S [Dk, Dv] takes one token after the other, and is zero where a d
     S_t = exp(g_t) S_{t-1} + k_t d_tᵀ      d_t = beta_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)      o_t = S_tᵀ q_t
 
 k is normalised to length 1 and q to Dk^-1/2 (Yang et al. 2025, arXiv:2412.06464, as Transformers' Qwen3-Next has it).
-:func:`recurrent` is that. The others compute the same in chunks of :data:`CHUNK` tokens. With G the sum of g over
-a document's tokens in the chunk, Γ_ij = exp(G_i - G_j) for two tokens i >= j of one document, else 0, and E_i = exp(G_i)
+:func:`recurrent` is that. The others compute the same in chunks of :data:`CHUNK` tokens. With G the sum of g over a
+document's tokens in the chunk, Γ_ij = exp(G_i - G_j) for two tokens i >= j of one document, else 0, and E_i = exp(G_i)
 for tokens of the document that reaches into the chunk from before, else 0:
 
     A = strictly lower beta Γ k kᵀ      T = (1 + A)⁻¹      P = lower Γ q kᵀ      q' = E q      k' = E beta k
     D = T (beta v - k' S)      o = q' S + P D      S_next = c S + K̃ᵀ D
 
-where S is the state that the chunk begins with, c = E_last and K̃_j = Γ_last,j k_j for the chunk's last token. So chunks lie where they lie, whatever documents there are: T / 64 of them.
+where S is the state that the chunk begins with, c = E_last and K̃_j = Γ_last,j k_j for the chunk's last token. So chunks
+lie where they lie, whatever documents there are: T / 64 of them.
 
 Shapes: T tokens, K key heads of Dk columns, V value heads of Dv, V a multiple of K; mixed [T, 2 K Dk + V Dv]: all q,
 all k, all v. ``starts``, int [T], holds the first token of each token's document.
