@@ -11,6 +11,7 @@ OLMo 3 7B). Each case is a process of its own, the median step after four:
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
 - ``slimtune@7.3``: within so many GiB. ``slimtune-plain``: without the engine. ``…-16bit``: nothing quantised.
 - ``whole``: the layers repeated to 48, one row of 2,048 tokens, by the engine alone: what it takes in all.
+- ``slimtune-skewed``: a router that sends nearly all tokens to a few experts, and none to many.
 - ``load``: the base in 4 bits from its files: seconds, the most bytes while loading, and those that stay.
 - ``profile``: where slimtune's step goes, by kernel.
 """
@@ -21,6 +22,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,8 @@ import torch
 from workloads import Workload
 
 CASES = ("slimtune", "slimtune-plain", "trl", "unsloth", "slimtune-all", "unsloth-all", "slimtune-chats", "trl-chats")
+LIMIT = 240
+"""Seconds of one case."""
 CUDA = torch.cuda.is_available()
 SIZE = ("model", 4, 2048) if CUDA else ("tiny", 2, 64)
 ROWS = Workload("rows", *SIZE, dropout=0.0)
@@ -106,6 +110,22 @@ def make_folder(folder: Path, shape: str) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def skewed(folder: Path) -> Path:
+    """A copy whose routers' rows shrink from the first expert to the last: the last ones are chosen next to never."""
+    from safetensors.torch import load_file, save_file
+
+    copied = Path(tempfile.mkdtemp()) / folder.name
+    shutil.copytree(folder, copied)
+    for file in copied.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, weight in tensors.items():
+            if name.endswith(("mlp.gate.weight", "router.proj.weight")):
+                experts = torch.arange(weight.shape[0])[:, None] / weight.shape[0]
+                tensors[name] = (weight * torch.exp(-8 * experts)).to(weight.dtype).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+    return copied
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -238,11 +258,23 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     if stack in ("trl", "unsloth"):
         return peers.run_peer(f"{stack}-packing" if workload.chats else case, workload, folder)
     options: dict[str, Any] = {"memory": f"{memory}GiB"} if memory else {}
+    if kind == "skewed":
+        folder = skewed(folder)
     if kind == "plain":
         options["engine"] = "plain"
     if kind == "16bit":
         options["quantization"] = "none"
     return train(folder, workload, profile=stack == "profile", **options)
+
+
+def in_a_process(case: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", case, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {LIMIT} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(lines[-1][7:]) if lines else {"error": (done.stderr or done.stdout)[-1500:]}
 
 
 def main() -> None:
@@ -257,15 +289,7 @@ def main() -> None:
         make_folder(folder, shape)
         torch.cuda.empty_cache()
         for case in cases:
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", case, str(folder)],
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-            )
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            found = json.loads(lines[-1][7:]) if lines else {"error": (done.stderr or done.stdout)[-1500:]}
+            found = in_a_process(case, folder)
             table = found.pop("profile", None)
             results.append({"shape": shape, "case": case, **found})
             print(json.dumps(results[-1]), *(table or ()), sep="\n", flush=True)

@@ -2,6 +2,7 @@
 
     python benchmarks/save_cost.py OUT.json                the demo's training, whole, at the default interval
     python benchmarks/save_cost.py OUT.json --size 1.8b    a random model on a GPU, workload W1, a save every 4 steps
+    python benchmarks/save_cost.py OUT.json --size moe     a mixture, every layer and expert adapted, r=16
 
 On a GPU a wait is from the moment the device has nothing left to do until it can be given the next step, the copies
 off it done; beside it stands what the copies alone take, what copying the same tensors one by one does, and how much
@@ -24,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+import decoders  # noqa: E402
 import torch  # noqa: E402
 from peers import as_messages, documents, make_folder  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
@@ -65,14 +67,18 @@ def the_demo(folder: Path) -> Config:
 
 
 def the_workload(folder: Path, size: str) -> Config:
-    workload = WORKLOADS["W1" if size == "1.8b" else size]
-    make_folder(size, folder / "model")
+    if size in decoders.SHAPES:
+        workload = decoders.ALL
+        decoders.make_folder(folder / "model", size)
+    else:
+        workload = WORKLOADS["W1" if size == "1.8b" else size]
+        make_folder(size, folder / "model")
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in documents(workload, factor=3)))
     return Config.make(
         model=str(folder / "model"), data=(str(data),), output=folder / "run", train_on="all", engine="fused",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
-        save_steps=EVERY,
+        save_steps=EVERY, targets=workload.targets, lora_r=workload.r, lora_dropout=workload.dropout,
     )  # fmt: skip
 
 
