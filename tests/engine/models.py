@@ -31,6 +31,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -61,21 +62,21 @@ from transformers import (
     SolarOpenConfig,
 )
 
-from slimtune.base.packed import Nf4Tensor
+from slimtune.base.packed import Mxfp4Tensor, Nf4Tensor
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
     "cohere", "cohere2", "ernie4_5", "exaone4", "exaone4-full", "gemma", "gemma2", "gemma3_text",
     "gemma4-12b", "gemma4-e2b", "gemma4-26b", "glm", "glm4", "granite", "helium", "ministral", "olmo2", "olmo3", "phi3",
     "phi3-partial", "seed_oss", "smollm3", "granitemoehybrid", "ministral3",
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2",
-    "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense", "solar_open",
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared",
+    "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-dense", "solar_open",
     "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
 )  # fmt: skip
 VOCABULARY = 211
 _WEIGHS = re.compile(r"\.router\.|expert_gate$")
 """What weighs experts, which slimtune neither packs nor adapts."""
-_MIXES = ("granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+_MIXES = ("gpt_oss", "granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Types that Transformers doesn't keep the documents of a pack apart in."""
 LENGTHS = (17, 5, 30, 8, 1, 3)
 """A pack of 64 tokens: document boundaries at odd places, one document of a single token."""
@@ -206,6 +207,11 @@ def family_config(family: str) -> PretrainedConfig:
         case "glm4_moe":
             return Glm4MoeConfig(**_COMMON, **_CHOSEN, head_dim=32, partial_rotary_factor=0.5, use_qk_norm=True,
                 n_routed_experts=6, n_shared_experts=1, norm_topk_prob=True)  # fmt: skip
+        case "gpt_oss":
+            return GptOssConfig(**_COMMON | {"intermediate_size": 96}, head_dim=32, num_local_experts=5,
+                num_experts_per_tok=3, sliding_window=7, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4,
+                "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 16})  # fmt: skip
         case "granitemoe":
             return GraniteMoeConfig(**_COMMON, **_GRANITE, num_local_experts=6, num_experts_per_tok=3)
         case "granitemoeshared":
@@ -269,7 +275,7 @@ def gemma4_with_tower() -> nn.Module:
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        family_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa"
+        family_config(family), dtype=dtype, attn_implementation="eager" if family in ("gemma2", "gpt_oss") else "sdpa"
     )
     if _stacks(model):
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
@@ -281,8 +287,13 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
                 parameter.data *= 0.2  # its scores are scaled by nothing else: softmax would be all or nothing
         elif "bias" in name:
             parameter.data.normal_(0.0, 0.3)
+        elif "sinks" in name:
+            parameter.data.normal_(0.0, 1.0)
         elif name.endswith("scale"):
             parameter.data.normal_(1.0, 0.3)
+    for module in model.modules():
+        if hasattr(module, "limit"):
+            module.limit = 0.4  # so that some gates and ups of these small weights are clamped
     for name, buffer in model.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)
@@ -312,6 +323,20 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
                 packed = Nf4Tensor.quantize(parameter.data, double_quant=double)
                 setattr(module, own, nn.Parameter(packed, requires_grad=False))
     model.is_loaded_in_4bit = True
+    return model
+
+
+def with_mxfp4(model: nn.Module) -> nn.Module:
+    """Stacks of experts in MXFP4, as gpt-oss is published, of numbers as large as those that they replace."""
+    draw = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 3:
+                stack, columns, rows = parameter.shape
+                blocks = torch.randint(0, 256, (stack, rows, columns // 32, 16), dtype=torch.uint8, generator=draw)
+                scales = torch.randint(118, 123, blocks.shape[:3], dtype=torch.uint8, generator=draw)
+                packed = Mxfp4Tensor.of_files(blocks, scales, parameter.dtype)
+                setattr(module, own, nn.Parameter(packed, requires_grad=False))
     return model
 
 

@@ -196,10 +196,9 @@ def test_what_pytorch_has_no_kernel_for(
 ) -> None:
     """Triton's kernel, where it is there and right; ``without`` it what is left."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    sinks = torch.zeros(4) if sunk else None
     for found, way in ((True, right), (False, without)):
         monkeypatch.setattr(attention_module, "is_right", lambda way, *_, found=found: found or way != "triton")
-        assert choose(torch.device("cuda"), dtype, head_dim, (64, 64), softcap=softcap, sinks=sinks) == way
+        assert choose(torch.device("cuda"), dtype, head_dim, (64, 64), softcap=softcap, sinks=sunk) == way
 
 
 def test_without_triton_its_kernel_is_not_taken() -> None:

@@ -45,7 +45,7 @@ def test_gradients_equal_autograd(family: str, targets: list[str] | str) -> None
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double-quant", "plain"])
-@pytest.mark.parametrize("family", ["qwen2", "smollm2", "gemma3_text", "qwen3_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("family", ["qwen2", "smollm2", "gemma3_text", "gpt_oss", "qwen3_moe", "qwen3_5_moe_text"])
 def test_gradients_on_an_nf4_base(family: str, double: bool) -> None:
     model = models.add_lora(models.quantize(models.make_base(family), double=double))
     batch = models.pack()
@@ -67,7 +67,19 @@ def test_scaling(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2", "qwen3", "cohere2", "gemma3_text", "gemma4-e2b", "glm4_moe", "olmo2", "qwen3_moe", "qwen3_next"]
+    "family",
+    [
+        "qwen2",
+        "qwen3",
+        "cohere2",
+        "gemma3_text",
+        "gemma4-e2b",
+        "glm4_moe",
+        "gpt_oss",
+        "olmo2",
+        "qwen3_moe",
+        "qwen3_next",
+    ],
 )
 def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
     model = models.add_lora(models.make_base(family), lora_dropout=0.2)

@@ -111,7 +111,7 @@ def _storages(owner: Any, found: dict[int, int]) -> int:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3", "gemma4-12b", "gemma4-26b", "gemma4-e2b", "qwen3_5_moe_text", "qwen3_next"]
+    "family", ["qwen3", "gemma4-12b", "gemma4-26b", "gemma4-e2b", "gpt_oss", "qwen3_5_moe_text", "qwen3_next"]
 )
 def test_layers_keep_what_they_said_to_the_byte(family: str) -> None:
     """What one layer lends to others too, and what those collect for it."""

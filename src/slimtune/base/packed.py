@@ -29,16 +29,15 @@ from bitsandbytes.functional import (
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from slimtune.engine.kernels import mxfp4
+from slimtune.engine.kernels.formats import MXFP4_BLOCK
+
 __all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "misreads_partial_blocks", "unpack_"]
 
 NF4_BLOCK = 64
 """Weights to one scale (QLoRA, section 3)."""
 _SCALE_BLOCK = 256
 """Scales to one scale of scales, where these are quantised again."""
-_MXFP4_BLOCK = 32
-"""Weights to one exponent (OCP Microscaling Formats 1.0, section 5.2)."""
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Of the codes 0 to 15 of E2M1."""
 
 aten = torch.ops.aten
 
@@ -286,17 +285,14 @@ class Mxfp4Tensor(PackedTensor):
         The parameter that Transformers holds is that stack turned: [stack, columns, rows].
         """
         stack, rows, groups, half = blocks.shape
-        if half * 2 != _MXFP4_BLOCK or scales.shape != blocks.shape[:-1]:
+        if half * 2 != MXFP4_BLOCK or scales.shape != blocks.shape[:-1]:
             raise ValueError(f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are no MXFP4")
         parts = {"blocks": blocks.reshape(stack, rows, groups * half), "exponents": scales}
-        return cls(parts, (stack, rows, groups * _MXFP4_BLOCK), dtype, turned=True)
+        return cls(parts, (stack, rows, groups * MXFP4_BLOCK), dtype, turned=True)
 
     def unpack(self) -> Tensor:  # noqa: D102 - the base says it
-        blocks, exponents = self.parts["blocks"], self.parts["exponents"]
-        table = torch.tensor(_FP4_VALUES, dtype=self.dtype, device=blocks.device)
-        values = torch.stack([table[(blocks & 0xF).int()], table[(blocks >> 4).int()]], dim=-1)
-        groups = values.view(*exponents.shape, _MXFP4_BLOCK)
-        numbers = torch.ldexp(groups, exponents.int()[..., None] - 127).to(self.dtype).view(self.packed_shape)
+        stack = mxfp4.dequantize_stack(self.parts["blocks"], self.parts["exponents"], dtype=self.dtype)
+        numbers = stack.view(self.packed_shape)
         return numbers.transpose(-1, -2) if self.turned else numbers
 
 

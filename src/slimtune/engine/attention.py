@@ -119,7 +119,7 @@ def choose(
     lengths: tuple[int, ...],
     *,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sinks: bool = False,
 ) -> Way:
     """The fastest way that computes documents of these lengths on this device."""
     if device.type != "cuda" or dtype == torch.float64:
@@ -129,13 +129,13 @@ def choose(
         return "torch"
     narrow = old or dtype == torch.float32
     flash = softcap is None and head_dim % 8 == 0 and head_dim <= 256 and not narrow
-    if flash and sinks is None:
+    if flash and not sinks:
         return "cudnn" if len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128 else "varlen"
     ways: tuple[Way, ...] = ("efficient", "triton") if narrow else ("triton", "efficient")
-    if softcap is not None or sinks is not None or head_dim % 8:
+    if softcap is not None or sinks or head_dim % 8:
         ways = ("triton",)
     for way in ways:
-        if is_right(way, device, dtype, head_dim, softcap is not None, sinks is not None):
+        if is_right(way, device, dtype, head_dim, softcap is not None, sinks):
             return way
     return "varlen" if flash else "torch"
 

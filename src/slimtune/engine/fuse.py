@@ -332,7 +332,7 @@ class _Runner:
         on = Pass(
             documents=call.documents,
             ways={
-                kind: choose(embedded.device, dtype, kind.head_dim, lengths, softcap=kind.softcap)
+                kind: choose(embedded.device, dtype, kind.head_dim, lengths, softcap=kind.softcap, sinks=kind.sinks)
                 for kind in self.decoder.scores
             },
             position_ids=call.position_ids.flatten(),

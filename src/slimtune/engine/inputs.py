@@ -87,7 +87,7 @@ class Inputs:
         return dict(zip(self._scores, key.ways, strict=True))
 
     def _choose(self, kind: ScoresKind, lengths: tuple[int, ...]) -> Way:
-        return choose(self._device, self._dtype, kind.head_dim, lengths, softcap=kind.softcap)
+        return choose(self._device, self._dtype, kind.head_dim, lengths, softcap=kind.softcap, sinks=kind.sinks)
 
     @property
     def seed(self) -> Tensor:

@@ -13,19 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from slimtune.config import Config
-from slimtune.engine.kernels.router import Choice
 from slimtune.engine.read_delta import input_names, read_delta
-from slimtune.engine.read_linear import FLOATS, is_bare, read_adapter, read_linear
+from slimtune.engine.read_experts import read_experts
+from slimtune.engine.read_linear import FLOATS, is_bare, read_activation, read_linear
 from slimtune.engine.structure import (
-    Activation,
     Branch,
     CannotFuse,
     Decoder,
     Experts,
-    ExpertStack,
     GatedDelta,
     GatedMlp,
     Layer,
@@ -36,11 +33,10 @@ from slimtune.engine.structure import (
     PerLayerInputs,
     Projection,
     Rotary,
-    Router,
     SelfAttention,
 )
 from slimtune.families import decoder_of
-from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm, RouterForm
+from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm
 
 __all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
 
@@ -264,13 +260,6 @@ def _plain_head(inner: Any) -> bool:
     )
 
 
-def _inside(module: Any, path: str) -> Any:
-    """What lies at a dotted path inside a module; None if nothing does."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
 def _norm(module: Any, weight: Tensor, form: DecoderForm, *, scale: float = 1.0) -> Norm:
     eps = getattr(module, "variance_epsilon", None)
     return Norm(weight, float(module.eps if eps is None else eps), form.norm_offset, form.centred, scale)
@@ -337,8 +326,7 @@ class _Reader:
             return []
         match name:
             case "experts":
-                assert self.form.router is not None
-                return [self._experts(part, self._router(self.module, self.form.router), name)]
+                return [self._experts(part, self.module, name)]
             case "self_attn":
                 return [self._attention(part)]
             case "linear_attn":
@@ -353,7 +341,7 @@ class _Reader:
         return PerLayerGate(
             gate=self._own_projection("per_layer_input_gate"),
             projection=self._own_projection("per_layer_projection"),
-            activation=self._activation(self.module.act_fn),
+            activation=read_activation(self.name, self.module.act_fn),
             index=self.index,
         )
 
@@ -415,11 +403,22 @@ class _Reader:
             lends=str(module.layer_type) if lends else None,
             borrows=borrows,
             softcap=_cap(module, "attn_logit_softcapping") if self.form.caps_scores else None,
+            sinks=self._sinks(module, heads),
         )
 
     def _delta(self, module: Any) -> GatedDelta:
         inputs, out = (self._projection("linear_attn", module, names) for names in (input_names(module), ["out_proj"]))
         return read_delta(self.name, module, inputs, out, self._norm(module, "norm"), frozen=self.frozen)
+
+    def _sinks(self, module: Any, heads: int) -> Tensor | None:
+        sinks: Tensor | None = getattr(module, "sinks", None)
+        if sinks is None:
+            return None
+        if self.frozen and sinks.requires_grad:
+            raise CannotFuse(f"{self.name} trains its sinks, which the fused engine keeps frozen")
+        if sinks.shape != (heads,):
+            raise CannotFuse(f"{self.name} has sinks of shape {tuple(sinks.shape)} for {heads} heads")
+        return sinks
 
     def _window(self, module: Any) -> int | None:
         window = getattr(self.config if self.form.window_of_all else module, "sliding_window", None)
@@ -466,7 +465,7 @@ class _Reader:
         if getattr(module, "jitter_noise", 0.0):
             raise CannotFuse(f"{self.name} draws noise for its router")
         return [
-            self._experts(module.experts, self._router(module, self.form.router), f"{name}.experts"),
+            self._experts(module.experts, module, f"{name}.experts"),
             *(
                 replace(self._mlp(getattr(module, part), f"{name}.{part}"), weigher=self._weigher(module, name, part))
                 for part in ("shared_experts", "shared_expert")
@@ -484,64 +483,9 @@ class _Reader:
             raise CannotFuse(f"{linear.name} has an adapter or a bias, or more than one row")
         return linear
 
-    def _router(self, mixture: Any, form: RouterForm) -> Router:
-        module, bias = getattr(mixture, form.gate), _inside(mixture, form.bias)
-        if not is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
-            raise CannotFuse(f"{self.name} trains its router, which the fused engine keeps frozen")
-        own = module.proj if form.normalises else module
-        if not is_bare(own) or own.weight.dtype not in FLOATS:
-            raise CannotFuse(f"{self.name} has an adapted or packed router, which the engine doesn't compute")
-        choice = Choice(
-            k=int(module.config.top_k_experts if form.normalises else module.top_k),
-            score=form.score,
-            renormalise=bool(getattr(module, "norm_topk_prob", True)),
-            scaling=float(getattr(module, "routed_scaling_factor", 1.0)),
-            groups=int(getattr(module, "num_group", 1)),
-            kept_groups=int(getattr(module, "topk_group", 1)),
-            epsilon=form.epsilon,
-        )
-        return Router(
-            weight=own.weight,
-            choice=choice,
-            wide=form.wide,
-            bias=None if bias is None else bias.detach().flatten(),
-            expert_scale=module.per_expert_scale if form.normalises else None,
-            norm=Norm(module.scale, float(module.eps), scale=float(module.scalar_root_size))
-            if form.normalises
-            else None,
-        )
-
-    def _experts(self, module: Any, router: Router, name: str) -> Experts:
-        name, wrappers = f"{self.name}.{name}", {}
-        while hasattr(module, "parameter_name"):  # PEFT's wrappers of single parameters, one around the other
-            wrappers[module.parameter_name] = module
-            module = module.base_layer
-        if not is_bare(module):
-            raise CannotFuse(f"{name} is a {type(module).__name__}")
-        return Experts(
-            router=router,
-            gate_up=self._stack(name, module, "gate_up_proj", wrappers.pop("gate_up_proj", None)),
-            down=self._stack(name, module, "down_proj", wrappers.pop("down_proj", None)),
-            activation=self._activation(module.act_fn),
-        )
-
-    def _stack(self, name: str, owner: Any, parameter: str, wrapper: Any) -> ExpertStack:
-        weight = getattr(owner, parameter, None)
-        if not isinstance(weight, Tensor) or weight.ndim != 3:
-            raise CannotFuse(f"{name} has no {parameter} for all experts")
-        packed = getattr(weight, "format", None)
-        if packed not in (None, "nf4") or getattr(weight, "turned", False):
-            raise CannotFuse(f"{name}.{parameter} is packed as {packed}, which the engine doesn't unpack")
-        if packed is None and weight.dtype not in FLOATS:
-            raise CannotFuse(f"{name}.{parameter} is {weight.dtype}")
-        if self.frozen and weight.requires_grad:
-            raise CannotFuse(f"{name} trains its experts themselves, which the fused engine keeps frozen")
-        experts, rows, columns = weight.shape
-        adapter = None if wrapper is None else read_adapter(f"{name}.{parameter}", wrapper)
-        if adapter is not None and adapter.a.shape[1] != columns:
-            raise CannotFuse(f"{name}.{parameter} is adapted as if it were stored the other way around")
-        around = owner if wrapper is None else wrapper
-        return ExpertStack(f"{name}.{parameter}", owner, parameter, experts, columns, rows, around, adapter)
+    def _experts(self, module: Any, mixture: Any, name: str) -> Experts:
+        assert self.form.router is not None
+        return read_experts(self.name, name, module, mixture, self.form.router, frozen=self.frozen)
 
     def _mlp(self, module: Any, name: str) -> GatedMlp:
         for ups, down, activation in _MLPS:
@@ -549,16 +493,9 @@ class _Reader:
                 return GatedMlp(
                     gate_up=self._projection(name, module, ups),
                     down=self._projection(name, module, (down,)),
-                    activation=self._activation(getattr(module, activation)),
+                    activation=read_activation(self.name, getattr(module, activation)),
                 )
         raise CannotFuse(f"{self.name} has a {type(module).__name__} for a feed-forward")
-
-    def _activation(self, module: Any) -> Activation:
-        known: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-        for name, activation in known.items():
-            if type(module) is type(ACT2FN[name]):
-                return activation
-        raise CannotFuse(f"{self.name} has activation {type(module).__name__}")
 
     def _projection(self, owner: str, module: Any, names: Sequence[str]) -> Projection:
         linears = (

@@ -1,4 +1,4 @@
-"""Reads one linear layer, and PEFT's adapter around it, into what the engine computes with; changes nothing."""
+"""Reads one linear layer and PEFT's adapter around it, or an activation, as the engine computes it; changes nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from slimtune.engine.structure import Adapter, CannotFuse, Linear
+from slimtune.engine.structure import Activation, Adapter, CannotFuse, Linear
 
-__all__ = ["FLOATS", "is_bare", "read_adapter", "read_linear"]
+__all__ = ["FLOATS", "is_bare", "read_activation", "read_adapter", "read_linear"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of weights that aren't packed."""
@@ -18,6 +19,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def is_bare(module: Any) -> bool:
     """Whether PEFT hasn't wrapped it."""
     return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
+
+
+def read_activation(name: str, module: Any) -> Activation:
+    """What a gate of the layer called ``name`` goes through.
+
+    Raises:
+        CannotFuse: The engine has no such activation.
+    """
+    known: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    for key, activation in known.items():
+        if type(module) is type(ACT2FN[key]):
+            return activation
+    raise CannotFuse(f"{name} has activation {type(module).__name__}")
 
 
 def read_linear(name: str, module: Any, *, frozen: bool) -> Linear:

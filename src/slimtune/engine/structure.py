@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.engine.kernels.delta import DeltaHeads
+from slimtune.engine.kernels.mlp import Activation, Clamped
 from slimtune.engine.kernels.router import Choice
 from slimtune.errors import UserError
 
@@ -25,6 +26,7 @@ __all__ = [
     "Adapter",
     "Branch",
     "CannotFuse",
+    "Clamped",
     "Decoder",
     "ExpertStack",
     "Experts",
@@ -42,9 +44,6 @@ __all__ = [
     "ScoresKind",
     "SelfAttention",
 ]
-
-Activation = Literal["silu", "gelu_tanh"]
-"""What a gated MLP's gate goes through."""
 
 
 class CannotFuse(UserError):
@@ -164,6 +163,7 @@ class ScoresKind(NamedTuple):
 
     head_dim: int
     softcap: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,8 @@ class SelfAttention:
     """None: positions don't enter."""
     softcap: float | None = None
     """Scores are softcap x tanh(score / softcap)."""
+    sinks: Tensor | None = None
+    """[heads], a logit of each that takes its share of the softmax and gives no value; frozen."""
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     v_norm: Norm | None = None
@@ -205,7 +207,7 @@ class SelfAttention:
     @property
     def kind(self) -> ScoresKind:
         """What decides how its scores can be computed."""
-        return ScoresKind(self.head_dim, self.softcap)
+        return ScoresKind(self.head_dim, self.softcap, self.sinks is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +284,7 @@ class PerLayerInputs:
 
 @dataclass(frozen=True, eq=False)
 class ExpertStack:
-    """A matrix for each of E experts, [E, out_features, in_features], frozen; 16 or 32 bits, or each in NF4."""
+    """A matrix for each of E experts, [E, out_features, in_features], frozen; 16 or 32 bits, NF4 or MXFP4."""
 
     name: str
     owner: Any
@@ -295,6 +297,10 @@ class ExpertStack:
     """PEFT's layer around the parameter, or ``owner`` where there is none."""
     adapter: Adapter | None = None
     """PEFT's ``target_parameters`` form: A is [E r, in_features], B [out_features, r E] with the expert fastest."""
+    bias: Tensor | None = None
+    """[E, out_features], added to each expert's result; frozen."""
+    transposed: bool = False
+    """The parameter is [E, in_features, out_features]."""
 
     @property
     def weight(self) -> Any:
@@ -313,6 +319,8 @@ class Router:
     """Logits are computed in float32 whatever the dtype."""
     bias: Tensor | None = None
     """[E], added to the scores where experts are chosen."""
+    logits_bias: Tensor | None = None
+    """[E], added to the logits."""
     expert_scale: Tensor | None = None
     """[E], what each expert's weight is multiplied with at last."""
     norm: Norm | None = None
@@ -325,9 +333,11 @@ class Experts:
 
     router: Router
     gate_up: ExpertStack
-    """All gates, then all ups, of each expert."""
+    """All gates, then all ups, of each expert, unless they alternate."""
     down: ExpertStack
     activation: Activation
+    interleaved: bool = False
+    """Each gate is followed by its up."""
     norm: Norm | None = None
     """Of what the experts read, where the router reads the block's input by a norm of its own."""
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.kernels import lora, nf4
+from slimtune.engine.kernels import grouped_lora, lora, mxfp4, nf4
 from slimtune.engine.kernels.formats import NestedScales, dynamic_map
+from slimtune.engine.kernels.routing import Routes
 from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 
 __all__ = ["Gradients", "Scratch", "Site", "Stack", "dense", "unpack_for_training"]
@@ -295,6 +296,8 @@ class Site:
 class Stack:
     """The matrices of all experts at work, and their adapters: as :class:`Site`, with a matrix for each expert.
 
+    They are written as they are stored, each turned or not, so that nothing has to be transposed.
+
     Args:
         stack: The expert stack.
         dtype: Compute dtype.
@@ -306,10 +309,17 @@ class Stack:
         self.stack, self.dtype, self.device = stack, dtype, device
         self.inputs, self.outputs, self.experts = stack.in_features, stack.out_features, stack.experts
         self.rank = 0 if stack.adapter is None else stack.adapter.rank // stack.experts
-        self.extra = -(-self.rank // _ALIGNMENT) * _ALIGNMENT
-        self.shape = (self.experts, self.outputs, self.inputs + self.extra)
+        used = self.rank + (stack.bias is not None)
+        self.extra = -(-used // _ALIGNMENT) * _ALIGNMENT
+        columns = self.inputs + self.extra
+        # A packed tensor may be turned itself: what counts is how its bytes lie.
+        self._turned = stack.transposed != getattr(stack.weight, "turned", False)
+        sides = (columns, self.outputs) if self._turned else (self.outputs, columns)
+        self.shape = (self.experts, *sides)
         self._scratch = scratch
         self._kept: Tensor | None = None
+        self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without an adapter
+        self._tail[:, : int(stack.bias is not None)] = 1
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -351,7 +361,16 @@ class Stack:
         """The model's own weight, where that serves as it is."""
         weight = self.stack.weight
         plain = self.extra == 0 and not hasattr(weight, "parts") and weight.dtype == self.dtype
-        return weight.detach() if plain else None
+        return self._upright(weight.detach()) if plain else None
+
+    @property
+    def bias_column(self) -> int | None:
+        """Which column of the weight, and of the input and its gradient, is the bias'; None without one."""
+        return None if self.stack.bias is None else self.inputs + self.rank
+
+    def _upright(self, stored: Tensor) -> Tensor:
+        """[E, outputs, columns] of what lies as it is stored, the same memory."""
+        return stored.transpose(1, 2) if self._turned else stored
 
     @property
     def kept_bytes(self) -> int:
@@ -370,33 +389,54 @@ class Stack:
             self._fill_adapter(self._kept)
 
     def weight(self) -> Tensor:
-        """[W | sB | 0] of shape [E, outputs, inputs + extra]; valid until another stack's of its shape is asked for."""
-        for held in (self.shared, self._kept):
-            if held is not None:
-                return held
+        """[W | sB | bias | 0] of shape [E, outputs, inputs + extra], one of its last two dimensions contiguous.
+
+        Valid until another stack's of its shape is asked for.
+        """
+        if self.shared is not None:
+            return self.shared
+        if self._kept is not None:
+            return self._upright(self._kept)
         buffer = self._scratch.get(self.shape, self.dtype, self.device)
         self._fill_frozen(buffer)
         self._fill_adapter(buffer)
-        return buffer
+        return self._upright(buffer)
 
     def _fill_frozen(self, buffer: Tensor) -> None:
-        weight, out = self.stack.weight, buffer[:, :, : self.inputs]
+        self._write(buffer[:, : self.inputs] if self._turned else buffer[:, :, : self.inputs])
+        bias = self.stack.bias
+        if bias is not None:
+            self._upright(buffer)[:, :, self.inputs + self.rank] = bias.detach()
+
+    def _write(self, out: Tensor) -> None:
+        """The frozen matrices, as they are stored."""
+        weight = self.stack.weight
         parts = getattr(weight, "parts", None)
         if parts is None:
             out.copy_(weight.detach())
             return
+        if weight.format == "mxfp4":
+            mxfp4.dequantize_stack(parts["blocks"], parts["exponents"], dtype=self.dtype, out=out)
+            return
         nested = None
         if "scale" in parts:
             nested = NestedScales(parts["scale"], self._code, parts["offset"], _NESTED_BLOCK)
-        nf4.dequantize_stack(
-            parts["codes"], parts["absmax"], shape=(self.outputs, self.inputs), dtype=self.dtype, nested=nested, out=out
-        )
+        shape = (out.shape[1], out.shape[2])
+        nf4.dequantize_stack(parts["codes"], parts["absmax"], shape=shape, dtype=self.dtype, nested=nested, out=out)
 
     def _fill_adapter(self, buffer: Tensor) -> None:
         adapter = self.stack.adapter
         if adapter is not None:
-            columns = buffer[:, :, self.inputs : self.inputs + self.rank]
+            columns = self._upright(buffer)[:, :, self.inputs : self.inputs + self.rank]
             torch.mul(self._by_expert(adapter.b.detach()), adapter.scaling, out=columns)
+
+    def fill_extra(self, x: Tensor, routes: Routes) -> None:
+        """Compute the extra columns of an input buffer [R, inputs + extra], its first columns written."""
+        first, extra = x[:, : self.inputs], x[:, self.inputs :]
+        if self.rank:
+            grouped_lora.expert_down(first, self.a, routes, out=extra, ones=self.stack.bias is not None)
+        elif self.extra:
+            extra.copy_(self._tail)
 
     @cached_property
     def _code(self) -> Tensor:

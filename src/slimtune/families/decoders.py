@@ -48,6 +48,8 @@ class RouterForm:
     """Added to the sum that the chosen scores are divided by."""
     normalises: bool = False
     """It reads what the experts' norm reads, by a norm of its own, and each expert has a scale."""
+    clamped: bool = False
+    """Its experts clamp gate and up (gpt-oss): the limit and the activation's factor are the module's."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ DECODERS: dict[str, DecoderForm] = {
     "glm": DecoderForm(_BEFORE, interleaved=True),
     "glm4": DecoderForm(_GLM4, interleaved=True),
     "glm4_moe": DecoderForm(_BEFORE, router=_SIGMOID),
+    "gpt_oss": DecoderForm(_BEFORE, router=RouterForm("router", clamped=True)),
     "granite": DecoderForm(_BEFORE, **_GRANITE),
     "granitemoe": DecoderForm(_GRANITE_MOE, **_GRANITE, router=RouterForm("router")),
     # Its dense models have attention alone; the others' states the engine doesn't compute.

@@ -270,7 +270,7 @@ _BY_LENGTHS = ("cudnn", "varlen", "triton")
 
 def _way(query: Tensor, value: Tensor, documents: Documents, softcap: float | None, sinks: Tensor | None) -> Way:
     size = _padded_size(query, value)
-    return choose(query.device, query.dtype, size, documents.lengths, softcap=softcap, sinks=sinks)
+    return choose(query.device, query.dtype, size, documents.lengths, softcap=softcap, sinks=sinks is not None)
 
 
 def _padded_size(query: Tensor, value: Tensor) -> int:

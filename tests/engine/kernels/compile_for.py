@@ -23,6 +23,7 @@ from slimtune.engine.kernels import (
     grouped_lora,
     lora,
     mlp,
+    mxfp4,
     nf4,
     norm,
     rope,
@@ -32,7 +33,7 @@ from slimtune.engine.kernels import (
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, attention, cross_entropy, grouped, grouped_lora, lora, mlp, nf4, norm, rope, router, routing
+    adamw8bit, attention, cross_entropy, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router, routing
 )  # fmt: skip
 CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 
@@ -122,6 +123,8 @@ def launch_experts() -> None:
     codes, scales = zeros(4, 768 * hidden // 2, dtype=torch.uint8), zeros(4, 768 * hidden // 64, dtype=torch.uint8)
     stack = zeros(4, 768, hidden + 8)[..., :hidden]
     nf4.dequantize_stack(codes, scales, shape=(768, hidden), dtype=DTYPE, nested=nested, out=stack)
+    blocks, powers = (zeros(4, 768, hidden // size, dtype=torch.uint8) for size in (2, 32))
+    mxfp4.dequantize_stack(blocks, powers, dtype=DTYPE, out=stack)
     logits, weight = zeros(tokens, count), zeros(count, dtype=torch.float32)
     groups = router.Choice(slots, "sigmoid", groups=8, kept_groups=4)
     for choice, bias, scale in ((router.Choice(slots), None, weight), (groups, weight, None)):
@@ -139,6 +142,10 @@ def launch_experts() -> None:
     gates, dw = zeros(tokens * slots, 2 * 768).chunk(2, dim=1), zeros(tokens, slots, dtype=torch.float32)
     h = mlp.gated_forward(*gates, activation="gelu_tanh")
     mlp.gated_backward_(h, *gates, activation="gelu_tanh", routes=routes, weights=weights, dw=dw)
+    both, clamped = zeros(tokens * slots, 2 * 768), mlp.Clamped(1.702, 7.0)
+    gates = both[:, ::2], both[:, 1::2]
+    h = mlp.gated_forward(*gates, activation=clamped)
+    mlp.gated_backward_(h, *gates, activation=clamped, routes=routes, weights=weights, dw=dw)
 
 
 def launch_attention(head_dim: int, softcap: float) -> None:

@@ -34,6 +34,9 @@ def test_forward_and_backward(make: Maker, counts: tuple[int, ...], shape: tuple
     dy = make.strided_copy(make(len(expert), n))
     dx = grouped.grouped_backward(dy, weights, ends)
     assert_close(dx, torch.einsum("rn,rnk->rk", dy.double(), weights.double()[expert]), dtype=make.dtype)
+    turned = make.strided_copy(weights.transpose(1, 2)).transpose(1, 2)
+    assert_close(grouped.grouped_forward(rows, turned, ends), y.double(), dtype=make.dtype)
+    assert_close(grouped.grouped_backward(dy, turned, ends), dx.double(), dtype=make.dtype)
 
 
 @pytest.mark.gpu

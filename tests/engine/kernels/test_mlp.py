@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from slimtune.engine.kernels import mlp, routing
 from tests.engine.kernels.maker import Maker
@@ -13,7 +16,11 @@ from tests.tolerances import assert_close
 SHAPES = [(37, 1536), (3, 5504), (2, 80)]
 
 
-@pytest.fixture(params=["silu", "gelu_tanh", "sigmoid"])
+CLAMPED = mlp.Clamped(alpha=1.702, limit=2.003)
+"""No 16-bit number is the limit: at a clamp's edge PyTorch's versions differ."""
+
+
+@pytest.fixture(params=["silu", "gelu_tanh", "sigmoid", CLAMPED], ids=["silu", "gelu_tanh", "sigmoid", "clamped"])
 def activation(request: pytest.FixtureRequest) -> mlp.Activation:
     return request.param
 
@@ -22,15 +29,26 @@ def gate_and_up(make: Maker, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The halves of one product, with saturated gates among them."""
     both = make.strided_copy(make(shape[0], 2 * shape[1], scale=3.0))
     both[0, 0], both[0, 1] = 80.0, -80.0
+    both[1, :3] = both[1, -3:] = torch.tensor([1.9, 2.1, -40.0])  # inside of a clamp, and beyond it
     return both.chunk(2, dim=1)
 
 
-def transformers_act(g: Tensor, activation: mlp.Activation) -> Tensor:
+def alternating(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers, each gate followed by its up in one product."""
+    both = torch.stack((gate, up), dim=2).flatten(1)
+    wider = torch.nn.functional.pad(both, (0, 24))[:, : both.shape[1]]
+    return wider[:, ::2], wider[:, 1::2]
+
+
+def transformers_gated(g: Tensor, u: Tensor, activation: mlp.Activation) -> Tensor:
+    if isinstance(activation, mlp.Clamped):
+        experts = SimpleNamespace(alpha=activation.alpha, limit=activation.limit)
+        return GptOssExperts._apply_gate(experts, torch.stack((g, u), dim=-1).flatten(-2))
     if activation == "silu":
-        return torch.nn.functional.silu(g)
+        return torch.nn.functional.silu(g) * u
     if activation == "sigmoid":
-        return torch.sigmoid(g)
-    return torch.nn.functional.gelu(g, approximate="tanh")
+        return torch.sigmoid(g) * u
+    return torch.nn.functional.gelu(g, approximate="tanh") * u
 
 
 def autograd(
@@ -38,7 +56,7 @@ def autograd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h and the gradients of gate and up; ``weight`` multiplies each row of h."""
     g, u = gate.double().requires_grad_(), up.double().requires_grad_()
-    h = transformers_act(g, activation) * u
+    h = transformers_gated(g, u, activation)
     (h if weight is None else h * weight[:, None]).backward(dh.double())
     return h.detach(), g.grad, u.grad
 
@@ -67,6 +85,21 @@ def test_backward_is_the_gradient(
     assert_close(up, want_up, dtype=make.dtype)
     if h is not None:
         assert_close(h, want_h, dtype=make.dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_gates_and_ups_that_alternate(make: Maker, shape: tuple[int, int]) -> None:
+    """The same bits as where they lie side by side."""
+    gate, up = gate_and_up(make, shape)
+    mixed = alternating(gate, up)
+    assert mixed[0].stride(1) == 2
+    assert torch.equal(mlp.gated_forward(*mixed, activation=CLAMPED), mlp.gated_forward(gate, up, activation=CLAMPED))
+    dh = make(*shape)
+    for pair in ((gate, up), mixed):
+        mlp.gated_backward_(dh, *pair, activation=CLAMPED)
+    assert torch.equal(mixed[0], gate)
+    assert torch.equal(mixed[1], up)
+    assert not mixed[0]._base[:, 2 * shape[1] :].any(), "wrote outside its columns"
 
 
 def test_h_may_overwrite_its_gradient(make: Maker) -> None:

@@ -102,7 +102,8 @@ class AttentionBlock(TwoProjections):
 
     def _attention(self, on: Pass) -> Attention:
         part = self.part
-        return Attention(on.documents, on.ways[part.kind], part.scale, part.window, part.softcap)
+        sinks = None if part.sinks is None else part.sinks.detach()
+        return Attention(on.documents, on.ways[part.kind], part.scale, part.window, part.softcap, sinks)
 
     # -- backward -------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ class RotaryTable:
             first, second = table[0].chunk(2, dim=1)
             # A module gives each angle twice, for both columns of its pair: side by side, or the whole row again.
             angles = first if bool((first == second).all()) else table[0][:, ::2]
+            if 2 * table.shape[2] == rotary.dim:  # or once
+                angles = table[0]
             rest = head_dim // 2 - angles.shape[1]
             tables.append(torch.nn.functional.pad(angles, (0, rest), value=passes).contiguous())
         pairs = Pairs(None if rotary.dim == head_dim else rotary.dim, rotary.interleaved)

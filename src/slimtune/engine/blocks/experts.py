@@ -2,7 +2,8 @@
 
 Rows are (token, expert) pairs sorted by expert, so that one grouped product computes all experts: there are always
 T · k rows, and only their offsets vary, on the device. The router is frozen, yet n reaches the result through its
-weights too. With dh = down's dx *without* the row's weight, dw = dh · h, so that down's result is not needed again.
+weights too. With dh = down's dx *without* the row's weight, dw = dh · h, so that down's result is not needed again; a
+bias is a further column of down's weight, and its share of dw that column of dx.
 Adapters have PEFT's ``target_parameters`` form, without dropout; their columns stand beside x and W as a Site's do.
 """
 
@@ -48,6 +49,8 @@ class ExpertsBlock(Block):
         self.stacks = (self.gate_up, self.down)
         wide = torch.promote_types(dtype, torch.float32) if part.router.wide else dtype
         self._router = part.router.weight.detach().to(wide)
+        bias = part.router.logits_bias
+        self._logits_bias = None if bias is None else bias.detach().to(wide)
 
     @property
     def columns(self) -> int:
@@ -77,7 +80,9 @@ class ExpertsBlock(Block):
     def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
         """Routes and gates of some tokens' n [T, H]."""
         by = self.part.router
-        logits = torch.mm(self._normed(n, by.norm).to(self._router.dtype), self._router.t())
+        logits = torch.nn.functional.linear(
+            self._normed(n, by.norm).to(self._router.dtype), self._router, self._logits_bias
+        )
         weights, experts = router.choose(logits, by.choice, bias=by.bias, expert_scale=by.expert_scale)
         routes = routing.sort_by_expert(experts, self.part.gate_up.experts)
         gates = grouped.grouped_forward(self._inputs(n, routes), gate_up, routes.ends)
@@ -87,20 +92,20 @@ class ExpertsBlock(Block):
         """gate_up's input [R, H + extra]."""
         x = n.new_empty(routes.order.shape[0], self.gate_up.inputs + self.gate_up.extra)
         routing.gather_rows(self._normed(n, self.part.norm), routes, out=x[:, : self.gate_up.inputs])
-        return self._adapted(self.gate_up, x, routes)
+        self.gate_up.fill_extra(x, routes)
+        return x
 
     def _hidden(self, chunk: _Kept) -> Tensor:
         """down's input [R, F + extra]."""
         h = chunk.gates.new_empty(chunk.gates.shape[0], self.down.inputs + self.down.extra)
-        mlp.gated_forward(*chunk.gates.chunk(2, dim=1), activation=self.part.activation, out=h[:, : self.down.inputs])
-        return self._adapted(self.down, h, chunk.routes)
+        mlp.gated_forward(*self._halves(chunk), activation=self.part.activation, out=h[:, : self.down.inputs])
+        self.down.fill_extra(h, chunk.routes)
+        return h
 
-    @staticmethod
-    def _adapted(stack: Stack, x: Tensor, routes: routing.Routes) -> Tensor:
-        """x with the adapter's u = A x in its further columns."""
-        if stack.rank:
-            grouped_lora.expert_down(x[:, : stack.inputs], stack.a, routes, out=x[:, stack.inputs :])
-        return x
+    def _halves(self, chunk: _Kept) -> tuple[Tensor, Tensor]:
+        """Gate and up, each [R, F]."""
+        gates, inner = chunk.gates, self.down.inputs
+        return (gates[:, ::2], gates[:, 1::2]) if self.part.interleaved else (gates[:, :inner], gates[:, inner:])
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -164,9 +169,11 @@ class ExpertsBlock(Block):
             self._adapter_backward(self.down, dy, self._hidden(chunk), dh, chunk.routes, chunk.weights, sinks)
         dw = torch.empty_like(chunk.weights)
         mlp.gated_backward_(
-            dh[:, : self.down.inputs], *chunk.gates.chunk(2, dim=1),
+            dh[:, : self.down.inputs], *self._halves(chunk),
             activation=self.part.activation, routes=chunk.routes, weights=chunk.weights, dw=dw,
         )  # fmt: skip
+        if self.down.bias_column is not None:
+            dw += dh[:, self.down.bias_column][chunk.routes.place]
         return dw
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""The data formats that the engine shares with bitsandbytes: NF4's values, nested scales, the optimizer's 8-bit state.
+"""The data formats that the engine shares with others: NF4's values, nested scales and the optimizer's 8-bit state with
+bitsandbytes, MXFP4's with gpt-oss's files.
 
 What is trained here is what bitsandbytes would have trained: the same bytes in the 4-bit weights, the same bytes in a
 checkpoint's optimizer state.
@@ -15,8 +16,10 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "FP4_VALUES",
     "HALVES",
     "MIN_8BIT",
+    "MXFP4_BLOCK",
     "NF4_CODE",
     "ZERO_CODE",
     "AdamWState",
@@ -45,6 +48,11 @@ NF4_CODE = (
     1.0,
 )
 """The sixteen values of NF4 (Dettmers et al. 2023, appendix E; bitsandbytes' ``get_4bit_type("nf4")``)."""
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Of E2M1's codes 0 to 15 (OCP Microscaling Formats 1.0, section 5.3.3)."""
+MXFP4_BLOCK = 32
+"""Codes that share an exponent in MXFP4."""
 
 
 @dataclass(frozen=True)

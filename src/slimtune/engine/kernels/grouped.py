@@ -3,7 +3,8 @@
 Forward: y[r] = W[e] x[r] for the rows r of expert e. Backward: dx[r] = W[e]ᵀ dy[r]; the matrices are frozen.
 
 Layout: rows [R, K] sorted by expert, any row stride; W [E, N, K] with any row and matrix stride, so that an expert's
-adapter may stand in further columns of its matrix. Which kernel computes it is a matter of the device (decision 85):
+adapter may stand in further columns of its matrix, or each matrix turned: its columns contiguous. The one's forward is
+the other's backward. Which kernel computes it is a matter of the device (decision 85):
 torch's grouped product, which is CUTLASS', where it asks the host nothing, else this one. A program takes a tile of an
 expert's rows and some columns; which expert's, it counts itself from the ends. As the host doesn't know how many tiles
 there are, it launches as many as there can be.
@@ -105,10 +106,16 @@ def _torch_waits(rows: Tensor, weights: Tensor) -> bool:
     return any(start % 8 for start in starts)
 
 
+def _is_turned(weights: Tensor) -> bool:
+    return weights.stride(2) != 1 and weights.stride(1) == 1
+
+
 def grouped_forward(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference_experts.grouped_forward`."""
     if not runs_on_triton(rows):
         return reference.grouped_forward(rows, weights, ends)
+    if _is_turned(weights):
+        return grouped_backward(rows, weights.transpose(1, 2), ends)
     if not _torch_waits(rows, weights):
         return torch.nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     return _launch(rows, weights, ends, weights.shape[1], backward=False)
@@ -118,6 +125,8 @@ def grouped_backward(dy: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference_experts.grouped_backward`."""
     if not runs_on_triton(dy):
         return reference.grouped_backward(dy, weights, ends)
+    if _is_turned(weights):
+        return grouped_forward(dy, weights.transpose(1, 2), ends)
     if not _torch_waits(dy, weights):
         return torch.nn.functional.grouped_mm(dy, weights, offs=ends)
     return _launch(dy, weights, ends, weights.shape[2], backward=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +12,28 @@ from slimtune.engine.kernels.reference import _store as store
 from slimtune.engine.kernels.reference import _wide as wide
 from slimtune.engine.kernels.reference_experts import Routes
 
-__all__ = ["Activation", "gated_backward_", "gated_forward"]
+__all__ = ["Activation", "Clamped", "gated_backward_", "gated_forward"]
 
-Activation = Literal["silu", "gelu_tanh", "sigmoid"]
-"""g x sigma(v(g)): silu with v = g, and the tanh form of GELU with v = sqrt(8 / pi) (g + 0.044715 g^3). Or sigma(g)."""
+
+class Clamped(NamedTuple):
+    """gpt-oss's: h = g sigma(alpha g) x (u + 1), g being min(gate, limit) and u up between -limit and limit."""
+
+    alpha: float
+    limit: float
+
+
+Activation = Literal["silu", "gelu_tanh", "sigmoid"] | Clamped
+"""g x sigma(v(g)): silu with v = g, the tanh form of GELU with v = sqrt(8 / pi) (g + 0.044715 g^3). Or
+sigma(g), or clamped."""
 
 
 def _activate(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """The activation of g and its slope: with s = sigma(v), a = g s and a' = s + a (1 - s) v'."""
+    if isinstance(activation, Clamped):
+        inside = g < activation.limit
+        g = g.clamp(max=activation.limit)
+        sigma = torch.sigmoid(activation.alpha * g)
+        return g * sigma, (sigma + activation.alpha * g * sigma * (1 - sigma)) * inside
     if activation == "sigmoid":
         sigma = torch.sigmoid(g)
         return sigma, sigma * (1 - sigma)
@@ -32,9 +46,16 @@ def _activate(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     return g * sigma, sigma + g * sigma * (1 - sigma) * slope
 
 
+def _factor(u: Tensor, activation: Activation) -> tuple[Tensor, Tensor | float]:
+    """What of up multiplies the activation, and its slope."""
+    if isinstance(activation, Clamped):
+        return u.clamp(-activation.limit, activation.limit) + 1, (u.abs() < activation.limit).to(u.dtype)
+    return u, 1.0
+
+
 def gated_forward(gate: Tensor, up: Tensor, *, activation: Activation = "silu", out: Tensor | None = None) -> Tensor:
-    """h = act(gate) x up, all [T, F] (Shazeer 2020, arXiv:2002.05202)."""
-    return store(_activate(wide(gate), activation)[0] * wide(up), gate, out)
+    """h = act(gate) x up, all [T, F] (Shazeer 2020, arXiv:2002.05202); clamped: act(gate) x (up + 1)."""
+    return store(_activate(wide(gate), activation)[0] * _factor(wide(up), activation)[0], gate, out)
 
 
 def gated_backward_(
@@ -66,7 +87,7 @@ def gated_backward_(
     Raises:
         ValueError: Weights or dw without routes.
     """
-    d, u = wide(dh), wide(up)
+    d, (u, u_slope) = wide(dh), _factor(wide(up), activation)
     act, slope = _activate(wide(gate), activation)
     value = act * u
     if routes is not None:
@@ -79,4 +100,4 @@ def gated_backward_(
     if h is not None:
         h.copy_(value)
     gate.copy_(d * u * slope)
-    up.copy_(d * act)
+    up.copy_(d * act * u_slope)
