@@ -26,7 +26,7 @@ from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
-from slimtune.adapter.state import start_from
+from slimtune.adapter.state import adapter_to_start_from, start_from
 from slimtune.adapter.targets import Targets, default_targets, find_targets
 from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
@@ -337,7 +337,8 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware) -> SlimTrainer:
     if ready.layout is not None:
         trainer.layout = ready.layout
     if config.start_from is not None and not job.run.has_checkpoint:  # else its values come from there
-        start_from(trainer.model, config.start_from, local_base(base.source, config.revision))
+        folder = local_base(base.source, config.revision)
+        start_from(trainer.model, config.start_from, folder, ready.tokenizer)
     _use_engine(config, hardware, trainer, ready.unfused, job.screen)
     return trainer
 
@@ -464,6 +465,7 @@ def _check_inputs(config: Config) -> None:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
     if config.start_from is not None:
         tell_stranded(config.start_from)
+        _check_start(adapter_to_start_from(config.start_from), config)
     check_arguments(config)
     if config.engine == "fused" and (folder := Path(model_source(config.model))).is_dir():
         why_unfused(config, skeleton(folder, trust_remote_code=config.trust_remote_code))
@@ -471,6 +473,15 @@ def _check_inputs(config: Config) -> None:
         base = local_base(model_source(config.model), config.revision)
         init = None if config.lora_init == "default" else config.lora_init
         check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export, init)
+
+
+def _check_start(adapter: Path, config: Config) -> None:
+    if config.overwrite and config.output and adapter.resolve().is_relative_to(config.output.resolve()):
+        raise UserError(
+            f"{config.output} can't be replaced by a run that starts from it",
+            rule="--overwrite puts the old run aside before the new one begins.",
+            way_out="Choose another folder (-o).",
+        )
 
 
 def _read(

@@ -249,6 +249,14 @@ def test_a_new_run_can_start_from_an_adapter(small: Path, rows: Path, tmp_path: 
     assert campaign.trajectory(second.path)[1][0] < fresh - 0.01
     with pytest.raises(UserError, match="doesn't fit this run"):
         finetune(config(str(small), rows, tmp_path / "third", start_from=tmp_path / "first", lora_r=4))
+    for other in ({"lora_alpha": 8}, {"rslora": True}, {"alpha_pattern": {"q_proj": 8}}, {"lora_init": "olora"}):
+        with pytest.raises(UserError, match="in another way"):
+            finetune(config(str(small), rows, tmp_path / "third", start_from=tmp_path / "first", **other))
+    with pytest.raises(UserError, match="can't be replaced by a run that starts from it"):
+        finetune(config(str(small), rows, first.path, start_from=first.path, overwrite=True))
+    with pytest.raises(UserError, match="holds no adapter to start from"):
+        finetune(config(str(small), rows, first.path, start_from=first.checkpoints, overwrite=True))
+    assert first.adapter.is_dir()
     other = shutil.copytree(small, tmp_path / "own-model")
     changed_base(tmp_path / "run")
     with pytest.raises(UserError, match="not the base"):

@@ -52,9 +52,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _train(model: Path, rows: Path, output: Path, **more: Any) -> RunFolder:
+def _train(model: Path, rows: Path, output: Path, words: tuple[str, ...] = TOKENS, **more: Any) -> RunFolder:
     tokens = output.parent / "tokens.txt"
-    tokens.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    tokens.write_text("\n".join(words) + "\n", encoding="utf-8")
     values: dict[str, Any] = {"max_steps": 4, "max_length": 128, "learning_rate": 1e-2, "lora_dropout": 0.0} | more
     return slimtune.finetune(
         slimtune.Config.make(model=str(model), data=str(rows), output=output, add_tokens=tokens, **values)
@@ -121,6 +121,15 @@ def test_merged_and_exported_it_is_a_base_with_the_tokens(run: RunFolder, tmp_pa
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)  # rounded to the base's bf16
     certificate = export_gguf(find(str(run.path)), tmp_path / "gguf", "f16")
     assert certificate is not None
+
+
+def test_a_run_that_starts_from_it_has_its_tokens(run: RunFolder, model: Path, rows: Path, tmp_path: Path) -> None:
+    start = {"start_from": run.path, "learning_rate": 1e-9, "max_steps": 1}
+    again = _train(model, rows, tmp_path / "again", **start)
+    before, after = (load_file(made.adapter / "adapter_model.safetensors") for made in (run, again))
+    assert all(torch.allclose(after[name], tensor, atol=1e-6) for name, tensor in before.items())
+    with pytest.raises(UserError, match="rows of tokens that this run doesn't add"):
+        _train(model, rows, tmp_path / "others", ("<a>", "<b>"), **start)
 
 
 def test_the_card_loads_it(run: RunFolder) -> None:

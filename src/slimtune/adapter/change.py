@@ -26,7 +26,7 @@ from slimtune.adapter.files import attach_adapter
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.errors import UserError
 
-__all__ = ["Change", "read_changes", "rows_made", "trains_rows", "why_not_mergeable"]
+__all__ = ["Change", "moves_base", "read_changes", "rows_made", "trains_rows", "why_not_mergeable"]
 
 Change = Callable[[Tensor], Tensor]
 """Takes a parameter of the base, gives it changed, in the same dtype."""
@@ -40,10 +40,15 @@ _OTHER_FORMULAS = (
 )  # fmt: skip
 
 
+def moves_base(init: bool | str | None) -> bool:
+    """Whether an adapter that starts so (PEFT's ``init_lora_weights``) takes a part of the base's own weights."""
+    return init not in _EXACT_INITS
+
+
 def why_not_mergeable(config: Mapping[str, Any]) -> str:
     """Why an adapter with this PEFT config can't be merged exactly; empty if it can."""
     init = config.get("init_lora_weights", True)
-    if init not in _EXACT_INITS:
+    if moves_base(init):
         return (
             f"init_lora_weights: {init} changes the base's own weights when training starts, and the adapter fits those"
         )

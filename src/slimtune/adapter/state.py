@@ -8,16 +8,25 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from slimtune.adapter.change import moves_base
 from slimtune.adapter.files import find_adapter
-from slimtune.adapter.passport import check_base, read_passport
+from slimtune.adapter.passport import Passport, check_base, read_passport, tokenizer_hash
 from slimtune.adapter.settings import ADAPTER_WEIGHTS, adapter_config, check_values
 from slimtune.errors import UserError
 
-__all__ = ["adapter_config_bytes", "adapter_tensors", "own_storage_", "restore_adapter", "start_from"]
+__all__ = [
+    "adapter_config_bytes",
+    "adapter_tensors",
+    "adapter_to_start_from",
+    "own_storage_",
+    "restore_adapter",
+    "start_from",
+]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -66,21 +75,33 @@ def restore_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(model, dict(tensors))
 
 
-def start_from(model: nn.Module, path: Path, base: Path) -> None:
+def adapter_to_start_from(path: Path) -> Path:
+    """The folder of the adapter that a new run starts with: the run's at ``path``, or ``path`` itself.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = find_adapter(path)
+    if folder is None:
+        raise UserError(f"{path} holds no adapter to start from", way_out="Give a finished run, or its adapter folder.")
+    return folder
+
+
+def start_from(model: Any, path: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model's new adapter the values of a run's, to train on from.
 
     Args:
         model: Wrapped, its adapter fresh.
         path: The run's folder, or the adapter's.
         base: The folder of the model's base.
+        tokenizer: The model's, with the tokens that the run adds.
 
     Raises:
-        UserError: ``path`` holds no adapter, or one of another base or shape.
+        UserError: ``path`` holds no adapter, or one of another base or shape, or one whose values would do something
+            else here.
     """
-    folder = find_adapter(path)
-    if folder is None:
-        raise UserError(f"{path} holds no adapter to start from", way_out="Give a finished run, or its adapter folder.")
-    adapter_config(folder)
+    folder = adapter_to_start_from(path)
+    saved = adapter_config(folder)
     check_values(folder)
     passport = read_passport(folder)
     if passport is not None:
@@ -93,3 +114,35 @@ def start_from(model: nn.Module, path: Path, base: Path) -> None:
             rule="It must have the rank, the targets and the layers that this run trains.",
             way_out="Give the same --lora-r, --targets and --layers as the run it comes from.",
         ) from None
+    _check_meaning(folder, saved, model.peft_config[model.active_adapter])
+    if saved.get("trainable_token_indices"):
+        _check_tokens(folder, passport, tokenizer)
+
+
+def _check_meaning(folder: Path, saved: Mapping[str, Any], new: LoraConfig) -> None:
+    """See that values mean the same in both adapters: of one shape they are read whatever the scale or the base."""
+    keys: dict[str, Any] = {"lora_alpha": 8, "use_rslora": False, "alpha_pattern": {}, "trainable_token_indices": {}}
+    for key, unset in keys.items():
+        was, now = (value or unset for value in (saved.get(key), getattr(new, key)))
+        if was != now:
+            raise _other_meaning(folder, key, was, now)
+    was, now = saved.get("init_lora_weights", True), new.init_lora_weights
+    if was != now and (moves_base(was) or moves_base(now)):
+        raise _other_meaning(folder, "init_lora_weights", was, now)
+
+
+def _other_meaning(folder: Path, key: str, was: Any, now: Any) -> UserError:
+    return UserError(
+        f"the adapter in {folder} was trained with {key} {was}, and this run has {now}",
+        rule="Its values would change the base in another way than they did.",
+        way_out="Give the option as the run had it that the adapter comes from.",
+    )
+
+
+def _check_tokens(folder: Path, passport: Passport | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    if passport is not None and tokenizer_hash(tokenizer, like=passport.tokenizer) != passport.tokenizer:
+        raise UserError(
+            f"the adapter in {folder} has rows of tokens that this run doesn't add",
+            rule="A row belongs to its token.",
+            way_out="Give the same --add-tokens as the run it comes from.",
+        )
