@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers.integrations import ggml
 
 import slimtune
 from slimtune.errors import UserError
@@ -119,8 +120,12 @@ def test_merged_and_exported_it_is_a_base_with_the_tokens(run: RunFolder, tmp_pa
     with torch.inference_mode():
         expected, got = opened.model(AT).logits, merged(AT).logits
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)  # rounded to the base's bf16
-    certificate = export_gguf(find(str(run.path)), tmp_path / "gguf", "f16")
-    assert certificate is not None
+    if hasattr(ggml, "GGUFQwen2Converter"):  # Transformers 5.17 reads it back with marks of its own
+        with pytest.raises(UserError, match=r"doesn't read <\|end\|> in"):
+            export_gguf(find(str(run.path)), tmp_path / "gguf", "f16")
+        assert not (tmp_path / "gguf").exists()
+    else:
+        assert export_gguf(find(str(run.path)), tmp_path / "gguf", "f16") is not None
 
 
 def test_a_run_that_starts_from_it_has_its_tokens(run: RunFolder, model: Path, rows: Path, tmp_path: Path) -> None:

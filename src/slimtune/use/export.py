@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from gguf import GGUFReader
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.files import UnpackedFiles
@@ -169,9 +171,23 @@ def _read_back_voice(file: Path) -> Voice:
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _check_reader(file, tokenizer)
     model.eval()  # type: ignore[no-untyped-call]
     opened = Opened(Found(str(file), file.parent, None, None), model, tokenizer, stop_ids(model, tokenizer))
     return transformers_voice(opened, f"{file.name}, read back by Transformers")
+
+
+def _check_reader(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that a reply's end is a token as read back: Transformers 5.17 reads a Qwen's with marks of its own alone."""
+    fields = GGUFReader(file).fields
+    end = fields["tokenizer.ggml.eos_token_id"].contents()
+    token = fields["tokenizer.ggml.tokens"].contents(end)
+    if tokenizer.get_added_vocab().get(token) != end:
+        raise UserError(
+            f"Transformers {transformers.__version__} doesn't read {token} in {file.name} as the control token it is",
+            rule="What the export says is proven by reading it back, which this version can't do rightly.",
+            way_out="Install a newer Transformers or llama-cpp-python, or export without the proof: --no-parity",
+        )
 
 
 def _llama_cpp_voice(found: Found, file: Path) -> Voice:
