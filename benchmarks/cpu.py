@@ -97,7 +97,7 @@ def run_slimtune(steps: int) -> list[tuple[float, int]]:
     file.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows()[0]), encoding="utf-8")
     config = Config.make(
         model=EMBEDDED, data=str(file), output=folder / "run", max_steps=steps, max_length=ROWS * LENGTH // 2,
-        micro_batch=1, gradient_accumulation=1, compute_dtype="fp32", save_steps=10**6,
+        micro_batch=1, gradient_accumulation=1, compute_dtype="fp32", save_steps=10**6, eval_share=0.0,
     )  # fmt: skip
     records = [record for record in finetune(config).metrics() if "step_seconds" in record]
     return [(record["step_seconds"], record["tokens"]) for record in records]

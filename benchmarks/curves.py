@@ -113,7 +113,7 @@ def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         config = Config.make(
             model=model, data=data, output=Path(folder) / "run", max_length=1024, micro_batch=2, max_steps=steps,
-            gradient_accumulation=1, learning_rate=2e-4, lora_dropout=0.0, seed=1,
+            gradient_accumulation=1, learning_rate=2e-4, lora_dropout=0.0, seed=1, eval_share=0.0,
             **({"compute_dtype": "bf16"} if torch.cuda.is_available() else {}) | options,
         )  # fmt: skip
         as_a_t4 = options.get("compute_dtype") == "fp16" and torch.cuda.is_available()

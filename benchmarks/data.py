@@ -74,7 +74,7 @@ def run_slimtune(file: str, options: dict[str, Any]) -> dict[str, Any]:
     from slimtune.data import PackedBatches, examine, micro_batches
 
     tokenizer = load_tokenizer("smollm2-135m")
-    config = Config.make(data=file, max_length=MAX_LENGTH, **options)
+    config = Config.make(data=file, max_length=MAX_LENGTH, eval_share=0.0, **options)
     meter = Meter()
     proof = examine(config, tokenizer)
     read = meter.read()

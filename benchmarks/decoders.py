@@ -204,7 +204,8 @@ def train(folder: Path, workload: Workload, *, profile: bool = False, **options:
     config = Config.make(
         model=str(folder), data=str(data), output=scratch / "run", train_on="all", max_length=workload.length,
         micro_batch=workload.rows, gradient_accumulation=1, max_steps=peers.STEPS, lora_dropout=0.0,
-        lora_r=workload.r, targets=workload.targets, save_steps=10 * peers.STEPS, **options,
+        lora_r=workload.r, targets=workload.targets, save_steps=10 * peers.STEPS, eval_share=0.0,
+        **options,
     )  # fmt: skip
     table = _profiled() if profile else None
     run = finetune(config)

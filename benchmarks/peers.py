@@ -112,7 +112,7 @@ def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, An
         model=str(folder), data=str(data), output=scratch / "run", train_on="all",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
         lora_r=workload.r, lora_dropout=workload.dropout, targets=workload.targets, memory=variant or "auto",
-        engine="fused", save_steps=10 * STEPS,
+        engine="fused", save_steps=10 * STEPS, eval_share=0.0,
     )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -79,6 +79,7 @@ def the_workload(folder: Path, size: str) -> Config:
         model=str(folder / "model"), data=(str(data),), output=folder / "run", train_on="all", engine="fused",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
         save_steps=EVERY, targets=workload.targets, lora_r=workload.r, lora_dropout=workload.dropout,
+        eval_share=0.0,
     )  # fmt: skip
 
 

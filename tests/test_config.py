@@ -68,7 +68,7 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"overlong": "truncate"}, "Input should be 'drop', 'error', 'split' or 'keep-end'"),
         ({"keep_checkpoints": 1}, "config key 'keep_checkpoints' can't be 1"),
         ({"memory": "lots"}, "config key 'memory' can't be 'lots'"),
-        ({"early_stopping": 3}, "early_stopping needs an evaluation"),
+        ({"early_stopping": 3, "eval_share": 0.0}, "early_stopping needs an evaluation"),
         ({"eval": "a.jsonl", "eval_share": 0.1}, "eval and eval_share exclude each other"),
         ({"lora_init": "loftq"}, "loftq starts from unquantised weights"),
         ({"lora_init": "pissa_niter_4"}, "pissa_niter_4 starts from unquantised weights"),

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from slimtune.config import Config
+from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
 from slimtune.data.packing import PackedBatches
-from slimtune.plan import few_steps, micro_batches_of_run, resolve_steps, steps_of_run
+from slimtune.data.sources import Place
+from slimtune.plan import few_steps, micro_batches_of_run, resolve_held_out, resolve_steps, steps_of_run
 from slimtune.recipes import finetune
 from slimtune.training.resumable import ResumableTrainer
 from tests.campaigns import campaign
@@ -64,18 +67,34 @@ def test_epochs_that_are_no_whole_micro_batches_are_rounded_up_and_said(
     assert micro_batches_of_run(resolved, per_epoch) == whole
 
 
-FACTS = {"documents": 5, "tokens": 195, "lengths": {"max": 39}}
+def five_documents(folder: Path) -> Documents:
+    """Of 39 tokens each."""
+    with DocumentWriter(folder) as writer:
+        for number in range(5):
+            writer.add(np.full(39, number, np.int32), np.ones(39, bool), 0, Place("rows.jsonl", number + 1, "line"))
+    return Documents(DocumentStore(folder), np.arange(5))
 
 
-def test_too_few_steps_are_said_with_what_to_set() -> None:
-    config = Config.make(epochs=3)
-    line = few_steps(config, 1, FACTS)
+def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
+    config, documents = Config.make(epochs=3), five_documents(tmp_path)
+    line = few_steps(config, 1, documents)
     assert line == (
         "2 optimizer steps are little to learn from: about 60 or more by "
         "--gradient-accumulation 1 --max-length 64 --epochs 15"
     )
     assert steps_of_run(Config.make(gradient_accumulation=1, epochs=15), 4) == 60
-    assert few_steps(Config.make(max_steps=2), 1, FACTS) is None
-    assert few_steps(config, 40, FACTS) is None
-    padded = few_steps(Config.make(packing=False, gradient_accumulation=1), 5, FACTS)
+    assert few_steps(Config.make(max_steps=2), 1, documents) is None
+    assert few_steps(config, 40, documents) is None
+    padded = few_steps(Config.make(packing=False, gradient_accumulation=1), 5, documents)
     assert padded == "15 optimizer steps are little to learn from: about 60 or more by --epochs 12"
+
+
+def test_what_is_held_out_is_recorded_with_its_reason() -> None:
+    config, (choice,) = resolve_held_out(Config.make(), 0.2, 40)
+    assert (config.eval_share, choice.value) == (0.2, 0.2)
+    assert choice.reason.startswith("8 of 40 different rows")
+    config, (choice,) = resolve_held_out(Config.make(), 0.0, 12)
+    assert (config.eval_share, choice.reason) == (0.0, "none of 12 different rows, as they are fewer than 20")
+    config, (choice,) = resolve_held_out(Config.make(eval="held.jsonl"), 0.0, 0)
+    assert (config.eval_share, choice.reason) == (0.0, "eval names the held-out data")
+    assert resolve_held_out(Config.make(eval_share=0.1), 0.1, 40) == (Config.make(eval_share=0.1), [])

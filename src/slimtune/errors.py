@@ -1,7 +1,8 @@
 """Every error that a person can cause, with the exit code that the command line ends with.
 
 Exit codes: 0 done · 1 a fault of slimtune's own · 2 something the person can mend · 3 a guard stopped the run ·
-75 stopped on request, with a checkpoint to go on from (BSD's EX_TEMPFAIL).
+4 the run is done, and the model worse than it was · 75 stopped on request, with a checkpoint to go on from (BSD's
+EX_TEMPFAIL).
 """
 
 from __future__ import annotations

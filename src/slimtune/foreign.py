@@ -266,7 +266,7 @@ def _share(name: str) -> Rule:
     def rule(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | str:
         if isinstance(value, int | float) and 0 < value < 1:
             return {name: float(value)}
-        return "no evaluation" if not value else f"eval_share is a share of the rows: {value} over all of them"
+        return {name: 0.0} if not value else f"eval_share is a share of the rows: {value} over all of them"
 
     return rule
 

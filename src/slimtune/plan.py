@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimtune.config import Config
 from slimtune.hardware import Hardware
+
+if TYPE_CHECKING:
+    from slimtune.data.documents import Documents
 
 __all__ = [
     "Choice",
@@ -22,6 +24,7 @@ __all__ = [
     "few_steps",
     "memory_budget",
     "micro_batches_of_run",
+    "resolve_held_out",
     "resolve_machine",
     "resolve_steps",
     "resolved",
@@ -93,28 +96,47 @@ def steps_of_run(config: Config, per_epoch: int) -> int:
     return math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
 
 
-def few_steps(config: Config, per_epoch: int, facts: Mapping[str, Any]) -> str | None:
+def few_steps(config: Config, per_epoch: int, documents: Documents) -> str | None:
     """What to say of a run of too few optimizer steps to learn from, and what to set; None if there are enough.
 
     Args:
         config: What is to run. Steps that it names itself are taken as meant.
         per_epoch: Micro-batches in an epoch.
-        facts: The data's: ``documents``, ``tokens`` and their ``lengths``.
+        documents: What it trains on.
     """
     steps = steps_of_run(config, per_epoch)
     if config.max_steps is not None or steps >= FEW_STEPS:
         return None
     changes: dict[str, Any] = {"gradient_accumulation": 1, "micro_batch": 1}
-    longest = _TILE * math.ceil(facts["lengths"].get("max", 1) / _TILE)
+    longest = _TILE * math.ceil(int(documents.lengths.max()) / _TILE)
     if config.packing and longest < config.max_length:
         changes["max_length"] = longest
-    parts = math.ceil(facts["tokens"] / longest) if config.packing else facts["documents"]
+    parts = math.ceil(documents.tokens / longest) if config.packing else len(documents)
     epochs = math.ceil(FEW_STEPS / max(1, parts, per_epoch))
     if epochs > config.epochs:
         changes["epochs"] = epochs
     flags = [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if value != getattr(config, key)]
     what = f"{steps} optimizer step{'s are' if steps > 1 else ' is'} little to learn from"
     return f"{what}: about {FEW_STEPS} or more by {' '.join(flags)}"
+
+
+def resolve_held_out(config: Config, share: float, rows: int) -> tuple[Config, list[Choice]]:
+    """Decide what isn't trained on.
+
+    Args:
+        config: What is to run.
+        share: Of the rows that the proof of the data has held out.
+        rows: Different rows that it is a share of.
+    """
+    if config.eval_share != "auto":
+        return config, []
+    reason = f"{round(share * rows):,} of {rows:,} different rows: a twentieth, 8 at least and 200 at most"
+    if config.eval:
+        reason = "eval names the held-out data"
+    elif not share:
+        reason = f"none of {rows:,} different rows, as they are fewer than 20"
+    choices = [Choice("eval_share", share, reason)]
+    return resolved(config, choices), choices
 
 
 def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]:
@@ -131,8 +153,10 @@ def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]
             Choice("save_steps", every, f"{total} optimizer steps, so about {math.ceil(total / every)} checkpoints")
         )
     if config.eval_steps == "auto" and (config.eval or config.eval_share):
-        steps = every if config.save_steps == "auto" else config.save_steps
-        choices.append(Choice("eval_steps", steps, "an evaluation with each checkpoint"))
+        # Not as the checkpoints, which may be made at other steps without the run being another.
+        choices.append(
+            Choice("eval_steps", every, f"{total} optimizer steps, so about {math.ceil(total / every)} evaluations")
+        )
     return resolved(config, choices), choices
 
 

@@ -37,7 +37,7 @@ from slimtune.base.tokenizer import load_tokenizer, remarks
 from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
-from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, micro_batches
+from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, held_out_batches, micro_batches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.render import Manner, renderer_for
 from slimtune.data.stdin import keep_stdin
@@ -51,6 +51,7 @@ from slimtune.plan import (
     default_output,
     few_steps,
     micro_batches_of_run,
+    resolve_held_out,
     resolve_machine,
     resolve_steps,
     resolved,
@@ -60,6 +61,7 @@ from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
+from slimtune.run.judge import judge
 from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
@@ -233,13 +235,17 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
             with damage_told(run.metrics_file):
                 engine = "fused" if ready.unfused is None else f"plain: {ready.unfused}"
-                facts.training = training_facts(run.metrics(), engine=engine, repeats=repeats, own_head=own_head)
+                records = run.metrics()
+                facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
+                documents = 0 if ready.held_out is None else len(ready.held_out.documents)
+                facts.verdict = judge(records, config, facts.training, trainer.saved_step, documents)
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room
             facts.verified = _verify(config, hardware, run, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
+            job.screen.conclude(facts.as_dict())
             job.signals.finished = not config.export
 
 
@@ -272,6 +278,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     for line in remarks(tokenizer):
         screen.warn(line)
     screen.say("data", data_line(proof.facts))
+    config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     with screen.working("loading the base"):
         base = _load(config, hardware, watchdog)
     check_names(config, base.model)
@@ -286,9 +293,9 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config = resolved(config, for_layout)
     data, held_out = _micro_batches(config, proof)
     config, for_steps = resolve_steps(config, data.per_epoch)
-    if (few := few_steps(config, data.per_epoch, proof.facts)) is not None:
+    if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
-    choices = [*choices, *for_family, *for_layout, *for_steps]
+    choices = [*choices, *for_held_out, *for_family, *for_layout, *for_steps]
     return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
 
 
@@ -507,7 +514,7 @@ def _read(
 
 def _micro_batches(config: Config, proof: Proof) -> tuple[MicroBatches, MicroBatches | None]:
     """What to train on, and what to evaluate on."""
-    held_out = None if proof.eval is None else micro_batches(proof.eval, config)
+    held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
     return micro_batches(proof.train, config), held_out
 
 

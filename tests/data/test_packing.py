@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from slimtune.batch import IGNORED, LENGTHS
 from slimtune.config import Config
 from slimtune.data import PackedBatches, Proof, micro_batches, prove
-from slimtune.data.packing import GroupedBatches, assign_packs, assign_rows
+from slimtune.data.documents import Documents
+from slimtune.data.packing import GroupedBatches, assign_packs, assign_rows, held_out_batches
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        return prove(Config.make(data=str(folder / "rows.jsonl"), max_length=256), tokenizer)
+        return prove(Config.make(data=str(folder / "rows.jsonl"), max_length=256, eval_share=0.0), tokenizer)
 
 
 def packs(proof: Proof, **changed: Any) -> PackedBatches:
@@ -136,6 +137,19 @@ def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedToke
     assert batches.per_epoch == 1
     assert batches.batch(5)["input_ids"].shape == (1, 64)
     assert (batches.batch(5)["labels"] != IGNORED).sum() == 2  # "b" and the end mark
+
+
+def test_held_out_documents_make_enough_parts(proof: Proof) -> None:
+    few = Documents(proof.train.store, np.arange(8))
+    alone = held_out_batches(few, Config.make(micro_batch=4))
+    assert (alone.per_epoch, sorted(int(alone.members(at)[0]) for at in range(8))) == (8, list(range(8)))
+    for layout in ("packed", "padded"):
+        many = held_out_batches(proof.train, Config.make(layout=layout))
+        assert 16 <= many.per_epoch <= 64
+        assert sorted(member for at in range(many.per_epoch) for member in many.members(at)) == list(range(200))
+    # A pack is never larger than training's.
+    tight = held_out_batches(proof.train, Config.make(max_length=256))
+    assert tight.batch(0)["input_ids"].shape[1] <= 256
 
 
 def test_without_packing_documents_are_padded_on_the_right(proof: Proof) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
 from slimtune.data import Proof, examine, preflight, prove
+from slimtune.data.held_out import share_of
 from slimtune.errors import UserError
 
 
@@ -128,7 +129,7 @@ def test_raw_text_is_split_where_the_limit_is(tmp_path: Path, tokenizer: PreTrai
 
 def test_weights_and_shares(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     one, two = write(tmp_path / "one.jsonl", numbered(20)), write(tmp_path / "two.jsonl", numbered(10, 20))
-    proof = prove(Config.make(data=(one, f"{two}*2.5")), tokenizer)
+    proof = prove(Config.make(data=(one, f"{two}*2.5"), eval_share=0.0), tokenizer)
     counts = np.bincount(proof.train.chosen)
     assert counts[:20].tolist() == [1] * 20
     assert sorted(counts[20:].tolist()) == [2] * 5 + [3] * 5
@@ -147,6 +148,39 @@ def test_a_share_split_off_keeps_duplicates_on_one_side(tmp_path: Path, tokenize
     again = prove(Config.make(data=file, eval_share=0.2), tokenizer)
     assert again.eval is not None
     assert again.eval.chosen.tolist() == proof.eval.chosen.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "held"), [(12, 0), (19, 0), (20, 8), (160, 8), (161, 8), (170, 8), (171, 9), (4000, 200), (5000, 200)]
+)
+def test_so_many_rows_are_held_out_by_themselves(rows: int, held: int) -> None:
+    share = share_of(rows)
+    assert round(share * rows) == held
+    assert share == float(f"{share:.6g}")
+
+
+def test_rows_are_held_out_unless_asked_otherwise(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write(tmp_path / "a.jsonl", numbered(40))
+    proof = prove(Config.make(data=file), tokenizer)
+    assert proof.eval is not None
+    assert (len(proof.train), len(proof.eval), proof.share, proof.different_rows) == (32, 8, 0.2, 40)
+    assert proof.facts["held_out"]["documents"] == 8
+    # What the run's config records gives the same rows.
+    again = prove(Config.make(data=file, eval_share=proof.share), tokenizer)
+    assert again.facts["held_out"] == proof.facts["held_out"]
+    other = prove(Config.make(data=file, seed=1), tokenizer)
+    assert other.facts["held_out"]["fingerprint"] != proof.facts["held_out"]["fingerprint"]
+    none = prove(Config.make(data=file, eval_share=0.0), tokenizer)
+    assert (none.eval, len(none.train), "held_out" in none.facts) == (None, 40, False)
+
+
+def test_of_few_rows_none_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Forty rows, but nineteen different ones.
+    file = write(tmp_path / "a.jsonl", numbered(19) + numbered(19) + numbered(2))
+    proof = prove(Config.make(data=file), tokenizer)
+    assert (proof.eval, len(proof.train), proof.different_rows) == (None, 40, 19)
+    with pytest.raises(UserError, match=r"of 19 different rows none is held out(.|\n)*--eval DATA"):
+        prove(Config.make(data=file, early_stopping=2), tokenizer)
 
 
 def test_held_out_data_is_proven_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

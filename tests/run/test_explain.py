@@ -46,7 +46,7 @@ def test_a_sound_run_has_nothing_broken(facts: Facts) -> None:
     story = explain(facts)
     assert story.count("broken") == 0
     proved = {key for (key, _), status in verdicts(story).items() if status == "proved"}
-    assert proved == {"base", "data", "wrapping", "training", "optimizer", "saving", "verified"}
+    assert proved == {"base", "data", "wrapping", "training", "verdict", "optimizer", "saving", "verified"}
     parts = list(dict.fromkeys(section.part for section in story.sections if section.part))
     assert [part[:6] for part in parts] == ["Part 1", "Part 2", "Part 3", "Part 4"]
 
@@ -68,7 +68,7 @@ def test_its_numbers_are_those_of_the_files(facts: Facts, finished_run: RunFolde
     assert f"{len(steps)} optimizer steps" in texts(story, "training")
     assert f"{sum(record['tokens'] for record in steps):,} tokens" in texts(story, "training")
     evaluations = [record["eval_loss"] for record in finished_run.metrics() if "eval_loss" in record]
-    assert f"held-out data is {evaluations[-1]:.4g}" in texts(story, "training")
+    assert f"loss {evaluations[0]:.4g} → {evaluations[-1]:.4g}" in texts(story, "verdict")
     config = finished_run.config()
     rows = {row[0]: row[1] for row in section(story, "choices").tables[0].rows}
     assert rows["`compute_dtype`"] == f"`{config.compute_dtype}`"
@@ -116,6 +116,7 @@ BROKEN: list[tuple[Callable[[Facts], Any], str, str]] = [
     (add_file("pytorch_model.bin"), "saving", "OTHER WEIGHTS AMONG THEM: `pytorch_model.bin`"),
     (lambda facts: facts["adapter"]["folder_files"].remove("adapter_model.safetensors"), "saving", "MISSING"),
     (set_in("training", "last_loss", value=float("nan")), "training", "is not a finite number"),
+    (set_in("verdict", "outcome", value="worse"), "verdict", "WORSE than before the training"),
     (set_in("verified", "keys_match", value=False), "verified", "DO NOT FIT"),
     (set_in("verified", "all_finite", value=False), "verified", "NO FINITE NUMBERS"),
     (set_in("verified", "outputs_differ", value=False), "verified", "NO LOGIT DIFFERS"),
@@ -139,7 +140,7 @@ def test_what_does_not_hold_is_said_loudly(facts: Facts, change: Callable[[Facts
         (set_in("adapter", "file_bytes", value=None), "the saved adapter's size"),
         (set_in("optimizer", "state_bytes", value={}), "the state of `adamw_8bit`"),
         (set_in("verified", value=None), "whether the saved adapter loads into a fresh base"),
-        (set_in("training", "eval_loss", value=None), "the loss on held-out data"),
+        (set_in("verdict", value={"outcome": "unmeasured"}), "on rows that it hasn't seen"),
         (set_in("training", value=None), "the training, as this run did not come to its end"),
     ],
 )

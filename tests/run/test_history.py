@@ -22,7 +22,7 @@ def session(first: int, last: int, mark: float) -> list[dict[str, Any]]:
 def test_a_real_run_is_read_whole(finished_run: RunFolder) -> None:
     history = read_history(finished_run.metrics())
     assert [record["step"] for record in history.steps] == list(range(1, 13))
-    assert [record["step"] for record in history.evaluations] == [4, 8, 12]
+    assert [record["step"] for record in history.evaluations] == [0, 4, 8, 12]
     assert history.resumed == []
 
 

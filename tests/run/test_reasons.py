@@ -11,7 +11,7 @@ import torch
 from slimtune import hardware
 from slimtune.config import Config
 from slimtune.hardware import Hardware, detect
-from slimtune.plan import resolve_machine, resolve_steps
+from slimtune.plan import resolve_held_out, resolve_machine, resolve_steps
 from slimtune.run.reasons import reason_in_chinese
 
 
@@ -35,6 +35,9 @@ def test_every_reason_has_its_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     for machine in machines(monkeypatch):
         config, choices = resolve_machine(Config.make(data="rows.jsonl", eval_share=0.1), machine)
         choices += resolve_steps(config, 1000)[1]
+        choices += resolve_steps(Config.make(epochs=0.3), 8)[1]
+        for held in ((Config.make(), 0.2, 40), (Config.make(), 0.0, 12), (Config.make(eval="rows.jsonl"), 0.0, 0)):
+            choices += resolve_held_out(*held)[1]
         reasons |= {choice.reason for choice in choices}
     assert len(reasons) >= 8
     for reason in reasons:

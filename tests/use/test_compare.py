@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import GuardStop, UserError
+from slimtune.run.interval import bootstrap
 from slimtune.use.compare import Comparison, Item, compare, exact_match, fail_if, load_checker
-from slimtune.use.evaluate import bootstrap
 from slimtune.use.general import GENERAL
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slimtune.errors import UserError
-from slimtune.use.evaluate import bootstrap, documents_of, losses, run_tasks
+from slimtune.use.evaluate import documents_of, losses, run_tasks
 from slimtune.use.load import Opened
 from tests.use.families import make_opened
 
@@ -58,19 +58,6 @@ def test_rows_are_padded_only_where_no_logit_changes_by_it(family: str, data: st
             logits = opened.model(input_ids=ids.long()[None], use_cache=False).logits[0, :-1]
         lost = nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")[supervised[1:]].sum()
         assert nats == pytest.approx(float(lost), rel=1e-5)
-
-
-def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
-    draw = np.random.default_rng(0)
-    held = 0
-    for trial in range(100):
-        counts = draw.integers(5, 50, size=120)
-        sums = np.array([draw.exponential(2.0, size=count).sum() for count in counts])
-        interval = bootstrap(sums, counts, seed=trial)
-        assert interval.low <= interval.value <= interval.high
-        held += interval.low <= 2.0 <= interval.high
-    assert 88 <= held <= 100  # 95 expected; three standard deviations are 6.5
-    assert bootstrap(np.ones(10)).low == bootstrap(np.ones(10)).high == 1.0
 
 
 def test_tasks_without_the_package_name_the_extra(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

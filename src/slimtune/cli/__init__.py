@@ -28,7 +28,7 @@ VERBS = {
     "resume": "Go on with a run that was stopped.",
     "chat": "Talk to a run, or to a bare model.",
     "generate": "Answer a file of prompts.",
-    "eval": "Loss and perplexity of a run on DATA.",
+    "eval": "Loss and perplexity of a run on held-out rows.",
     "compare": "Base against tuned on held-out rows.",
     "merge": "Merge the adapter into the 16-bit base.",
     "export": "Ship a run: GGUF, Ollama, MLX, vLLM.",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
+from slimtune.errors import UserError
+
+if TYPE_CHECKING:
+    from slimtune.use.held_out import HeldOut
+    from slimtune.use.load import Opened
 
 __all__ = ["command"]
 
@@ -43,6 +49,7 @@ def command(
 ) -> None:
     """Ask RUN and its base the held-out rows of DATA and a general set; show what got better and what got worse.
 
+    Without DATA the rows are those that the run held out of its training.
     --fail-if ends with exit code 3 when its condition holds.
     """
     with fast_imports():
@@ -67,7 +74,7 @@ def command(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
         say_if_slow(opened)
-        made = compare(opened, data, checker=check, general=general, sampling=sampling)
+        made = compare(opened, data or _held_out(opened), checker=check, general=general, sampling=sampling)
     text = json.dumps(made.as_dict(), ensure_ascii=False, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "compare.html", made.page())
@@ -83,3 +90,14 @@ def command(
             click.echo(f"worse: {item.asked[:60]!r}: {item.base_reply[:60]!r} → {item.reply[:60]!r}")
         click.echo(f"every reply: {folder / 'compare.html'}")
     fail_if(made, conditions)
+
+
+def _held_out(opened: Opened) -> HeldOut | None:
+    """The rows that the run held out; None, and the reason is said, if there are none to be had."""
+    from slimtune.use.held_out import held_out_of
+
+    try:
+        return held_out_of(opened)
+    except UserError as error:
+        click.echo(f"no held-out rows: {error.what}", err=True)
+        return None

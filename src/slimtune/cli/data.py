@@ -95,7 +95,7 @@ def command(
     shown = sample(proof.train, tokenizer)
     variables = renderer_for(tokenizer, Manner.of(config)).variables
     lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config, variables)]
-    if batches is not None and (line := few_steps(config, batches.per_epoch, proof.facts)) is not None:
+    if batches is not None and (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
         said.append(f"{line[0].upper()}{line[1:]}.")
     refusal = proof.refusal
     if ledger_file is not None:

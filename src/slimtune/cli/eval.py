@@ -1,8 +1,9 @@
-"""``slimtune eval RUN DATA``: loss and perplexity on held-out rows; tasks of lm-evaluation-harness."""
+"""``slimtune eval RUN [DATA]``: loss and perplexity on held-out rows; tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
+from slimtune.run.folder import RunFolder
 
 __all__ = ["command"]
 
@@ -36,14 +38,19 @@ def command(
 ) -> None:
     """Measure RUN on DATA: loss of a supervised token in nats and perplexity, with 95 % intervals over the rows.
 
+    Without DATA the rows are those that the run held out of its training.
     A run is asked with the template variables and the date that it was trained with, a bare model with its
     template's defaults.
     """
-    if not data and not tasks:
-        raise UserError("nothing to evaluate on", way_out="Give DATA, or --tasks.")
+    remembered = not data and not tasks
+    if remembered and RunFolder(Path(target)).held_out() is None:
+        raise UserError(
+            "nothing to evaluate on", rule=f"{target} held no rows out.", way_out="Give DATA, or --tasks NAMES."
+        )
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.evaluate import documents_of, losses, run_tasks
+        from slimtune.use.held_out import held_out_of
         from slimtune.use.load import open_model
 
     made: dict[str, Any] = {}
@@ -51,8 +58,8 @@ def command(
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
-        if data:
-            documents = documents_of(opened, data)
+        if data or remembered:
+            documents = documents_of(opened, data) if data else held_out_of(opened).documents
             made["documents"], made["supervised_tokens"] = len(documents), documents.supervised_tokens
             made["tuned" if opened.found.adapter else "model"] = losses(opened, documents).mean()
             if with_base and opened.found.adapter:
@@ -64,7 +71,7 @@ def command(
         sides = {name: {"loss": vars(i), "perplexity": vars(i.exp())} for name, i in made.items() if hasattr(i, "exp")}
         click.echo(json.dumps({**made, **sides}, ensure_ascii=False, indent=2, default=str))
         return
-    if data:
+    if data or remembered:
         click.echo(f"{made['documents']:,} documents, {made['supervised_tokens']:,} supervised tokens")
         for name in ("base", "model", "tuned"):
             if name in made:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slimtune.cli.closing import close
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.run.folder import RunFolder
@@ -48,8 +47,4 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
             trust_remote_code=bool(flags["trust_remote_code"]),
             screen=Screen(quiet=as_json),
         )
-    if as_json:
-        click.echo(json.dumps(folder.read_json(folder.facts_file), ensure_ascii=False, indent=2))
-    else:
-        name = shlex.quote(str(run))
-        click.echo(f"\n  slimtune chat {name}\n  slimtune explain {name}", err=True)
+    close(folder, as_json=as_json)

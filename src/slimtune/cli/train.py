@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slimtune.cli.closing import close
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.training.determinism import fix_workspace
@@ -40,8 +39,4 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
             from slimtune.run.screen import Screen
 
         run = finetune(config, screen=Screen(quiet=as_json))
-    if as_json:
-        click.echo(json.dumps(run.read_json(run.facts_file), ensure_ascii=False, indent=2))
-    else:
-        name = shlex.quote(str(run.path))
-        click.echo(f"\n  slimtune chat {name}\n  slimtune explain {name}", err=True)
+    close(run, as_json=as_json)

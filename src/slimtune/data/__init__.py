@@ -18,6 +18,7 @@ module                its one purpose
 ``ledger``            the account of every row
 ``build``             rows through all of the above, by the batch
 ``preflight``         the proof as a whole, cached by content; what refuses a run
+``held_out``          the rows that are evaluated on, split off
 ``packing``           documents to micro-batches, in an order that (seed, epoch) decides
 ====================  =================================================================================================
 

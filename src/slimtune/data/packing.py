@@ -38,12 +38,15 @@ __all__ = [
     "PaddedBatches",
     "assign_packs",
     "assign_rows",
+    "held_out_batches",
     "micro_batches",
 ]
 
 _WINDOW = 2**16
 _TILE = 64
 """Kernels take rows in tiles of this many."""
+_UNITS = 32
+"""Held-out data goes through the model in about so many parts: how their losses differ says how sure the mean is."""
 _DEAL_ROOM = 4
 """With more, packs are less alike; with less, dealing leaves gaps that best fit can't close: up to 3 % more packs."""
 
@@ -225,17 +228,32 @@ class PaddedBatches(MicroBatches):
         return self._documents(position)
 
 
-def micro_batches(documents: Documents, config: Config) -> MicroBatches:
+def micro_batches(documents: Documents, config: Config, most: int | None = None) -> MicroBatches:
     """The micro-batches that ``config`` asks for: packs of micro_batch × max_length tokens, or padded rows.
 
     Packs of a file that doesn't fill one have its size: what is padded is computed like any token.
+
+    Args:
+        documents: What to fill in.
+        config: Its keys of batches and layout.
+        most: Tokens of a pack, if they are to be fewer.
     """
     if not config.packing:
         return PaddedBatches(documents, batch_size=config.micro_batch, seed=config.seed)
+    most = config.batch_tokens if most is None else min(config.batch_tokens, most)
     if config.layout in ("padded", "alone"):
-        return GroupedBatches(documents, tokens=config.batch_tokens, seed=config.seed)
-    tokens = min(config.batch_tokens, -(-documents.tokens // _TILE) * _TILE)
+        return GroupedBatches(documents, tokens=most, seed=config.seed)
+    tokens = min(most, -(-documents.tokens // _TILE) * _TILE)
     return PackedBatches(documents, tokens=tokens, seed=config.seed, longest=config.max_length)
+
+
+def held_out_batches(documents: Documents, config: Config) -> MicroBatches:
+    """Micro-batches to evaluate on, each a unit of the loss's interval: documents alone, if they are few; else as
+    training has them, but so small that there are about 32 of them or more."""
+    if len(documents) <= _UNITS:
+        return PaddedBatches(documents, batch_size=1, seed=config.seed)
+    share = max(int(documents.lengths.max()), -(-documents.tokens // _UNITS))
+    return micro_batches(documents, config, -(-share // _TILE) * _TILE)
 
 
 def assign_rows(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[npt.NDArray[np.int64], int]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
+from slimtune.data.held_out import LEAST_ROWS, held_out_facts, set_apart
 from slimtune.data.ledger import Ledger
 from slimtune.data.readers import TO_UTF8
 from slimtune.data.render import ChatRenderer, Manner, renderer_for, writes_date
@@ -47,13 +48,18 @@ class Proof:
 
     ``facts`` holds plain values: rows, rows_trained, rows_dropped, dropped, repaired, noted (counts by rule), examples
     (the first place of each rule), shapes, sources, documents, tokens, supervised_tokens, duplicates, lengths
-    (quantiles in tokens), key (the content's hash) and, for evaluation data, the same under ``eval``.
+    (quantiles in tokens), key (the content's hash); for evaluation data the same under ``eval``; and ``held_out``, what
+    :func:`slimtune.data.held_out.held_out_facts` says of the documents to evaluate on.
     """
 
     train: Documents
     eval: Documents | None
     facts: dict[str, Any]
     folder: Path
+    share: float = 0.0
+    """Of the rows that was split off for evaluation."""
+    different_rows: int = 0
+    """Rows that it is a share of: what stands twice counts once. 0 where nothing was to be split off."""
     refusal: UserError | None = None
     """Why training would be refused, if it would."""
     cached: bool = False
@@ -229,14 +235,16 @@ def _open(folder: Path, config: Config, sources: list[Source], held_out: list[So
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     store = DocumentStore(folder / "train")
     chosen = _weighted(store, sources, config.seed)
-    evaluation = None
+    evaluation, share, rows = None, 0.0, 0
     if held_out:
         eval_store = DocumentStore(folder / "eval")
         evaluation = Documents(eval_store, _weighted(eval_store, held_out, config.seed))
-    elif config.eval_share:
-        chosen, apart = _set_apart(store, chosen, config.eval_share, config.seed)
-        evaluation = Documents(store, apart)
-    proof = Proof(Documents(store, chosen), evaluation, facts, folder)
+    elif config.eval_share and len(chosen):
+        chosen, apart, share, rows = set_apart(store, chosen, config.eval_share, config.seed)
+        evaluation = Documents(store, apart) if len(apart) else None
+    if evaluation is not None:
+        facts["held_out"] = held_out_facts(evaluation)
+    proof = Proof(Documents(store, chosen), evaluation, facts, folder, share=share, different_rows=rows)
     proof.refusal = _refusal(proof, config)
     return proof
 
@@ -253,25 +261,6 @@ def _weighted(store: DocumentStore, sources: list[Source], seed: int) -> npt.NDA
         if taken := round(rest * len(own)):
             parts.append(np.sort(np.random.default_rng([seed, 2, number]).choice(own, taken, replace=False)))
     return np.concatenate(parts)
-
-
-def _set_apart(
-    store: DocumentStore, chosen: npt.NDArray[np.int64], share: float, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(training, evaluation) document numbers: whole rows, chosen by seed and content, so that duplicates stay on one
-    side."""
-    if not len(chosen):
-        return chosen, chosen
-    mixed = np.asarray(store.hashes) ^ np.uint64(np.random.default_rng([seed, 3]).integers(2**63))
-    mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ (mixed >> np.uint64(29))
-    rows = np.ascontiguousarray(store.places[:, :3])
-    first = np.ones(len(rows), bool)
-    first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
-    score = mixed[first][np.cumsum(first) - 1]
-    distinct = np.unique(score[chosen])
-    threshold = distinct[min(len(distinct) - 1, max(0, round(share * len(distinct)) - 1))]
-    apart = score[chosen] <= threshold
-    return chosen[~apart], np.unique(chosen[apart])
 
 
 def _refusal(proof: Proof, config: Config) -> UserError | None:
@@ -294,6 +283,12 @@ def _refusal(proof: Proof, config: Config) -> UserError | None:
             )
     if not len(proof.train):
         return UserError("no document is left to train on", rule="eval_share and weights leave at least one.")
+    if config.early_stopping is not None and proof.eval is None:
+        return UserError(
+            f"early_stopping needs an evaluation, and of {proof.different_rows:,} different rows none is held out",
+            rule=f"From {LEAST_ROWS} rows on some are held out by themselves.",
+            way_out="Give --eval DATA, or --eval-share 0.2",
+        )
     return None
 
 

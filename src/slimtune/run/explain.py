@@ -34,6 +34,7 @@ from slimtune.run.statement import (
     share,
     value_text,
 )
+from slimtune.run.verdict import tell_verdict
 
 __all__ = ["explain"]
 
@@ -53,7 +54,19 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
         return chinese if lang == "zh" else english
 
     facts = _clean(facts)
-    tellers = (tell_base, tell_data, _lora, _wrapping, _training, _optimizer, _saving, _read_back, _choices, _limits)
+    tellers = (
+        tell_base,
+        tell_data,
+        _lora,
+        _wrapping,
+        _training,
+        tell_verdict,
+        _optimizer,
+        _saving,
+        _read_back,
+        _choices,
+        _limits,
+    )
     sections = [teller(facts, say) for teller in tellers]
     return Explanation(lang, str(facts.get("run", "")), tuple(section for section in sections if section is not None))
 
@@ -200,15 +213,17 @@ def _training(facts: Facts, say: Say) -> Section | None:
         told.append(Statement(text, "unmeasured"))
     if "repeats" in training:
         told.append(Statement(_repeats(training["repeats"], say)))
+    if not facts.get("verdict"):  # which says it otherwise
+        told.append(_held_out(training, say))
+    return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
+
+
+def _held_out(training: Facts, say: Say) -> Statement:
     if training.get("eval_loss") is None:
         text = say("the loss on held-out data, as none was given.", "留出数据上的损失，因为没有提供留出数据。")
-        told.append(Statement(text, "unmeasured"))
-    else:
-        value = value_text(training["eval_loss"], say)
-        told.append(
-            Statement(say(f"The last loss on held-out data is {value}.", f"留出数据上最后一次的损失是 {value}。"))
-        )
-    return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
+        return Statement(text, "unmeasured")
+    value = value_text(training["eval_loss"], say)
+    return Statement(say(f"The last loss on held-out data is {value}.", f"留出数据上最后一次的损失是 {value}。"))
 
 
 def _proof(training: Facts, say: Say) -> list[Statement]:

@@ -20,6 +20,7 @@ __all__ = [
     "Facts",
     "OptimizerFacts",
     "TrainingFacts",
+    "VerdictFacts",
     "VerifiedFacts",
     "damage_told",
 ]
@@ -154,6 +155,31 @@ class VerifiedFacts:
 
 
 @dataclass
+class VerdictFacts:
+    """What the run made of the model, on rows that it wasn't trained on (:mod:`slimtune.run.judge`)."""
+
+    outcome: str
+    """better, same, worse or unmeasured."""
+    documents: int = 0
+    """Held-out documents."""
+    start: dict[str, float] | None = None
+    """Loss of a supervised token before the first step, in nats: value, low, high (95 %)."""
+    end: dict[str, float] | None = None
+    """Of what was saved; None if it is no number."""
+    change: dict[str, float] | None = None
+    """End minus start, the same parts of the data resampled on both sides."""
+    step: int | None = None
+    """The optimizer step that was saved."""
+    best_step: int | None = None
+    """The one with the lowest held-out loss, of those that were evaluated."""
+    best_loss: float | None = None
+    advice: str = ""
+    """longer, shorter, slower, or nothing."""
+    suggestion: str = ""
+    """The flag that follows it."""
+
+
+@dataclass
 class ChoiceFact:
     """One value that slimtune chose."""
 
@@ -173,6 +199,7 @@ class Facts:
     training: TrainingFacts | None = None
     optimizer: OptimizerFacts | None = None
     verified: VerifiedFacts | None = None
+    verdict: VerdictFacts | None = None
     data: dict[str, Any] = field(default_factory=dict)
     """The data proof's summary: rows in, trained, dropped; tokens, supervised; packs and how full they are."""
     choices: list[ChoiceFact] = field(default_factory=list)

@@ -126,6 +126,11 @@ class RunFolder:
             raise UserError(f"{file} holds no JSON object", way_out="Copy the run's folder whole.")
         return value
 
+    def held_out(self) -> dict[str, Any] | None:
+        """What the run remembers of the documents that it held out (:func:`slimtune.data.held_out.held_out_facts`)."""
+        remembered: dict[str, Any] | None = (self.read_json(self.facts_file).get("data") or {}).get("held_out")
+        return remembered
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to the metrics. A NaN becomes null with its true value beside it, so the file stays JSON."""
         if self._metrics is None:

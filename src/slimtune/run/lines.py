@@ -17,7 +17,8 @@ def data_line(facts: Mapping[str, Any]) -> str:
     """What the data is, by the facts of its proof."""
     share = facts["supervised_tokens"] / max(1, facts["tokens"])
     dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
-    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised)"
+    held = f", {facts['held_out']['documents']:,} documents held out" if facts.get("held_out") else ", none held out"
+    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised){held}"
 
 
 def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:

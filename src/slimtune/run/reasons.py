@@ -19,7 +19,17 @@ _REASONS = (
     (r"(\d+%) of what (.+) has", r"\2 显存的 \1"),
     (r"(\d+) optimizer steps, so about (\d+) checkpoints", r"共 \1 个优化器步，约存 \2 个检查点"),
     (r"the projections of what mixes tokens: (.+)", r"混合词元的投影层：\1"),
-    (r"an evaluation with each checkpoint", "每存一个检查点就评估一次"),
+    (
+        r"(.+) of (.+) different rows: a twentieth, 8 at least and 200 at most",
+        r"\2 行不同的数据中留出 \1 行：二十分之一，至少 8 行，至多 200 行",
+    ),
+    (r"none of (.+) different rows, as they are fewer than 20", r"不同的数据只有 \1 行，不足 20 行，一行也不留出"),
+    (r"eval names the held-out data", "留出数据已由 eval 给定"),
+    (
+        r"(.+) epochs rounded up to whole micro-batches, of which an epoch has (.+)",
+        r"\1 轮，向上凑整到整数个微批次（每轮 \2 个）",
+    ),
+    (r"(\d+) optimizer steps, so about (\d+) evaluations", r"共 \1 个优化器步，约评估 \2 次"),
     (r"the engine computes documents by length", "引擎按长度分别计算各个文档"),
     (
         r"the engine's loss on a document in a pack is (.+), and the model's own (.+)",

@@ -145,7 +145,8 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
         first, last = (f"{v:.3f}" if is_finite(v) else "—" for v in (training["first_loss"], training["last_loss"]))
         held = training.get("eval_loss")
         note = say("first → last tenth", "首步 → 最后十分之一")
-        if is_finite(held):
+        tiles += _held_out(facts.get("verdict") or {}, say)
+        if is_finite(held) and not tiles:
             note = say(f"held-out {held:.3f}", f"留出数据 {held:.3f}")
         tiles.append((say("loss", "损失"), f"{first} → {last}", note))
     if base:
@@ -167,6 +168,22 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
         steps = say(f"{training['steps']:,} steps", f"{training['steps']:,} 步")
         tiles.append((say("time", "用时"), time_left(training["seconds"]), steps))
     return tiles
+
+
+def _held_out(verdict: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
+    """The held-out loss before and after; what it comes to stands below."""
+    start, end = verdict.get("start"), verdict.get("end") or {}
+    if start is None:
+        return []
+    words = {
+        "better": say("better", "变好"),
+        "worse": say("WORSE than before", "比训练前更差"),
+        "same": say("no change", "看不出变化"),
+    }
+    before, after = (f"{v:.3f}" if is_finite(v) else "—" for v in (start["value"], end.get("value")))
+    count = verdict["documents"]
+    note = say(f"{words[verdict['outcome']]}, on {count:,} documents", f"{words[verdict['outcome']]}，共 {count:,} 篇")
+    return [(say("held-out loss", "留出数据损失"), f"{before} → {after}", note)]
 
 
 def _charts(history: History, say: Say) -> list[_Chart]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from slimtune.run.verdict import advice_text, verdict_text
 
 __all__ = ["Screen", "megabytes", "time_left"]
 
@@ -61,7 +64,7 @@ class Screen:
     def record(self, record: dict[str, Any]) -> None:
         """Show one record of the trainer (see :class:`slimtune.training.progress.MetricsCallback`)."""
         if "eval_loss" in record:
-            self.say("eval", f"step {record['step']}: loss {record['eval_loss']:.4f}")
+            self.say("held out", f"step {record['step']}: loss {record['eval_loss']:.4f}")
         if "loss" not in record:
             return
         numbers = (
@@ -73,6 +76,21 @@ class Screen:
             self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
         elif step == 1 or step == steps or step % max(1, steps // _LINES_WITHOUT_TERMINAL) == 0:
             self.say("training", f"{step}/{steps} · {numbers}")
+
+    def conclude(self, facts: Mapping[str, Any]) -> None:
+        """Say what became of the model, by a run's facts; in red if it is worse than it was."""
+        verdict = facts["verdict"]
+        style = {"better": "bold green", "worse": "bold red"}.get(verdict["outcome"], "bold")
+        text = verdict_text(verdict, facts["training"], _english)
+        if verdict["outcome"] == "unmeasured":
+            text = f"not measured: {text}"
+        self.console.print(Text.assemble((f"  {'result':<9}", style), (text, style.removeprefix("bold").strip())))
+        if advice := advice_text(verdict, _english):
+            self.console.print(Text(f"  {'':<9}{advice.replace('`', '')}"))
+
+
+def _english(english: str, chinese: str) -> str:
+    return english
 
 
 def megabytes(count: float) -> str:

@@ -38,6 +38,14 @@ class PlainTrainer(SFTTrainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self._evaluated: list[tuple[Tensor, int]] = []
 
+    @property
+    def evaluated(self) -> tuple[list[float], list[int]]:
+        """(nats, supervised tokens) of each micro-batch of the last evaluation."""
+        if not self._evaluated:
+            return [], []
+        sums = torch.stack([total.double() for total, _ in self._evaluated]).tolist()
+        return sums, [supervised for _, supervised in self._evaluated]
+
     def compute_loss(
         self,
         model: nn.Module,

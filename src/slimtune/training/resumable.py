@@ -24,6 +24,7 @@ from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapte
 from slimtune.config import Config
 from slimtune.errors import GuardStop
 from slimtune.run.identity import Identity
+from slimtune.run.judge import parts_record
 from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
 from slimtune.training.guard import DivergenceGuard, find_nonfinite
@@ -72,6 +73,8 @@ class Progress:
     best_step: int | None = None
     since_best: int = 0
     """Evaluations since the best one."""
+    evaluated_step: int | None = None
+    """The step after which the last evaluation was."""
     evaluation_due: bool = False
     """A stop came before the evaluation of this step was done."""
     stopped_early: bool = False
@@ -92,7 +95,10 @@ class ResumableTrainer(Trainer):
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     train_dataset: Sized
+    eval_dataset: Any
     engine: Any
+    saved_step: int
+    """After :meth:`fit`: the optimizer step whose adapter the model has."""
 
     def fit(self) -> None:
         """Train from the newest whole checkpoint, or from the start, to the end, and save.
@@ -123,6 +129,7 @@ class ResumableTrainer(Trainer):
         with safety.watchdog.watching("step"), safety.signals.deferrable():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                self._evaluate_last()
                 self._secure()
             except GuardStop:
                 self._save_before_step()
@@ -132,8 +139,10 @@ class ResumableTrainer(Trainer):
             finally:
                 self._hand_over()
                 safety.checkpoints.wait()
+        self.saved_step = self.state.global_step
         if safety.config.early_stopping and self.progress.best_step is not None:
             self._take_best()
+            self.saved_step = self.progress.best_step
 
     # -- checkpoints, written and read in place of the Trainer's
 
@@ -266,6 +275,12 @@ class ResumableTrainer(Trainer):
 
     # -- evaluation leaves no trace in the training
 
+    def _evaluate_last(self) -> None:
+        """What is saved was evaluated, whatever the intervals; a run that was asked to stop goes on with that."""
+        is_done = self.progress.evaluated_step == self.state.global_step
+        if self.eval_dataset is not None and not is_done and self.safety.signals.requested is None:
+            self.evaluate()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but what it draws from the random generators doesn't show afterwards."""
         training = self.model.training
@@ -344,6 +359,8 @@ class ResumableTrainer(Trainer):
         # Asking for pinned memory takes 15 ms, and what was asked for once is kept.
         OffDevice([*self._trained().storages(), self._tr_loss])
         if self._restored is None:
+            if self.eval_dataset is not None:
+                self.evaluate()
             return
         self.divergence.load(self.progress.divergence)
         logs = self.progress.logs
@@ -578,6 +595,12 @@ class _Hooks(TrainerCallback):
         progress, loss = self.trainer.progress, (metrics or {}).get("eval_loss")
         if loss is None:
             return
+        nats, tokens = getattr(self.trainer, "evaluated", ([], []))
+        if nats:
+            self.trainer.safety.record(parts_record(state.global_step, nats, tokens))
+        progress.evaluated_step = state.global_step
+        if state.global_step == 0:
+            return  # what the others are compared with, not one of them
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.since_best = loss, state.global_step, 0
             control.should_save = True

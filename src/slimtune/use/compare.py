@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from slimtune.data import Documents
 from slimtune.data.page import POLICY
 from slimtune.errors import GuardStop, UserError
-from slimtune.use.evaluate import Interval, bootstrap, documents_of, losses
+from slimtune.run.interval import Interval, bootstrap
+from slimtune.use.evaluate import documents_of, losses
 from slimtune.use.general import GENERAL
 from slimtune.use.generate import generate
+from slimtune.use.held_out import HeldOut
 from slimtune.use.load import Opened
 from slimtune.use.questions import Question, read_questions
 from slimtune.use.sampling import Sampling
@@ -118,7 +121,7 @@ class Comparison:
 
 def compare(
     opened: Opened,
-    data: str | None = None,
+    data: str | HeldOut | None = None,
     *,
     checker: Checker | None = None,
     general: bool = True,
@@ -128,7 +131,7 @@ def compare(
 
     Args:
         opened: The run.
-        data: Held-out rows with answers, in any shape that training reads.
+        data: Held-out rows with answers, in any shape that training reads; or those that the run held out.
         checker: Scores a reply against the row's answer; exact match unless given.
         general: Ask the package's general set too.
         sampling: How tokens are chosen.
@@ -139,7 +142,12 @@ def compare(
     if opened.found.adapter is None:
         raise UserError(f"{opened.found.name} is a bare model: there is nothing to compare it with")
     sampling = sampling or Sampling(max_new_tokens=256)
-    questions = read_questions(data, need_reference=True) if data else []
+    questions: list[Question] = []
+    documents: Documents | None = None
+    if isinstance(data, HeldOut):
+        questions, documents = data.questions(), data.documents
+    elif data:
+        questions, documents = read_questions(data, need_reference=True), documents_of(opened, (data,))
     check = checker or exact_match
     asked: list[Question] = [*questions, *(Question(list(g.messages)) for g in GENERAL if general)]
     if not asked:
@@ -161,8 +169,7 @@ def compare(
         part = "held-out" if held_out else "general"
         items.append(Item(part, text, reference, base_replies[at], replies[at], *scores))
     loss = base_loss = change = None
-    if data:
-        documents = documents_of(opened, (data,))
+    if documents is not None:
         tuned = losses(opened, documents)
         with opened.as_base():
             bare = losses(opened, documents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,32 +19,16 @@ from slimtune.config import Config
 from slimtune.data import Documents, prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
+from slimtune.run.interval import Interval, bootstrap
 from slimtune.use.attention import any_length
 from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 from slimtune.use.way import apart, at_once, is_rounding, trial_prompts
 
-__all__ = ["Interval", "Losses", "bootstrap", "documents_of", "losses", "run_tasks"]
+__all__ = ["Losses", "documents_of", "losses", "run_tasks"]
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
-_RESAMPLES = 2000
 _TASK_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
-    def exp(self) -> Interval:
-        """Of the exponential: from a loss in nats to a perplexity."""
-        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high))
 
 
 @dataclass(frozen=True)
@@ -133,24 +116,6 @@ def _goes_alone(opened: Opened) -> bool:
     mask = torch.tensor([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
     expected = at_once(opened.model, short[:1], short[1:])
     return not is_rounding(apart(_logits(opened, ids, mask)[1, : len(short)], expected), opened.model)
-
-
-def bootstrap(sums: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None, seed: int = 0) -> Interval:
-    """Sum over count, with the percentile interval over resampled rows (Efron 1979); the same rows, the same interval.
-
-    Args:
-        sums: [rows].
-        counts: [rows]; ones unless given, so that it is the mean.
-        seed: Of the resampling.
-    """
-    counts = np.ones(len(sums)) if counts is None else counts
-    draw = np.random.default_rng(seed)
-    means = np.empty(_RESAMPLES)
-    for at in range(_RESAMPLES):
-        rows = draw.integers(len(sums), size=len(sums))
-        means[at] = sums[rows].sum() / max(1, counts[rows].sum())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(sums.sum() / max(1, counts.sum())), float(low), float(high))
 
 
 def run_tasks(opened: Opened, tasks: list[str], limit: int | None = None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.render import Manner, prompt_ids, renderer_for
 from slimtune.errors import UserError, shown
 from slimtune.hardware import detect
+from slimtune.run.folder import RunFolder
 from slimtune.run.replaced import tell_stranded
 
 __all__ = ["Found", "Opened", "find", "open_model", "stop_ids", "turn_ends"]
@@ -79,6 +80,13 @@ class Found:
     def manner(self) -> Manner:
         """How the training rendered conversations."""
         return Manner.recorded(self.passport.config) if self.passport is not None else Manner()
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that the adapter lies in; None for an adapter elsewhere and for a bare model."""
+        if self.adapter is None or not (self.adapter.parent / "config.yaml").is_file():
+            return None
+        return RunFolder(self.adapter.parent)
 
     @property
     def template(self) -> Path | None:

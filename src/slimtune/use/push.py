@@ -19,6 +19,8 @@ from slimtune.errors import UserError
 from slimtune.run.chart import Line, line_chart
 from slimtune.run.folder import RunFolder
 from slimtune.run.history import read_history
+from slimtune.run.statement import sentence
+from slimtune.run.verdict import verdict_text
 from slimtune.use.load import Found
 from slimtune.use.merge import new_folder
 
@@ -51,7 +53,7 @@ def push(found: Found, target: str, *, private: bool = True) -> str:
     if found.adapter is None:
         raise UserError(f"{found.name} is a bare model: there is no adapter to publish")
     texts = {"README.md": model_card(found, target)}
-    if curve := _loss_curve(_run_of(found)):
+    if curve := _loss_curve(found.run):
         texts["loss.svg"] = curve
     files = [found.adapter / name for name in _FILES if (found.adapter / name).is_file()]
     if target.startswith((".", "/", "~")):
@@ -92,7 +94,7 @@ def model_card(found: Found, target: str) -> str:
     front |= {"base_model": hub_base} if hub_base else {}
     front |= {"license": licence} if licence else {}
     name = target.rstrip("/").rpartition("/")[2]
-    run = _run_of(found)
+    run = found.run
     facts = run.read_json(run.facts_file) if run else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -101,6 +103,7 @@ def model_card(found: Found, target: str) -> str:
         "The licence is the base's own." if licence else "The base states no licence: check it before you use this.",
         *(_training(passport, facts) if passport else []),
         *(["\n![loss by optimizer step](loss.svg)"] if _loss_curve(run) else []),
+        *_verdict(facts),
         *_scores(run),
         _how_to_load(found, hub_base or base, target),
     ]
@@ -129,6 +132,15 @@ def _training(passport: Passport, facts: dict[str, Any]) -> list[str]:
             rows.append((title, f"{data[key]:,}"))
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return [f"\n## Training\n\n| | |\n|-|-|\n{table}"]
+
+
+def _verdict(facts: dict[str, Any]) -> list[str]:
+    """What it is worth on rows that it wasn't trained on, if some were held out."""
+    verdict = facts.get("verdict") or {}
+    if verdict.get("start") is None:
+        return []
+    text = verdict_text(verdict, facts.get("training") or {}, lambda english, chinese: english)
+    return [f"\n## On held-out rows\n\n{sentence(text)} In brackets: the 95 % interval of the change."]
 
 
 def _scores(run: RunFolder | None) -> list[str]:
@@ -161,12 +173,6 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 ```
 
 `passport.json` says which base, tokenizer and chat template it belongs to. {vllm}"""
-
-
-def _run_of(found: Found) -> RunFolder | None:
-    if found.adapter is None or not (found.adapter.parent / "config.yaml").is_file():
-        return None
-    return RunFolder(found.adapter.parent)
 
 
 def _loss_curve(run: RunFolder | None) -> str:

@@ -1,0 +1,145 @@
+"""Whether a run made the model better or worse on rows that it wasn't trained on, and what to try next.
+
+Every evaluation leaves the losses of the held-out data's parts in ``metrics.jsonl`` (:func:`parts_record`). Two
+evaluations are compared part by part: the interval of their difference is that of resampled parts
+(:func:`slimtune.run.interval.bootstrap`), so that how hard the rows are by themselves doesn't count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slimtune.config import Config
+from slimtune.run.facts import TrainingFacts, VerdictFacts
+from slimtune.run.interval import Interval, bootstrap
+
+__all__ = ["judge", "parts_record"]
+
+LEAST_CHANGE = 0.01
+"""Nats. What changes a perplexity by less than a hundredth is no change, however sure it is."""
+RISE = 1.5
+"""Without held-out rows: the losses at the end, which are other rows', may be this many times the first."""
+MOST_PARTS = 200
+"""Parts that a record holds; of more, several are added up."""
+USUAL_RATE = 2e-4
+Parts = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
+"""(nats, supervised tokens), each [parts]."""
+
+
+def parts_record(step: int, nats: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    """The line of ``metrics.jsonl`` that :func:`judge` reads: what an evaluation after ``step`` found, by part.
+
+    A sum that is no number becomes null, as JSON has none.
+    """
+    every = math.ceil(len(nats) / MOST_PARTS)
+    sums = [(sum(nats[at : at + every]), sum(tokens[at : at + every])) for at in range(0, len(nats), every or 1)]
+    return {
+        "step": step,
+        "held_out_nats": [round(total, 6) if math.isfinite(total) else None for total, _ in sums],
+        "held_out_tokens": [count for _, count in sums],
+    }
+
+
+def judge(
+    records: Iterable[Mapping[str, Any]], config: Config, training: TrainingFacts, step: int, documents: int
+) -> VerdictFacts:
+    """Compare what was saved with what the training began with.
+
+    Args:
+        records: The lines of ``metrics.jsonl``.
+        config: What ran.
+        training: What its training did.
+        step: The optimizer step that was saved.
+        documents: Held-out documents; 0 for none.
+    """
+    found = {record["step"]: _parts(record) for record in records if "held_out_nats" in record}
+    start, end = found.get(0), found.get(step)
+    if not documents or start is None or end is None or not np.array_equal(start[1], end[1]):
+        return _by_training(config, training)
+    same = {at: parts for at, parts in found.items() if at <= step and np.array_equal(start[1], parts[1])}
+    losses = {at: float(nats.sum() / max(1, tokens.sum())) for at, (nats, tokens) in same.items()}
+    trained = {at: loss for at, loss in losses.items() if at > 0 and math.isfinite(loss)}
+    best = min(trained, key=trained.__getitem__, default=None)
+    change = _change(start, end)
+    outcome = "same"
+    if change is None or _rises(change):
+        outcome = "worse"
+    elif _falls(change):
+        outcome = "better"
+    advice = _advice(outcome, same, best, step)
+    return VerdictFacts(
+        outcome=outcome,
+        documents=documents,
+        start=_plain(bootstrap(*start)),
+        end=None if change is None else _plain(bootstrap(*end)),
+        change=None if change is None else _plain(change),
+        step=step,
+        best_step=best,
+        best_loss=None if best is None else trained[best],
+        advice=advice,
+        suggestion=_suggestion(advice, config, training, best, step),
+    )
+
+
+def _parts(record: Mapping[str, Any]) -> Parts:
+    nats = [math.nan if value is None else value for value in record["held_out_nats"]]
+    return np.array(nats, np.float64), np.array(record["held_out_tokens"], np.int64)
+
+
+def _change(before: Parts, after: Parts) -> Interval | None:
+    """Of the loss of a supervised token, in nats; None if one of them is no number."""
+    difference = after[0] - before[0]
+    return bootstrap(difference, after[1]) if np.isfinite(difference).all() else None
+
+
+def _rises(change: Interval | None) -> bool:
+    return change is not None and change.low > 0 and change.value > LEAST_CHANGE
+
+
+def _falls(change: Interval | None) -> bool:
+    return change is not None and change.high < 0 and change.value < -LEAST_CHANGE
+
+
+def _advice(outcome: str, found: Mapping[int, Parts], best: int | None, step: int) -> str:
+    """longer, shorter, slower, or nothing."""
+    if best is not None and best != step:
+        falls, rises = _change(found[0], found[best]), _change(found[best], found[step])
+        if _falls(falls) and (rises is None or _rises(rises)):
+            return "shorter"
+    if outcome == "worse":
+        return "slower"
+    earlier = [at for at in found if 0 < at <= step * 2 / 3]
+    still = _falls(_change(found[max(earlier)], found[step])) if earlier else outcome == "better"
+    return "longer" if still or outcome == "same" else ""
+
+
+def _suggestion(advice: str, config: Config, training: TrainingFacts, best: int | None, step: int) -> str:
+    """The flag that follows the advice."""
+    if advice == "slower":
+        rate = min(config.learning_rate / 10, USUAL_RATE)
+        return f"--learning-rate {rate:.2g}"
+    if advice not in ("longer", "shorter"):
+        return ""
+    steps = 2 * training.steps if advice == "longer" else best or step
+    if config.max_steps is not None:
+        return f"--max-steps {steps}"
+    epochs = training.epochs * steps / max(1, training.steps)
+    return f"--epochs {epochs:.2g}"
+
+
+def _by_training(config: Config, training: TrainingFacts) -> VerdictFacts:
+    """No row was held out: all that can be seen is losses that are none."""
+    first, last = training.first_loss, training.last_loss
+    if math.isfinite(last) and not last > RISE * first:
+        return VerdictFacts(outcome="unmeasured")
+    return VerdictFacts(outcome="worse", advice="slower", suggestion=_suggestion("slower", config, training, None, 0))
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in asdict(interval).items()}

@@ -1,0 +1,116 @@
+"""Better or worse: the verdict follows from held-out losses, and its words say the same in both languages."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimtune.config import Config
+from slimtune.run.facts import TrainingFacts, VerdictFacts
+from slimtune.run.interval import bootstrap
+from slimtune.run.judge import judge, parts_record
+from slimtune.run.verdict import advice_text, is_worse, tell_verdict, verdict_text
+
+TOKENS = [10, 20, 30, 40, 50, 60, 70, 80]
+TRAINING = TrainingFacts(
+    engine="plain", repeats=True, steps=60, epochs=3.0, first_loss=3.0, last_loss=1.0, seconds=1.0, tokens=1,
+    supervised_tokens=1, tokens_per_second=1.0, model_flops_per_second=None, floor_share=None, peak_memory_bytes=1,
+    memory_kind="process resident",
+)  # fmt: skip
+HARD = np.random.default_rng(0).normal(0.0, 0.5, len(TOKENS))
+"""How hard each part is by itself: more than the changes below."""
+
+
+def evaluation(step: int, loss: float) -> dict[str, Any]:
+    spread = np.random.default_rng(step + 1).normal(0.0, 0.01, len(TOKENS))
+    nats = (loss + HARD + spread) * TOKENS
+    return json.loads(json.dumps(parts_record(step, nats.tolist(), TOKENS)))  # type: ignore[no-any-return]
+
+
+def verdict(losses: dict[int, float], **config: Any) -> VerdictFacts:
+    records = [evaluation(step, loss) for step, loss in losses.items()]
+    return judge(records, Config.make(**config), TRAINING, max(losses), 8)
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome", "advice", "suggestion"),
+    [
+        ({0: 3.0, 20: 1.0, 40: 0.9, 60: 0.9}, "better", "", ""),
+        ({0: 3.0, 20: 2.5, 40: 2.0, 60: 1.5}, "better", "longer", "--epochs 6"),
+        ({0: 3.0, 20: 1.0, 40: 1.5, 60: 2.0}, "better", "shorter", "--epochs 1"),
+        ({0: 3.0, 20: 1.0, 40: 2.5, 60: 4.0}, "worse", "shorter", "--epochs 1"),
+        ({0: 3.0, 20: 9.0, 40: 9.0, 60: 9.0}, "worse", "slower", "--learning-rate 2e-05"),
+        ({0: 3.0, 20: math.nan, 40: math.nan, 60: math.nan}, "worse", "slower", "--learning-rate 2e-05"),
+        ({0: 3.0, 20: 1.0, 40: 1.0, 60: math.nan}, "worse", "shorter", "--epochs 1"),
+        ({0: 3.0, 20: 3.0, 40: 3.0, 60: 3.0}, "same", "longer", "--epochs 6"),
+        ({0: 3.0, 60: 3.2}, "worse", "slower", "--learning-rate 2e-05"),
+        ({0: 3.0, 60: 2.8}, "better", "longer", "--epochs 6"),
+    ],
+)
+def test_what_the_losses_say(losses: dict[int, float], outcome: str, advice: str, suggestion: str) -> None:
+    found = verdict(losses)
+    assert (found.outcome, found.advice, found.suggestion) == (outcome, advice, suggestion)
+    assert is_worse({"verdict": vars(found)}) == (outcome == "worse")
+    trained = {step: loss for step, loss in losses.items() if step and math.isfinite(loss)}
+    assert found.best_loss is None if not trained else found.best_step in trained
+
+
+def test_the_change_is_paired_and_its_interval_the_bootstraps() -> None:
+    found = verdict({0: 3.0, 60: 2.8})
+    before, after = (np.array(evaluation(step, loss)["held_out_nats"]) for step, loss in ((0, 3.0), (60, 2.8)))
+    expected = bootstrap(after - before, np.array(TOKENS))
+    assert found.change == pytest.approx(vars(expected), rel=1e-5)
+    # The parts differ more from each other than the change is large: unpaired, nothing could be told.
+    assert found.start is not None
+    assert found.end is not None
+    assert found.start["low"] < found.end["high"]
+    assert found.change is not None
+    assert found.change["high"] < -0.15
+
+
+def test_the_flag_is_the_one_that_the_run_was_given() -> None:
+    assert verdict({0: 3.0, 20: 2.5, 40: 2.0, 60: 1.5}, max_steps=60).suggestion == "--max-steps 120"
+    assert verdict({0: 3.0, 60: 9.0}, learning_rate=5).suggestion == "--learning-rate 0.0002"
+
+
+def test_without_held_out_rows_only_losses_that_are_none_are_seen() -> None:
+    for last, outcome in ((1.0, "unmeasured"), (4.0, "unmeasured"), (5.0, "worse"), (math.nan, "worse")):
+        training = TrainingFacts(**{**vars(TRAINING), "last_loss": last})
+        assert judge([], Config.make(), training, 60, 0).outcome == outcome
+
+
+def test_other_data_on_the_way_is_compared_with_nothing() -> None:
+    records = [evaluation(0, 3.0), {**evaluation(60, 1.0), "held_out_tokens": [1] * 8}]
+    assert judge(records, Config.make(), TRAINING, 60, 8).outcome == "unmeasured"
+
+
+def test_many_parts_are_added_up() -> None:
+    record = parts_record(3, [1.0] * 1000, [2] * 1000)
+    assert len(record["held_out_nats"]) == 200
+    assert (sum(record["held_out_nats"]), sum(record["held_out_tokens"])) == (1000.0, 2000)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {0: 3.0, 20: 1.0, 40: 0.9, 60: 0.9}, {0: 3.0, 20: 2.5, 60: 1.5}, {0: 3.0, 20: 1.0, 60: 4.0}, {0: 3.0, 60: 9.0},
+        {0: 3.0, 60: math.nan}, {0: 3.0, 60: 3.0}, None,
+    ],
+)  # fmt: skip
+def test_both_languages_say_the_same_numbers(losses: dict[int, float] | None) -> None:
+    found = vars(verdict(losses) if losses else judge([], Config.make(), TRAINING, 60, 0))
+    for say in (lambda verdict, say: verdict_text(verdict, vars(TRAINING), say), advice_text):
+        english, chinese = say(found, lambda en, zh: en), say(found, lambda en, zh: zh)
+        assert bool(english) == bool(chinese)
+        assert not re.search("[\u4e00-\u9fff]", english)
+        assert not english or re.search("[\u4e00-\u9fff]", chinese)
+        assert sorted(re.findall(r"[\d.]*\d", english)) == sorted(re.findall(r"[\d.]*\d", chinese))
+    section = tell_verdict({"verdict": found, "training": vars(TRAINING)}, lambda en, zh: en)
+    assert section is not None
+    status = {"better": "proved", "worse": "broken", "same": "told", "unmeasured": "unmeasured"}[found["outcome"]]
+    assert section.statements[0].status == status
