@@ -19,6 +19,7 @@ from slimtune.engine.kernels import (
     adamw8bit,
     attention,
     cross_entropy,
+    delta,
     grouped,
     grouped_lora,
     lora,
@@ -29,11 +30,13 @@ from slimtune.engine.kernels import (
     rope,
     router,
     routing,
+    short_conv,
 )
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, attention, cross_entropy, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router, routing
+    adamw8bit, attention, cross_entropy, delta, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router,
+    routing, short_conv,
 )  # fmt: skip
 CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 
@@ -148,6 +151,20 @@ def launch_experts() -> None:
     mlp.gated_backward_(h, *gates, activation=clamped, routes=routes, weights=weights, dw=dw)
 
 
+def launch_delta() -> None:
+    """Qwen3.5's heads; before sm_80 the rule is left to plain products."""
+    heads, tokens, f32 = delta.DeltaHeads(2, 4, 128, 128), 128, torch.float32
+    x, starts = zeros(tokens, sum(heads.columns)), zeros(tokens, dtype=torch.int32)
+    weight, bias = zeros(sum(heads.columns), 4), zeros(sum(heads.columns))
+    short_conv.conv_silu_backward(short_conv.conv_silu_forward(x, weight, bias, starts), x, weight, None, starts)
+    if CAPABILITY < 80:
+        return
+    where = torch.tensor([0, tokens], dtype=torch.int32), heads
+    g = zeros(tokens, heads.values, dtype=f32)
+    o, saved = delta.delta_forward(x, g, g, starts, *where)
+    delta.delta_backward(o, x, g, g, starts, *where, saved)
+
+
 def launch_attention(head_dim: int, softcap: float) -> None:
     """With sinks, and unless it is 0 with a soft cap."""
     heads, kv_heads, tokens = 8, 2, 64
@@ -167,3 +184,4 @@ if __name__ == "__main__":
     else:
         launch_everything()
         launch_experts()
+        launch_delta()

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
-from slimtune.engine.kernels import delta
+from slimtune.engine.kernels import delta, short_conv
 from slimtune.engine.kernels import reference_delta as reference
 from tests.engine.kernels.maker import Maker
 from tests.tolerances import assert_close, relative_error
 
 HEADS = delta.DeltaHeads(keys=2, values=4, key_dim=24, value_dim=48)
-PACKS = [(1,), (64,), (63, 1, 1), (17, 5, 30, 8, 1, 3), (130, 62, 2, 65)]
+PACKS = [(1,), (17, 5, 30, 8, 1, 3), (63, 1, 70)]
 
 
 class Rule(NamedTuple):
@@ -67,8 +67,8 @@ def test_equals_the_recurrence(make: Maker, lengths: tuple[int, ...]) -> None:
     given = rule(make, lengths)
     for actual, expected in zip(given.computed(HEADS), given.defined(HEADS), strict=True):
         if expected.any():
-            # A chunk's gradients are sums of products of products, and differences of them: each is rounded.
-            assert_close(actual, expected, dtype=make.dtype, factor=10.0 if make.dtype == torch.float32 else 4.0)
+            # A chunk's inverse is of keys that resemble each other, and what follows are differences of products.
+            assert_close(actual, expected, dtype=make.dtype, factor=20.0 if make.dtype == torch.float32 else 4.0)
         else:
             assert not actual.any()
 
@@ -82,20 +82,20 @@ def test_in_float64_with_documents_of_1_to_1000_tokens() -> None:
 
 def test_other_documents_change_nothing(make: Maker) -> None:
     """To the bit: what lies in one chunk with a document multiplies it by zeros."""
-    given = rule(make, (70, 20, 40))
-    whole = given.computed(HEADS)
+    heads = delta.DeltaHeads(1, 2, 24, 16)
+    given = rule(make, (70, 20, 40), heads)
+    whole = given.computed(heads)
     other = given._replace(mixed=given.mixed.clone(), g=given.g.clone())
-    other.mixed[70:90] = make(20, sum(HEADS.columns), scale=9.0)
+    other.mixed[70:90] = make(20, sum(heads.columns), scale=9.0)
     other.g[70:90] = -90.0
-    for before, after in zip(whole, other.computed(HEADS), strict=True):
+    for before, after in zip(whole, other.computed(heads), strict=True):
         assert torch.equal(before[:70], after[:70])
         assert torch.equal(before[90:], after[90:])
 
 
-@pytest.mark.parametrize("columns", [88, 1032])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("columns", "with_bias"), [(88, True), (152, False)])
 def test_convolution(make: Maker, columns: int, with_bias: bool) -> None:
-    lengths = (17, 5, 30, 2, 1, 3, 70)
+    lengths = (17, 5, 2, 1, 3, 20)
     starts, _ = boundaries(lengths, make.device)
     x, dy = make.strided_copy(make(sum(lengths), columns)), make.strided_copy(make(sum(lengths), columns))
     weight, bias = make(columns, 4), make(columns) if with_bias else None
@@ -106,5 +106,5 @@ def test_convolution(make: Maker, columns: int, with_bias: bool) -> None:
     ]
     expected = torch.cat(documents)
     expected.backward(dy.double())
-    assert_close(delta.conv_silu_forward(x, weight, bias, starts), expected.detach(), dtype=make.dtype)
-    assert_close(delta.conv_silu_backward(dy, x, weight, bias, starts), wide.grad, dtype=make.dtype)
+    assert_close(short_conv.conv_silu_forward(x, weight, bias, starts), expected.detach(), dtype=make.dtype)
+    assert_close(short_conv.conv_silu_backward(dy, x, weight, bias, starts), wide.grad, dtype=make.dtype)

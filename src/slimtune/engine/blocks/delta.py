@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
-from slimtune.engine.kernels import delta, mlp, norm
+from slimtune.engine.kernels import delta, mlp, norm, short_conv
 from slimtune.engine.kernels.reference_delta import CHUNK
 from slimtune.engine.structure import GatedDelta
 from slimtune.engine.weights import Scratch
@@ -75,7 +75,7 @@ class DeltaBlock(TwoProjections):
 
     def _convolved(self, parts: _Inputs, on: Pass) -> Tensor:
         """All q, k and v [T, columns]."""
-        return delta.conv_silu_forward(parts.mixed, self.part.conv, self.part.conv_bias, on.documents.starts)
+        return short_conv.conv_silu_forward(parts.mixed, self.part.conv, self.part.conv_bias, on.documents.starts)
 
     def _gates(self, parts: _Inputs) -> tuple[Tensor, Tensor]:
         """g and beta [T, V]."""
@@ -156,7 +156,7 @@ class DeltaBlock(TwoProjections):
         )
         kept.rule = None
         del rule, do, mixed
-        dmixed = delta.conv_silu_backward(dmixed, parts.mixed, part.conv, part.conv_bias, documents.starts)
+        dmixed = short_conv.conv_silu_backward(dmixed, parts.mixed, part.conv, part.conv_bias, documents.starts)
         raised = parts.a.to(self._wide) + part.dt_bias.to(self._wide)
         da, db = dg * self._rate * raised.sigmoid(), dbeta * beta * (1 - beta)
         dproduct = self._merged(_Inputs(dmixed, parts.z, db.to(self.dtype), da.to(self.dtype)))
