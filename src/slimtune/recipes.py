@@ -216,7 +216,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         job.signals.run = watchdog.run = run.path  # from here on it can be resumed
 
         # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
-        trainer = _trainer(ready, job, hardware)
+        trainer = _trainer(ready, job, hardware, resumed=safety.checkpoints.last_good is not None)
         trainer.safety = safety
         first, _ = ready.data.documents[0]
         own_head = prove_loss(trainer, first, torch_dtype(config.compute_dtype), config.batch_tokens)
@@ -315,7 +315,7 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     return facts, safety
 
 
-def _trainer(ready: _Prepared, job: _Job, hardware: Hardware) -> SlimTrainer:
+def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, *, resumed: bool) -> SlimTrainer:
     """SFTTrainer around the plain base, which it wraps; with the engine, where that runs the steps."""
     config, base, data = ready.config, ready.base, ready.data
     total = micro_batches_of_run(config, data.per_epoch)
@@ -343,7 +343,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware) -> SlimTrainer:
         give_dropout_(trainer.model, config)
     if ready.layout is not None:
         trainer.layout = ready.layout
-    if config.start_from is not None and not job.run.has_checkpoint:  # else its values come from there
+    if config.start_from is not None and not resumed:  # else its values come from the checkpoint
         folder = local_base(base.source, config.revision)
         start_from(trainer.model, config.start_from, folder, ready.tokenizer)
     _use_engine(config, hardware, trainer, ready.unfused, job.screen)

@@ -47,7 +47,7 @@ __all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoin
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
 IDENTITY = "identity.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _SLACK = 1 << 20
 """Bytes of room to leave beyond a checkpoint's own: folders, journals, the run's other files."""
 
