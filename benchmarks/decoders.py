@@ -4,8 +4,9 @@
 
 Random weights in a published model's shape, fewer layers; 4 x 2,048 tokens a step, no dropout. SHAPE: ``moe`` (six
 layers of Qwen3-30B-A3B), ``gemma3`` (eight of Gemma 3 4B, text), ``gemma4`` (twelve of Gemma 4 E4B, the last five of
-which share keys and values), ``gemma4-moe`` (six of Gemma 4 26B-A4B), ``glm4`` (six of GLM-4 9B), ``olmo3`` (six of
-OLMo 3 7B). Each case is a process of its own, the median step after four:
+which share keys and values), ``gemma4-moe`` (six of Gemma 4 26B-A4B), ``glm4`` (six of GLM-4 9B), ``gpt-oss`` (six of
+gpt-oss-20b, experts in MXFP4 as it is published; in 16 bits for the others), ``olmo3`` (six of OLMo 3 7B). Each case is
+a process of its own, the median step after four:
 
 - ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on q, k, v and o; a mixture's experts stay in 16 bits in TRL.
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
@@ -73,6 +74,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 6,
         "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
     }),
+    "gpt-oss": ("GptOssConfig", {
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 6,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096},
+    }),
     "olmo3": ("Olmo3Config", {
         "vocab_size": 100278, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 6,
         "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 4096,
@@ -83,7 +92,9 @@ TINY = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 192, "moe_i
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "top_k_experts": 2, "global_head_dim": 64, "num_global_key_value_heads": 1,
     "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1,
-    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 1024}  # fmt: skip
+    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 1024, "num_local_experts": 8}  # fmt: skip
+MXFP4 = ("gpt-oss",)
+"""Shapes whose experts are published in MXFP4."""
 
 
 def make_folder(folder: Path, shape: str) -> None:
@@ -112,6 +123,29 @@ def make_folder(folder: Path, shape: str) -> None:
     model.save_pretrained(folder, max_shard_size="4GB")
 
 
+def in_mxfp4(folder: Path) -> Path:
+    """A copy as gpt-oss is published: random codes for the experts, as large as the weights that they replace."""
+    from safetensors.torch import load_file, save_file
+
+    copied = folder.with_name(f"{folder.name}-mxfp4")
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("*.safetensors*"))
+    index = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            shape = (experts, rows, columns // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(shape, 120, dtype=torch.uint8)
+        save_file(tensors, copied / file.name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file.name)
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (copied / "config.json").write_text(json.dumps(config))
+    return copied
+
+
 def skewed(folder: Path) -> Path:
     """A copy whose routers' rows shrink from the first expert to the last: the last ones are chosen next to never."""
     from safetensors.torch import load_file, save_file
@@ -121,7 +155,7 @@ def skewed(folder: Path) -> Path:
     for file in copied.glob("*.safetensors"):
         tensors = load_file(file)
         for name, weight in tensors.items():
-            if name.endswith(("mlp.gate.weight", "router.proj.weight")):
+            if name.endswith(("mlp.gate.weight", "router.proj.weight", "router.weight")):
                 experts = torch.arange(weight.shape[0])[:, None] / weight.shape[0]
                 tensors[name] = (weight * torch.exp(-8 * experts)).to(weight.dtype).contiguous()
         save_file(tensors, file, metadata={"format": "pt"})
@@ -252,12 +286,15 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     stack, _, memory = case.partition("@")
     stack, _, kind = stack.partition("-")
     workload = {"all": ALL, "chats": CHATS}.get(kind, ROWS)
+    if stack in ("trl", "unsloth"):
+        return peers.run_peer(f"{stack}-packing" if workload.chats else case, workload, folder)
+    published = folder.with_name(f"{folder.name}-mxfp4")
+    if kind != "16bit" and published.is_dir():
+        folder = published
     if stack == "load":
         return load(folder)
     if stack == "whole":
         return whole(folder)
-    if stack in ("trl", "unsloth"):
-        return peers.run_peer(f"{stack}-packing" if workload.chats else case, workload, folder)
     options: dict[str, Any] = {"memory": f"{memory}GiB"} if memory else {}
     if kind == "skewed":
         folder = skewed(folder)
@@ -288,6 +325,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / shape
         make_folder(folder, shape)
+        if shape in MXFP4:
+            in_mxfp4(folder)
         torch.cuda.empty_cache()
         for case in cases:
             found = in_a_process(case, folder)

@@ -319,7 +319,7 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
             new.bias = module.bias
             setattr(model.get_submodule(parent), child, new)
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d) and not isinstance(parameter, Mxfp4Tensor):
                 packed = Nf4Tensor.quantize(parameter.data, double_quant=double)
                 setattr(module, own, nn.Parameter(packed, requires_grad=False))
     model.is_loaded_in_4bit = True

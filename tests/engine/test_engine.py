@@ -55,6 +55,23 @@ def test_gradients_on_an_nf4_base(family: str, double: bool) -> None:
     assert models.worst_error(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, "all-linear"], ids=["qkvo", "all"])
+def test_gradients_on_experts_in_mxfp4(targets: list[str] | str) -> None:
+    """As gpt-oss is published, and beside linear layers in NF4 as slimtune loads it; weights kept, and made anew."""
+    base = models.quantize(models.with_mxfp4(models.make_base("gpt_oss")), double=True)
+    assert {"mxfp4"} == {parameter.format for parameter in base.parameters() if parameter.ndim == 3}
+    model, batch = models.add_lora(base, target_modules=targets), models.pack()
+    loss, expected = models.reference(model, batch, 40)
+    engine = make_engine(model)
+    assert engine.plan.kept_weights == 3
+    for _ in range(2):
+        found, actual = run(engine, model, batch, 40)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert models.worst_error(actual, expected) < 1e-4
+        for part in (part for layer in engine.layers for block in layer.blocks for part in block.parts):
+            part._kept = None
+
+
 @pytest.mark.parametrize(
     "options", [{"use_rslora": True, "r": 8}, {"lora_alpha": 5}, {"r": 3, "lora_alpha": 32}], ids=str
 )
@@ -107,8 +124,9 @@ def test_weights_that_are_not_kept_give_the_same_gradients() -> None:
     assert models.worst_error(again, kept) < 1e-6
 
 
-def test_a_pack_equals_its_documents_one_by_one() -> None:
-    model = models.add_lora(models.make_base("mistral-window"))
+@pytest.mark.parametrize("family", ["mistral-window", "gpt_oss"])
+def test_a_pack_equals_its_documents_one_by_one(family: str) -> None:
+    model = models.add_lora(models.make_base(family))
     batch, engine = models.pack(), make_engine(model)
     loss, together = run(engine, model, batch, 40)
     engine.flat.grad.zero_()
@@ -193,8 +211,9 @@ def test_the_loss_falls_and_the_base_stays() -> None:
             assert torch.equal(parameter, frozen[name]), name
 
 
-def test_what_peft_saves_is_what_was_trained(tmp_path: Path) -> None:
-    model = models.add_lora(models.make_base("qwen2"))
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
+def test_what_peft_saves_is_what_was_trained(tmp_path: Path, family: str) -> None:
+    model = models.add_lora(models.make_base(family))
     engine, batch = make_engine(model), models.pack()
     optimizer = FusedAdamW8bit(engine.flat, lr=1e-2)
     engine.forward_backward(batch, 40)
@@ -202,7 +221,7 @@ def test_what_peft_saves_is_what_was_trained(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(models.make_base("qwen2"), tmp_path)
+    loaded = PeftModel.from_pretrained(models.make_base(family), tmp_path)
     with torch.no_grad():
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)

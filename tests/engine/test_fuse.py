@@ -33,7 +33,9 @@ def test_gradients_equal_the_unfused_models(family: str, keep: Keep) -> None:
         assert models.worst_error(actual, expected) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-window", "phi3-partial", "qwen3_moe", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gpt_oss", "mistral-window", "phi3-partial", "qwen3_moe", "smollm3"]
+)
 def test_rows_padded_on_the_left(family: str) -> None:
     model = models.add_lora(models.make_base(family))
     batch = {name: tensor.flip(1) for name, tensor in models.padded().items()}
@@ -185,10 +187,11 @@ def test_generation_evaluation_and_disabled_adapters() -> None:
 
 
 @torch.no_grad()
-def test_experts_whose_adapters_are_off_run_as_they_are() -> None:
-    model = models.add_lora(models.make_base("qwen3_moe"), target_modules=["gate_up_proj", "down_proj"]).eval()
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_whose_adapters_are_off_run_as_they_are(family: str) -> None:
+    model = models.add_lora(models.make_base(family), target_modules=["gate_up_proj", "down_proj"]).eval()
     assert all(".experts." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    inputs = {key: value for key, value in models.pack().items() if key != "labels"}
+    inputs = {"input_ids": models.pack()["input_ids"]}
 
     def logits() -> torch.Tensor:
         found: torch.Tensor = model(**inputs, use_cache=False).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from slimtune.config import Config
 from slimtune.engine import CannotFuse, Engine
 from slimtune.engine.read import fits
 from slimtune.families.decoders import DECODERS
-from tests.engine.models import FAMILIES, family_config, make_base, quantize, with_tower
+from tests.engine.models import FAMILIES, add_lora, family_config, make_base, quantize, with_tower
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -134,6 +135,30 @@ def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
 )  # fmt: skip
 def test_what_modules_and_config_tell_differently_is_refused(config: PretrainedConfig, reason: str) -> None:
     assert reason in str(fits(run_config(), AutoModelForCausalLM.from_config(config)))
+
+
+def test_what_of_gpt_oss_is_not_computed_is_said() -> None:
+    """Sinks or biases of experts that train, other parameters of experts, adapters for the matrices' other side."""
+
+    def refused(reason: str, change: Callable[[Any], Any], *, turned: bool = True) -> None:
+        base: Any = make_base("gpt_oss")
+        for layer in base.model.layers:
+            layer.mlp.experts.is_transposed = turned
+        model = add_lora(base)
+        for layer in base.model.layers:
+            layer.mlp.experts.get_base_layer().is_transposed = True
+        change(base.model.layers[1])
+        with pytest.raises(CannotFuse, match=f"layers.(0|1).*{reason}"):
+            Engine(model, dtype=torch.float32, tokens=64)
+
+    def experts(layer: Any) -> Any:
+        return layer.mlp.experts.get_base_layer()
+
+    refused("trains its sinks", lambda layer: layer.self_attn.sinks.requires_grad_(True))
+    refused("trains its experts themselves", lambda layer: experts(layer).down_proj_bias.requires_grad_(True))
+    refused("trains its router", lambda layer: layer.mlp.router.bias.requires_grad_(True))
+    refused("a_scale", lambda layer: setattr(experts(layer), "a_scale", nn.Parameter(torch.ones(5))))
+    refused("other way around", lambda layer: None, turned=False)
 
 
 @pytest.mark.parametrize("family", ["cohere2", "gemma2", "granite"])
