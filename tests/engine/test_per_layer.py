@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from slimtune.engine import CannotFuse, Engine, fuse
 from slimtune.engine.inputs import Inputs
+from slimtune.engine.per_layer import keep_in_ram
 from tests.engine import models
 
 
@@ -31,6 +33,19 @@ def test_a_table_in_ram_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(3):  # more micro-batches than there are host buffers
         actual = _gradients(model, engine)
     assert models.worst_error(actual, expected) == 0.0
+
+
+def test_a_table_in_ram_stays_there() -> None:
+    model: Any = models.make_base("gemma4-e2b")
+    tokens = models.pack()["input_ids"]
+    expected = model(tokens).logits
+    table = model.model.embed_tokens_per_layer
+    keep_in_ram(table)
+    for moved in (model, deepcopy(model)):
+        assert torch.equal(moved(tokens).logits, expected)
+        names = [name for name, parameter in moved.to("meta").named_parameters() if parameter.device.type == "cpu"]
+        assert names == ["model.embed_tokens_per_layer.weight"]
+    assert isinstance(table, torch.nn.Embedding)
 
 
 def test_parts_of_documents_give_the_same_gradients() -> None:

@@ -73,17 +73,18 @@ class PerLayerComputation:
 
 
 def keep_in_ram(embedding: nn.Module) -> None:
-    """Let a table live in RAM; the module still takes and gives tensors of the device where it was."""
-    home = next(embedding.parameters()).device
-    if home.type == "cpu":
-        return
+    """Let a table live in RAM wherever its model is moved to; the module still takes and gives tensors of any device.
+
+    A trainer moves its model to the device when training begins, and whoever moves a model moves every parameter.
+    """
     embedding.to("cpu")
+    kind: Any = type(embedding)
 
-    def to_ram(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(each.cpu() if isinstance(each, Tensor) else each for each in arguments)
+    def forward(self: nn.Module, tokens: Tensor) -> Tensor:
+        rows: Tensor = kind.forward(self, tokens.cpu())
+        return rows.to(tokens.device)
 
-    def back(_: nn.Module, __: tuple[Any, ...], rows: Tensor) -> Tensor:
-        return rows.to(home)
+    def stay(self: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return self
 
-    embedding.register_forward_pre_hook(to_ram)
-    embedding.register_forward_hook(back)
+    embedding.__class__ = type(kind.__name__, (kind,), {"forward": forward, "_apply": stay})
