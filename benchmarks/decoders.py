@@ -5,10 +5,10 @@
 Random weights in a published model's shape, fewer layers; 4 x 2,048 tokens a step, no dropout. SHAPE: ``moe`` (six
 layers of Qwen3-30B-A3B), ``gemma3`` (eight of Gemma 3 4B, text), ``gemma4`` (twelve of Gemma 4 E4B, the last five of
 which share keys and values), ``gemma4-moe`` (six of Gemma 4 26B-A4B), ``glm4`` (six of GLM-4 9B), ``gpt-oss`` (six of
-gpt-oss-20b, experts in MXFP4 as it is published; in 16 bits for the others), ``olmo3`` (six of OLMo 3 7B). Each case is
-a process of its own, the median step after four:
+gpt-oss-20b, experts in MXFP4 as it is published; in 16 bits for the others), ``olmo3`` (six of OLMo 3 7B), ``qwen3.5``
+(eight of Qwen3.5 9B, six of them linear attention). Each case is a process of its own, the median step after four:
 
-- ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on q, k, v and o; a mixture's experts stay in 16 bits in TRL.
+- ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on what mixes tokens; a mixture's experts stay in 16 bits in TRL.
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
 - ``slimtune@7.3``: within so many GiB. ``slimtune-plain``: without the engine. ``…-16bit``: nothing quantised.
 - ``whole``: the layers repeated to 48, one row of 2,048 tokens, by the engine alone: what it takes in all.
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
         "final_logit_softcapping": 30.0,
     }),
+    "qwen3.5": ("Qwen3_5TextConfig", {
+        "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 8,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    }),
     "glm4": ("Glm4Config", {
         "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 6,
         "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
@@ -92,7 +99,9 @@ TINY = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 192, "moe_i
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "top_k_experts": 2, "global_head_dim": 64, "num_global_key_value_heads": 1,
     "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1,
-    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 1024, "num_local_experts": 8}  # fmt: skip
+    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 1024, "num_local_experts": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32}  # fmt: skip
 MXFP4 = ("gpt-oss",)
 """Shapes whose experts are published in MXFP4."""
 
@@ -286,6 +295,8 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     stack, _, memory = case.partition("@")
     stack, _, kind = stack.partition("-")
     workload = {"all": ALL, "chats": CHATS}.get(kind, ROWS)
+    if folder.name == "qwen3.5" and not isinstance(workload.targets, str):
+        workload = replace(workload, targets=(*workload.targets, *peers.STATES))
     if stack in ("trl", "unsloth"):
         return peers.run_peer(f"{stack}-packing" if workload.chats else case, workload, folder)
     published = folder.with_name(f"{folder.name}-mxfp4")

@@ -28,6 +28,8 @@ from workloads import SIZES, WORKLOADS, Workload
 
 HERE = Path(__file__).parent
 STEPS, WARM_UP = 12, 4
+STATES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+"""The projections of Qwen3.5's linear attention; of other models, PEFT finds none."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "axolotl", "unsloth", "triton")
 # For each workload the peers worth their time: the notes' own stack, and whoever is fastest there.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -142,7 +144,7 @@ def run_peer(peer: str, workload: Workload, folder: Path) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     wait = torch.cuda.synchronize if cuda else (lambda: None)
-    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *STATES]
     targets = every if workload.targets == "all-linear" else list(workload.targets)
     lora: Any = LoraConfig(
         r=workload.r, lora_alpha=2 * workload.r, lora_dropout=workload.dropout, target_modules=targets,

@@ -193,9 +193,10 @@ class DeltaBlock(TwoProjections):
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""
         # The rule's own, and the gradients of its states and values; mixed, its gradients before and behind the
-        # convolution, the product's beside them; o, what is normed, h and their gradients; g, beta and theirs.
+        # convolution, the product's beside them; o, what is normed, h and their gradients; g, beta and theirs; and of
+        # each value head the gradients of q and k.
         columns = 3 * sum(self.heads.columns) + 2 * self.inputs.outputs + 4 * self.out.inputs + self.out.extra
-        wide = 8 * self.heads.values * self._wide.itemsize
+        wide = (8 + 2 * self.heads.key_dim) * self.heads.values * self._wide.itemsize
         streams = 2 * self.out.outputs
         return 2 * self._rule_bytes(memory) + memory.tokens * ((columns + streams) * self.dtype.itemsize + wide)
 
