@@ -51,7 +51,10 @@ class RotaryTable:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         like = torch.empty(0, dtype=wide, device=device)
         which = () if rotary.layer_type is None else (rotary.layer_type,)
-        made, tables = rotary.module(like, torch.arange(positions, device=device)[None], *which), []
+        places = torch.arange(positions, device=device)[None]
+        if hasattr(rotary.module, "mrope_section"):  # of text, pictures' rows and columns alike (Qwen3.5)
+            places = places.expand(3, 1, -1)
+        made, tables = rotary.module(like, places, *which), []
         for table, passes in zip(made, (1.0, 0.0), strict=True):
             first, second = table[0].chunk(2, dim=1)
             # A module gives each angle twice, for both columns of its pair: side by side, or the whole row again.

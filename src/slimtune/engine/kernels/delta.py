@@ -170,7 +170,7 @@ def _backward(
     delta_chunks.gradients[(chunks, heads.values)](
         do, mixed, g, beta, starts, saved.states, saved.delta, dvalues, dlast, dq, dk, dmixed, dg, dbeta,
         tokens, stride, keys, 2 * keys, dmixed.stride(0), heads.values, length,
-        **sizes | {"BLOCK": min(sizes["BLOCK"], 32)}, num_warps=8, num_stages=1,
+        **sizes | {"BLOCK": 16 if mixed.dtype == torch.float32 else min(sizes["BLOCK"], 32)}, num_warps=8, num_stages=1,
     )  # fmt: skip
     for d, column, whole in ((dq, 0, length), (dk, keys, 1.0)):
         delta_chunks.lengths_back[(cdiv(tokens, _TOKENS), heads.keys)](
