@@ -19,6 +19,7 @@ __all__ = [
     "check_utf8",
     "is_panic",
     "shown",
+    "written_out",
 ]
 
 _MOST = 4_000
@@ -35,10 +36,14 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 """How Rust's libraries (safetensors, tokenizers) end the plain exceptions that they raise."""
 
 
+def written_out(text: str) -> str:
+    """Text that somebody else wrote, as it may stand in a terminal or on a page: its control characters written out."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def shown(text: str, most: int = _MOST) -> str:
-    """Text that somebody else wrote, as it may stand in a terminal: cut, and its control characters written out."""
-    cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", cut)
+    """As :func:`written_out`, and cut."""
+    return written_out(text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)")
 
 
 class SlimtuneError(Exception):

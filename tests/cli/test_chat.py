@@ -25,6 +25,7 @@ class Terminal:
     def __init__(self, *words: str) -> None:
         pid, self.screen = pty.fork()
         if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job has it ignored
             os.execv(SLIMTUNE[0], [*SLIMTUNE, *words])
         self.pid = pid
         self.seen = ""

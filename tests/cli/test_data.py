@@ -35,6 +35,15 @@ def test_the_table_the_page_and_the_ledger(run_here: RunHere, rows: Path, tmp_pa
     assert ledger.read_text() == ""
 
 
+def test_what_a_row_holds_moves_no_terminal(run_here: RunHere, rows: Path) -> None:
+    turns = [{"role": "user", "content": "A\x1b[2J"}, {"role": "assistant", "content": "B\u202e[/b]\x9b1m"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    done = run_here("data", str(rows), "--model", "smollm2-135m")
+    assert "A\\x1b[2J" in done.stdout
+    assert "B\\x202e[/b]\\x9b1m" in done.stdout
+    assert not {"\x1b", "\x9b", "\u202e"} & set(done.stdout)
+
+
 def test_json_has_the_facts_and_the_sample(run_here: RunHere, rows: Path) -> None:
     done = run_here("data", str(rows), "--model", "smollm2-135m", "--json")
     facts = json.loads(done.stdout)

@@ -9,7 +9,7 @@ import click
 
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
-from slimtune.errors import UserError
+from slimtune.errors import UserError, written_out
 
 if TYPE_CHECKING:
     from slimtune.use.chat import ChatSession
@@ -115,7 +115,7 @@ def _command(session: ChatSession, line: str) -> None:
 
 
 def _show(text: str) -> None:
-    click.echo(text, nl=False)
+    click.echo(written_out(text) if sys.stdout.isatty() else text, nl=False)
     sys.stdout.flush()
 
 

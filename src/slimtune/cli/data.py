@@ -11,7 +11,7 @@ import click
 
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, some_config_options
-from slimtune.errors import UserError
+from slimtune.errors import UserError, written_out
 from slimtune.run.durable import replace_file
 
 if TYPE_CHECKING:
@@ -131,25 +131,25 @@ def _show(
     from rich.table import Table
     from rich.text import Text
 
-    console.print(Text(", ".join(data), style="bold"))
+    console.print(Text(written_out(", ".join(data)), style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     styles = {"dropped": "yellow", "repaired": "cyan"}
     for label, text in lines:
-        grid.add_row(label, Text(text, style=styles.get(label.removeprefix("eval "), "")))
+        grid.add_row(label, Text(written_out(text), style=styles.get(label.removeprefix("eval "), "")))
     console.print(Padding(grid, (0, 0, 0, 2)))
     for hint in said:
-        console.print(Text(f"  look: {hint}", style="yellow"))
+        console.print(Text(f"  look: {written_out(hint)}", style="yellow"))
     if shown is None:
         return
     console.print()
     legend = Text("One conversation, as the model sees it (")
-    legend.append(shown.place).append("); ").append("what is learnt is green", style="bold green")
+    legend.append(written_out(shown.place)).append("); ").append("what is learnt is green", style="bold green")
     console.print(legend)
     body = Text()
     for segment in shown.segments:
-        body.append(_shortened(segment.text), style="bold green" if segment.supervised else "dim")
+        body.append(written_out(_shortened(segment.text)), style="bold green" if segment.supervised else "dim")
     console.print(Padding(body, (0, 0, 0, 2)))
     if not refused:
         console.print(Text("Every row is accounted for; training may begin.", style="green"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 
 from slimtune.data.view import Sample
+from slimtune.errors import written_out
 
-__all__ = ["POLICY", "page"]
+__all__ = ["POLICY", "page", "quoted"]
 
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 """Every page that slimtune writes says it: it asks for nothing and runs nothing, whatever a row or a reply holds."""
@@ -30,9 +31,13 @@ mark { background: var(--learn); color: var(--learn-ink); text-decoration: under
 """
 
 
+def quoted(text: str) -> str:
+    """Text that somebody else wrote, as HTML: all of it is to be seen, in the order in which it stands."""
+    return html.escape(written_out(text))
+
+
 def page(title: str, refusal: str | None, lines: list[tuple[str, str]], said: list[str], shown: Sample | None) -> str:
     """The page's HTML: verdict, table, hints, and the conversation with its supervised tokens marked."""
-    quoted = html.escape
     verdict = (
         '<p class="verdict good">Every row is accounted for; training may begin.</p>'
         if refusal is None

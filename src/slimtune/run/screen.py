@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from slimtune.errors import written_out
 from slimtune.run.verdict import advice_text, verdict_text
 
 __all__ = ["Screen", "megabytes", "time_left"]
@@ -27,11 +28,15 @@ class Screen:
 
     def say(self, label: str, text: str) -> None:
         """One line: a label and what is to be said under it."""
-        self.console.print(f"  [bold]{label:<9}[/bold]{text}")
+        self._line(label, "bold", text)
 
     def warn(self, text: str) -> None:
         """One line that should not be missed."""
-        self.console.print(f"  [bold yellow]{'warning':<9}[/bold yellow]{text}", markup=True)
+        self._line("warning", "bold yellow", text)
+
+    def _line(self, label: str, style: str, text: str) -> None:
+        # No markup: names of files may hold what Rich reads as such.
+        self.console.print(Text.assemble("  ", (f"{label:<9}", style), written_out(text)))
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:

@@ -7,14 +7,13 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimtune.data import Documents
-from slimtune.data.page import POLICY
+from slimtune.data.page import POLICY, quoted
 from slimtune.errors import GuardStop, UserError
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.use.evaluate import documents_of, losses
@@ -102,21 +101,21 @@ class Comparison:
 
     def page(self) -> str:
         """A page of its own, without scripts: the table, what got worse, and every reply."""
-        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in self.rows())
+        rows = "".join("<tr>" + "".join(f"<td>{quoted(cell)}" for cell in row) for row in self.rows())
         parts = [
-            f"<h1>{escape(self.name)}: base against tuned</h1>",
+            f"<h1>{quoted(self.name)}: base against tuned</h1>",
             f"<table>{_head('', 'base', 'tuned', 'change')}{rows}</table>",
         ]
         for title, items in (("What got worse", self.worse()), ("Every reply", self.items)):
             body = "".join(
                 "<tr>"
-                + "".join(f"<td>{escape(text)}" for text in (i.asked, i.reference, i.base_reply, i.reply))
+                + "".join(f"<td>{quoted(text)}" for text in (i.asked, i.reference, i.base_reply, i.reply))
                 + f"<td>{i.base_score:g} → {i.score:g}"
                 for i in items
             )
             head = _head("asked", "reference", "base", "tuned", "score")
             parts.append(f"<h2>{title}</h2>" + (f"<table>{head}{body}</table>" if items else "<p>Nothing.</p>"))
-        return _PAGE.format(policy=POLICY, title=escape(self.name), body="\n".join(parts))
+        return _PAGE.format(policy=POLICY, title=quoted(self.name), body="\n".join(parts))
 
 
 def compare(
