@@ -236,9 +236,9 @@ def family_config(family: str) -> PretrainedConfig:
         case "qwen3_5_moe_text":
             return Qwen3_5MoeTextConfig(**_COMMON, **_EXPERTS, **_DELTA, num_experts=6,
                 shared_expert_intermediate_size=64)  # fmt: skip
-        case "qwen3_next":  # a layer without experts, and three value heads to a key head
+        case "qwen3_next":  # a layer without experts, three value heads to a key head, biases beside gates
             return Qwen3NextConfig(**_COMMON, **_EXPERTS, **_DELTA | {"linear_num_value_heads": 6}, num_experts=6,
-                shared_expert_intermediate_size=64, mlp_only_layers=[1])  # fmt: skip
+                shared_expert_intermediate_size=64, mlp_only_layers=[1], attention_bias=True)  # fmt: skip
         case "solar_open":
             return SolarOpenConfig(**_COMMON, **_CHOSEN, head_dim=32, n_routed_experts=6, n_shared_experts=1,
                 norm_topk_prob=True)  # fmt: skip

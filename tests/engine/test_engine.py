@@ -253,6 +253,10 @@ def test_refuses_what_it_does_not_compute() -> None:
         make_engine(models.add_lora(models.make_base("qwen2"), modules_to_save=["lm_head"]))
     with pytest.raises(CannotFuse, match="no LoRA adapter"):
         make_engine(models.make_base("qwen2").requires_grad_(False))
+    model = models.add_lora(models.make_base("qwen3_5_text"))
+    model.get_base_model().model.layers[2].linear_attn.A_log.requires_grad_(True)
+    with pytest.raises(CannotFuse, match="trains its decays"):
+        make_engine(model)
     engine = make_engine(models.add_lora(models.make_base("qwen2")), tokens=32)
     with pytest.raises(UserError, match="40 tokens"):
         engine.forward_backward(models.pack(lengths=(40,)), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -108,3 +108,19 @@ def test_convolution(make: Maker, columns: int, with_bias: bool) -> None:
     expected.backward(dy.double())
     assert_close(short_conv.conv_silu_forward(x, weight, bias, starts), expected.detach(), dtype=make.dtype)
     assert_close(short_conv.conv_silu_backward(dy, x, weight, bias, starts), wide.grad, dtype=make.dtype)
+
+
+def test_a_device_that_computes_it_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check at start, with the specification in the kernels' place, and with one whose backward is wrong."""
+
+    def wrong(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dmixed, dg, dbeta = reference.delta_backward(*args)
+        return dmixed, dg.roll(1, 0), dbeta
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(delta, "_forward", reference.delta_forward)
+    monkeypatch.setattr(delta, "_backward", reference.delta_backward)
+    assert delta.is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 32)
+    monkeypatch.setattr(delta, "_backward", wrong)
+    with pytest.warns(UserWarning, match="wrong on cpu"):
+        assert not delta.is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 32)
