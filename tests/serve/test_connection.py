@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.serve.connection import Places, _home, places
+from slimtune.serve.connection import WAITING_OUTSIDE, Places, _home, places
 from slimtune.serve.limits import Limits
 from tests.serve.conftest import Served
 from tests.serve.test_api import answer, until
@@ -126,6 +128,22 @@ def asks(connection: socket.socket) -> int:
 
 def waiting(served: Served) -> Counter[str | None]:
     return Counter(one._waits_for for one in served.web.server_state.connections)
+
+
+def test_one_that_is_given_up_before_it_asked_is_told(small: Served) -> None:
+    with contextlib.closing(opened(small)) as late, many(small, 20, b"GET"):
+        assert until(lambda: waiting(small) == {"ask": 8})
+        late.sendall(HEAD + b"\r\n")
+        said = late.makefile("rb").read(200)
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 5\r\n" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own count")
+def test_the_system_keeps_many_that_wait_to_be_accepted(small: Served) -> None:
+    said = small.web.servers[0].sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    assert struct.unpack_from("I", said, 28)[0] == min(WAITING_OUTSIDE, most)  # tcpi_sacked
 
 
 def test_one_that_is_being_answered_keeps_its_place(small: Served) -> None:

@@ -25,13 +25,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from slimtune.errors import UserError
 from slimtune.serve.limits import Limits
 
-__all__ = ["Connection", "Places", "connection_type", "places"]
+__all__ = ["WAITING_OUTSIDE", "Connection", "Places", "connection_type", "places"]
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: application/json\r\nContent-Length: 108\r\n\r\n"
     b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": "server_busy"}}'
 )
+WAITING_OUTSIDE = 4096
+"""Connections that the system keeps until they are accepted, which costs no descriptor. Of a burst that is larger it
+drops some without their clients' knowing."""
 # Descriptors for all else that is opened while the server runs: files of the page, the log, a library's own.
 _SPARE = 24
 _FEWEST = 8
@@ -41,7 +44,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Places:
-    """How many connections there may be, and how many may wait to become one."""
+    """How many connections there may be, and how many are accepted at a time."""
 
     connections: int
     backlog: int
@@ -156,7 +159,11 @@ class Connection(H11Protocol):
         sizes = Counter(waiting.values())
         given_up = min(waiting, key=lambda other: (-sizes[waiting[other]], other._since))
         self.connections.discard(given_up)  # now, for more newcomers may be counted before it is really gone
-        given_up.transport.abort()
+        if waiting[given_up] == (given_up._home, "ask"):  # it may be about to, and is told
+            given_up.transport.write(_FULL)
+            given_up.transport.close()
+        else:
+            given_up.transport.abort()
         return True
 
 

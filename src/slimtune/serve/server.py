@@ -12,7 +12,7 @@ import uvicorn
 
 from slimtune.serve.address import url_of
 from slimtune.serve.api import Api
-from slimtune.serve.connection import connection_type, places
+from slimtune.serve.connection import WAITING_OUTSIDE, connection_type, places
 from slimtune.serve.thread import CallingThread
 from slimtune.serve.upstream import check_uvicorn
 
@@ -96,6 +96,8 @@ class WebServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
         await super().startup(sockets=sockets)
+        for listening in sockets or ():
+            listening.listen(WAITING_OUTSIDE)  # asyncio takes what it accepts at a time for how many may wait
         if self.started and self._api.fault is None:
             self._ready()
 
