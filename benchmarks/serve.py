@@ -268,11 +268,14 @@ async def oversized(address: tuple[str, int], seen: Seen, draw: random.Random) -
 
 
 async def half_open(address: tuple[str, int], seen: Seen, draw: random.Random) -> None:
-    """Forty connections that never come to ask: each must be ended by the server."""
+    """Forty connections that never come to ask: each must be ended by the server.
+
+    All such clients open theirs at the same moment, once in fifteen seconds: more of them than there are places.
+    """
     sent = [b"", b"GET", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"]
+    await asyncio.sleep(-time.monotonic() % 15)
 
     async def one() -> None:
-        await asyncio.sleep(5 * draw.random())
         reader, writer = await asyncio.open_connection(*address)
         try:
             writer.write(draw.choice(sent))

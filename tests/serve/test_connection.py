@@ -131,10 +131,15 @@ def waiting(served: Served) -> Counter[str | None]:
 
 
 def test_one_that_is_given_up_before_it_asked_is_told(small: Served) -> None:
-    with contextlib.closing(opened(small)) as late, many(small, 20, b"GET"):
-        assert until(lambda: waiting(small) == {"ask": 8})
-        late.sendall(HEAD + b"\r\n")
-        said = late.makefile("rb").read(200)
+    def is_in() -> bool:
+        return late.getsockname() in {one.client for one in small.web.server_state.connections}
+
+    with contextlib.closing(opened(small)) as late:
+        assert until(is_in)
+        with many(small, 20, b"GET"):
+            assert until(lambda: not is_in())
+            late.sendall(HEAD + b"\r\n")
+            said = late.makefile("rb").read(200)
     assert said.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nRetry-After: 5\r\n" in said
 
