@@ -11,6 +11,8 @@ from slimtune.data.sources import Place
 
 __all__ = ["Ledger"]
 
+_SINGLY = 100_000
+"""Rows of one file that one rule names one by one: a packed file of a megabyte may hold a hundred million of a kind."""
 _LINE_ENDS = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}
 """What JSON allows in a string and many readers take for the end of a line; names in broken rows may hold them."""
 
@@ -32,6 +34,8 @@ class Ledger:
     noted: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     rows_repaired: int = 0
+    _lines: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    _beyond: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
     def drop(self, place: Place, rule: str, reason: str, where: str = "", *, rows: int = 1) -> None:
         """Account for a row that is not trained on, or for ``rows`` from it on."""
@@ -60,7 +64,23 @@ class Ledger:
         entry["reason"] = reason
         shown = f"{place}{', field ' + repr(where) if where else ''}: {reason}"
         self.examples.setdefault(rule, _printable(shown))
+        kind = (place.file, action, rule)
+        self._lines[kind] += 1
+        if self._lines[kind] <= _SINGLY:
+            self._write_line(entry)
+            return
+        reason = f"as the {_SINGLY:,} above"
+        summed = self._beyond.setdefault(kind, {**entry, "rows": 0, "to": 0, "field": "", "reason": reason})
+        summed["rows"] += rows
+        summed["to"] = place.number + rows - 1
+
+    def _write_line(self, entry: dict[str, Any]) -> None:
         self.file.write(_printable(json.dumps(entry, ensure_ascii=False)).translate(_LINE_ENDS) + "\n")
+
+    def finish(self) -> None:
+        """Write the lines that stand for many rows."""
+        for summed in self._beyond.values():
+            self._write_line({key: value for key, value in summed.items() if value != ""})
 
     @property
     def rows_dropped(self) -> int:

@@ -209,6 +209,7 @@ def _write(
             with DocumentWriter(folder / part) as writer:
                 found = build(config, chosen, renderer, writer, ledger,
                               formatting_func=formatting_func, on_progress=on_progress)  # fmt: skip
+            ledger.finish()
             store = DocumentStore(folder / part)
             made = {**ledger.facts(), **found, **_statistics(store)}
             facts.update(made if part == "train" else {"eval": made})
