@@ -71,7 +71,8 @@ class Meter:
 def run_slimtune(file: str, options: dict[str, Any]) -> dict[str, Any]:
     from slimtune.base.tokenizer import load_tokenizer
     from slimtune.config import Config
-    from slimtune.data import PackedBatches, examine, micro_batches
+    from slimtune.data.packing import PackedBatches, micro_batches
+    from slimtune.data.preflight import examine
 
     tokenizer = load_tokenizer("smollm2-135m")
     config = Config.make(data=file, max_length=MAX_LENGTH, eval_share=0.0, **options)

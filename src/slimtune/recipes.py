@@ -31,8 +31,8 @@ from slimtune.adapter.targets import Targets, default_targets, find_targets
 from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
+from slimtune.base.named import model_source
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
-from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, remarks
 from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name
 from slimtune.config import Config
@@ -40,6 +40,7 @@ from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, held_out_batches, micro_batches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.render import Manner, renderer_for
+from slimtune.data.sources import check_sources
 from slimtune.data.stdin import keep_stdin
 from slimtune.data.stops import save_stops
 from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
@@ -468,8 +469,7 @@ def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Scree
 
 
 def _check_inputs(config: Config) -> None:
-    if not config.data:
-        raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
+    check_sources(config)
     if config.start_from is not None:
         tell_stranded(config.start_from)
         _check_start(adapter_to_start_from(config.start_from), config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.base.source import model_source
+from slimtune.base.named import model_source
 from slimtune.errors import UserError
 
 

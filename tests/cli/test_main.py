@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -154,6 +155,57 @@ def test_help_and_config_load_no_torch() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["train"], "no data given"),
+    (["train", "smollm2-135m"], "no data given"),
+    (["train", "smollm2-135m", "row.jsonl"], "Did you mean rows.jsonl?"),
+    (["train", "smolm2-135m", "rows.jsonl"], "Did you mean smollm2-135m?"),
+    (["train", "smollm2-135m", "rows.jsonl", "--eval", "absent.jsonl"], "data absent.jsonl does not exist"),
+    (["train", "smollm2-135m", "rows.jsonl", "-o", "runs/first"], "slimtune resume runs/first"),
+    (["train", "runs/first/adapter", "rows.jsonl"], "does not exist"),
+    (["resume", "runs/frist"], "Did you mean runs/first?"),
+    (["explain", "first2"], "Did you mean runs/first?"),
+    (["chat", "frist"], "Did you mean runs/first?"),
+    (["generate", "smollm2-135m", "absent.jsonl", "-o", "out.jsonl"], "data absent.jsonl does not exist"),
+    (["eval", "./runs/frist", "rows.jsonl"], "Did you mean runs/first?"),
+    (["eval", "runs/first"], "held no rows out"),
+    (["eval", "runs/first", "absent.jsonl"], "data absent.jsonl does not exist"),
+    (["compare", "absent"], "unknown model 'absent'"),
+    (["merge", "runs/first", "-o", "full"], "output full exists and is not empty"),
+    (["export", "runs/first", "-o", "full"], "output full exists and is not empty"),
+    (["export", "runs/first"], "-o FOLDER is missing"),
+    (["push", "absent", "owner/name"], "unknown model 'absent'"),
+    (["serve", "name=absent"], "unknown model 'absent'"),
+    (["data", "absent.jsonl"], "data absent.jsonl does not exist"),
+]
+
+
+def test_mistakes_are_told_before_torch_is_loaded(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("model: smollm2-135m\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from slimtune.cli import main\n"
+        "for words, message in json.loads(sys.stdin.read()):\n"
+        "    sys.argv = ['slimtune', *words]\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try: main()\n"
+        "        except SystemExit as end: assert end.code == 2, (words, end.code, said.getvalue())\n"
+        "    assert message in said.getvalue(), (words, said.getvalue())\n"
+        "    heavy = {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(MISTAKES), capture_output=True, text=True, timeout=300,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_changes_nothing_outside() -> None:

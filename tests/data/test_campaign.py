@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import Proof, examine
+from slimtune.data.preflight import Proof, examine
 from slimtune.errors import UserError
 
 COUNT = int(os.environ.get("DATA_CAMPAIGN", "120"))

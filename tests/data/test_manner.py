@@ -11,9 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import examine
 from slimtune.data.conversation import normalise
-from slimtune.data.preflight import content_key
+from slimtune.data.preflight import content_key, examine
 from slimtune.data.render import ChatRenderer, Manner, prompt_ids
 from slimtune.errors import UserError
 from tests.data import judge

@@ -16,9 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.batch import IGNORED, LENGTHS
 from slimtune.config import Config
-from slimtune.data import PackedBatches, Proof, micro_batches, prove
 from slimtune.data.documents import Documents
-from slimtune.data.packing import GroupedBatches, assign_packs, assign_rows, held_out_batches
+from slimtune.data.packing import (
+    GroupedBatches,
+    PackedBatches,
+    assign_packs,
+    assign_rows,
+    held_out_batches,
+    micro_batches,
+)
+from slimtune.data.preflight import Proof, prove
 
 
 @pytest.fixture(scope="module")

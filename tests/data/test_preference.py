@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import examine, prove
 from slimtune.data.conversation import normalise
+from slimtune.data.preflight import examine, prove
 from slimtune.data.rows import RowRefused
 from slimtune.errors import UserError
 

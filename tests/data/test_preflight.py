@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import Proof, examine, preflight, prove
+from slimtune.data import preflight
 from slimtune.data.held_out import share_of
+from slimtune.data.preflight import Proof, examine, prove
 from slimtune.errors import UserError
 
 

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import examine, prove
+from slimtune.data.preflight import examine, prove
 from slimtune.errors import UserError
 
 GOOD = {"instruction": "What floats?", "input": "", "output": "A boat."}

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data import examine
+from slimtune.data.preflight import examine
 from slimtune.data.view import hints, sample, table
 
 

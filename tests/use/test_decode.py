@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimtune.data import Documents
+from slimtune.data.documents import Documents
 from slimtune.use.chat import ChatSession
 from slimtune.use.decode import decode
 from slimtune.use.evaluate import losses

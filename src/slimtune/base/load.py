@@ -12,10 +12,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.classes import check_whole, language_class
 from slimtune.base.finite import check_finite
+from slimtune.base.named import model_source
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight, misshapen_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.sizes import check_sizes
-from slimtune.base.source import from_pretrained, local_revision, model_source
+from slimtune.base.source import from_pretrained, local_revision
 from slimtune.base.stored import stored_format
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.base.trust import check_attention

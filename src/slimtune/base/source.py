@@ -1,8 +1,7 @@
-"""Where a model comes from: a local folder or a hub id, and how a library is asked to read it."""
+"""How a library is asked to read a model, and what it says of one that it can't."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,67 +9,10 @@ from typing import Any
 
 import torch
 
-from slimtune.base.embedded import embedded_model_folder, is_embedded
 from slimtune.base.trust import check_model_folder
 from slimtune.errors import SlimtuneError, UserError, is_panic, shown
 
-__all__ = ["check_folder", "from_pretrained", "local_revision", "model_source", "upstream_errors"]
-
-
-def model_source(model: str) -> str:
-    """What Transformers is to load for the name that a person gave: a local folder's path, or a hub id.
-
-    Raises:
-        UserError: A local path that is no model folder: missing, a file, a run, an adapter, or without config.json.
-    """
-    if is_embedded(model):
-        return str(embedded_model_folder())
-    path = Path(model).expanduser()
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if not path.exists():
-        if looks_local:
-            raise UserError(f"model folder {model} does not exist", way_out="Give a local folder or a hub id.")
-        if "/" not in model:
-            raise UserError(
-                f"unknown model {model!r}",
-                rule="A model is a hub id (owner/name), a local folder, or smollm2-135m.",
-                way_out="Check the name.",
-            )
-        return model
-    if path.is_file():
-        raise UserError(
-            f"model {model} is a file",
-            rule="A base is a folder with config.json and safetensors weights.",
-            way_out="Give the folder that holds it.",
-        )
-    if (path / "config.json").is_file():
-        return str(path)
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"model {model} is an adapter, not a base",
-            rule="An adapter holds only the trained part; the base is loaded first.",
-            way_out=f"Give its base{_base_of_adapter(path)}, or go on from it by `slimtune train --from RUN`.",
-        )
-    if (path / "adapter" / "adapter_config.json").is_file():
-        raise UserError(
-            f"model {model} is a run of slimtune, not a base",
-            rule="A run holds an adapter; the base is loaded first.",
-            way_out=f"Give its base{_base_of_adapter(path / 'adapter')}, or start anew from the run: "
-            "`slimtune train --from RUN`.",
-        )
-    raise UserError(
-        f"model folder {model} has no config.json",
-        rule="A base is a folder with config.json and safetensors weights.",
-        way_out="Check the path.",
-    )
-
-
-def _base_of_adapter(folder: Path) -> str:
-    try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError):
-        return ""
-    return f" ({name})" if name else ""
+__all__ = ["check_folder", "from_pretrained", "local_revision", "upstream_errors"]
 
 
 def check_folder(source: str, trust_remote_code: bool) -> None:

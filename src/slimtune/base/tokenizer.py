@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slimtune.base.source import check_folder, from_pretrained, local_revision, model_source, upstream_errors
+from slimtune.base.named import model_source
+from slimtune.base.source import check_folder, from_pretrained, local_revision, upstream_errors
 from slimtune.data.header import added_header, completed
 from slimtune.data.render import renderer_for
 from slimtune.errors import UserError, shown

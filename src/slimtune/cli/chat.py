@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError, written_out
@@ -46,6 +47,7 @@ def command(
     A run is asked with the template variables and the date that it was trained with, a bare model with its
     template's defaults.
     """
+    check_target(target)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.chat import ChatSession

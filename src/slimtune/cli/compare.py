@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError
@@ -52,6 +53,8 @@ def command(
     Without DATA the rows are those that the run held out of its training.
     --fail-if ends with exit code 3 when its condition holds.
     """
+    check_target(target)
+    check_files(*[data] if data else [])
     with fast_imports():
         from rich.box import SIMPLE
         from rich.table import Table

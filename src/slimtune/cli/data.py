@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slimtune.base.named import check_name
+from slimtune.cli.early import check_files
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, some_config_options
 from slimtune.errors import UserError, written_out
@@ -65,6 +67,9 @@ def command(
         if _is_model(Path(name).expanduser()):
             raise UserError(f"data {name} is a folder without rows", way_out=f"That is a model: --model {name}")
 
+    check_name(config.model)
+    check_files(*config.data, *config.eval)
+
     # Here, as they load torch, and --help is to answer at once.
     with fast_imports():
         from rich.console import Console
@@ -72,8 +77,9 @@ def command(
         from slimtune.base.tokenizer import load_tokenizer, remarks
         from slimtune.base.vocabulary import add_tokens
         from slimtune.cli.page import Page
-        from slimtune.data import examine, micro_batches
+        from slimtune.data.packing import micro_batches
         from slimtune.data.page import page
+        from slimtune.data.preflight import examine
         from slimtune.data.render import Manner, renderer_for
         from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table

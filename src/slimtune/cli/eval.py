@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
@@ -47,6 +48,8 @@ def command(
         raise UserError(
             "nothing to evaluate on", rule=f"{target} held no rows out.", way_out="Give DATA, or --tasks NAMES."
         )
+    check_target(target)
+    check_files(*data)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.evaluate import documents_of, losses, run_tasks

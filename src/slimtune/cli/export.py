@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.run.durable import check_new
 
 __all__ = ["command"]
 
@@ -28,6 +30,11 @@ __all__ = ["command"]
 @click.option("--parity/--no-parity", default=True, help="Prove that the export says the same  [on]")
 def command(target: str, kind: Any, output: Path | None, base: str | None, parity: bool) -> None:
     """Export RUN as GGUF for llama.cpp and Ollama, with a Modelfile and a parity certificate beside it."""
+    check_target(target)
+    if kind not in ("vllm", "mlx"):
+        if output is None:
+            raise click.UsageError("-o FOLDER is missing")
+        check_new(output)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.export import check_needs, export_gguf
@@ -36,8 +43,7 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
     if kind in ("vllm", "mlx"):
         click.echo(_command(target, base, kind))
         return
-    if output is None:
-        raise click.UsageError("-o FOLDER is missing")
+    assert output is not None
     check_needs(kind)
     with upstream_to_log(None):
         certificate = export_gguf(find(target, base=base), output, kind, parity=parity)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 
@@ -42,6 +43,8 @@ def command(
     A run is asked with the template variables and the date that it was trained with, a bare model with its
     template's defaults.
     """
+    check_target(target)
+    check_files(prompts)
     with fast_imports():
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn

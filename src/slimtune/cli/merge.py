@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.run.durable import check_new
 
 __all__ = ["command"]
 
@@ -23,6 +25,8 @@ def command(target: str, output: Path, base: str | None, parity: bool, trust_rem
     Memory is bounded by the largest tensor, or by a layer's experts. The proof, parity.json, loads the model whole;
     --no-parity leaves it out.
     """
+    check_target(target)
+    check_new(output)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.export import prove_merged

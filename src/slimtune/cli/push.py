@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
 
 __all__ = ["command"]
@@ -19,6 +20,7 @@ def command(target: str, repository: str, base: str | None, public: bool) -> Non
 
     A folder (./out) instead of OWNER/NAME gets the same files, to look at before.
     """
+    check_target(target)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.load import find

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
@@ -57,6 +58,9 @@ def command(
     Requests that come together are computed together. `/` is a page to try it; `/health` and `/metrics` are for
     machines. Ctrl-C ends it.
     """
+    for target in targets:
+        path = target.partition("=")[2]
+        check_target(target if not path or Path(target).exists() else path)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.serve.address import check_address, listen

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from slimtune.cli.closing import close
+from slimtune.cli.early import check_training
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options
 from slimtune.training.determinism import fix_workspace
@@ -30,6 +31,7 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
     (json, jsonl, csv, tsv, txt, parquet, arrow), folders, patterns, hub ids, or - for standard input.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    check_training(config)
     fix_workspace(config)
 
     with StopSignals():

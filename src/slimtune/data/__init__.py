@@ -22,7 +22,8 @@ module                its one purpose
 ``packing``           documents to micro-batches, in an order that (seed, epoch) decides
 ====================  =================================================================================================
 
-What the other layers call::
+What the other layers call, each from its own module (so that what a name means is told without the libraries that
+render)::
 
     proof = prove(config, tokenizer, formatting_func=None, on_progress=None)   # UserError where training is refused
     proof.train, proof.eval           # Documents, Documents | None
@@ -38,23 +39,3 @@ What the other layers call::
 
     prompt_ids(tokenizer, messages, tools=None)   # what a model is asked with: a prefix of what it was trained on
 """
-
-from slimtune.data.documents import Documents
-from slimtune.data.packing import GroupedBatches, MicroBatches, PackedBatches, PaddedBatches, micro_batches
-from slimtune.data.preflight import Proof, examine, prove
-from slimtune.data.render import prompt_ids
-from slimtune.data.sources import Place
-
-__all__ = [
-    "Documents",
-    "GroupedBatches",
-    "MicroBatches",
-    "PackedBatches",
-    "PaddedBatches",
-    "Place",
-    "Proof",
-    "examine",
-    "micro_batches",
-    "prompt_ids",
-    "prove",
-]

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from slimtune.config import Config
 from slimtune.data.files import Found, find_files
 from slimtune.data.hub import hub_fingerprint, hub_rows
 from slimtune.data.readers import ENDINGS, ROW_LIMIT, Place, Row, file_rows, format_of
+from slimtune.data.stdin import is_stdin
 from slimtune.errors import UserError
 
-__all__ = ["ROW_LIMIT", "Place", "Row", "Source", "content_hash", "parse_source", "read_rows"]
+__all__ = ["ROW_LIMIT", "Place", "Row", "Source", "check_sources", "content_hash", "parse_source", "read_rows"]
 
 _RULE = f"Data is a file ({ENDINGS}), a folder, a pattern, or a hub id (owner/name, owner/name:split)."
 
@@ -80,6 +82,19 @@ def parse_source(text: str) -> Source:
         name = found.hub
     described = found.description.sample if found.description is not None else None
     return Source(name, sample or described, weight, found)
+
+
+def check_sources(config: Config) -> None:
+    """See that there is something of each name in ``data`` and ``eval``. No row is read.
+
+    Raises:
+        UserError: No data is named, or as :func:`parse_source`.
+    """
+    if not config.data:
+        raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
+    for name in (*config.data, *config.eval):
+        if not is_stdin(name):
+            parse_source(name)
 
 
 def _check_hub_id(name: str) -> None:

@@ -10,9 +10,14 @@ from pathlib import Path
 from slimtune.config import Config
 from slimtune.errors import UserError
 
-__all__ = ["keep_stdin"]
+__all__ = ["is_stdin", "keep_stdin"]
 
 _HEAD = 2**16
+
+
+def is_stdin(name: str) -> bool:
+    """Whether an entry of ``data`` stands for standard input."""
+    return _IS_STDIN.match(name) is not None
 
 
 def keep_stdin(config: Config, folder: Path) -> Config:
@@ -24,7 +29,7 @@ def keep_stdin(config: Config, folder: Path) -> Config:
     Raises:
         UserError: Nothing comes, or ``-`` stands twice, or it isn't told what comes.
     """
-    asked = [name for name in (*config.data, *config.eval) if _IS_STDIN.match(name)]
+    asked = [name for name in (*config.data, *config.eval) if is_stdin(name)]
     if not asked:
         return config
     if len(asked) > 1:

@@ -29,6 +29,7 @@ __all__ = [
     "DamagedError",
     "JsonLines",
     "atomic_folder",
+    "check_new",
     "check_writable",
     "discard",
     "free_bytes",
@@ -113,6 +114,16 @@ def replace_file(path: Path, text: str) -> None:
         if error.filename is None:  # a write knows only a number
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def check_new(output: Path) -> None:
+    """See that what is made may be written to ``output``.
+
+    Raises:
+        UserError: It exists and is not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not empty", way_out="Choose another folder (-o).")
 
 
 def check_writable(folder: Path) -> None:

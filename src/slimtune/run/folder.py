@@ -16,19 +16,40 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from slimtune.base.named import similar
 from slimtune.config import Config, load_config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.run import replaced
 from slimtune.run.durable import JsonLines, replace_file
 from slimtune.run.lock import LOCK, lock_run
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_free"]
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """See that a new run may be written to ``path``.
+
+    Raises:
+        UserError: It holds something already, and ``overwrite`` is off.
+    """
+    if overwrite or not path.exists() or not replaced.is_occupied(path):
+        return
+    run = RunFolder(path)
+    goes_on = ""
+    if run.config_file.is_file() and not run.adapter.is_dir():
+        goes_on = f" Or go on with the run that is there: slimtune resume {shlex.quote(str(path))}"
+    raise UserError(
+        f"output {path} exists and is not empty",
+        rule="A run never writes over another.",
+        way_out=f"Choose another folder (-o), or pass --overwrite.{goes_on}",
+    )
 
 
 class RunFolder:
@@ -82,9 +103,10 @@ class RunFolder:
         replaced.tell_stranded(path)
         run = cls(path)
         if not run.config_file.is_file():
+            near = similar(str(path), holding="config.yaml")
             raise UserError(
                 f"{path} is no run of slimtune: it has no config.yaml",
-                way_out="Give the folder that `slimtune train -o` wrote.",
+                way_out=f"Did you mean {near}?" if near else "Give the folder that `slimtune train -o` wrote.",
             )
         return run
 
@@ -182,13 +204,8 @@ class _Taken:
         if replaced.is_stranded(path):
             replaced.bring_back(path)
         self.is_fresh = not path.exists()
+        check_free(path, overwrite=overwrite)
         if not self.is_fresh and replaced.is_occupied(path):
-            if not overwrite:
-                raise UserError(
-                    f"output {path} exists and is not empty",
-                    rule="A run never writes over another.",
-                    way_out="Choose another folder (-o), or pass --overwrite.",
-                )
             replaced.check_replaceable(path)
             held.enter_context(lock_run(path))
             replaced.drop(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slimtune.data import Documents
+from slimtune.data.documents import Documents
 from slimtune.data.page import POLICY, quoted
 from slimtune.errors import GuardStop, UserError
 from slimtune.run.interval import Interval, bootstrap

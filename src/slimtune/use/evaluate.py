@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.config import Config
-from slimtune.data import Documents, prove
+from slimtune.data.documents import Documents
+from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
 from slimtune.run.interval import Interval, bootstrap

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slimtune.config import Config
-from slimtune.data import Documents, prove
 from slimtune.data.conversation import RowRefused, normalise
+from slimtune.data.documents import Documents
 from slimtune.data.held_out import held_out_facts
+from slimtune.data.preflight import prove
 from slimtune.data.sources import Row, parse_source, read_rows
 from slimtune.errors import UserError
 from slimtune.use.load import Opened

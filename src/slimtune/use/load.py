@@ -24,8 +24,8 @@ from slimtune.adapter.passport import (
 from slimtune.adapter.settings import adapter_config
 from slimtune.base.computes import check_computes
 from slimtune.base.load import load_base
+from slimtune.base.named import model_source
 from slimtune.base.packed import unpack_
-from slimtune.base.source import model_source
 from slimtune.base.tokenizer import load_tokenizer, read_tokenizer
 from slimtune.data.render import Manner, prompt_ids, renderer_for
 from slimtune.errors import UserError, shown

@@ -17,6 +17,7 @@ from slimtune.adapter.merged import MergedWeights
 from slimtune.base.tokenizer import save_tokenizer
 from slimtune.data.stops import save_stops
 from slimtune.errors import UserError
+from slimtune.run.durable import check_new
 from slimtune.use.load import Found, turn_ends
 from slimtune.use.parity import Certificate
 
@@ -92,8 +93,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         UserError: ``output`` exists and is not empty, or can't be made.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} exists and is not empty", way_out="Choose another folder (-o).")
+    check_new(output)
     try:
         temporary = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
         temporary.mkdir(parents=True)  # as the umask says; tempfile's are the owner's alone
