@@ -34,6 +34,7 @@ VERBS = {
     "export": "Ship a run: GGUF, Ollama, MLX, vLLM.",
     "serve": "Serve runs by the OpenAI API.",
     "push": "Publish the adapter with its model card.",
+    "runs": "A table of the runs in a folder.",
     "explain": "What this run did, from what was measured.",
     "config": "Print the documented defaults as YAML, or a JSON schema.",
     "doctor": "Check this machine and the installed versions.",
