@@ -7,7 +7,6 @@ callback that watches every step. :meth:`ResumableTrainer.fit` stands for ``trai
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
@@ -18,16 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapter
 from slimtune.config import Config
 from slimtune.errors import GuardStop
 from slimtune.run.identity import Identity
-from slimtune.run.judge import parts_record
 from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
 from slimtune.training.guard import DivergenceGuard, find_nonfinite
+from slimtune.training.hooks import EvaluationStoppedError, Hooks, reason_of
 from slimtune.training.pieces import largest_piece, split_micro_batch
 from slimtune.training.proof import LOOK_AGAIN, is_expert, named, without_gradient
 from slimtune.training.rng import RandomState, rng_preserved
@@ -125,7 +124,7 @@ class ResumableTrainer(Trainer):
             self._restored = read_checkpoint(checkpoint)
             self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
             safety.checkpoints.best_step = self.progress.best_step
-        self.add_callback(_Hooks(self))
+        self.add_callback(Hooks(self))
         with safety.watchdog.watching("step"), safety.signals.deferrable():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -251,7 +250,7 @@ class ResumableTrainer(Trainer):
                 if signals.requested is not None:
                     return  # asked to stop: the run goes on from the last good checkpoint
                 if time.monotonic() >= deadline:
-                    what = f"the last step can't be saved: {_reason(checkpoints.failure.error)}"
+                    what = f"the last step can't be saved: {reason_of(checkpoints.failure.error)}"
                     raise self._stop_by_guard(what, [], f"Make room, then: {signals.resume}")
                 time.sleep(min(1.0, self.safety.patience))
             self.safety.watchdog.beat("step")
@@ -287,7 +286,7 @@ class ResumableTrainer(Trainer):
         try:
             with rng_preserved():
                 metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        except _EvaluationStoppedError:
+        except EvaluationStoppedError:
             self.progress.evaluation_due = True
             self.control.should_save = self.control.should_training_stop = True
             metrics = {}
@@ -468,153 +467,9 @@ class ResumableTrainer(Trainer):
         self._alarmed = failure.step, failure.error.errno
         saved = self.safety.checkpoints.last_saved
         last = f"the last good checkpoint is at step {saved}" if saved is not None else "there is no checkpoint yet"
-        self.safety.warn(f"the checkpoint of step {failure.step} could not be saved: {_reason(failure.error)}; {last}")
-        self.safety.record(
-            {"event": "save_failed", "step": failure.step, "error": _reason(failure.error), "last_good": saved}
-        )
-
-
-class _EvaluationStoppedError(Exception):
-    """A stop signal came while evaluating."""
-
-
-class _Hooks(TrainerCallback):
-    """Calls the trainer's own methods at the right moments of a step."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer = trainer
-        self.retry_at = 0
-        self.retry_after = 1
-        self.total = 0.0
-        self.journal_failed = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._begin()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer.safety.watchdog.beat("step")
-        trainer.safety.signals.defer()
-        trainer._step_random, trainer._step_logs = trainer._draws(), trainer._logs_so_far()
-        trainer._step_inputs, trainer._step_losses = [], []
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.safety.watchdog.beat("step")
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._before_optimizer()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer._cancelled:
-            self.trainer._cancelled = False
-            self.trainer.accelerator.gradient_state._set_sync_gradients(True)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.safety.watchdog.beat("step")
-        trainer._step_random = None
-        self._see_failed_save(state.global_step, control)
-        self._see_failed_journal()
-        if trainer.safety.signals.requested is not None:
-            trainer.progress.evaluation_due = control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-
-    def _see_failed_save(self, step: int, control: TrainerControl) -> None:
-        checkpoints = self.trainer.safety.checkpoints
-        if checkpoints.saving:
-            return
-        self.trainer._see_last_save()
-        if checkpoints.failure is None:
-            self.retry_at, self.retry_after = 0, 1
-            return
-        if not self.retry_at:
-            self.retry_at = step + self.retry_after
-        elif step >= self.retry_at:
-            control.should_save = True
-            self.retry_after *= 2
-            self.retry_at = step + self.retry_after
-
-    def _see_failed_journal(self) -> None:
-        error = self.trainer.safety.journal_error()
-        if error is not None and not self.journal_failed:
-            self.trainer.safety.warn(f"the metrics can't be written, and wait in memory: {_reason(error)}")
-        self.journal_failed = error is not None
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        trainer = self.trainer
-        if not logs or "loss" not in logs:
-            return
-        if math.isfinite(trainer._total_loss_scalar):
-            self.total = trainer._total_loss_scalar
-        else:
-            # The Trainer's sums would stay NaN for ever after; the log has told the true value.
-            trainer._total_loss_scalar = self.total
-            trainer._tr_loss.zero_()
-        divergence = trainer.divergence.see(state.global_step, float(logs["loss"]))
-        if divergence is None:
-            return
-        trainer.safety.record({"event": "divergence", **dataclasses.asdict(divergence)})
-        if trainer.safety.config.on_divergence == "stop":
-            trainer._save_checkpoint(trainer.model, None)
-            raise trainer._stop_by_guard(str(divergence), [], way_out="Try a lower --learning-rate.")
-        trainer.safety.warn(str(divergence))
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.safety.watchdog.beat("step")
-        if self.trainer.safety.signals.requested is not None:
-            raise _EvaluationStoppedError
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        progress, loss = self.trainer.progress, (metrics or {}).get("eval_loss")
-        if loss is None:
-            return
-        nats, tokens = getattr(self.trainer, "evaluated", ([], []))
-        if nats:
-            self.trainer.safety.record(parts_record(state.global_step, nats, tokens))
-        progress.evaluated_step = state.global_step
-        if state.global_step == 0:
-            return  # what the others are compared with, not one of them
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.since_best = loss, state.global_step, 0
-            control.should_save = True
-            return
-        progress.since_best += 1
-        patience = self.trainer.safety.config.early_stopping
-        if patience is not None and progress.since_best >= patience:
-            progress.stopped_early = True
-            control.should_save = control.should_training_stop = True
-
-
-def _reason(error: OSError) -> str:
-    detail = error.strerror or type(error).__name__
-    return f"{detail} ({error.filename})" if error.filename else detail
+        why = reason_of(failure.error)
+        self.safety.warn(f"the checkpoint of step {failure.step} could not be saved: {why}; {last}")
+        self.safety.record({"event": "save_failed", "step": failure.step, "error": why, "last_good": saved})
 
 
 def _some(rows: Sequence[str], most: int = 8) -> str:
