@@ -63,7 +63,7 @@ from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.judge import judge
-from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line
+from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line, steps_line
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import check_adapter, tell_stranded
@@ -153,6 +153,9 @@ def resume(
     with StopSignals(path) as signals, lock_run(path):
         check_adapter(run.adapter)
         config = (config or run.config()).model_copy(update={"output": path})
+        if run.is_finished(config):
+            screen.say("finished", f"{path}: nothing was changed")
+            return run
         if config.trust_remote_code and not trust_remote_code:
             raise UserError(
                 f"run {path} ran code that comes with its model",
@@ -238,8 +241,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 engine = "fused" if ready.unfused is None else f"plain: {ready.unfused}"
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
-                documents = 0 if ready.held_out is None else len(ready.held_out.documents)
-                facts.verdict = judge(records, config, facts.training, trainer.saved_step, documents)
+                facts.verdict = judge(records, config, facts.training, trainer.saved_step, facts.data.get("held_out"))
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room
@@ -292,7 +294,8 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
         unfused = next((choice.reason for choice in choices if choice.key == "engine"), unfused)
     layout, for_layout = lay_out(config, base.model, fused=unfused is None)
     config = resolved(config, for_layout)
-    data, held_out = _micro_batches(config, proof)
+    data = micro_batches(proof.train, config)
+    held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
     config, for_steps = resolve_steps(config, data.per_epoch)
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
@@ -306,6 +309,8 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     facts = _facts(ready, run, hardware)
     screen.say("base", base_line(facts.base))
     screen.say("packs", packs_line(ready.data, config, facts.data["unpacked"]))
+    steps = steps_of_run(config, ready.data.per_epoch)
+    screen.say("steps", steps_line(steps, config, evaluates=ready.held_out is not None))
     identity = identity_of(config, facts.base.fingerprint_before, ready.tokenizer)
     safety = make_safety(
         config, run, identity, ready.data, job.signals, watchdog, screen, accept_changes=job.accept_changes
@@ -510,12 +515,6 @@ def _read(
         )
         proof.save_ledger(run.ledger_file)
     return tokenizer, proof
-
-
-def _micro_batches(config: Config, proof: Proof) -> tuple[MicroBatches, MicroBatches | None]:
-    """What to train on, and what to evaluate on."""
-    held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
-    return micro_batches(proof.train, config), held_out
 
 
 def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from slimtune import cli
 from slimtune.cli import VERBS, slimtune_command
+from slimtune.config import Config
+from slimtune.errors import StopRequested
 
 RunHere = Callable[..., Any]
 
@@ -83,11 +86,36 @@ def test_a_second_ctrl_c_on_the_way_out_says_no_more() -> None:
     assert done.stderr == "\nslimtune: interrupted\n"
 
 
+def test_a_stop_that_was_asked_for_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = StopRequested("stopped by SIGINT", way_out="Go on: slimtune resume run")
+    cli.say_error(error)
+    assert capsys.readouterr().err == "stopped by SIGINT\n  Go on: slimtune resume run\n"
+    assert cli.coloured("no", fg="red") == "\x1b[31mno\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.coloured("no", fg="red") == "no"
+
+
 def test_help_names_every_verb() -> None:
     done = slimtune("--help")
     assert done.returncode == 0
     for verb in slimtune_command.list_commands(None):  # type: ignore[arg-type]
         assert f"\n  {verb} " in done.stdout
+
+
+def test_the_flags_that_are_needed_most_stand_first_and_none_is_missing() -> None:
+    shown = slimtune("train", "--help", COLUMNS="80").stdout
+    titles = re.findall(r"^(\w[^\n]*):$", shown, flags=re.M)
+    assert titles == [
+        "Needed most", "What", "The base in 4 bits", "LoRA", "Data", "Training", "Saving, watching, stopping",
+        "After training", "Other",
+    ]  # fmt: skip
+    most = shown.split("Needed most:")[1].split("What:")[0]
+    assert len(re.findall(r"^  -", most, flags=re.M)) == 10
+    asked = {name for name in Config.model_fields if name not in ("model", "data", "start_from")}
+    assert all(len(re.findall(rf"(^|[ ,])--{name.replace('_', '-')}[ \n]", shown, flags=re.M)) for name in asked)
+    assert "May change" in slimtune("resume", "--help").stdout
 
 
 def test_every_verb_explains_itself() -> None:

@@ -48,6 +48,6 @@ def test_where_nothing_can_be_written_is_told_before_the_model_is_opened(
     (tmp_path / "file").write_text("")
     (tmp_path / "asks.jsonl").write_text('"Why?"\n')
     for verb, *more in (("compare",), ("generate", str(tmp_path / "asks.jsonl"))):
-        done = run_here(verb, "no-such-run", *more, "-o", str(tmp_path / "file" / "out"))
+        done = run_here(verb, "smollm2-135m", *more, "-o", str(tmp_path / "file" / "out"))
         assert done.returncode == 2
         assert "nothing can be written into" in done.stderr

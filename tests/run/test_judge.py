@@ -22,6 +22,7 @@ TRAINING = TrainingFacts(
     supervised_tokens=1, tokens_per_second=1.0, model_flops_per_second=None, floor_share=None, peak_memory_bytes=1,
     memory_kind="process resident",
 )  # fmt: skip
+HELD_OUT = {"documents": 8}
 HARD = np.random.default_rng(0).normal(0.0, 0.5, len(TOKENS))
 """How hard each part is by itself: more than the changes below."""
 
@@ -34,7 +35,7 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
 
 def verdict(losses: dict[int, float], **config: Any) -> VerdictFacts:
     records = [evaluation(step, loss) for step, loss in losses.items()]
-    return judge(records, Config.make(**config), TRAINING, max(losses), 8)
+    return judge(records, Config.make(**config), TRAINING, max(losses), HELD_OUT)
 
 
 @pytest.mark.parametrize(
@@ -76,17 +77,18 @@ def test_the_change_is_paired_and_its_interval_the_bootstraps() -> None:
 def test_the_flag_is_the_one_that_the_run_was_given() -> None:
     assert verdict({0: 3.0, 20: 2.5, 40: 2.0, 60: 1.5}, max_steps=60).suggestion == "--max-steps 120"
     assert verdict({0: 3.0, 60: 9.0}, learning_rate=5).suggestion == "--learning-rate 0.0002"
+    assert verdict({0: 3.0, 20: 3.0, 60: 3.0}, learning_rate=5).suggestion == "--learning-rate 0.0002"
 
 
 def test_without_held_out_rows_only_losses_that_are_none_are_seen() -> None:
     for last, outcome in ((1.0, "unmeasured"), (4.0, "unmeasured"), (5.0, "worse"), (math.nan, "worse")):
         training = TrainingFacts(**{**vars(TRAINING), "last_loss": last})
-        assert judge([], Config.make(), training, 60, 0).outcome == outcome
+        assert judge([], Config.make(), training, 60, None).outcome == outcome
 
 
 def test_other_data_on_the_way_is_compared_with_nothing() -> None:
     records = [evaluation(0, 3.0), {**evaluation(60, 1.0), "held_out_tokens": [1] * 8}]
-    assert judge(records, Config.make(), TRAINING, 60, 8).outcome == "unmeasured"
+    assert judge(records, Config.make(), TRAINING, 60, HELD_OUT).outcome == "unmeasured"
 
 
 def test_many_parts_are_added_up() -> None:
@@ -103,7 +105,7 @@ def test_many_parts_are_added_up() -> None:
     ],
 )  # fmt: skip
 def test_both_languages_say_the_same_numbers(losses: dict[int, float] | None) -> None:
-    found = vars(verdict(losses) if losses else judge([], Config.make(), TRAINING, 60, 0))
+    found = vars(verdict(losses) if losses else judge([], Config.make(), TRAINING, 60, None))
     for say in (lambda verdict, say: verdict_text(verdict, vars(TRAINING), say), advice_text):
         english, chinese = say(found, lambda en, zh: en), say(found, lambda en, zh: zh)
         assert bool(english) == bool(chinese)

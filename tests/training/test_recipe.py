@@ -195,6 +195,14 @@ def test_without_a_checkpoint_it_begins_at_the_first_step(
 def test_a_finished_run_is_finished_again(small: Path, rows: Path, tmp_path: Path) -> None:
     finetune(config(str(small), rows, tmp_path / "run"))
     before = campaign.adapter_sha256(tmp_path / "run")
+
+    def written() -> dict[Path, int]:
+        files = (tmp_path / "run").rglob("*")
+        return {file: file.stat().st_mtime_ns for file in files if file.is_file() and file.name != ".lock"}
+
+    files = written()
+    resume(tmp_path / "run")
+    assert written() == files
     shutil.rmtree(tmp_path / "run" / "adapter")
     resume(tmp_path / "run")
     assert campaign.adapter_sha256(tmp_path / "run") == before

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slimtune.base.bars import without_bars
 from slimtune.errors import UserError, by_the_system, shown
 
 __all__ = ["EMBEDDED", "embedded_model_folder", "is_embedded"]
@@ -50,7 +51,7 @@ def embedded_model_folder() -> Path:
             way_out="Set XDG_CACHE_HOME to a folder that can.",
         ) from None
     try:
-        with _damage_told(gguf_file):
+        with _damage_told(gguf_file), without_bars():
             _convert(gguf_file, temporary)
         # A rename is atomic: whoever looks sees the whole model or none. If another process was first, its copy serves.
         try:

@@ -18,7 +18,7 @@ import click
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
 
-__all__ = ["main", "nobody_reads", "say_error", "slimtune_command"]
+__all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]
 
 # verb: what its line in --help says. Its command stands in slimtune.cli.<verb> as `command`.
 VERBS = {
@@ -76,7 +76,7 @@ def slimtune_command(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a chat model in 4 bits on your own GPU.
 
     \b
-    slimtune demo                          see it work, on this machine, without a network
+    slimtune demo                          see it work, here, without a network
     slimtune train MODEL DATA -o RUN       train a LoRA adapter
     slimtune chat RUN                      talk to the result
     """
@@ -119,7 +119,7 @@ def main() -> NoReturn:
             say_error(refused)
             sys.exit(refused.exit_code)
         text = str(error).strip().splitlines() or [""]
-        click.secho(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red", err=True)
+        click.echo(coloured(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red"), err=True)
         click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
         sys.exit(1)
 
@@ -142,8 +142,18 @@ def nobody_reads() -> None:
 
 
 def say_error(error: SlimtuneError) -> None:
-    """Print an error: what, rule, way out, each on its own line."""
-    click.echo(click.style("error: ", fg="red", bold=True) + error.what, err=True)
+    """Print an error, or a stop that was asked for: what, rule, way out, each on its own line."""
+    if isinstance(error, StopRequested):  # what the person asked for is no error
+        click.echo(coloured(error.what, fg="yellow", bold=True), err=True)
+        indent = "  "
+    else:
+        click.echo(coloured("error: ", fg="red", bold=True) + error.what, err=True)
+        indent = " " * 7
     for line in (error.rule, error.way_out):
         if line:
-            click.echo(f"       {line}", err=True)
+            click.echo(indent + line, err=True)
+
+
+def coloured(text: str, **style: Any) -> str:
+    """``text`` in a style of click's, unless NO_COLOR is set (no-color.org), which click doesn't know."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **style)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from slimtune.cli import coloured
+
 __all__ = ["command"]
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -35,7 +37,7 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
         for finding in findings:
-            mark = click.style("ok ", fg="green") if finding.well else click.style("no ", fg="red", bold=True)
+            mark = coloured("ok ", fg="green") if finding.well else coloured("no ", fg="red", bold=True)
             click.echo(f"{mark} {finding.what:<16} {finding.found}")
             if not finding.well:
                 click.echo(f"    {finding.way_out}")

@@ -14,11 +14,53 @@ import click
 from slimtune.config import Config, load_config
 from slimtune.errors import UserError
 
-__all__ = ["config_from_flags", "config_options", "some_config_options"]
+__all__ = ["config_from_flags", "config_options", "grouped_command", "some_config_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Given as arguments or by a verb itself, not as flags made here.
 _NOT_FLAGS = {"model", "data", "output", "start_from"}
+
+
+_GROUPS = {
+    "model": "What",
+    "quantization": "The base in 4 bits",
+    "lora_r": "LoRA",
+    "format": "Data",
+    "epochs": "Training",
+    "save_steps": "Saving, watching, stopping",
+    "export": "After training",
+}
+"""Titles of the config's parts, by the first key of each."""
+
+
+def grouped_command(title: str, *first: str) -> type[click.Command]:
+    """A command whose help shows flags in groups: under ``title`` those that people need first, then the config's
+    parts, then the verb's own.
+
+    Args:
+        title: Of the first group.
+        first: Names of the parameters in it, in their order.
+    """
+    groups, group = {}, ""
+    for name in Config.model_fields:
+        group = _GROUPS.get(name, group)
+        groups[name] = group
+
+    class Grouped(click.Command):
+        def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            records = {
+                str(param.name): param.get_help_record(ctx)
+                for param in self.get_params(ctx)
+                if isinstance(param, click.Option)
+            }
+            shown = {title: [records.pop(name) for name in first]}
+            for name, record in records.items():
+                shown.setdefault(groups.get(name, "Other"), []).append(record)
+            for heading, lines in sorted(shown.items(), key=lambda item: item[0] == "Other"):
+                with formatter.section(heading):
+                    formatter.write_dl([line for line in lines if line is not None])
+
+    return Grouped
 
 
 def config_options(function: F) -> F:

@@ -9,7 +9,8 @@ import click
 
 from slimtune.cli.closing import close
 from slimtune.cli.imports import fast_imports
-from slimtune.cli.options import config_from_flags, config_options
+from slimtune.cli.options import config_from_flags, config_options, grouped_command
+from slimtune.config import FREE_KEYS, Config
 from slimtune.run.folder import RunFolder
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
@@ -17,7 +18,11 @@ from slimtune.training.stop import StopSignals
 __all__ = ["command"]
 
 
-@click.command()
+@click.command(
+    cls=grouped_command(
+        "May change", *(name for name in Config.model_fields if name in FREE_KEYS - {"output"}), "accept_changes"
+    )
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--accept-changes", is_flag=True, help="Go on although something changed since the checkpoint; recorded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
@@ -32,6 +37,10 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
     """
     folder = RunFolder.open(run)
     config = config_from_flags(config_file or folder.config_file, flags)
+    if folder.is_finished(config):
+        click.echo(f"{run} is finished: nothing was changed", err=True)
+        close(folder, as_json=as_json)
+        return
     fix_workspace(config)
 
     with StopSignals(run):

@@ -10,14 +10,19 @@ import click
 from slimtune.cli.closing import close
 from slimtune.cli.early import check_training
 from slimtune.cli.imports import fast_imports
-from slimtune.cli.options import config_from_flags, config_options
+from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
 __all__ = ["command"]
 
+NEEDED_MOST = (
+    "output", "epochs", "max_steps", "learning_rate", "lora_r", "targets", "max_length", "micro_batch", "eval",
+    "config_file",
+)  # fmt: skip
 
-@click.command()
+
+@click.command(cls=grouped_command("Needed most", *NEEDED_MOST))
 @click.argument("model", required=False)
 @click.argument("data", nargs=-1)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from slimtune.base.named import similar
-from slimtune.config import Config, load_config
+from slimtune.config import FREE_KEYS, Config, load_config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.run import replaced
 from slimtune.run.durable import JsonLines, replace_file
@@ -147,6 +147,16 @@ class RunFolder:
         if not isinstance(value, dict):
             raise UserError(f"{file} holds no JSON object", way_out="Copy the run's folder whole.")
         return value
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether nothing is left to do with ``config``: the run came to its end with it, and what it made is there."""
+        facts = self.read_json(self.facts_file)
+        made = [self.adapter, self.report_html, *(self.path / "export" / kind for kind in config.export)]
+        now, ran = (
+            {key: value for key, value in each.model_dump(mode="json").items() if key not in FREE_KEYS}
+            for each in (config, self.config())
+        )
+        return bool(facts.get("training") and facts.get("verified")) and now == ran and all(map(Path.exists, made))
 
     def held_out(self) -> dict[str, Any] | None:
         """What the run remembers of the documents that it held out (:func:`slimtune.data.held_out.held_out_facts`)."""

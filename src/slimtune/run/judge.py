@@ -28,6 +28,8 @@ RISE = 1.5
 MOST_PARTS = 200
 """Parts that a record holds; of more, several are added up."""
 USUAL_RATE = 2e-4
+HIGH_RATE = 10 * USUAL_RATE
+"""Over it, what didn't change for the better is more likely to have learned too fast than too little."""
 Parts = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 """(nats, supervised tokens), each [parts]."""
 
@@ -47,7 +49,11 @@ def parts_record(step: int, nats: Sequence[float], tokens: Sequence[int]) -> dic
 
 
 def judge(
-    records: Iterable[Mapping[str, Any]], config: Config, training: TrainingFacts, step: int, documents: int
+    records: Iterable[Mapping[str, Any]],
+    config: Config,
+    training: TrainingFacts,
+    step: int,
+    held_out: Mapping[str, Any] | None,
 ) -> VerdictFacts:
     """Compare what was saved with what the training began with.
 
@@ -56,11 +62,11 @@ def judge(
         config: What ran.
         training: What its training did.
         step: The optimizer step that was saved.
-        documents: Held-out documents; 0 for none.
+        held_out: What the data's proof says of the held-out documents; None if there are none.
     """
     found = {record["step"]: _parts(record) for record in records if "held_out_nats" in record}
     start, end = found.get(0), found.get(step)
-    if not documents or start is None or end is None or not np.array_equal(start[1], end[1]):
+    if not held_out or start is None or end is None or not np.array_equal(start[1], end[1]):
         return _by_training(config, training)
     same = {at: parts for at, parts in found.items() if at <= step and np.array_equal(start[1], parts[1])}
     losses = {at: float(nats.sum() / max(1, tokens.sum())) for at, (nats, tokens) in same.items()}
@@ -73,9 +79,11 @@ def judge(
     elif _falls(change):
         outcome = "better"
     advice = _advice(outcome, same, best, step)
+    if outcome == "same" and advice == "longer" and config.learning_rate > HIGH_RATE:
+        advice = "slower"
     return VerdictFacts(
         outcome=outcome,
-        documents=documents,
+        documents=held_out["documents"],
         start=_plain(bootstrap(*start)),
         end=None if change is None else _plain(bootstrap(*end)),
         change=None if change is None else _plain(change),

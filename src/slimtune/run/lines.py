@@ -9,8 +9,9 @@ from slimtune.config import Config
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches
 from slimtune.run.facts import AdapterFacts, BaseFacts
 from slimtune.run.screen import megabytes
+from slimtune.run.statement import counted
 
-__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "packs_line"]
+__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "packs_line", "steps_line"]
 
 
 def data_line(facts: Mapping[str, Any]) -> str:
@@ -27,7 +28,19 @@ def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
         return f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
     how = "documents one at a time" if config.layout == "alone" else "padded rows"
     full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
-    return f"off: {unpacked} → {how}, {data.per_epoch:,} micro-batches{full}"
+    return f"off: {unpacked} → {how}, {counted(data.per_epoch, 'micro-batch', 'es')}{full}"
+
+
+def steps_line(steps: int, config: Config, *, evaluates: bool) -> str:
+    """How long the run is, and how often it is saved and evaluated."""
+    of = counted(config.gradient_accumulation, "micro-batch", "es")
+    length = "" if config.max_steps is not None else f", {counted(config.epochs, 'epoch')}"
+    evaluation = f"; the held-out loss {_every(config.eval_steps)}" if evaluates else ""
+    return f"{counted(steps, 'optimizer step')} of {of}{length}; a checkpoint {_every(config.save_steps)}{evaluation}"
+
+
+def _every(steps: int | str) -> str:
+    return "after every step" if steps == 1 else f"every {steps} steps"
 
 
 def base_line(base: BaseFacts) -> str:

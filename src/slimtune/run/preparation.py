@@ -12,6 +12,7 @@ from slimtune.run.statement import (
     Statement,
     Table,
     code,
+    counted,
     listed,
     part_name,
     plain,
@@ -204,7 +205,7 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
         return [
             Statement(
                 say(
-                    f"Unpacked ({why}), one epoch is {per_epoch:,} padded micro-batches{full_en}.",
+                    f"Unpacked ({why}), one epoch is {counted(per_epoch, 'padded micro-batch', 'es')}{full_en}.",
                     f"不打包（{reason_in_chinese(why)}），每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
                 )
             )
@@ -213,7 +214,7 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
     return [
         Statement(
             say(
-                f"Packed, one epoch is {per_epoch:,} micro-batches of {size:,} tokens, {fill:.1%} full.",
+                f"Packed, one epoch is {counted(per_epoch, 'micro-batch', 'es')} of {size:,} tokens, {fill:.1%} full.",
                 f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} 词元，利用率 {fill:.1%}。",
             )
         )

@@ -163,7 +163,7 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
     if training:
         note = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
         if reached := training.get("floor_share"):
-            note += say(f", at {reached:.0%} of the floor", f"，达硬件极限的 {reached:.0%}")
+            note += say(f", {reached:.0%} of what this machine can compute", f"，达本机算力的 {reached:.0%}")
         tiles.append((say("tokens/s", "词元/秒"), short_number(round(training["tokens_per_second"])), note))
         steps = say(f"{training['steps']:,} steps", f"{training['steps']:,} 步")
         tiles.append((say("time", "用时"), time_left(training["seconds"]), steps))
@@ -269,7 +269,11 @@ def _events(history: History, say: Say) -> list[tuple[str, str, str]]:
         (
             f"{event['step']:,}",
             str(event["event"]),
-            ", ".join(f"{key}: {_short(value)}" for key, value in event.items() if key not in ("event", "step")),
+            ", ".join(
+                f"{key}: {_short(value)}"
+                for key, value in event.items()
+                if key not in ("event", "step") and value not in ([], {}, "", None)
+            ),
         )
         for event in history.events
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from slimtune.errors import written_out
@@ -16,6 +17,8 @@ from slimtune.run.verdict import advice_text, verdict_text
 __all__ = ["Screen", "megabytes", "time_left"]
 
 _LINES_WITHOUT_TERMINAL = 20
+_LABEL = 9
+"""Characters of a label with the room behind it."""
 
 
 class Screen:
@@ -28,15 +31,11 @@ class Screen:
 
     def say(self, label: str, text: str) -> None:
         """One line: a label and what is to be said under it."""
-        self._line(label, "bold", text)
+        self._print(label, text, "bold")
 
     def warn(self, text: str) -> None:
         """One line that should not be missed."""
-        self._line("warning", "bold yellow", text)
-
-    def _line(self, label: str, style: str, text: str) -> None:
-        # No markup: names of files may hold what Rich reads as such.
-        self.console.print(Text.assemble("  ", (f"{label:<9}", style), written_out(text)))
+        self._print("warning", text, "bold yellow")
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
@@ -89,9 +88,22 @@ class Screen:
         text = verdict_text(verdict, facts["training"], _english)
         if verdict["outcome"] == "unmeasured":
             text = f"not measured: {text}"
-        self.console.print(Text.assemble((f"  {'result':<9}", style), (text, style.removeprefix("bold").strip())))
+        self._print("result", text, style, style.removeprefix("bold").strip())
         if advice := advice_text(verdict, _english):
-            self.console.print(Text(f"  {'':<9}{advice.replace('`', '')}"))
+            self._print("", advice.replace("`", ""))
+
+    def _print(self, label: str, text: str, style: str = "", text_style: str = "") -> None:
+        """A label and its text: in a terminal broken between words, clear of the label; elsewhere one line."""
+        # No markup: names of files may hold what Rich reads as such.
+        head, body = Text(f"  {label:<{_LABEL}}", style), Text(written_out(text), text_style)
+        if not self.console.is_terminal:
+            self.console.print(head + body)
+            return
+        grid = Table.grid()
+        grid.add_column(width=2 + _LABEL, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(head, body)
+        self.console.print(grid, soft_wrap=False)
 
 
 def _english(english: str, chinese: str) -> str:

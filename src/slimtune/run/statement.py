@@ -115,10 +115,10 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def counted(number: float, noun: str) -> str:
-    """1 step, 2 steps, 1.5 epochs."""
+def counted(number: float, noun: str, plural: str = "s") -> str:
+    """1 step, 2 steps, 1.5 epochs; with ``plural`` 2 batches."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{shown} {noun}{'' if number == 1 else 's'}"
+    return f"{shown} {noun}{'' if number == 1 else plural}"
 
 
 def listed(items: Iterable[str], say: Say) -> str:

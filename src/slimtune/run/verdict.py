@@ -80,7 +80,7 @@ def advice_text(verdict: Facts, say: Say) -> str:
         )
     if advice == "slower":
         nothing = ""
-        if best is not None:
+        if best is not None and verdict["outcome"] == "worse":
             nothing = say("No checkpoint is better than the start. ", "没有一个检查点好于训练前。")
         return nothing + say(f"Take a lower learning rate: {flag}.", f"请降低学习率：{flag}。")
     return ""

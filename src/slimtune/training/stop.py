@@ -163,7 +163,10 @@ class StopSignals:
                 data = os.read(read, 64)
                 if not data:
                     break
-                seen += sum(number in STOP_SIGNALS for number in data)
+                before, seen = seen, seen + sum(number in STOP_SIGNALS for number in data)
+                if seen == 1 and not before and self._deferred:
+                    sys.stderr.write("slimtune: stopping: the step is ended and saved first; again ends at once\n")
+                    sys.stderr.flush()
             elif not self._deferred:
                 waited += _LOOK
             if seen > 1:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.files import UnpackedFiles
 from slimtune.adapter.merged import MergedWeights, read_model_config
+from slimtune.base.bars import without_bars
 from slimtune.base.source import upstream_errors
 from slimtune.data.render import renderer_for
 from slimtune.errors import UserError
@@ -166,7 +167,7 @@ def _prove(said: Reference, found: Found, file: Path, kind: Kind) -> Certificate
 
 def _read_back_voice(file: Path) -> Voice:
     """The GGUF file, weights and tokenizer, as Transformers reads it."""
-    with upstream_errors(str(file)):  # its reader of GGUF knows fewer tokenizers than llama.cpp does
+    with upstream_errors(str(file)), without_bars():  # its reader of GGUF knows fewer tokenizers than llama.cpp does
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )

@@ -1,0 +1,15 @@
+"""What a run says before its first step."""
+
+from __future__ import annotations
+
+from slimtune.config import Config
+from slimtune.run.lines import steps_line
+
+
+def test_the_length_of_a_run_is_said() -> None:
+    config = Config.make(save_steps=6, eval_steps=6)
+    assert steps_line(60, config, evaluates=True) == (
+        "60 optimizer steps of 2 micro-batches, 3 epochs; a checkpoint every 6 steps; the held-out loss every 6 steps"
+    )
+    config = Config.make(max_steps=1, gradient_accumulation=1, save_steps=1)
+    assert steps_line(1, config, evaluates=False) == "1 optimizer step of 1 micro-batch; a checkpoint after every step"
