@@ -474,7 +474,6 @@ def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Scree
 
 
 def _check_inputs(config: Config) -> None:
-    check_sources(config)
     if config.start_from is not None:
         tell_stranded(config.start_from)
         _check_start(adapter_to_start_from(config.start_from), config)
@@ -485,6 +484,7 @@ def _check_inputs(config: Config) -> None:
         base = local_base(model_source(config.model), config.revision)
         init = None if config.lora_init == "default" else config.lora_init
         check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export, init)
+    check_sources(config)
 
 
 def _check_start(adapter: Path, config: Config) -> None:
