@@ -29,7 +29,7 @@ from bitsandbytes.functional import (
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from slimtune.engine.kernels import mxfp4
+from slimtune.engine.kernels import reference_mxfp4 as mxfp4
 from slimtune.engine.kernels.formats import MXFP4_BLOCK
 
 __all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "misreads_partial_blocks", "unpack_"]
@@ -291,6 +291,7 @@ class Mxfp4Tensor(PackedTensor):
         return cls(parts, (stack, rows, groups * MXFP4_BLOCK), dtype, turned=True)
 
     def unpack(self) -> Tensor:  # noqa: D102 - the base says it
+        # In plain torch, as answering may happen where Triton has no compiler.
         stack = mxfp4.dequantize_stack(self.parts["blocks"], self.parts["exponents"], dtype=self.dtype)
         numbers = stack.view(self.packed_shape)
         return numbers.transpose(-1, -2) if self.turned else numbers
