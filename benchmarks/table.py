@@ -22,7 +22,22 @@ _VERSIONS = ("torch", "triton", "transformers")
 _FILE = re.compile(r"(\d{4}-\d\d-\d\d)-(.+)")
 _HEADER = {"date", "made", "gpu", "machine", "cpu", "processor", "device", "driver", "cuda", "versions", *_VERSIONS}
 # What tells the entries of a list apart, in the order of a case's name.
-_NAMES = ("workload", "shape", "size", "model", "dtype", "case", "name", "who", "what", "engine", "clients", "call")
+_NAMES = (
+    "workload",
+    "shape",
+    "size",
+    "model",
+    "family",
+    "targets",
+    "dtype",
+    "case",
+    "name",
+    "who",
+    "what",
+    "engine",
+    "clients",
+    "call",
+)
 
 
 class Figure(NamedTuple):
