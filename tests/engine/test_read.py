@@ -158,6 +158,7 @@ def test_what_of_gpt_oss_is_not_computed_is_said() -> None:
     refused("trains its experts themselves", lambda layer: experts(layer).down_proj_bias.requires_grad_(True))
     refused("trains its router", lambda layer: layer.mlp.router.bias.requires_grad_(True))
     refused("a_scale", lambda layer: setattr(experts(layer), "a_scale", nn.Parameter(torch.ones(5))))
+    refused("tell where gates are clamped", lambda layer: setattr(experts(layer), "limit", None))
     refused("other way around", lambda layer: None, turned=False)
 
 

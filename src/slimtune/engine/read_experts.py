@@ -55,7 +55,10 @@ def read_experts(layer: str, name: str, module: Any, mixture: Any, form: RouterF
 
 def _activation(layer: str, module: Any, form: RouterForm) -> Activation:
     if form.clamped:
-        return Clamped(float(module.alpha), float(module.limit))
+        alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
+        if alpha is None or limit is None:
+            raise CannotFuse(f"{layer} has experts that don't tell where gates are clamped")
+        return Clamped(float(alpha), float(limit))
     return read_activation(layer, module.act_fn)
 
 
