@@ -5,9 +5,9 @@ Only the states are carried from chunk to chunk: a program for each document and
 columns, walks over the chunks that the document touches. It takes the document's own rows alone, so that two documents
 in a chunk are two programs' business, and nothing is added by more than one: a run repeats to the bit.
 
-q and k are given their lengths where they are read. Everything is float32 on the chip; products of float32 are cut to
-19 bits on tensor cores where the model has 16 (``PRECISION``), but for the inverse, whose errors would add up; there
-and in float32 they are made of three such products.
+q and k are given their lengths where they are read. Everything is float32 on the chip; where the model has 16 bits,
+products are of numbers rounded to 19 for tensor cores (``PRECISION``), but for the inverse, whose errors would add up;
+there and in float32 they are made of three such products.
 """
 
 from __future__ import annotations
@@ -15,6 +15,24 @@ from __future__ import annotations
 from slimtune.engine.kernels._triton import jit, tl
 
 __all__ = ["gradients", "inverses", "lengths_back", "outputs", "states", "states_back", "through"]
+
+
+@jit
+def _cut(x: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """x rounded to the 19 bits of tensor cores, which on Hopper leave the others out instead."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@jit
+def _product(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    return tl.dot(_cut(a, PRECISION), _cut(b, PRECISION), input_precision=PRECISION)
+
+
+@jit
+def _added(a: tl.tensor, b: tl.tensor, to: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    return tl.dot(_cut(a, PRECISION), _cut(b, PRECISION), to, input_precision=PRECISION)
 
 
 @jit
@@ -103,14 +121,14 @@ def inverses(
     _, _, gamma, _ = _decays(g, starts, token, inside, heads, head, CHUNK)
     k = _unit(mixed, token, inside, stride, k_column + head // GROUP * KEY_DIM, 1.0, KEY_DIM, KEYS)
     b = tl.load(beta + token * heads + head, mask=inside, other=0.0).to(tl.float32)
-    lower = b[:, None] * gamma * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    lower = b[:, None] * gamma * _product(k, tl.trans(k), PRECISION)
     i, j = row[:, None], row[None, :]
     t = tl.where(i == j, 1.0, 0.0) - tl.where((i == j + 1) & (i % 2 == 1), lower, 0.0)
     for level in range(1, LEVELS):
         size = 1 << level
         below = (i // (2 * size) == j // (2 * size)) & (i % (2 * size) >= size) & (j % (2 * size) < size)
-        part = tl.dot(t, tl.where(below, lower, 0.0), input_precision=PRECISION)
-        t -= tl.dot(part, t, input_precision=PRECISION)
+        part = _product(t, tl.where(below, lower, 0.0), PRECISION)
+        t -= _product(part, t, PRECISION)
     number = tl.cast(tl.program_id(0) * heads + head, tl.int64)
     tl.store(inverse + number * CHUNK * CHUNK + i * CHUNK + j, t)
 
@@ -155,12 +173,12 @@ def states(
         if start <= n * CHUNK:
             place, inside = _state(state, number, each, KEY_DIM, DIM, KEYS)
             tl.store(place, s, mask=inside)
-        known = tl.dot(k, s, input_precision=PRECISION)
+        known = _product(k, s, PRECISION)
         values = b[:, None] * (v - tl.exp(total)[:, None] * known)
-        d = tl.dot(_square(inverse, number, CHUNK), values, input_precision=PRECISION)
+        d = _product(_square(inverse, number, CHUNK), values, PRECISION)
         tl.store(_rows(delta, number, each, CHUNK, DIM), d, mask=mine[:, None] & (each < DIM)[None, :])
         onward = k * tl.exp(whole - total)[:, None]
-        s = tl.exp(whole) * s + tl.dot(tl.trans(onward), d, input_precision=PRECISION)
+        s = tl.exp(whole) * s + _product(tl.trans(onward), d, PRECISION)
 
 
 @jit
@@ -197,9 +215,9 @@ def outputs(
     place, known = _state(state, number, each, KEY_DIM, DIM, KEYS)
     s = tl.load(place, mask=known, other=0.0)
     d = tl.load(_rows(delta, number, each, CHUNK, DIM), mask=seen, other=0.0)
-    p = gamma * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    result = e[:, None] * tl.dot(q, s, input_precision=PRECISION)
-    result = tl.dot(p, d, result, input_precision=PRECISION)
+    p = gamma * _product(q, tl.trans(k), PRECISION)
+    result = e[:, None] * _product(q, s, PRECISION)
+    result = _added(p, d, result, PRECISION)
     out = o + (token.to(tl.int64) * (heads * DIM) + head * DIM)[:, None] + each[None, :]
     tl.store(out, result, mask=seen)
 
@@ -232,8 +250,8 @@ def through(
     _, _, gamma, _ = _decays(g, starts, token, inside, heads, head, CHUNK)
     q = _unit(mixed, token, inside, stride, head // GROUP * KEY_DIM, length, KEY_DIM, KEYS)
     k = _unit(mixed, token, inside, stride, k_column + head // GROUP * KEY_DIM, 1.0, KEY_DIM, KEYS)
-    p = gamma * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    back = tl.dot(tl.trans(p), _tile(do, token, inside, heads * DIM, head * DIM, each, DIM), input_precision=PRECISION)
+    p = gamma * _product(q, tl.trans(k), PRECISION)
+    back = _product(tl.trans(p), _tile(do, token, inside, heads * DIM, head * DIM, each, DIM), PRECISION)
     place = _rows(result, tl.program_id(0) * heads + head, each, CHUNK, DIM)
     tl.store(place, back, mask=inside[:, None] & (each < DIM)[None, :])
 
@@ -285,16 +303,14 @@ def states_back(
             tl.store(place, ds, mask=inside)
         rows = _rows(dvalues, number, each, CHUNK, DIM)
         dd = tl.load(rows, mask=seen, other=0.0)
-        dd += tl.exp(whole - total)[:, None] * tl.dot(k, ds, input_precision=PRECISION)
+        dd += tl.exp(whole - total)[:, None] * _product(k, ds, PRECISION)
         dd = tl.where(mine[:, None], dd, 0.0)
-        x = tl.dot(tl.trans(_square(inverse, number, CHUNK)), dd, input_precision=PRECISION)
+        x = _product(tl.trans(_square(inverse, number, CHUNK)), dd, PRECISION)
         tl.store(rows, x, mask=seen)
         e = tl.exp(total)
-        ds = tl.exp(whole) * ds + tl.dot(
-            tl.trans(q * e[:, None]), _tile(do, token, mine, heads * DIM, head * DIM, each, DIM),
-            input_precision=PRECISION,
-        )  # fmt: skip
-        ds -= tl.dot(tl.trans(k * (e * b)[:, None]), tl.where(mine[:, None], x, 0.0), input_precision=PRECISION)
+        from_o = _tile(do, token, mine, heads * DIM, head * DIM, each, DIM)
+        ds = tl.exp(whole) * ds + _product(tl.trans(q * e[:, None]), from_o, PRECISION)
+        ds -= _product(tl.trans(k * (e * b)[:, None]), tl.where(mine[:, None], x, 0.0), PRECISION)
 
 
 @jit
@@ -354,11 +370,11 @@ def gradients(
         x = tl.load(_rows(dvalues, number, each, CHUNK, DIM), mask=seen, other=0.0)
         from_o = _tile(do, token, inside, heads * DIM, head * DIM, each, DIM)
         v = _tile(mixed, token, inside, stride, v_column + head * DIM, each, DIM)
-        dp = tl.dot(from_o, tl.trans(d), dp, input_precision=PRECISION)
-        da = tl.dot(x, tl.trans(d), da, input_precision=PRECISION)
-        dqueries = tl.dot(from_o, tl.trans(s), dqueries, input_precision=PRECISION)
-        dkeys = tl.dot(x, tl.trans(s), dkeys, input_precision=PRECISION)
-        donward = tl.dot(d, tl.trans(ds), donward, input_precision=PRECISION)
+        dp = _added(from_o, tl.trans(d), dp, PRECISION)
+        da = _added(x, tl.trans(d), da, PRECISION)
+        dqueries = _added(from_o, tl.trans(s), dqueries, PRECISION)
+        dkeys = _added(x, tl.trans(s), dkeys, PRECISION)
+        donward = _added(d, tl.trans(ds), donward, PRECISION)
         db += tl.sum(x * v, axis=1)
         both += tl.sum(s * ds, axis=1)
         out = dmixed + (token.to(tl.int64) * d_stride + v_column + head * DIM)[:, None] + each[None, :]
@@ -366,8 +382,8 @@ def gradients(
     q = _unit(mixed, token, inside, stride, head // GROUP * KEY_DIM, length, KEY_DIM, KEYS)
     k = _unit(mixed, token, inside, stride, k_column + head // GROUP * KEY_DIM, 1.0, KEY_DIM, KEYS)
     strict = tl.where(row[:, None] > row[None, :], gamma, 0.0)
-    lower = -da * strict * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    decays = gamma * tl.dot(q, tl.trans(k), input_precision=PRECISION) * dp + b[:, None] * lower
+    lower = -da * strict * _product(k, tl.trans(k), PRECISION)
+    decays = gamma * _product(q, tl.trans(k), PRECISION) * dp + b[:, None] * lower
     is_last = row == CHUNK - 1
     last_first = tl.sum(tl.where(is_last, first, 0), axis=0)
     last_total = tl.sum(tl.where(is_last, total, 0.0), axis=0)
@@ -386,12 +402,12 @@ def gradients(
     out = (token.to(tl.int64) * (heads * KEY_DIM) + head * KEY_DIM)[:, None] + key[None, :]
     seen = inside[:, None] & (key < KEY_DIM)[None, :]
     by_p = gamma * dp
-    result = tl.dot(by_p, k, e[:, None] * dqueries, input_precision=PRECISION)
+    result = _added(by_p, k, e[:, None] * dqueries, PRECISION)
     tl.store(dq + out, result, mask=seen)
     of_products = -b[:, None] * strict * da
     result = to_last[:, None] * donward - (e * b)[:, None] * dkeys
-    result = tl.dot(tl.trans(by_p), q, result, input_precision=PRECISION)
-    result = tl.dot(of_products + tl.trans(of_products), k, result, input_precision=PRECISION)
+    result = _added(tl.trans(by_p), q, result, PRECISION)
+    result = _added(of_products + tl.trans(of_products), k, result, PRECISION)
     tl.store(dk + out, result, mask=seen)
 
 
