@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from slimtune.base.tokenizer import load_tokenizer
+from slimtune.config import Config
+from slimtune.data.packing import micro_batches
+from slimtune.data.preflight import prove
+from slimtune.plan import steps_of_run
 from tests.cli.conftest import Done
 
 
@@ -33,3 +39,21 @@ def test_a_run_says_whether_the_model_is_better(
     assert second["start"]["value"] == first["end"]["value"]
     assert second["change"]["low"] > 0.1
     assert run_here("explain", str(bad)).returncode == 1
+
+
+def test_a_dry_run_says_what_would_be_done_and_needs_no_weights(
+    run_here: Callable[..., Done], tiny_model: Path, requests_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ("train", str(model), str(requests_file), "-o", str(tmp_path / "run"), "--max-length", "128", "--dry-run")
+    done = run_here(*words)
+    assert done.returncode == 0, done.stderr
+    assert "200 rows" in done.stderr
+    assert "10 documents held out" in done.stderr
+    planned = json.loads(run_here(*words, "--json").stdout)
+    config = Config.make(model=str(model), data=str(requests_file), max_length=128, eval_share=0.05)
+    packs = micro_batches(prove(config, load_tokenizer(str(model))).train, config).per_epoch
+    assert planned["steps"] == steps_of_run(config, packs) == -(-3 * packs // 2)
+    assert f"{planned['steps']} optimizer steps of 2 micro-batches, 3 epochs" in done.stderr
+    assert {choice["key"]: choice["value"] for choice in planned["choices"]}["eval_share"] == 0.05
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ NEEDED_MOST = (
 @click.argument("data", nargs=-1)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
+@click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
 @config_options
-def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file: Path | None, **flags: Any) -> None:
+def command(
+    model: str | None, data: tuple[str, ...], dry_run: bool, as_json: bool, config_file: Path | None, **flags: Any
+) -> None:
     """Fine-tune MODEL on DATA and save the adapter in a run folder.
 
     MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more files
@@ -42,8 +46,14 @@ def command(model: str | None, data: tuple[str, ...], as_json: bool, config_file
     with StopSignals():
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
+            from slimtune.cli.dry_run import dry_run as rehearse
             from slimtune.recipes import finetune
             from slimtune.run.screen import Screen
 
+        if dry_run:
+            planned = rehearse(config, Screen(quiet=as_json))
+            if as_json:
+                click.echo(json.dumps(planned, ensure_ascii=False, indent=2))
+            return
         run = finetune(config, screen=Screen(quiet=as_json))
     close(run, as_json=as_json)

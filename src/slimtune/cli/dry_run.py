@@ -1,0 +1,62 @@
+"""``slimtune train --dry-run``: what a run would do, from its data and this machine; no weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from slimtune.base.tokenizer import load_tokenizer, remarks
+from slimtune.base.vocabulary import add_tokens
+from slimtune.config import Config
+from slimtune.data.packing import PackedBatches, micro_batches
+from slimtune.data.preflight import prove
+from slimtune.data.stdin import keep_stdin
+from slimtune.hardware import detect
+from slimtune.plan import few_steps, resolve_held_out, resolve_machine, resolve_steps, steps_of_run
+from slimtune.run.lines import data_line, packs_line, steps_line
+from slimtune.run.screen import Screen
+from slimtune.training.arguments import check_arguments
+
+__all__ = ["dry_run"]
+
+
+def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
+    """Prove the data and plan the run, as :func:`slimtune.recipes.finetune` does before it loads the base.
+
+    Returns:
+        The data's facts, the steps and the choices, as plain data.
+
+    Raises:
+        UserError: Training would be refused for its data, or for what the config names.
+    """
+    check_arguments(config)
+    config, for_machine = resolve_machine(config, detect())
+    with TemporaryDirectory() as folder, screen.working("reading the data"):
+        config = keep_stdin(config, Path(folder))
+        tokenizer = load_tokenizer(
+            config.model,
+            revision=config.revision,
+            template=config.template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.add_tokens is not None:
+            add_tokens(tokenizer, config.add_tokens)
+        proof = prove(config, tokenizer)
+    config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
+    data = micro_batches(proof.train, config)
+    config, for_steps = resolve_steps(config, data.per_epoch)
+    steps = steps_of_run(config, data.per_epoch)
+    choices = [*for_machine, *for_held_out, *for_steps]
+    for line in remarks(tokenizer):
+        screen.warn(line)
+    screen.say("data", data_line(proof.facts))
+    screen.say("packs", packs_line(data, config, None if isinstance(data, PackedBatches) else "asked for"))
+    screen.say("steps", steps_line(steps, config, evaluates=proof.eval is not None))
+    for choice in choices:
+        screen.say("chosen", f"{choice.key} {choice.value}: {choice.reason}")
+    if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
+        screen.warn(few)
+    screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
+    return {"data": proof.facts, "steps": steps, "choices": [asdict(choice) for choice in choices]}
