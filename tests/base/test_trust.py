@@ -21,6 +21,7 @@ from slimtune.adapter.files import attach_adapter
 from slimtune.adapter.settings import adapter_config
 from slimtune.base.load import load_base
 from slimtune.base.tokenizer import load_tokenizer
+from slimtune.base.trust import check_model_folder
 from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
@@ -248,9 +249,12 @@ def test_a_good_folder_is_taken(model: Path, tokenizer: PreTrainedTokenizerBase)
     assert load_tokenizer(str(model)).get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_hub_caches_links_are_no_way_out(tmp_path: Path, model: Path) -> None:
-    from slimtune.base.trust import check_model_folder
+def test_a_folder_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        check_model_folder(tmp_path / "checkpoint-5")
 
+
+def test_the_hub_caches_links_are_no_way_out(tmp_path: Path, model: Path) -> None:
     repository = tmp_path / "models--a--b"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

@@ -127,8 +127,11 @@ def _files(folder: Path) -> Iterator[Path]:
 def _refuse_unreadable(folder: Path, files: list[Path]) -> None:
     """Of a file that it may not read, a library says that it isn't there."""
     for file in (folder, *(file for file in files if file.parent == folder)):
-        if not os.access(file, os.R_OK):
-            raise UserError(f"{file} can't be read: {os.strerror(errno.EACCES)}", way_out="Change whose it is.")
+        try:
+            os.close(os.open(file, os.O_RDONLY))
+        except OSError as error:  # a checkpoint of a run under way may be gone by now
+            way_out = "Change whose it is." if error.errno == errno.EACCES else ""
+            raise UserError(f"{file} can't be read: {error.strerror}", way_out=way_out) from None
 
 
 def _refuse_pickles(folder: Path, files: list[Path]) -> None:
