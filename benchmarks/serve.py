@@ -89,6 +89,8 @@ class Http:
         return int(lines[0].split()[1]), headers
 
     async def rest(self, headers: dict[str, str]) -> bytes:
+        if "content-length" in headers:
+            return await self.reader.readexactly(int(headers["content-length"]))
         raw = await self.reader.read(-1)
         if headers.get("transfer-encoding") != "chunked":
             return raw
