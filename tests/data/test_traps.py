@@ -398,7 +398,7 @@ def test_more_than_one_percent_dropped_stops_the_run_unless_allowed(
         "At most 1% of the rows may be dropped (max_dropped).\n"
         f"Mend the rows ({ledger} names each); or allow it by --max-dropped 0.02."
     )
-    assert len(prove(Config.make(data=str(file), max_dropped=0.02), tokenizer).train) == 98
+    assert len(prove(Config.make(data=str(file), max_dropped=0.02, eval_share=0), tokenizer).train) == 98
 
 
 def test_one_bad_row_in_a_hundred_costs_itself_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -30,7 +30,11 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise UserError(f"run {folder} can't be locked: {error.strerror} ({folder / LOCK})") from None
+        raise UserError(
+            f"run {folder} can't be locked: {error.strerror} ({folder / LOCK})",
+            rule="Who goes on with a run, or writes over it, must be allowed to write into it.",
+            way_out="Copy the folder and give the copy, or choose another folder (-o).",
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
