@@ -89,6 +89,23 @@ def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
     assert padded == "15 optimizer steps are little to learn from: about 60 or more by --epochs 12"
 
 
+@pytest.mark.parametrize(
+    ("values", "work", "steps"),
+    [
+        ({"epochs": 3}, 0.05, 15), ({"epochs": 3}, 0.25, 50), ({"epochs": 1}, 0.5, 150), ({"max_steps": 5}, 0.05, 5),
+        ({"epochs": 3, "early_stopping": 2}, 0.25, 15), ({"epochs": 3, "eval_steps": 4}, 0.25, 4), ({}, 0.0, 15),
+    ],
+)  # fmt: skip
+def test_evaluations_take_a_tenth_of_the_work_at_most(values: dict[str, Any], work: float, steps: int) -> None:
+    epochs = values.get("epochs", 3)
+    config = Config.make(**{"gradient_accumulation": 1, "eval_share": 0.2, **values})
+    resolved, _ = resolve_steps(config, 150 // epochs, work)
+    assert resolved.eval_steps == steps
+    if "eval_steps" not in values and "early_stopping" not in values and work:
+        count = -(-steps_of_run(resolved, 150 // epochs) // steps)
+        assert count == 1 or count * work <= 0.1 * 3 * micro_batches_of_run(resolved, 150 // epochs) / (150 // epochs)
+
+
 def test_what_is_held_out_is_recorded_with_its_reason() -> None:
     config, (choice,) = resolve_held_out(Config.make(), 0.2, 40)
     assert (config.eval_share, choice.value) == (0.2, 0.2)

@@ -199,7 +199,8 @@ class Config(BaseModel):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never under two."""
     eval_steps: Count | Literal["auto"] = "auto"
-    """Optimizer steps from one evaluation to the next; auto: ten in a run."""
+    """Optimizer steps from one evaluation to the next; auto: as many as a tenth of the run's work
+    allows, ten at most; ten with early_stopping."""
     early_stopping: Count | None = None
     """Stop after this many evaluations without a better loss."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

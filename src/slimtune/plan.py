@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 SAVES_IN_A_RUN = 10
+EVALUATION_SHARE = 0.1
+"""Of a run's work that evaluations may take, unless their number is given."""
 FEW_STEPS = 60
 """With fewer optimizer steps an adapter that begins at nothing has hardly moved."""
 _TILE = 64
@@ -139,8 +141,14 @@ def resolve_held_out(config: Config, share: float, rows: int) -> tuple[Config, l
     return resolved(config, choices), choices
 
 
-def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]:
-    """Decide what depends on the data's length, ``per_epoch`` micro-batches."""
+def resolve_steps(config: Config, per_epoch: int, eval_work: float = 0.0) -> tuple[Config, list[Choice]]:
+    """Decide what depends on the data's length.
+
+    Args:
+        config: What is to run.
+        per_epoch: Micro-batches in an epoch.
+        eval_work: Tokens of an evaluation over those of an epoch.
+    """
     total = steps_of_run(config, per_epoch)
     choices: list[Choice] = []
     whole = micro_batches_of_run(config, per_epoch) / per_epoch
@@ -154,10 +162,18 @@ def resolve_steps(config: Config, per_epoch: int) -> tuple[Config, list[Choice]]
         )
     if config.eval_steps == "auto" and (config.eval or config.eval_share):
         # Not as the checkpoints, which may be made at other steps without the run being another.
+        often = max(1, math.ceil(total / _evaluations(config, whole, eval_work)))
         choices.append(
-            Choice("eval_steps", every, f"{total} optimizer steps, so about {math.ceil(total / every)} evaluations")
+            Choice("eval_steps", often, f"{total} optimizer steps, so about {math.ceil(total / often)} evaluations")
         )
     return resolved(config, choices), choices
+
+
+def _evaluations(config: Config, epochs: float, eval_work: float) -> int:
+    """How many of a run take no more than a tenth of its work: a token that is trained on takes three times as much."""
+    if config.early_stopping is not None or not eval_work:
+        return SAVES_IN_A_RUN
+    return max(1, min(SAVES_IN_A_RUN, int(EVALUATION_SHARE * 3 * epochs / eval_work)))
 
 
 def resolved(config: Config, choices: list[Choice]) -> Config:

@@ -296,7 +296,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config = resolved(config, for_layout)
     data = micro_batches(proof.train, config)
     held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
-    config, for_steps = resolve_steps(config, data.per_epoch)
+    config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
     choices = [*choices, *for_held_out, *for_family, *for_layout, *for_steps]

@@ -46,7 +46,7 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
         proof = prove(config, tokenizer)
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     data = micro_batches(proof.train, config)
-    config, for_steps = resolve_steps(config, data.per_epoch)
+    config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     steps = steps_of_run(config, data.per_epoch)
     choices = [*for_machine, *for_held_out, *for_steps]
     for line in remarks(tokenizer):

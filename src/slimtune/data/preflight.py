@@ -66,6 +66,11 @@ class Proof:
     """Whether the proof was taken from the cache."""
 
     @property
+    def eval_work(self) -> float:
+        """Tokens to evaluate on, over those of an epoch."""
+        return 0.0 if self.eval is None else self.eval.tokens / max(1, self.train.tokens)
+
+    @property
     def ledger(self) -> Path:
         """The file that names each row that was dropped, repaired or noted."""
         return self.folder / "ledger.jsonl"

@@ -123,7 +123,7 @@ def _advice(outcome: str, found: Mapping[int, Parts], best: int | None, step: in
     if outcome == "worse":
         return "slower"
     earlier = [at for at in found if 0 < at <= step * 2 / 3]
-    still = _falls(_change(found[max(earlier)], found[step])) if earlier else outcome == "better"
+    still = bool(earlier) and _falls(_change(found[max(earlier)], found[step]))
     return "longer" if still or outcome == "same" else ""
 
 
