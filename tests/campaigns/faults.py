@@ -15,7 +15,8 @@ from slimtune.data.packing import PackedBatches
 from slimtune.data.preflight import Proof
 from slimtune.run import durable
 from slimtune.training.fused import FusedTrainer
-from slimtune.training.resumable import ResumableTrainer, _Hooks
+from slimtune.training.hooks import Hooks
+from slimtune.training.resumable import ResumableTrainer
 
 
 def hang(where: str, how: str, at: int) -> None:
@@ -64,13 +65,13 @@ def hang(where: str, how: str, at: int) -> None:
 def count_steps(file: str) -> None:
     """Keep the number of steps that are over in ``file``: the metrics' line comes after the look for signals."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
-    original = _Hooks.on_step_end
+    original = Hooks.on_step_end
 
-    def on_step_end(self: _Hooks, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+    def on_step_end(self: Hooks, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
         os.pwrite(descriptor, b"%9d" % state.global_step, 0)
         original(self, args, state, *more, **kwargs)
 
-    _Hooks.on_step_end = on_step_end  # type: ignore[method-assign]
+    Hooks.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
 def poison(where: str, step: int) -> None:
