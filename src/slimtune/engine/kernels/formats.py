@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "Pairs",
     "aligned_offsets",
     "dynamic_map",
+    "table_of",
 ]
 
 NF4_CODE = (
@@ -53,6 +55,12 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 """Of E2M1's codes 0 to 15 (OCP Microscaling Formats 1.0, section 5.3.3)."""
 MXFP4_BLOCK = 32
 """Codes that share an exponent in MXFP4."""
+
+
+@cache
+def table_of(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 on ``device``, made once: no CUDA graph records what comes from the host."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

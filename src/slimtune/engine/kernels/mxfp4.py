@@ -14,14 +14,12 @@ A value has two bits, so bfloat16 and float32 hold each product exactly; float16
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from slimtune.engine.kernels import reference_mxfp4 as reference
 from slimtune.engine.kernels._triton import cdiv, jit, runs_on_triton, tl
-from slimtune.engine.kernels.formats import FP4_VALUES
+from slimtune.engine.kernels.formats import FP4_VALUES, table_of
 
 __all__ = ["dequantize_stack"]
 
@@ -54,11 +52,6 @@ def _dequantize(
     tl.store(out + (start * 8)[:, None] + lane[None, :], values * scale[:, None], mask=mask[:, None])
 
 
-@cache
-def _code(device: torch.device) -> Tensor:
-    return torch.tensor(FP4_VALUES, dtype=torch.float32, device=device)
-
-
 def dequantize_stack(blocks: Tensor, exponents: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference_mxfp4.dequantize_stack`.
 
@@ -71,7 +64,7 @@ def dequantize_stack(blocks: Tensor, exponents: Tensor, *, dtype: torch.dtype, o
     words, block = blocks.contiguous().view(torch.int32), 512
     n_words, row_words = rows * half // 4, half // 4
     _dequantize[(cdiv(n_words, block), stack)](
-        words, exponents.contiguous(), _code(blocks.device), weight, n_words, row_words,
+        words, exponents.contiguous(), table_of(FP4_VALUES, blocks.device), weight, n_words, row_words,
         weight.stride(0) // 8, weight.stride(1) // 8, BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return weight

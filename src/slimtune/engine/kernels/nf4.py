@@ -14,14 +14,12 @@ or the result would differ from bitsandbytes', which rounds between them, in a l
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from slimtune.engine.kernels import reference_nf4 as reference
 from slimtune.engine.kernels._triton import cdiv, jit, runs_on_triton, tl
-from slimtune.engine.kernels.formats import NF4_CODE, NestedScales
+from slimtune.engine.kernels.formats import NF4_CODE, NestedScales, table_of
 
 __all__ = ["NestedScales", "dequantize", "dequantize_stack"]
 
@@ -68,11 +66,6 @@ def _dequantize(
     row = word // row_words
     start = row.to(tl.int64) * out_row_words + (word - row * row_words)
     tl.store(out + (start * 8)[:, None] + lane[None, :], values * scale[:, None], mask=mask[:, None])
-
-
-@cache
-def _code(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def dequantize(
@@ -126,7 +119,7 @@ def dequantize_stack(
 def _launch(packed: Tensor, absmax: Tensor, nested: NestedScales | None, blocksize: int, out: Tensor) -> None:
     """Write ``out`` [stack, rows, columns] from packed [stack, bytes] and absmax [stack, blocks]."""
     stack, rows, columns = out.shape
-    code = _code(packed.device)
+    code = table_of(NF4_CODE, packed.device)
     words = packed.view(torch.int32)
     n_words, block = rows * columns // 8, 512
     _dequantize[(cdiv(n_words, block), stack)](

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels.formats import FP4_VALUES, MXFP4_BLOCK
+from slimtune.engine.kernels.formats import FP4_VALUES, MXFP4_BLOCK, table_of
 
 __all__ = ["dequantize_stack"]
 
@@ -20,7 +20,7 @@ def dequantize_stack(blocks: Tensor, exponents: Tensor, *, dtype: torch.dtype, o
         out: [stack, rows, columns] to write into.
     """
     stack, rows, half = blocks.shape
-    table = torch.tensor(FP4_VALUES, dtype=torch.float32, device=blocks.device)
+    table = table_of(FP4_VALUES, blocks.device)
     weight = torch.empty(stack, rows, 2 * half, dtype=dtype, device=blocks.device) if out is None else out
     for matrix, codes, powers in zip(weight, blocks, exponents, strict=True):  # a matrix's numbers at a time
         values = torch.stack((table[(codes & 0xF).int()], table[(codes >> 4).int()]), dim=-1)

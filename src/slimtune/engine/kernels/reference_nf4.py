@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels.formats import NF4_CODE, NestedScales
+from slimtune.engine.kernels.formats import NF4_CODE, NestedScales, table_of
 
 __all__ = ["dequantize", "dequantize_stack"]
 
@@ -35,7 +35,7 @@ def dequantize(
         scales = nested.code[absmax.int()].view(-1)
         repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
         absmax = scales * repeated + nested.offset
-    code = torch.tensor(NF4_CODE, device=packed.device)
+    code = table_of(NF4_CODE, packed.device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
     values = torch.nn.functional.embedding(packed.view(-1).int(), pairs).view(-1)
     full = values.numel() // blocksize * blocksize
