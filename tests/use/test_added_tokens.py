@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ def test_it_repeats_to_the_byte_and_another_file_is_noticed(
     name = "adapter_model.safetensors"
     assert (again.adapter / name).read_bytes() == (run.adapter / name).read_bytes()
     (tmp_path / "tokens.txt").write_text("<harbour>\n<pier>\n", encoding="utf-8")
+    shutil.rmtree(again.adapter)  # a finished run stays as it is
     with pytest.raises(UserError, match="tokenizer"):
         slimtune.resume(again.path)
 
