@@ -272,6 +272,8 @@ def test_a_new_run_can_start_from_an_adapter(small: Path, rows: Path, tmp_path: 
     before = campaign.adapter_sha256(second.path)
     for checkpoint in sorted(second.checkpoints.iterdir()):  # by hand, to names that no checkpoint has
         checkpoint.rename(checkpoint.with_name(checkpoint.name.replace("-", "-0")))
+    shutil.rmtree(second.adapter)  # a finished run stays as it is
     assert campaign.adapter_sha256(resume(second.path).path) == before
     shutil.rmtree(first.path)  # the checkpoint of a run that started from it has all that it gave
+    shutil.rmtree(second.adapter)  # a finished run stays as it is
     assert campaign.adapter_sha256(resume(second.path).path) == before
