@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_folder_with_another_file_is_other_data_at_a_resume(tmp_path: Path, ba
     (folder / "a.txt").write_text(BOOK)
     run = finetune(config(bare, str(folder), tmp_path / "run", save_steps=1))
     (folder / "b.txt").write_text("Another page.")
+    shutil.rmtree(run.adapter)  # a finished run stays as it is
     with pytest.raises(UserError, match=r"can't go on as it was: 1 thing changed\n(.|\n)*data .*rows"):
         resume(run.path)
     (folder / "b.txt").unlink()

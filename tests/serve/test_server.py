@@ -159,8 +159,8 @@ def test_an_engine_that_cannot_answer_is_never_offered(
 
 
 def test_a_key_that_no_header_carries_is_refused_at_the_start() -> None:
-    made = CliRunner().invoke(slimtune_command, ["serve", "nowhere", "--api-key", "ключ"])
+    made = CliRunner().invoke(slimtune_command, ["serve", "smollm2-135m", "--api-key", "ключ"])
     assert "no header carries" in str(made.exception)
     for seconds in ("inf", "nan"):
-        made = CliRunner().invoke(slimtune_command, ["serve", "nowhere", "--max-seconds", seconds])
+        made = CliRunner().invoke(slimtune_command, ["serve", "smollm2-135m", "--max-seconds", seconds])
         assert "seconds can't be" in str(made.exception)

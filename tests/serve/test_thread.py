@@ -36,14 +36,15 @@ def test_what_is_submitted_is_done_in_the_thread_that_runs_it() -> None:
 
 
 # Serves the run and its base, and asks both; printed are the threads that aren't Python's, before and after. Not in
-# 4 bits, and the tokenizer in one thread: bitsandbytes and tokenizers have workers of their own.
+# 4 bits, and the tokenizer in one thread: bitsandbytes and tokenizers have workers of their own. pyarrow's memory
+# has one, too, and numpy may: they are there before.
 SERVE = """
 import os, signal, sys, threading, time
 from click.testing import CliRunner
 from openai import OpenAI
 from slimtune.cli import slimtune_command
 from slimtune.serve import server
-import torch
+import numpy, pyarrow, torch
 
 def workers():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
@@ -64,6 +65,7 @@ def asked(listening):
 
 server.url_of = asked
 torch.ones(2**20).exp()
+pyarrow.array([1])
 before = workers()
 result = CliRunner().invoke(slimtune_command, ["serve", sys.argv[1], "--port", "0", "--quantization", "none"])
 print(before, *seen, result.exit_code)
