@@ -33,8 +33,8 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.load import Base, load_base, torch_dtype
 from slimtune.base.named import model_source
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
-from slimtune.base.tokenizer import load_tokenizer, remarks
-from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name
+from slimtune.base.tokenizer import remarks
+from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name, tokenizer_of
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, held_out_batches, micro_batches
@@ -502,14 +502,7 @@ def _read(
     """The tokenizer, and the data proven with it."""
     activity = "reading the data"
     with watchdog.watching(activity):
-        tokenizer = load_tokenizer(
-            config.model,
-            revision=config.revision,
-            template=config.template,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if config.add_tokens is not None:
-            add_tokens(tokenizer, config.add_tokens)
+        tokenizer = tokenizer_of(config)
         proof = prove(
             config, tokenizer, formatting_func=formatting_func, on_progress=lambda rows: watchdog.beat(activity)
         )

@@ -12,9 +12,11 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from slimtune.base.tokenizer import load_tokenizer
+from slimtune.config import Config
 from slimtune.errors import UserError
 
-__all__ = ["NewTokens", "add_tokens", "fit_rows", "make_room", "rows_by_name"]
+__all__ = ["NewTokens", "add_tokens", "fit_rows", "make_room", "rows_by_name", "tokenizer_of"]
 
 
 _LONGEST = 128
@@ -29,6 +31,23 @@ class NewTokens:
     """Their ids, in order."""
     known: int
     """Tokens that the tokenizer had before; those with a lower id keep their rows as the base has them."""
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run reads its data with: the model's, with the run's template and added tokens.
+
+    Raises:
+        UserError: The model or a file that the config names can't be read.
+    """
+    tokenizer = load_tokenizer(
+        config.model,
+        revision=config.revision,
+        template=config.template,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.add_tokens is not None:
+        add_tokens(tokenizer, config.add_tokens)
+    return tokenizer
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> NewTokens:

@@ -74,8 +74,8 @@ def command(
     with fast_imports():
         from rich.console import Console
 
-        from slimtune.base.tokenizer import load_tokenizer, remarks
-        from slimtune.base.vocabulary import add_tokens
+        from slimtune.base.tokenizer import remarks
+        from slimtune.base.vocabulary import tokenizer_of
         from slimtune.cli.page import Page
         from slimtune.data.packing import micro_batches
         from slimtune.data.page import page
@@ -88,14 +88,7 @@ def command(
     errors, named = Console(stderr=True, highlight=False), config.data
     with TemporaryDirectory() as folder, errors.status("  reading the tokenizer") as status:
         config = keep_stdin(config, Path(folder))
-        tokenizer = load_tokenizer(
-            config.model,
-            revision=config.revision,
-            template=config.template,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if config.add_tokens is not None:
-            add_tokens(tokenizer, config.add_tokens)
+        tokenizer = tokenizer_of(config)
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
         batches = micro_batches(proof.train, config) if len(proof.train) else None
     shown = sample(proof.train, tokenizer)

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from slimtune.base.tokenizer import load_tokenizer, remarks
-from slimtune.base.vocabulary import add_tokens
+from slimtune.base.tokenizer import remarks
+from slimtune.base.vocabulary import tokenizer_of
 from slimtune.config import Config
 from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
@@ -35,14 +35,7 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     config, for_machine = resolve_machine(config, detect())
     with TemporaryDirectory() as folder, screen.working("reading the data"):
         config = keep_stdin(config, Path(folder))
-        tokenizer = load_tokenizer(
-            config.model,
-            revision=config.revision,
-            template=config.template,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if config.add_tokens is not None:
-            add_tokens(tokenizer, config.add_tokens)
+        tokenizer = tokenizer_of(config)
         proof = prove(config, tokenizer)
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     data = micro_batches(proof.train, config)
