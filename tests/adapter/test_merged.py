@@ -134,7 +134,8 @@ def test_a_tied_head_that_was_trained_gets_a_name_that_is_read(family: str, tmp_
 
 def test_dora_on_weights_that_are_stored_transposed(tmp_path: Path) -> None:
     model = _base("gpt2", tmp_path / "base")
-    _merged_like_peft(model, tmp_path / "base", tmp_path, target_modules=_linear(model), use_dora=True)
+    written = _merged_like_peft(model, tmp_path / "base", tmp_path, target_modules=_linear(model), use_dora=True)
+    assert written.specs == WeightFiles(tmp_path / "base").specs  # no tensor more, and each stored as it was
 
 
 def test_an_adapter_of_the_other_class_is_refused_by_all_who_read_adapters(tmp_path: Path) -> None:

@@ -128,10 +128,12 @@ def test_where_there_is_no_room(
 @pytest.mark.parametrize(("verb", "place"), cases(READERS, "read-only"))
 def test_a_run_of_somebody_elses_is_read(verb: str, place: str, words: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(words["run"], tmp_path / "run")
+    before = sorted((tmp_path / "run").rglob("*"))
     subprocess.run(["chmod", "-R", "a-w", str(tmp_path / "run")], check=True)
     code, said = run(READERS[verb], {**words, "run": tmp_path / "run"}, tmp_path, tmp_path / "log.txt")
     subprocess.run(["chmod", "-R", "u+w", str(tmp_path / "run")], check=True)
     check(code, said, 0)
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 @pytest.mark.skipif(not campaign.FULL, reason="some minutes")

@@ -54,11 +54,7 @@ SORTS: dict[str, Callable[[RunLine], Any]] = {
     "when": lambda line: -datetime.fromisoformat(line.created).timestamp() if line.created else 0.0,
     "name": lambda line: line.path,
     "loss": lambda line: _number(line.held_out_after),
-    "change": lambda line: _number(
-        None
-        if line.held_out_after is None or line.held_out_before is None
-        else line.held_out_after - line.held_out_before
-    ),
+    "change": lambda line: _number(line.change),
     "steps": lambda line: -(line.steps or 0),
     "size": lambda line: -(line.adapter_bytes or 0),
 }
