@@ -1,7 +1,7 @@
 """The benchmarks' models and workloads: weights and tokens are random, since speed and memory don't depend on them.
 
-Sizes are those of Qwen1.5-1.8B and Qwen2.5-7B. W1 to W4 are rows of tokens or chats of varied length; every document
-is supervised whole, as a trainer without chat masks does it.
+Sizes are those of Qwen1.5-1.8B, Qwen2.5-7B and Llama-3.1-8B. W1 to W4 are rows of tokens or chats of varied length;
+every document is supervised whole, as a trainer without chat masks does it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
     "tiny": {
         "vocab_size": 1024,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Hardware", "detect"]
+__all__ = ["Hardware", "detect", "free_ram"]
 
 DType = Literal["bf16", "fp16", "fp32"]
 
@@ -53,6 +53,36 @@ def detect() -> Hardware:
     else:
         dtype, reason = "fp32", "this CPU has no bf16 instructions, so fp32 is fastest"
     return Hardware("cpu", _cpuinfo("model name") or "CPU", memory, dtype, reason, threads)
+
+
+def free_ram(root: Path = Path("/")) -> int:
+    """Bytes of RAM that a process may still take: what the system has free, or its container allows if that is less.
+
+    Args:
+        root: Where /proc and /sys lie.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    for most, used, unused in _LIMITS:
+        try:
+            limit, taken = (int((root / "sys/fs/cgroup" / name).read_text()) for name in (most, used))
+            statistics = (root / "sys/fs/cgroup" / Path(used).with_name("memory.stat")).read_text().split()
+        except (OSError, ValueError):  # no such limit: "max", or the other kind of container
+            continue
+        # Of what counts as taken, pages of files that nobody uses are given back.
+        files = int(statistics[statistics.index(unused) + 1]) if unused in statistics else 0
+        free = min(free, max(0, limit - taken + files))
+    return free
+
+
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of control groups, version 2 and 1: the limit, what is taken, and what of it is given back when asked for."""
 
 
 def _cpuinfo(key: str) -> str:

@@ -63,7 +63,15 @@ from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.judge import judge
-from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line, steps_line
+from slimtune.run.lines import (
+    adapter_line,
+    base_line,
+    data_line,
+    experts_line,
+    in_ram_line,
+    packs_line,
+    steps_line,
+)
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import check_adapter, tell_stranded
@@ -241,6 +249,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 engine = "fused" if ready.unfused is None else f"plain: {ready.unfused}"
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
+                facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram
                 facts.verdict = judge(records, config, facts.training, trainer.saved_step, facts.data.get("held_out"))
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
@@ -395,6 +404,8 @@ def _use_engine(
         screen.say(
             "memory", f"per-layer embeddings live in RAM ({engine.in_ram / 2**30:.2f}GiB): a row a token is copied"
         )
+    if engine.plan.in_ram:
+        screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
     if trainer.least_memory is not None and hardware.device == "cuda":
         screen.warn(
             f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "

@@ -36,10 +36,10 @@ def layers_of(hidden: int, intermediate: int, count: int, heads: int) -> list[La
 
 def planned(
     layers: list[LayerComputation], tokens: int, vocabulary: int, budget: float = math.inf,
-    *, longest: int | None = None, way: Way = "varlen",
+    *, longest: int | None = None, way: Way = "varlen", ram: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     ways = {layer.layer.attention.kind: way for layer in layers}
-    return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways)
+    return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways, ram=ram)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,32 @@ def test_keeps_the_inputs_alone_when_there_is_no_more_room(layers: list[LayerCom
     assert set(plan.keep) == {Keep.INPUT}
     assert plan.kept_weights == 0
     assert plan.part_tokens == LONGEST
+
+
+def test_inputs_go_to_ram_where_nothing_else_fits(layers: list[LayerComputation]) -> None:
+    """A long document: without RAM as small as it may be, and with it the same but for its layers' inputs."""
+    stream = 65536 * 2048 * 2
+    least = planned(layers, 65536, VOCABULARY, 0.0)
+    assert least.in_ram == ()
+    plenty = planned(layers, 65536, VOCABULARY, least.nbytes, ram=1 << 40)
+    assert plenty == planned(layers, 65536, VOCABULARY, least.nbytes)
+    away = planned(layers, 65536, VOCABULARY, 0.0, ram=1 << 40)
+    assert away.in_ram == tuple(range(23))  # the last one's backward comes at once
+    assert away.ram_bytes == 23 * stream
+    assert away.nbytes == least.nbytes - 22 * stream  # one is on its way
+    some = planned(layers, 65536, VOCABULARY, 0.0, ram=5 * stream + 1)
+    assert some.in_ram == (0, 1, 2, 3, 4)
+    assert some.nbytes == least.nbytes - 4 * stream
+
+
+def test_what_room_is_left_beside_inputs_in_ram_is_used(layers: list[LayerComputation]) -> None:
+    least = planned(layers, 65536, VOCABULARY, 0.0, ram=1 << 40)
+    budget = least.nbytes + 5e9
+    plan = planned(layers, 65536, VOCABULARY, budget, ram=1 << 40)
+    assert plan.nbytes <= budget
+    assert plan.keep[0] == Keep.INPUT
+    assert plan.keep[-1] > Keep.INPUT or plan.kept_weights
+    assert all(plan.keep[index] == Keep.INPUT for index in plan.in_ram)
 
 
 def test_documents_are_never_cut(layers: list[LayerComputation]) -> None:

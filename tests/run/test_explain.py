@@ -234,3 +234,12 @@ def test_adapters_without_a_gradient_are_named(facts: Facts) -> None:
     facts["training"]["without_gradient"] = ["model.vision.q_proj", "model.vision.k_proj"]
     assert "2 adapters got no gradient" in texts(explain(facts), "training")
     assert "model.vision.k_proj" in texts(explain(facts, lang="zh"), "training")
+
+
+def test_inputs_that_waited_in_ram_are_told_in_both_languages(facts: Facts) -> None:
+    assert "RAM" not in texts(explain(facts), "training")
+    facts["training"] |= {"memory_kind": "gpu peak allocated", "ram_layers": 31, "ram_bytes": 31 << 29}
+    for language in ("en", "zh"):
+        told = texts(explain(facts, language), "training")
+        assert "31" in told
+        assert megabytes(31 << 29) in told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimtune.config import Config
-from slimtune.run.lines import steps_line
+from slimtune.run.lines import in_ram_line, steps_line
 
 
 def test_the_length_of_a_run_is_said() -> None:
@@ -13,3 +13,10 @@ def test_the_length_of_a_run_is_said() -> None:
     )
     config = Config.make(max_steps=1, gradient_accumulation=1, save_steps=1)
     assert steps_line(1, config, evaluates=False) == "1 optimizer step of 1 micro-batch; a checkpoint after every step"
+
+
+def test_what_waits_in_ram_is_said_with_its_price() -> None:
+    assert in_ram_line(range(31), 32, 31 << 29) == (
+        "the inputs of 31 of 32 layers wait in RAM for their backward (15.50GiB locked): 31.00GiB are copied in a "
+        "micro-batch of full length, beside the layers' work"
+    )

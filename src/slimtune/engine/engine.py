@@ -28,16 +28,20 @@ from slimtune.engine.decoder import (
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.offload import InputsInRam
 from slimtune.engine.optimizer import FlatParameters
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
+from slimtune.hardware import free_ram
 
 __all__ = ["Engine"]
 
 _WORKSPACES = 64 << 20
 """Bytes that libraries take beside the plan: cuBLAS 32 MiB for the stream that records, attention's backward a few."""
+_RAM_SHARE = 0.7
+"""Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 micro-batches differ
 
 
@@ -67,6 +71,8 @@ class Engine:
         memory: Most bytes that may be allocated on the device, the model included; None: no limit.
         seed: Seed of the dropout masks.
         graphs: Record CUDA graphs; only on CUDA.
+        ram: Most bytes of RAM that layers' inputs may take where they don't fit the device; None: by what is free
+            beside a GPU, 0 on a CPU.
 
     Attributes:
         flat: The LoRA parameters and their gradients.
@@ -76,6 +82,7 @@ class Engine:
 
     Raises:
         CannotFuse: The model, or one of its layers, is none that the engine computes.
+        UserError: The system doesn't give the RAM that the plan counts on.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Engine:
         memory: int | None = None,
         seed: int = 0,
         graphs: bool = True,
+        ram: int | None = None,
     ) -> None:
         self.decoder: Decoder = read_decoder(model)
         if self.decoder.unfused:
@@ -122,12 +130,15 @@ class Engine:
             longest=longest,
             ways=self._inputs.packs_ways,
             per_layer=self._per_layer,
+            ram=self._ram() if ram is None else ram,
         )
+        self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
-        self._recording = self.graphs
+        # A copy's layer takes longer than its launches, so a graph would save nothing.
+        self._recording = self.graphs and self._away is None
         self._recorded: dict[ShapeKey, _Recorded] = {}
         self._warm: set[tuple[Way, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -187,6 +198,13 @@ class Engine:
 
     def _budget(self, memory: int | None) -> float:
         return math.inf if memory is None else memory - self._used()
+
+    def _ram(self) -> int:
+        return int(_RAM_SHARE * free_ram()) if self.device.type == "cuda" else 0
+
+    def _inputs_in_ram(self) -> InputsInRam | None:
+        plan, hidden = self.plan, self.layers[0].hidden
+        return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
 
     def _used(self) -> int:
         """Bytes on the device besides the plan's."""
@@ -303,6 +321,10 @@ class Engine:
             wanted = None if keep is None or index < self._lowest else keep[index]
             x, residual, kept = layer.forward(x, residual, on, wanted)
             saved.append(kept)
+            if self._away is not None and wanted is not None and index in self._away:
+                self._away.put(index, kept)
+        if self._away is not None:
+            self._away.settle()
         assert residual is not None
         return x, residual, saved
 
@@ -332,6 +354,8 @@ class Engine:
         for index in range(len(self.layers) - 1, self._lowest - 1, -1):
             assert g is not None
             need_dx = index > self._lowest or self._through
+            if self._away is not None:
+                self._away.take(index, saved, self._lowest)
             g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=need_dx)
         if self._per_layer is not None and self._through:
             self._per_layer.backward(on, self._sinks)

@@ -28,6 +28,7 @@ _HEAD_CHUNKS = (4096, 2048, 1024, 512, 256)
 _FLOPS = 700e12  # of a large 16-bit product
 _DEQUANTIZED = 1.5e12  # bytes of 16-bit weights written in a second, their 4 bits read
 _FILL = 160  # tokens at which a product runs at half its rate
+_LINK = 25e9  # bytes that a bus brings to RAM or back in a second: PCIe 4.0 of 16 lanes
 _LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
@@ -51,6 +52,10 @@ class MemoryPlan:
     """What :func:`slimtune.engine.attention.padded_tokens` may be in one call; a CUDA graph needs it."""
     nbytes: int
     """What all of this is predicted to take, besides the model itself."""
+    in_ram: tuple[int, ...] = ()
+    """Layers whose input waits in RAM for their backward; each keeps nothing else. No graph is recorded then."""
+    ram_bytes: int = 0
+    """What those inputs take there."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +124,33 @@ class _Shape:
             device += 2 * seconds * len(places) * products
         hidden = self.layers[0].hidden
         added += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
-        if "efficient" in self.ways.values() and not plan.padded_room:  # no graph: the device may wait for the host
+        if plan.in_ram:
+            # A copy runs beside the layer's own work, of which attention isn't counted.
+            copy = plan.ram_bytes / len(plan.in_ram) / _LINK
+            work = device / 2 / parts / len(self.layers)
+            added += parts * 2 * sum(max(0.02 * copy, copy - work) for _ in plan.in_ram)
+        unrecorded = plan.in_ram or ("efficient" in self.ways.values() and not plan.padded_room)
+        if unrecorded:  # the device may wait for the host
             added += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added)
         return added
 
     def filled(
-        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_room: int, budget: float
+        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_room: int, budget: float, ram: int = 0
     ) -> MemoryPlan:
-        """The plan with these sizes that keeps as much as the budget has room for."""
+        """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes."""
         count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room)
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
         }
+        stream = part_tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
+        # The last layer's backward comes at once. Those before it are needed the latest, the first of all.
+        away = range(min(count - 1, ram // stream))
+        sizes[Keep.INPUT] = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
         work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
         fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch
         if self.per_layer is not None:
             fixed = max(fixed, self.per_layer.working_bytes(memory)) + self.per_layer.kept_bytes(memory)
+        fixed += stream * bool(away)  # on its way
         room = budget - fixed - sum(sizes[Keep.INPUT])
         keep = [Keep.INPUT] * count
 
@@ -156,7 +172,11 @@ class _Shape:
         raise_layers(Keep.ALL)
         kept = sum(sizes[level][index] for index, level in enumerate(keep))
         nbytes = fixed + kept + sum(self.weights[:kept_weights])
-        return MemoryPlan(tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes)
+        in_ram = tuple(index for index in away if keep[index] == Keep.INPUT)
+        return MemoryPlan(
+            tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes,
+            in_ram, len(in_ram) * stream,
+        )  # fmt: skip
 
     def _head_bytes(self, tokens: int, head_tokens: int) -> int:
         layer = self.layers[0]
@@ -185,6 +205,7 @@ def plan_memory(
     longest: int | None = None,
     ways: Mapping[ScoresKind, Way],
     per_layer: PerLayerComputation | None = None,
+    ram: int = 0,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -196,14 +217,17 @@ def plan_memory(
         longest: Tokens in the longest document; a part can't be smaller.
         ways: How each kind of attention is computed.
         per_layer: What makes the layers' inputs beside the stream.
+        ram: Bytes of RAM that layers' inputs may take, where nothing fits without.
     """
     shape = _Shape(layers, tokens, vocabulary, ways, per_layer)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
-    plans = [shape.filled(*size, budget) for size in sizes]
-    fitting = [plan for plan in plans if plan.nbytes <= budget]
-    if not fitting:
-        return min(plans, key=lambda plan: plan.nbytes)
-    return min(fitting, key=shape.added_seconds)
+    plans: list[MemoryPlan] = []
+    for room in dict.fromkeys((0, ram)):
+        plans = [shape.filled(*size, budget, room) for size in sizes]
+        fitting = [plan for plan in plans if plan.nbytes <= budget]
+        if fitting:
+            return min(fitting, key=shape.added_seconds)
+    return min(plans, key=lambda plan: plan.nbytes)

@@ -539,7 +539,13 @@ def _limits(facts: Facts, say: Say) -> Section | None:
 def _memory(training: Facts, say: Say) -> str:
     size, kind = megabytes(training["peak_memory_bytes"]), training["memory_kind"]
     if kind == "gpu peak allocated":
-        return say(f"At its peak, {size} of GPU memory were allocated.", f"显存分配的峰值是 {size}。")
+        away, locked = training.get("ram_layers", 0), megabytes(training.get("ram_bytes", 0))
+        in_ram = say(
+            f" The inputs of {away} layers waited in RAM for their backward: {locked} of it were locked.",
+            f"{away} 层的输入在等待反向计算时放在内存里，为此锁定了 {locked} 内存。",
+        )
+        told = say(f"At its peak, {size} of GPU memory were allocated.", f"显存分配的峰值是 {size}。")
+        return told + in_ram if away else told
     if kind == "process resident":
         return say(
             f"At a logged step, the process held at most {size}.", f"按有记录的步计，进程占用内存最多时为 {size}。"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimtune.config import Config
@@ -11,7 +11,7 @@ from slimtune.run.facts import AdapterFacts, BaseFacts
 from slimtune.run.screen import megabytes
 from slimtune.run.statement import counted
 
-__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "packs_line", "steps_line"]
+__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "in_ram_line", "packs_line", "steps_line"]
 
 
 def data_line(facts: Mapping[str, Any]) -> str:
@@ -49,6 +49,14 @@ def base_line(base: BaseFacts) -> str:
     return (
         f"{base.parameters / 1e6:,.1f} M parameters, {megabytes(base.bytes_16bit)} in 16 bits → "
         f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
+    )
+
+
+def in_ram_line(away: Sequence[int], layers: int, nbytes: int) -> str:
+    """What of the activations is in RAM, and what that costs."""
+    return (
+        f"the inputs of {len(away)} of {layers} layers wait in RAM for their backward ({nbytes / 2**30:.2f}GiB locked)"
+        f": {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch of full length, beside the layers' work"
     )
 
 

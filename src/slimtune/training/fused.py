@@ -42,6 +42,11 @@ class FusedTrainer(PlainTrainer):
         """:attr:`Engine.least_memory`; None without an engine."""
         return None if self.engine is None else self.engine.least_memory
 
+    @property
+    def in_ram(self) -> tuple[int, int]:
+        """Layers whose inputs wait in RAM for their backward, and the bytes of it that are locked."""
+        return (0, 0) if self.engine is None else (len(self.engine.plan.in_ram), self.engine.plan.ram_bytes)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """8-bit AdamW over the engine's flat parameters; any other optimizer as SFTTrainer makes it."""
         if self.engine is None or self.optimizer is not None or self.args.optim not in EIGHT_BIT_ADAMW:

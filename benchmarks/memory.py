@@ -1,0 +1,241 @@
+"""What long documents take: layers' inputs in RAM beside the same in the GPU's memory.
+
+    python benchmarks/memory.py [CASE...]
+
+An 8B's shape in NF4, every linear layer adapted with r=32, one document a step, random weights and tokens; the engine
+alone. Each case prints a JSON line and is left out where $BUDGET (seconds, 600) has no room for it:
+
+- ``equal``: gradients with the inputs in RAM and without, deterministic kernels, to the bit; and without twice.
+- ``price-TOKENS``: eight layers, the same plan with and without RAM: tokens a second, peak bytes.
+- ``fits-TOKENS-GIB``: all 32 layers with the allocator capped at GIB: plan, tokens a second, peaks by phase.
+
+With $OUT set, the lines are written to memory.json there too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from workloads import SIZES, Workload, add_lora, make_model
+
+from slimtune.engine import Engine, FusedAdamW8bit
+from slimtune.engine import engine as engine_module
+from slimtune.engine.blocks import Keep
+from slimtune.engine.memory import MemoryPlan, plan_memory
+
+CUDA = torch.cuda.is_available()
+DEFAULT = ("equal", "price-16384", "price-65536", "fits-65536-13.8", "fits-131072-24")
+GIB = 2**30
+BEGAN, BUDGET = time.perf_counter(), float(os.environ.get("BUDGET", "600"))
+SIZE = "8b" if CUDA else "tiny"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+LINES: list[dict[str, Any]] = []
+
+
+def say(case: str, **what: Any) -> None:
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in what.items()}
+    LINES.append({"case": case, **rounded, "after_s": round(time.perf_counter() - BEGAN, 1)})
+    print(json.dumps(LINES[-1]), flush=True)
+
+
+def left() -> float:
+    return BUDGET - (time.perf_counter() - BEGAN)
+
+
+def wrapped(layers: int) -> nn.Module:
+    workload = Workload("document", SIZE, 1, 1, targets="all-linear", r=32, dropout=0.0)
+    return add_lora(make_model(SIZE, layers=layers), workload).train()
+
+
+def document(tokens: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, SIZES[SIZE]["vocab_size"], (1, tokens), generator=generator)
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
+
+
+@contextmanager
+def plans(**changes: Any) -> Iterator[None]:
+    """Within this, every plan has these values instead of its own."""
+
+    def changed(*args: Any, **options: Any) -> MemoryPlan:
+        return replace(plan_memory(*args, **options), **changes)
+
+    with mock.patch.object(engine_module, "plan_memory", changed):
+        yield
+
+
+def least(layers: int, tokens: int, *, ram: bool) -> dict[str, Any]:
+    """The parts of a plan that keeps inputs alone, in RAM or not."""
+    away = tuple(range(layers - 1)) if ram else ()
+    size = tokens * SIZES[SIZE]["hidden_size"] * DTYPE.itemsize
+    return {
+        "keep": (Keep.INPUT,) * layers, "kept_weights": 0, "mlp_tokens": min(tokens, 8192), "head_tokens": 1024,
+        "in_ram": away, "ram_bytes": len(away) * size,
+    }  # fmt: skip
+
+
+def free() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    if not CUDA:
+        return {}
+    return {
+        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+    }
+
+
+def steps(engine: Engine, batch: dict[str, Tensor], count: int) -> float:
+    """Seconds of the fastest of ``count`` whole steps."""
+    optimizer, times = FusedAdamW8bit(engine.flat, lr=1e-4), []
+    for _ in range(count):
+        begin = time.perf_counter()
+        engine.forward_backward(batch, batch["labels"].numel() - 1)
+        optimizer.clip_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if CUDA:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def equal() -> None:
+    layers, tokens = (4, 8192) if CUDA else (2, 128)
+    model, found = wrapped(layers), []
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for ram in (False, False, True, True):
+        with plans(**least(layers, tokens, ram=ram)):
+            engine = Engine(model, dtype=DTYPE, tokens=tokens, graphs=False)
+        for _ in range(2):  # the second one writes to places that the first one's were read from
+            engine.forward_backward(document(tokens), tokens)
+        found.append(engine.flat.grad.cpu())
+        del engine
+        free()
+    torch.use_deterministic_algorithms(False)
+    repeats, same = torch.equal(found[0], found[1]), all(torch.equal(found[0], x) for x in found[2:])
+    say("equal", ok=same, repeats=repeats, finite=bool(found[2].isfinite().all()), norm=float(found[0].norm()))
+
+
+def price(case: str, tokens: int) -> None:
+    layers, rates = (8 if CUDA else 2), []
+    model = wrapped(layers)
+    for ram in (False, True):
+        free()
+        with plans(**least(layers, tokens, ram=ram)):
+            begin = time.perf_counter()
+            engine = Engine(model, dtype=DTYPE, tokens=tokens, graphs=False)
+            made = time.perf_counter() - begin
+        seconds = steps(engine, document(tokens), 3)
+        rates.append(tokens / seconds)
+        say(
+            case, ram=ram, layers=layers, tokens_s=rates[-1], step_s=seconds, engine_made_s=made,
+            pinned_gib=engine.plan.ram_bytes / GIB, **peaks(),
+        )  # fmt: skip
+        del engine
+    say(case, price=1 - rates[1] / rates[0])
+
+
+def fits(case: str, tokens: int, gib: float) -> None:
+    layers = 32 if CUDA else 2
+    free()
+    if CUDA:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+    try:
+        model = wrapped(layers)
+        free()
+        base = torch.cuda.memory_allocated() if CUDA else 0
+        begin = time.perf_counter()
+        engine = Engine(model, dtype=DTYPE, tokens=tokens, memory=int(gib * GIB), graphs=False)
+        plan, made = engine.plan, time.perf_counter() - begin
+        planned = (base if engine.least_memory is None else engine.least_memory) / GIB
+        say(
+            case, base_gib=base / GIB, plan_gib=plan.nbytes / GIB, least_gib=planned, in_ram=len(plan.in_ram),
+            pinned_gib=plan.ram_bytes / GIB, mlp_tokens=plan.mlp_tokens, head_tokens=plan.head_tokens,
+            keep="".join(str(int(level)) for level in plan.keep), engine_made_s=made, used_gib=engine._used() / GIB,
+        )  # fmt: skip
+        phases = _phases(engine) if CUDA else {}
+        seconds = steps(engine, document(tokens), 2 if tokens <= 65536 else 1)
+        say(case, ok=True, tokens_s=tokens / seconds, step_s=seconds, phases_gib=phases, **peaks())
+    except torch.OutOfMemoryError as error:
+        say(case, ok=False, error=str(error)[:300], **peaks())
+    finally:
+        if CUDA:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _phases(engine: Engine) -> dict[str, float]:
+    """The most that was allocated in each part of a step, filled as it runs."""
+    found: dict[str, float] = {}
+
+    def watch(owner: Any, name: str, phase: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            torch.cuda.synchronize()
+            before = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = inner(*args, **options)
+            found[phase] = round(max(found.get(phase, 0.0), torch.cuda.max_memory_allocated() / GIB), 3)
+            found["most"] = max(found.get("most", 0.0), before / GIB, found[phase])
+            return result
+
+        setattr(owner, name, watched)
+
+    watch(engine, "_forward", "forward")
+    watch(engine, "_head_and_loss", "head")
+    watch(engine, "_backward", "backward")
+    return found
+
+
+def main() -> None:
+    for case in sys.argv[1:] or DEFAULT:
+        name, *numbers = case.split("-")
+        tokens = int(numbers[0]) if numbers else 0
+        tokens = tokens if CUDA else min(tokens, 256)
+        # A step of 65,536 tokens of all layers takes about 15 s on an H100, of twice as many three times as long.
+        needs = {
+            "equal": 20.0,
+            "price": 10 + 8 * (tokens / 65536) ** 1.5 * 4,
+            "fits": 15 + 32 * (tokens / 65536) ** 1.7,
+        }
+        if left() < needs[name]:
+            say(case, left_out=f"{left():.0f} s left, needs about {math.ceil(needs[name])}")
+            continue
+        if name == "equal":
+            equal()
+        elif name == "price":
+            price(case, tokens)
+        else:
+            fits(case, tokens, float(numbers[1]))
+        free()
+    if "OUT" in os.environ:
+        header = {"gpu": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}
+        (Path(os.environ["OUT"]) / "memory.json").write_text(json.dumps({**header, "results": LINES}, indent=1))
+    failed = [line["case"] for line in LINES if line.get("ok") is False]
+    print(f"FAIL {failed}" if failed else "PASS", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Layers' inputs in page-locked RAM, from a layer's forward to its backward.
+
+Of what the least plan keeps of a token most are the layers' inputs (8B: 262 KB of 394). A layer computes for longer
+than its input takes over the bus, so a second stream copies beside it: out while the next layer's forward runs, back
+while the backward of the layer above does. The bytes come back as they went, so gradients are those without it.
+
+On the device lie two inputs at most: in the forward the one that is written and the one on its way, in the backward the
+one that is read and the next.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.decoder import Saved
+from slimtune.errors import UserError
+
+__all__ = ["Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "pinned"]
+
+
+class Copies(Protocol):
+    """Copies beside what computes."""
+
+    def begin(self, target: Tensor, source: Tensor) -> Any:
+        """Copy once what was given to compute so far is done; gives what :meth:`wait` takes. Both stay until then."""
+
+    def wait(self, copied: Any) -> None:
+        """What is given to compute from now on begins after this copy."""
+
+
+class CopiesBeside:
+    """On a CUDA stream of their own. The host waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        """See :meth:`Copies.begin`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(self._stream)
+        return copied
+
+    def wait(self, copied: torch.cuda.Event) -> None:
+        """See :meth:`Copies.wait`."""
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+
+class CopiesInTurn:
+    """Where one thing is done after the other anyway: a CPU."""
+
+    def begin(self, target: Tensor, source: Tensor) -> None:
+        """See :meth:`Copies.begin`."""
+        target.copy_(source)
+
+    def wait(self, copied: None) -> None:
+        """See :meth:`Copies.wait`."""
+
+
+class InputsInRam:
+    """Places in RAM for some layers' inputs, each as large as the largest micro-batch's.
+
+    Args:
+        layers: Which layers', by their numbers.
+        tokens: In the largest micro-batch, or part of one, that is computed at once.
+        hidden: H.
+        dtype: Of the inputs [T, H].
+        device: Where the layers compute.
+
+    Raises:
+        UserError: The system gives no such memory, or doesn't lock it.
+    """
+
+    def __init__(
+        self, layers: Iterable[int], tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        numbers = sorted(layers)
+        self._device = device
+        self.nbytes = len(numbers) * tokens * hidden * dtype.itemsize
+        """That are locked."""
+        slab = pinned(self.nbytes) if device.type == "cuda" else torch.empty(self.nbytes, dtype=torch.uint8)
+        if device.type == "cuda":
+            unlocked = weakref.finalize(self, _unlock, slab)
+            unlocked.atexit = False  # with the process all of it goes anyway
+        self._places = dict(zip(numbers, slab.view(dtype).view(len(numbers), tokens, hidden), strict=True))
+        self.copies: Copies = CopiesBeside(device) if device.type == "cuda" else CopiesInTurn()
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
+        self._coming: dict[int, Any] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._places
+
+    def put(self, layer: int, saved: Saved) -> None:
+        """Send a layer's input to its place, once the layer's forward was given to compute."""
+        first = saved.branches[0]
+        place = self._places[layer][: first.s.shape[0]]
+        copied = self.copies.begin(place, first.s)
+        self._settle(most=0)
+        # Another tensor may lie where the input does once nobody holds it: only a copy that is done lets go of it.
+        self._leaving.append((first.s, copied))
+        first.s = place
+
+    def settle(self) -> None:
+        """The forward is given to compute: what follows it begins after all copies."""
+        self._settle(most=0)
+
+    def _settle(self, most: int) -> None:
+        while len(self._leaving) > most:
+            _, copied = self._leaving[0]
+            self.copies.wait(copied)
+            self._leaving.popleft()
+
+    def take(self, layer: int, saved: list[Saved], lowest: int = 0) -> None:
+        """Before a layer's backward is given to compute: its input is there, and the next one's on its way.
+
+        Args:
+            layer: The layer's number.
+            saved: What all layers up to it kept.
+            lowest: The last layer that has a backward.
+        """
+        if layer in self and layer not in self._coming:
+            self._fetch(layer, saved[layer])
+        if layer in self._coming:
+            self.copies.wait(self._coming.pop(layer))
+        if layer - 1 in self and layer > lowest:
+            self._fetch(layer - 1, saved[layer - 1])
+
+    def _fetch(self, layer: int, saved: Saved) -> None:
+        first = saved.branches[0]
+        place, first.s = first.s, torch.empty(first.s.shape, dtype=first.s.dtype, device=self._device)
+        self._coming[layer] = self.copies.begin(first.s, place)
+
+
+def pinned(nbytes: int) -> Tensor:
+    """uint8 [nbytes] of page-locked RAM, and not a byte more: torch's own are rounded up to powers of two.
+
+    It is unlocked by whoever asked for it.
+
+    Raises:
+        UserError: The system refuses it.
+    """
+    what = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the layers' inputs"
+    way_out = "Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed."
+    try:
+        # Not torch's: its allocator would keep the memory, and large pages are locked in a fraction of the time.
+        pages = mmap.mmap(-1, nbytes)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{what}: {error}", way_out=way_out) from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    slab = torch.frombuffer(pages, dtype=torch.uint8)
+    slab.zero_()  # by all threads; the driver would ask for page after page
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)
+    if int(status) != 0:
+        raise UserError(
+            f"{what}: {runtime.cudaGetErrorString(status)}",
+            rule="Layers' inputs go to RAM where a document's don't fit the GPU beside the rest.",
+            way_out=way_out,
+        )
+    return slab
+
+
+def _unlock(slab: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(slab.data_ptr())

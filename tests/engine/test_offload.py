@@ -1,0 +1,137 @@
+"""Layers' inputs in RAM: the same gradients to the bit, and no memory that a copy still needs is given away."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from slimtune.engine import Engine
+from slimtune.engine.decoder import Saved
+from slimtune.engine.offload import InputsInRam, pinned
+from slimtune.errors import UserError
+from tests.engine import models
+
+
+@dataclass
+class _Copy:
+    target: weakref.ref[Tensor]
+    source: weakref.ref[Tensor]
+    memory: tuple[StorageWeakRef, StorageWeakRef]
+    before: Tensor
+
+
+class LateCopies:
+    """Copies that are done when they are waited for and no earlier, as they may be beside a GPU that is busy.
+
+    Until then the target holds nothing, and both sides must stay: memory that nobody holds is the next tensor's.
+    """
+
+    def __init__(self) -> None:
+        self.begun, self.done = 0, 0
+
+    def begin(self, target: Tensor, source: Tensor) -> _Copy:
+        before = source.clone()
+        target.fill_(math.nan)
+        self.begun += 1
+        storages = StorageWeakRef(target.untyped_storage()), StorageWeakRef(source.untyped_storage())
+        return _Copy(weakref.ref(target), weakref.ref(source), storages, before)
+
+    def wait(self, copied: _Copy) -> None:
+        assert not any(memory.expired() for memory in copied.memory), "given away under a copy"
+        target, source = copied.target(), copied.source()
+        assert target is not None
+        assert source is None or torch.equal(source, copied.before), "written under a copy"
+        target.copy_(copied.before)
+        self.done += 1
+
+
+def engine_of(model: nn.Module, ram: int) -> Engine:
+    """With the least memory."""
+    return Engine(model, dtype=torch.float32, tokens=64, memory=0, ram=ram)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma4-e2b", "qwen3_moe", "qwen3_5_text"])
+def test_gradients_are_those_without(family: str) -> None:
+    """By copies as late as they may be, over two micro-batches: the second one's take the same places."""
+    model = models.add_lora(models.make_base(family), target_modules="all-linear")
+    found = []
+    for ram in (0, 1 << 30):
+        engine = engine_of(model, ram)
+        if ram:
+            assert engine._away is not None
+            assert engine.plan.in_ram == tuple(range(len(engine.layers) - 1))
+            late = engine._away.copies = LateCopies()
+        for seed in (2, 3):
+            engine.forward_backward(models.pack(seed), 40)
+        found.append(engine.flat.grad.clone())
+        if ram:
+            assert late.begun == late.done > 0
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
+def test_layers_below_the_lowest_adapter_send_nothing() -> None:
+    model = models.add_lora(models.make_base("qwen3"), target_modules=r".*layers\.1\..*(q_proj|down_proj)")
+    gradients = []
+    for ram in (0, 1 << 30):
+        engine = engine_of(model, ram)
+        if engine._away is not None:
+            engine._away.copies = late = LateCopies()
+        engine.forward_backward(models.pack(), 40)
+        gradients.append(engine.flat.grad.clone())
+    assert torch.equal(*gradients)
+    assert late.begun == 2 * len([layer for layer in engine.plan.in_ram if layer >= engine._lowest])
+
+
+@pytest.mark.parametrize("fault", ["let go", "not waited for", "late"])
+def test_the_copies_see_what_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this file relies on: a store that lets go of memory too early, or reads it too early, is found out."""
+
+    def put(self: InputsInRam, layer: int, saved: Saved) -> None:
+        first = saved.branches[0]
+        place = self._places[layer][: first.s.shape[0]]
+        copied = self.copies.begin(place, first.s)
+        first.s = place
+        if fault == "let go":
+            self._leaving.append((place, copied))
+
+    model = models.add_lora(models.make_base("qwen2"))
+    expected = engine_of(model, 0)
+    expected.forward_backward(models.pack(), 40)
+    if fault == "late":
+        monkeypatch.setattr(InputsInRam, "take", lambda self, layer, saved, lowest: self._fetch(layer, saved[layer]))
+    else:
+        monkeypatch.setattr(InputsInRam, "put", put)
+    engine = engine_of(model, 1 << 30)
+    assert engine._away is not None
+    engine._away.copies = LateCopies()
+    if fault == "let go":
+        with pytest.raises(AssertionError, match="given away"):
+            engine.forward_backward(models.pack(), 40)
+        return
+    engine.forward_backward(models.pack(), 40)
+    assert not torch.equal(engine.flat.grad, expected.flat.grad)
+
+
+def test_its_bytes_are_exactly_the_inputs() -> None:
+    store = InputsInRam((0, 2, 5), 1000, 24, torch.bfloat16, torch.device("cpu"))
+    assert store.nbytes == 3 * 1000 * 24 * 2
+    assert 2 in store
+    assert 1 not in store
+
+
+def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaGetErrorString=lambda _: "out of memory")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with pytest.raises(UserError, match=r"0\.00GiB of RAM can't be locked .*out of memory") as refused:
+        pinned(4096)
+    assert "--max-length" in (refused.value.way_out or "")
+    with pytest.raises(UserError, match="GiB of RAM can't be locked"):
+        pinned(1 << 62)
