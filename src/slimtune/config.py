@@ -36,7 +36,7 @@ FREE_KEYS = frozenset(
         # where it is written and what it is called
         "output", "overwrite", "report_to",
         # how often something is written or looked at
-        "save_steps", "keep_checkpoints", "logging_steps", "watchdog",
+        "save_steps", "keep_checkpoints", "logging_steps", "watchdog", "samples",
         # what a guard does when something goes wrong
         "on_nonfinite", "max_skipped", "divergence_factor", "divergence_steps", "on_divergence",
         # what is made of the adapter afterwards
@@ -201,6 +201,9 @@ class Config(BaseModel):
     eval_steps: Count | Literal["auto"] = "auto"
     """Optimizer steps from one evaluation to the next; auto: as many as a tenth of the run's work
     allows, ten at most; ten with early_stopping."""
+    samples: Annotated[int, Field(ge=0, le=20)] = 3
+    """Held-out prompts that are answered at evaluations, to see the model learn; 0: none. That takes 5 s at most the
+    first time and the last, and a twentieth of the run's time between them."""
     early_stopping: Count | None = None
     """Stop after this many evaluations without a better loss."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from slimtune.adapter.lora import Coverage, check_names, coverage, give_dropout_, lora_config
+from slimtune.adapter.lora import check_names, coverage, give_dropout_, lora_config
 from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
@@ -87,11 +87,13 @@ from slimtune.training.progress import MetricsCallback, optimizer_facts, trainin
 from slimtune.training.proof import prove_loss
 from slimtune.training.resumable import Safety
 from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
+from slimtune.training.sampling import SamplesCallback
 from slimtune.training.stop import StopSignals, Watchdog
-from slimtune.training.trainer import SlimTrainer
+from slimtune.training.trainer import SlimTrainer, adapter_facts
 from slimtune.use.ask import ask
 from slimtune.use.export import check_exportable, export_gguf
 from slimtune.use.load import Found, find
+from slimtune.use.samples import Samples, choose
 
 __all__ = ["DemoResult", "demo", "finetune", "resume"]
 
@@ -228,8 +230,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         job.signals.run = watchdog.run = run.path  # from here on it can be resumed
 
         # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
-        trainer = _trainer(ready, job, hardware, resumed=safety.checkpoints.last_good is not None)
-        trainer.safety = safety
+        trainer = _trainer(ready, job, hardware, safety)
         first, _ = ready.data.documents[0]
         own_head = prove_loss(trainer, first, torch_dtype(config.compute_dtype), config.batch_tokens)
         if own_head is not None:
@@ -240,6 +241,8 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         job.observed(trainer, tokenizer)
         with job.screen.training():
             trainer.fit()
+        if trainer.samples_told:
+            job.screen.say("samples", trainer.samples_told)
         job.observed(trainer, tokenizer)
         with results_written(run, job.signals), watchdog.watching("writing the results"):
             adapter.file_bytes, adapter.folder_files = _save(ready, trainer, run)
@@ -330,11 +333,14 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     return facts, safety
 
 
-def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, *, resumed: bool) -> SlimTrainer:
+def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) -> SlimTrainer:
     """SFTTrainer around the plain base, which it wraps; with the engine, where that runs the steps."""
     config, base, data = ready.config, ready.base, ready.data
     total = micro_batches_of_run(config, data.per_epoch)
     floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
+    metrics = MetricsCallback(
+        data, total, config.gradient_accumulation, floor, job.run.append_metrics, job.screen.record
+    )
     trainer = SlimTrainer(
         model=base.model,
         args=sft_arguments(
@@ -350,15 +356,20 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, *, resumed: bool) 
         evaluation=ready.held_out,
         tokenizer=ready.tokenizer,
         lora=ready.lora,
-        callbacks=[
-            MetricsCallback(data, total, config.gradient_accumulation, floor, job.run.append_metrics, job.screen.record)
-        ],
+        callbacks=[metrics],
     )
+    trainer.safety = safety
+    held_out = ready.proof.eval
+    if held_out is not None and (asked := choose(held_out, ready.tokenizer, config.samples, config.seed)):
+        answer = Samples(asked, ready.tokenizer, Manner.of(config))
+        trainer.sample_by(SamplesCallback(answer, metrics, safety, job.run.append_samples))
     if ready.targets.parameters:
         give_dropout_(trainer.model, config)
     if ready.layout is not None:
         trainer.layout = ready.layout
-    if config.start_from is not None and not resumed:  # else its values come from the checkpoint
+    if (
+        config.start_from is not None and safety.checkpoints.last_good is None
+    ):  # else its values come from the checkpoint
         folder = local_base(base.source, config.revision)
         start_from(trainer.model, config.start_from, folder, ready.tokenizer)
     _use_engine(config, hardware, trainer, ready.unfused, job.screen)
@@ -369,7 +380,7 @@ def _wrapped(ready: _Prepared, trainer: SlimTrainer, facts: Facts, screen: Scree
     """What trains now, said; and what the base is that doesn't."""
     # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
     facts.base.fingerprint_before = fingerprint(trainer.model)
-    adapter = _adapter_facts(ready.config, trainer, coverage(trainer.model, ready.targets))
+    adapter = adapter_facts(ready.config, trainer.wrapping, coverage(trainer.model, ready.targets))
     screen.say("adapter", adapter_line(adapter))
     for name, reason in ready.targets.left_out.items():
         screen.say("left out", f"{name}: {reason}")
@@ -573,17 +584,6 @@ def _resolve_targets(config: Config, base: Base) -> tuple[Config, list[Choice]]:
         return config, []
     names, reason = default_targets(base.model)
     return config.model_copy(update={"targets": names}), [Choice("targets", ", ".join(names), reason)]
-
-
-def _adapter_facts(config: Config, trainer: SlimTrainer, covered: Coverage) -> AdapterFacts:
-    return AdapterFacts(
-        r=config.lora_r,
-        alpha=config.alpha,
-        dropout=config.lora_dropout,
-        targets=[config.targets] if isinstance(config.targets, str) else list(config.targets),
-        **asdict(trainer.wrapping),
-        **asdict(covered),
-    )
 
 
 def _batch_facts(data: MicroBatches, choices: list[Choice]) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def test_evaluations_leave_the_adapter_as_it_is(small: Path, rows: Path, tmp_pat
     with_them = config(
         str(small), rows, tmp_path / "with", engine=engine, lora_dropout=0.3, eval=(str(held_out),), eval_steps=1
     )
-    finetune(with_them)
+    run = finetune(with_them)
+    assert [record["step"] for record in run.samples()][:: len(run.samples()) - 1] == [0, 4]
+    assert all(one["ended"] in ("stop", "length") for record in run.samples() for one in record["samples"])
     assert campaign.adapter_values(tmp_path / "with") == campaign.adapter_values(tmp_path / "without")
     assert sum("eval_loss" in line for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()) == 5
 

@@ -4,6 +4,7 @@
 ``config.yaml``         the resolved config: what ran
 ``environment.json``    machine and library versions
 ``metrics.jsonl``       one JSON object a logged step
+``samples.jsonl``       what held-out prompts were answered, one JSON object an evaluation
 ``ledger.jsonl``        each row of the data that was dropped or repaired, with its place and the reason
 ``facts.json``          what ``slimtune explain`` says, measured
 ``adapter/``            what was trained: adapter, tokenizer, chat template
@@ -30,7 +31,7 @@ from slimtune.run import replaced
 from slimtune.run.durable import JsonLines, replace_file
 from slimtune.run.lock import LOCK, lock_run
 
-__all__ = ["RunFolder", "check_free"]
+__all__ = ["RunFolder", "check_free", "records"]
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -60,6 +61,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.jsonl"
         self.ledger_file = path / "ledger.jsonl"
         self.facts_file = path / "facts.json"
         self.adapter = path / "adapter"
@@ -68,6 +70,7 @@ class RunFolder:
         self.report_html = path / "report.html"
         self.report_markdown = path / "report.md"
         self._metrics: JsonLines | None = None
+        self._samples: JsonLines | None = None
 
     @classmethod
     @contextmanager
@@ -175,18 +178,35 @@ class RunFolder:
         return None if self._metrics is None else self._metrics.error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of the metrics; a last line cut off by a kill is left out, and what is no JSON, as NaN."""
-        if not self.metrics_file.is_file():
-            return []
-        records = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line, parse_constant=_no_json)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+        """All complete lines of the metrics."""
+        return records(_text(self.metrics_file))
+
+    def append_samples(self, record: Mapping[str, Any]) -> None:
+        """Add what held-out prompts were answered at one evaluation (:class:`slimtune.run.samples.Samples`)."""
+        if self._samples is None:
+            self._samples = JsonLines(self.samples_file)
+        self._samples.append(record)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """All complete lines of the samples."""
+        return records(_text(self.samples_file))
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of ``text``; one cut off by a kill is left out, and what is no JSON, as NaN."""
+    found = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line, parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def _no_json(constant: str) -> NoReturn:

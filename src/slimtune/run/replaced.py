@@ -35,7 +35,7 @@ __all__ = [
 _SET_UP = frozenset({LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp"})
 """What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
 _FILES = re.compile(
-    r"(config\.yaml|environment\.json|metrics\.jsonl|ledger\.jsonl|facts\.json|log\.txt|stacks\.txt|report\.(html|md)"
+    r"(config\.yaml|environment\.json|(metrics|samples|ledger)\.jsonl|facts\.json|log\.txt|stacks\.txt|report\.(html|md)"
     r"|compare\.(html|json)|\.lock|\.(config\.yaml|environment\.json|facts\.json|report\.(html|md))\.tmp)"
 )
 _SAVED = re.compile(r"adapter|checkpoint-\d+")

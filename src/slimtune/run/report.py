@@ -16,12 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slimtune.data.page import POLICY
+from slimtune.errors import written_out
 from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
 from slimtune.run.durable import replace_file
 from slimtune.run.explain import explain
 from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.history import Curve, History, read_history, smooth
+from slimtune.run.samples import Sampled, read_samples, samples_told
 from slimtune.run.screen import megabytes, time_left
 from slimtune.run.show import (
     MARKS,
@@ -69,7 +71,17 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
     with damage_told(run.metrics_file):
         history = read_history(run.metrics())
         told = {each: _told(history, each) for each in ("en", "zh")}
-    views = {each: _view(run, facts, environment, each) | told[each] for each in ("en", "zh")}
+    sampled = read_samples(run.samples())
+    views = {
+        each: _view(run, facts, environment, each)
+        | told[each]
+        | {
+            "samples": sampled,
+            "samples_told": samples_told(sampled, _in(each)),
+            "replies": markdown_table(_replies(sampled, _in(each))),
+        }
+        for each in ("en", "zh")
+    }
     page = _page("report.html.j2").render(policy=Markup(POLICY), views=views, lang=lang, config=config)
     replace_file(run.report_html, page)
     replace_file(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
@@ -83,6 +95,7 @@ def _page(template: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["written"] = written_out
     environment.filters["inline"] = lambda text: Markup(inline_html(text))
     environment.filters["markdown"] = markdown_text
     environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -257,6 +270,22 @@ def _losses(history: History, say: Say) -> Table:
     )
     header = (say("step", "步"), say("loss", "损失"), say("learning rate", "学习率"), say("gradient norm", "梯度范数"))
     return Table(header, rows, (0, 1, 2, 3))
+
+
+def _replies(sampled: Sampled, say: Say) -> Table:
+    """The first and the last reply to each prompt, for the reader of the Markdown."""
+    rows = []
+    for asked in sampled.prompts:
+        first, last = asked.replies[0], asked.replies[-1]
+        texts = (asked.row, asked.expected, first.text, last.text)
+        rows.append(tuple(" ".join(written_out(text).split()) for text in texts))
+    header = (
+        say("row", "行"),
+        say("expected", "期望"),
+        say("first reply", "最初的回答"),
+        say("last reply", "最后的回答"),
+    )
+    return Table(header, tuple(rows))
 
 
 def _cell(value: Any) -> str:

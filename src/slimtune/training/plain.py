@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from slimtune.batch import IGNORED
 
-__all__ = ["PlainTrainer", "own_loss"]
+__all__ = ["PlainTrainer", "one_dtype", "own_loss"]
 
 
 class PlainTrainer(SFTTrainer):  # type: ignore[misc]
@@ -115,7 +115,7 @@ def own_loss(
     asked = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
     if with_router:
         asked["output_router_logits"] = True
-    with _one_dtype(model):
+    with one_dtype(model):
         outputs = model(**asked)
     targets = inputs["labels"][:, 1:].to(outputs.logits.device)
     mask = targets != IGNORED
@@ -125,7 +125,7 @@ def own_loss(
     return loss, mask.sum(), aux if isinstance(aux, Tensor) else None
 
 
-def _one_dtype(model: Any) -> Any:
+def one_dtype(model: Any) -> Any:
     """Autocast to a 16-bit base's dtype, if it isn't on: what trains is in fp32, a copy of the head too."""
     weight = model.get_input_embeddings().weight
     device = weight.device.type

@@ -86,11 +86,11 @@ class MetricsCallback(TrainerCallback):
             record["memory_bytes"] = memory_bytes()
             self.last_time, self.last_step = now, state.global_step
         elif "eval_runtime" in logs:
-            self._leave_out(float(logs["eval_runtime"]), state.global_step)
+            self.leave_out(float(logs["eval_runtime"]), state.global_step)
         for sink in self.sinks:
             sink(record)
 
-    def _leave_out(self, seconds: float, step: int) -> None:
+    def leave_out(self, seconds: float, step: int) -> None:
         """An evaluation is no part of a step's time; the one before the first step isn't what the others will take."""
         self.last_time += seconds
         if step == self.first_step:

@@ -8,7 +8,7 @@ what the wrapping did, and a save that holds the adapter alone.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from slimtune.adapter.lora import Coverage
 from slimtune.base.tokenizer import save_tokenizer
+from slimtune.config import Config
 from slimtune.data.packing import MicroBatches
+from slimtune.run.facts import AdapterFacts
 from slimtune.training.fused import FusedTrainer
 from slimtune.training.layout import LayoutTrainer
 from slimtune.training.resumable import ResumableTrainer
+from slimtune.training.sampling import SamplesCallback
 
-__all__ = ["SlimTrainer", "Wrapping"]
+__all__ = ["SlimTrainer", "Wrapping", "adapter_facts"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
         evaluation: Held-out data as micro-batches, or none.
         callbacks: The Trainer's callbacks.
     """
+
+    _samples: SamplesCallback | None = None
 
     def __init__(
         self,
@@ -104,6 +110,16 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
             total_parameters=base_parameters + trainable,
         )
 
+    def sample_by(self, callback: SamplesCallback) -> None:
+        """Have held-out prompts answered at evaluations."""
+        self._samples = callback
+        self.add_callback(callback)
+
+    @property
+    def samples_told(self) -> str:
+        """What these answers came to, in a line; empty if there are none."""
+        return "" if self._samples is None else self._samples.told
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained, and nothing else: adapter, tokenizer, chat template; never the base, no pickle."""
         folder = Path(output_dir or str(self.args.output_dir))
@@ -125,6 +141,18 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+
+def adapter_facts(config: Config, wrapping: Wrapping, covered: Coverage) -> AdapterFacts:
+    """What trains now, and what the base is that doesn't."""
+    return AdapterFacts(
+        r=config.lora_r,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        targets=[config.targets] if isinstance(config.targets, str) else list(config.targets),
+        **asdict(wrapping),
+        **asdict(covered),
+    )
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -8,11 +8,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from slimtune.data.render import Manner
 from slimtune.use.generate import generate
 from slimtune.use.load import Found, Opened, stop_ids
 from slimtune.use.sampling import Sampling
 
-__all__ = ["ask"]
+__all__ = ["ask", "opened_as_it_is"]
+
+
+def opened_as_it_is(model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner | None = None) -> Opened:
+    """A loaded model as something that answers, in the middle of its training too; it must be in eval mode by then."""
+    name = str(model.config.name_or_path)
+    return Opened(Found(name, Path(name), None, None), model, tokenizer, stop_ids(model, tokenizer, manner))
 
 
 def ask(
@@ -26,8 +33,7 @@ def ask(
         conversations: Messages; the last of each is the user's.
         max_new_tokens: Most tokens of a reply.
     """
-    name = str(model.config.name_or_path)
-    opened = Opened(Found(name, Path(name), None, None), model, tokenizer, stop_ids(model, tokenizer))
+    opened = opened_as_it_is(model, tokenizer)
     training = model.training
     model.eval()
     try:
