@@ -12,9 +12,17 @@ from torch import Tensor
 
 from slimtune.config import Config
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
-from slimtune.data.packing import PackedBatches
+from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.sources import Place
-from slimtune.plan import few_steps, micro_batches_of_run, resolve_held_out, resolve_steps, steps_of_run
+from slimtune.errors import UserError
+from slimtune.plan import (
+    few_steps,
+    micro_batches_of_run,
+    resolve_amount,
+    resolve_held_out,
+    resolve_steps,
+    steps_of_run,
+)
 from slimtune.recipes import finetune
 from slimtune.training.resumable import ResumableTrainer
 from tests.campaigns import campaign
@@ -40,7 +48,7 @@ def test_epochs_are_exact_though_the_last_step_has_fewer_micro_batches(
     monkeypatch.setattr(ResumableTrainer, "training_step", counted)
     config = Config.make(
         model=str(campaign.make_model(tmp_path / "model")), data=str(file), output=tmp_path / "run", epochs=3,
-        compute_dtype="fp32", lora_dropout=0.0, learning_rate=1e-3,
+        gradient_accumulation=2, pack_tokens=2048, compute_dtype="fp32", lora_dropout=0.0, learning_rate=1e-3,
     )  # fmt: skip
     run = finetune(config)
     records = [record for record in run.metrics() if "step_seconds" in record]
@@ -67,26 +75,65 @@ def test_epochs_that_are_no_whole_micro_batches_are_rounded_up_and_said(
     assert micro_batches_of_run(resolved, per_epoch) == whole
 
 
-def five_documents(folder: Path) -> Documents:
-    """Of 39 tokens each."""
+def documents_of(folder: Path, count: int, *, tokens: int = 39) -> Documents:
     with DocumentWriter(folder) as writer:
-        for number in range(5):
-            writer.add(np.full(39, number, np.int32), np.ones(39, bool), 0, Place("rows.jsonl", number + 1, "line"))
-    return Documents(DocumentStore(folder), np.arange(5))
+        for number in range(count):
+            ids = np.full(tokens, number, np.int32)
+            writer.add(ids, np.ones(tokens, bool), 0, Place("rows.jsonl", number + 1, "line"))
+    return Documents(DocumentStore(folder), np.arange(count))
 
 
 def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
-    config, documents = Config.make(epochs=3), five_documents(tmp_path)
+    config, documents = Config.make(epochs=3, gradient_accumulation=2), documents_of(tmp_path, 5)
     line = few_steps(config, 1, documents)
     assert line == (
-        "2 optimizer steps are little to learn from: about 60 or more by "
-        "--gradient-accumulation 1 --max-length 64 --epochs 15"
+        "2 optimizer steps are little to learn from: more by --gradient-accumulation 1 --pack-tokens 192 --epochs 20"
     )
-    assert steps_of_run(Config.make(gradient_accumulation=1, epochs=15), 4) == 60
     assert few_steps(Config.make(max_steps=2), 1, documents) is None
     assert few_steps(config, 40, documents) is None
-    padded = few_steps(Config.make(packing=False, gradient_accumulation=1), 5, documents)
-    assert padded == "15 optimizer steps are little to learn from: about 60 or more by --epochs 12"
+    padded = few_steps(Config.make(packing=False, gradient_accumulation=1, epochs=3), 5, documents)
+    assert padded == "15 optimizer steps are little to learn from: more by --epochs 12"
+    decided, _ = resolve_amount(Config.make(), documents, None)
+    assert few_steps(decided, 2, documents) == "40 optimizer steps are little to learn from: more rows would teach more"
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "taken", "steps"),
+    [
+        # 32 documents of 39 tokens: four to a pack are eight packs.
+        (32, {}, {"epochs": 8, "gradient_accumulation": 1, "pack_tokens": 192}, 64),
+        (32, {"epochs": 1}, {"gradient_accumulation": 1, "pack_tokens": 192}, 8),
+        (32, {"gradient_accumulation": 4}, {"epochs": 20, "pack_tokens": 192}, 40),
+        (32, {"pack_tokens": 512}, {"epochs": 20, "gradient_accumulation": 1}, 60),
+        (32, {"micro_batch": 2}, {"epochs": 20, "gradient_accumulation": 1}, 20),
+        (32, {"max_steps": 5}, {}, 5),
+        (32, {"packing": False}, {"gradient_accumulation": 1}, 96),
+        (1000, {}, {"gradient_accumulation": 1, "pack_tokens": 1984}, 60),
+        (2200, {}, {}, 65),
+        (5, {}, {"epochs": 20, "gradient_accumulation": 1, "pack_tokens": 192}, 40),
+    ],
+)
+def test_few_steps_become_more_by_what_nobody_asked_for(
+    rows: int, given: dict[str, Any], taken: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    documents = documents_of(tmp_path, rows)
+    config, choices = resolve_amount(Config.make(**given), documents, None)
+    assert {choice.key: choice.value for choice in choices} == taken
+    assert all(choice.value == getattr(config, choice.key) for choice in choices)
+    assert not set(taken) & set(given)
+    assert config.model_dump(include=given.keys()) == Config.make(**given).model_dump(include=given.keys())
+    assert "auto" not in (config.epochs, config.gradient_accumulation)
+    assert steps_of_run(config, micro_batches(documents, config).per_epoch) == steps
+    # What was decided is a config of its own: read again, by resume or by eval, it decides nothing.
+    assert resolve_amount(Config.make(**config.model_dump()), documents, None) == (config, [])
+
+
+def test_packs_hold_the_longest_conversation(tmp_path: Path) -> None:
+    trained, held = documents_of(tmp_path / "trained", 40), documents_of(tmp_path / "held", 2, tokens=700)
+    config, _ = resolve_amount(Config.make(), trained, held)
+    assert config.pack_tokens == 704
+    with pytest.raises(UserError, match="less than the longest conversation, which has 700 tokens"):
+        resolve_amount(Config.make(pack_tokens=512), trained, held)
 
 
 @pytest.mark.parametrize(

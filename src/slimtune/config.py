@@ -29,7 +29,11 @@ from pydantic import (
 from slimtune.errors import UserError, check_utf8, shown
 from slimtune.foreign import recognised, translated
 
-__all__ = ["FREE_KEYS", "TARGET_WORDS", "Config", "load_config", "read_yaml"]
+__all__ = ["FREE_KEYS", "TARGET_WORDS", "USUAL_ACCUMULATION", "USUAL_EPOCHS", "Config", "load_config", "read_yaml"]
+
+USUAL_EPOCHS = 3.0
+USUAL_ACCUMULATION = 2
+"""What ``auto`` is where the data makes enough steps."""
 
 FREE_KEYS = frozenset(
     {
@@ -159,8 +163,8 @@ class Config(BaseModel):
     5 %, but 8 rows at least and 200 at most; none of fewer than 20 rows, and none where eval names data. 0: none."""
 
     # -- training -----------------------------------------------------------------------------------------------------
-    epochs: Annotated[float, Field(gt=0.0, le=1e6)] = 3.0
-    """Passes over the data."""
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | Literal["auto"] = "auto"
+    """Passes over the data. auto: 3, and more where the data makes few steps."""
     max_steps: Count | None = None
     """Optimizer steps; wins over epochs."""
     learning_rate: PositiveFloat = 2e-4
@@ -175,8 +179,10 @@ class Config(BaseModel):
     """Gradients are clipped to this norm."""
     micro_batch: Count = 1
     """Sequences of max_length tokens in one forward and backward pass; packed, micro_batch x max_length tokens."""
-    gradient_accumulation: Count = 2
-    """Micro-batches to an optimizer step."""
+    pack_tokens: Count | Literal["auto"] = "auto"
+    """Tokens of a pack. auto: micro_batch x max_length; where the data makes few steps and micro_batch is 1, fewer."""
+    gradient_accumulation: Count | Literal["auto"] = "auto"
+    """Micro-batches to an optimizer step. auto: 2, and 1 where the data makes few steps."""
     optim: str = "auto"
     """auto: paged_adamw_8bit on CUDA, adamw_8bit on a CPU; else any name that Transformers knows."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -268,6 +274,8 @@ class Config(BaseModel):
             raise ValueError("eval and eval_share exclude each other: name held-out data, or split a share off")
         if self.layout == "packed" and not self.packing:
             raise ValueError("layout: packed needs packing: on")
+        if self.pack_tokens != "auto" and not self.packing:
+            raise ValueError("pack_tokens needs packing: on")
         if self.early_stopping and not (self.eval or self.eval_share):
             raise ValueError("early_stopping needs an evaluation: give eval or eval_share")
         if self.lora_init.startswith(("pissa", "loftq")) and self.quantization != "none":
@@ -289,7 +297,17 @@ class Config(BaseModel):
     @property
     def batch_tokens(self) -> int:
         """Tokens in one micro-batch."""
-        return self.micro_batch * self.max_length
+        return self.micro_batch * self.max_length if self.pack_tokens == "auto" else self.pack_tokens
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data: as they were asked for or decided, else the usual ones."""
+        return USUAL_EPOCHS if self.epochs == "auto" else self.epochs
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches to an optimizer step: as they were asked for or decided, else the usual ones."""
+        return USUAL_ACCUMULATION if self.gradient_accumulation == "auto" else self.gradient_accumulation
 
     @classmethod
     def make(cls, **values: Any) -> Config:

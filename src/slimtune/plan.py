@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.config import Config
+from slimtune.data.packing import micro_batches
+from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ __all__ = [
     "few_steps",
     "memory_budget",
     "micro_batches_of_run",
+    "resolve_amount",
     "resolve_held_out",
     "resolve_machine",
     "resolve_steps",
@@ -36,6 +39,10 @@ EVALUATION_SHARE = 0.1
 """Of a run's work that evaluations may take, unless their number is given."""
 FEW_STEPS = 60
 """With fewer optimizer steps an adapter that begins at nothing has hardly moved."""
+MOST_EPOCHS = 20.0
+"""Of few rows, more are learnt by heart."""
+LEAST_DOCUMENTS = 4
+"""Of a pack, on average: what a step of fewer says depends on which they are."""
 _TILE = 64
 MEMORY_SHARE = 0.9
 """Of the card's memory that training may take: the rest is the CUDA context's and fragmentation's."""
@@ -89,37 +96,92 @@ def memory_budget(config: Config) -> int | None:
 def micro_batches_of_run(config: Config, per_epoch: int) -> int:
     """Micro-batches of the whole run, over all its epochs."""
     if config.max_steps is not None:
-        return config.max_steps * config.gradient_accumulation
-    return max(1, math.ceil(round(config.epochs * per_epoch, 6)))  # 0.1 x 30 is a little over 3 in floats
+        return config.max_steps * config.accumulation
+    return max(1, math.ceil(round(config.passes * per_epoch, 6)))  # 0.1 x 30 is a little over 3 in floats
 
 
 def steps_of_run(config: Config, per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
-    return math.ceil(micro_batches_of_run(config, per_epoch) / config.gradient_accumulation)
+    return math.ceil(micro_batches_of_run(config, per_epoch) / config.accumulation)
+
+
+def resolve_amount(config: Config, train: Documents, held_out: Documents | None) -> tuple[Config, list[Choice]]:
+    """Decide tokens of a pack, micro-batches to a step and epochs: the usual ones, and where these make few steps, ones
+    that make more. What was asked for stays.
+
+    Args:
+        config: What is to run.
+        train: What it trains on.
+        held_out: What it is evaluated on: a pack holds its longest document too.
+
+    Raises:
+        UserError: The packs that were asked for don't hold the longest document.
+    """
+    longest = max(int(part.lengths.max()) for part in (train, held_out) if part is not None)
+    if config.packing and longest > config.batch_tokens:
+        raise UserError(
+            f"pack_tokens {config.batch_tokens:,} is less than the longest conversation, which has {longest:,} tokens",
+            rule="A pack holds whole conversations.",
+            way_out=f"Give --pack-tokens {longest} or more, or a smaller --max-length.",
+        )
+    usual = {"epochs": config.passes, "gradient_accumulation": config.accumulation}
+    usual |= {"pack_tokens": config.batch_tokens} if config.packing else {}
+    steps = _steps_at_least(config, train)
+    taken = usual | (_more_steps(config, train, longest) if steps < FEW_STEPS else {})
+    reason = "with the usual {:,g} the run would have {} optimizer steps, fewer than about {}"
+    choices = [
+        Choice(key, value, reason.format(usual[key], steps, FEW_STEPS))
+        for key, value in taken.items()
+        if value != usual[key]
+    ]
+    return config.model_copy(update=taken), choices
+
+
+def _steps_at_least(config: Config, documents: Documents) -> int:
+    """Optimizer steps of the run; of many, no fewer than these. Packs are counted only where there are few."""
+    if config.packing:
+        bound = steps_of_run(config, math.ceil(documents.tokens / config.batch_tokens))
+        if bound >= FEW_STEPS:
+            return bound
+    return steps_of_run(config, micro_batches(documents, config).per_epoch)
+
+
+def _more_steps(config: Config, documents: Documents, longest: int) -> dict[str, Any]:
+    """What makes about :data:`FEW_STEPS` steps of the data, by the keys that are ``auto``: first single micro-batches,
+    then smaller packs, then more epochs."""
+    if config.max_steps is not None:
+        return {}
+    taken: dict[str, Any] = {}
+    if config.gradient_accumulation == "auto":
+        taken["gradient_accumulation"] = 1
+    wanted = FEW_STEPS * config.model_copy(update=taken).accumulation
+    if config.packing and config.pack_tokens == "auto" and config.micro_batch == 1:
+        least = max(longest, LEAST_DOCUMENTS * documents.tokens / len(documents))
+        tokens = _TILE * math.ceil(max(least, documents.tokens / math.ceil(wanted / config.passes)) / _TILE)
+        taken["pack_tokens"] = min(tokens, config.batch_tokens)
+    if config.epochs == "auto":
+        per_epoch = micro_batches(documents, config.model_copy(update=taken)).per_epoch
+        taken["epochs"] = min(MOST_EPOCHS, max(config.passes, float(math.ceil(wanted / per_epoch))))
+    return taken
 
 
 def few_steps(config: Config, per_epoch: int, documents: Documents) -> str | None:
     """What to say of a run of too few optimizer steps to learn from, and what to set; None if there are enough.
 
     Args:
-        config: What is to run. Steps that it names itself are taken as meant.
+        config: What is to run, decided. Steps that it names itself are taken as meant.
         per_epoch: Micro-batches in an epoch.
         documents: What it trains on.
     """
     steps = steps_of_run(config, per_epoch)
     if config.max_steps is not None or steps >= FEW_STEPS:
         return None
-    changes: dict[str, Any] = {"gradient_accumulation": 1, "micro_batch": 1}
-    longest = _TILE * math.ceil(int(documents.lengths.max()) / _TILE)
-    if config.packing and longest < config.max_length:
-        changes["max_length"] = longest
-    parts = math.ceil(documents.tokens / longest) if config.packing else len(documents)
-    epochs = math.ceil(FEW_STEPS / max(1, parts, per_epoch))
-    if epochs > config.epochs:
-        changes["epochs"] = epochs
-    flags = [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if value != getattr(config, key)]
+    free: dict[str, Any] = {"epochs": "auto", "gradient_accumulation": "auto"}
+    free |= {"pack_tokens": "auto", "micro_batch": 1} if config.packing else {}
+    more = _more_steps(config.model_copy(update=free), documents, int(documents.lengths.max()))
+    flags = [f"--{key.replace('_', '-')} {value:g}" for key, value in more.items() if value != getattr(config, key)]
     what = f"{steps} optimizer step{'s are' if steps > 1 else ' is'} little to learn from"
-    return f"{what}: about {FEW_STEPS} or more by {' '.join(flags)}"
+    return f"{what}: more by {' '.join(flags)}" if flags else f"{what}: more rows would teach more"
 
 
 def resolve_held_out(config: Config, share: float, rows: int) -> tuple[Config, list[Choice]]:
@@ -152,8 +214,8 @@ def resolve_steps(config: Config, per_epoch: int, eval_work: float = 0.0) -> tup
     total = steps_of_run(config, per_epoch)
     choices: list[Choice] = []
     whole = micro_batches_of_run(config, per_epoch) / per_epoch
-    if config.max_steps is None and not math.isclose(whole, config.epochs):
-        reason = f"{config.epochs:g} epochs rounded up to whole micro-batches, of which an epoch has {per_epoch:,}"
+    if config.max_steps is None and not math.isclose(whole, config.passes):
+        reason = f"{config.passes:g} epochs rounded up to whole micro-batches, of which an epoch has {per_epoch:,}"
         choices.append(Choice("epochs", whole, reason))
     every = max(1, math.ceil(total / SAVES_IN_A_RUN))
     if config.save_steps == "auto":

@@ -52,6 +52,7 @@ from slimtune.plan import (
     default_output,
     few_steps,
     micro_batches_of_run,
+    resolve_amount,
     resolve_held_out,
     resolve_machine,
     resolve_steps,
@@ -294,6 +295,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
         screen.warn(line)
     screen.say("data", data_line(proof.facts))
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
+    config, for_amount = resolve_amount(config, proof.train, proof.eval)
     with screen.working("loading the base"):
         base = _load(config, hardware, watchdog)
     check_names(config, base.model)
@@ -311,7 +313,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
-    choices = [*choices, *for_held_out, *for_family, *for_layout, *for_steps]
+    choices = [*choices, *for_held_out, *for_amount, *for_family, *for_layout, *for_steps]
     return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
 
 
@@ -338,9 +340,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
     config, base, data = ready.config, ready.base, ready.data
     total = micro_batches_of_run(config, data.per_epoch)
     floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
-    metrics = MetricsCallback(
-        data, total, config.gradient_accumulation, floor, job.run.append_metrics, job.screen.record
-    )
+    metrics = MetricsCallback(data, total, config.accumulation, floor, job.run.append_metrics, job.screen.record)
     trainer = SlimTrainer(
         model=base.model,
         args=sft_arguments(

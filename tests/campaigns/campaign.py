@@ -32,8 +32,9 @@ CONTEXT = multiprocessing.get_context(os.environ.get("CAMPAIGN_START", "forkserv
 CONTEXT.set_forkserver_preload(["slimtune.recipes", "slimtune.cli.train", "slimtune.cli.resume"])
 
 OPTIONS = [
-    "--max-length", "128", "--gradient-accumulation", "3", "--epochs", "2.5", "--learning-rate", "2e-3",
-    "--lora-dropout", "0.2", "--save-steps", "2", "--compute-dtype", "fp32", "--warmup", "0.1",
+    "--max-length", "128", "--pack-tokens", "128", "--gradient-accumulation", "3", "--epochs", "2.5",
+    "--learning-rate", "2e-3", "--lora-dropout", "0.2", "--save-steps", "2",
+    "--compute-dtype", "fp32", "--warmup", "0.1",
 ]  # fmt: skip
 """Dropout on, accumulation on and not dividing an epoch, packed, across epochs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from slimtune import hardware
 from slimtune.config import Config
 from slimtune.hardware import Hardware, detect
-from slimtune.plan import resolve_held_out, resolve_machine, resolve_steps
+from slimtune.plan import resolve_amount, resolve_held_out, resolve_machine, resolve_steps
 from slimtune.run.reasons import reason_in_chinese
+from tests.test_plan import documents_of
 
 
 def machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
@@ -30,7 +32,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
     return found
 
 
-def test_every_reason_has_its_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reason_has_its_chinese(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reasons = set()
     for machine in machines(monkeypatch):
         config, choices = resolve_machine(Config.make(data="rows.jsonl", eval_share=0.1), machine)
@@ -38,6 +40,7 @@ def test_every_reason_has_its_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
         choices += resolve_steps(Config.make(epochs=0.3), 8)[1]
         for held in ((Config.make(), 0.2, 40), (Config.make(), 0.0, 12), (Config.make(eval="rows.jsonl"), 0.0, 0)):
             choices += resolve_held_out(*held)[1]
+        choices += resolve_amount(Config.make(), documents_of(tmp_path / str(len(reasons)), 40), None)[1]
         reasons |= {choice.reason for choice in choices}
     assert len(reasons) >= 8
     for reason in reasons:

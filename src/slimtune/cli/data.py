@@ -19,7 +19,9 @@ from slimtune.run.durable import replace_file
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.packing import MicroBatches
     from slimtune.data.view import Sample
+    from slimtune.plan import Choice
 
 __all__ = ["command"]
 
@@ -42,8 +44,8 @@ def _is_model(folder: Path) -> bool:
 )
 @some_config_options(
     "revision", "trust_remote_code", "format", "map", "prefer", "template", "add_tokens", "template_vars", "date",
-    "max_length", "overlong", "train_on", "packing", "micro_batch", "allow_control_tokens", "max_dropped", "eval",
-    "eval_share", "seed",
+    "max_length", "overlong", "train_on", "packing", "micro_batch", "pack_tokens", "gradient_accumulation", "epochs",
+    "max_steps", "allow_control_tokens", "max_dropped", "eval", "eval_share", "seed",
 )  # fmt: skip
 def command(
     data: tuple[str, ...],
@@ -83,19 +85,30 @@ def command(
         from slimtune.data.render import Manner, renderer_for
         from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table
-        from slimtune.plan import few_steps
+        from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_steps, steps_of_run
+        from slimtune.run.lines import steps_line
 
     errors, named = Console(stderr=True, highlight=False), config.data
     with TemporaryDirectory() as folder, errors.status("  reading the tokenizer") as status:
         config = keep_stdin(config, Path(folder))
         tokenizer = tokenizer_of(config)
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
-        batches = micro_batches(proof.train, config) if len(proof.train) else None
+        batches: MicroBatches | None = None
+        amount: list[Choice] = []
+        if len(proof.train):
+            config, _ = resolve_held_out(config, proof.share, proof.different_rows)
+            config, amount = resolve_amount(config, proof.train, proof.eval)
+            batches = micro_batches(proof.train, config)
     shown = sample(proof.train, tokenizer)
     variables = renderer_for(tokenizer, Manner.of(config)).variables
     lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config, variables)]
-    if batches is not None and (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
-        said.append(f"{line[0].upper()}{line[1:]}.")
+    if batches is not None:
+        decided, _ = resolve_steps(config, batches.per_epoch, proof.eval_work)
+        steps = steps_of_run(config, batches.per_epoch)
+        lines.append(("steps", steps_line(steps, decided, evaluates=proof.eval is not None)))
+        lines += [("chosen", f"{choice.key} {choice.value:g}: {choice.reason}") for choice in amount]
+        if (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
+            said.append(f"{line[0].upper()}{line[1:]}.")
     refusal = proof.refusal
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))

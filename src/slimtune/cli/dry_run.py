@@ -14,7 +14,7 @@ from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.hardware import detect
-from slimtune.plan import few_steps, resolve_held_out, resolve_machine, resolve_steps, steps_of_run
+from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_steps, steps_of_run
 from slimtune.run.lines import data_line, packs_line, steps_line
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
@@ -38,10 +38,11 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
         tokenizer = tokenizer_of(config)
         proof = prove(config, tokenizer)
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
+    config, for_amount = resolve_amount(config, proof.train, proof.eval)
     data = micro_batches(proof.train, config)
     config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     steps = steps_of_run(config, data.per_epoch)
-    choices = [*for_machine, *for_held_out, *for_steps]
+    choices = [*for_machine, *for_held_out, *for_amount, *for_steps]
     for line in remarks(tokenizer):
         screen.warn(line)
     screen.say("data", data_line(proof.facts))

@@ -33,8 +33,8 @@ def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
 
 def steps_line(steps: int, config: Config, *, evaluates: bool) -> str:
     """How long the run is, and how often it is saved and evaluated."""
-    of = counted(config.gradient_accumulation, "micro-batch", "es")
-    length = "" if config.max_steps is not None else f", {counted(config.epochs, 'epoch')}"
+    of = counted(config.accumulation, "micro-batch", "es")
+    length = "" if config.max_steps is not None else f", {counted(config.passes, 'epoch')}"
     evaluation = f"; the held-out loss {_every(config.eval_steps)}" if evaluates else ""
     return f"{counted(steps, 'optimizer step')} of {of}{length}; a checkpoint {_every(config.save_steps)}{evaluation}"
 

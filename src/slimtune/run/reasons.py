@@ -29,6 +29,10 @@ _REASONS = (
         r"(.+) epochs rounded up to whole micro-batches, of which an epoch has (.+)",
         r"\1 轮，向上凑整到整数个微批次（每轮 \2 个）",
     ),
+    (
+        r"with the usual (.+) the run would have (.+) optimizer steps, fewer than about (.+)",
+        r"若按通常的 \1，本次运行只有 \2 个优化器步，不足约 \3 步",
+    ),
     (r"(\d+) optimizer steps, so about (\d+) evaluations", r"共 \1 个优化器步，约评估 \2 次"),
     (r"the engine computes documents by length", "引擎按长度分别计算各个文档"),
     (

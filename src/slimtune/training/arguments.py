@@ -102,7 +102,7 @@ def sft_arguments(
         # One item of the dataset is one whole micro-batch; all epochs together are one pass over the items.
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.accumulation,
         num_train_epochs=1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,

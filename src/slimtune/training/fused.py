@@ -136,7 +136,7 @@ def make_engine(config: Config, model: nn.Module) -> Engine:
         model,
         dtype=torch_dtype(config.compute_dtype),
         tokens=config.batch_tokens,
-        longest=config.max_length,
+        longest=min(config.max_length, config.batch_tokens),
         memory=memory_budget(config),
         seed=config.seed,
     )

@@ -1,0 +1,189 @@
+"""Are the defaults right for few rows? python benchmarks/defaults.py [MODEL] [--seconds 190] [--workers 12] [--parts …]
+
+Trains MODEL (SmolLM2-135M) on small tasks (benchmarks/tasks.py) with a grid of learning rates, documents to a step and
+epochs, and with slimtune's defaults, each by `slimtune train`'s own recipe, and scores its greedy replies to 48
+questions that it wasn't trained on. The defaults were chosen by the part ``choose``; by ``prove``, on other tasks, they
+are judged: their score over that of the grid's best. Every training is a line of JSON; the last lines are the shares.
+``--tiny`` takes a few steps of each, to see the script work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks import TASKS, score
+
+CHOSEN_ON = ("home", "dates", "labels")
+PROVEN_ON = ("orders", "sorting")
+MODELS: dict[str, dict[str, Any]] = {
+    "nf4, attention, r 8": {},
+    "16 bits, all-linear, r 16": {"quantization": "none", "targets": "all-linear", "lora_r": 16},
+}
+"""Two ways to adapt one model: as by default, and with three times the adapter on unquantised weights."""
+RATES = (2e-4, 6e-4, 2e-3, 5e-3)
+AMOUNTS = ((4, 3), (4, 10), (16, 10), (16, 30))
+"""(documents to a step, epochs)."""
+SEEDS = (1, 2)
+_REPLY_TOKENS = 40
+_PADDING = 64
+
+
+def jobs(parts: list[str]) -> Iterator[dict[str, Any]]:
+    """Every training of these parts, shuffled within a part, so that one that is cut short has some of all: ``choose``
+    and ``prove`` are grids, ``defaults`` what slimtune does by itself."""
+    for part in parts:
+        made = list(_jobs(part))
+        random.Random(part).shuffle(made)
+        yield from made
+
+
+def _jobs(part: str) -> Iterator[dict[str, Any]]:
+    tasks = {"choose": CHOSEN_ON, "prove": PROVEN_ON}.get(part, (*PROVEN_ON, *CHOSEN_ON))
+    for model, task in itertools.product(MODELS, tasks):
+        common = {"task": task, "model": model}
+        if part == "defaults":
+            yield from ({**common, "seed": seed} for seed in SEEDS)
+            continue
+        for (documents, epochs), rate in itertools.product(AMOUNTS, RATES):
+            yield {**common, "seed": 1, "rate": rate, "documents": documents, "epochs": epochs}
+
+
+def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
+    """One training, and the score of what it made."""
+    import torch
+
+    from slimtune.base.tokenizer import load_tokenizer
+    from slimtune.config import Config
+    from slimtune.recipes import finetune
+    from slimtune.use.ask import ask
+
+    torch.set_num_threads(1)
+    started, pairs = time.monotonic(), TASKS[job["task"]].pairs()
+    train, test = (part[:12] if tiny else part for part in pairs)
+    asked = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in train
+    ]
+    values: dict[str, Any] = {**MODELS[job["model"]], "seed": job["seed"], "save_steps": 10_000, "eval_steps": 10_000}
+    if "rate" in job:
+        tokenizer = load_tokenizer(base)
+        lengths = [len(tokenizer.apply_chat_template(messages)["input_ids"]) for messages in asked]
+        tokens = max(max(lengths), job["documents"] * statistics.fmean(lengths))
+        values |= {
+            "learning_rate": job["rate"], "epochs": job["epochs"], "gradient_accumulation": 1,
+            "pack_tokens": _PADDING * -(-round(tokens) // _PADDING),
+        }  # fmt: skip
+    if tiny:
+        values |= {"max_steps": 2}
+    replies: list[list[str]] = []
+
+    def look(model: Any, tokenizer: Any) -> None:
+        if not replies:  # before the training
+            replies.append([])
+            return
+        replies.append(ask(model, tokenizer, [[{"role": "user", "content": q}] for q, _ in test], _REPLY_TOKENS))
+
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.jsonl"
+        file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in asked))
+        run = finetune(Config.make(model=base, data=str(file), output=Path(name) / "run", **values), observe=look)
+        config, facts = run.config(), run.read_json(run.facts_file)
+    verdict = facts["verdict"]
+    return {
+        **job,
+        "score": statistics.fmean(score(reply, answer) for reply, (_, answer) in zip(replies[-1], test, strict=True)),
+        "exact": statistics.fmean(
+            reply.strip() == answer for reply, (_, answer) in zip(replies[-1], test, strict=True)
+        ),
+        "loss": (verdict["end"] or {}).get("value"),
+        "start": (verdict["start"] or {}).get("value"),
+        "outcome": verdict["outcome"],
+        "steps": facts["training"]["steps"],
+        "decided": [config.learning_rate, config.pack_tokens, config.gradient_accumulation, config.epochs],
+        "example": replies[-1][0],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _worker(work: Any, done: Any, base: str, until: float, tiny: bool) -> None:
+    slowest = 10.0
+    try:
+        while (job := work.get()) is not None and time.time() + slowest < until:
+            began = time.time()
+            done.put(trained(job, base, tiny=tiny))
+            slowest = max(slowest, 1.2 * (time.time() - began))
+    finally:
+        done.put(None)
+
+
+def shares(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """For each task and model: the defaults' mean score over that of the grid's best."""
+    for task in TASKS:
+        for model in MODELS:
+            found = [r for r in results if (r["task"], r["model"]) == (task, model)]
+            own = [r["score"] for r in found if "rate" not in r]
+            grid = [r for r in found if "rate" in r]
+            if own and grid:
+                best = max(grid, key=lambda r: r["score"])
+                yield {
+                    "task": task, "model": model, "of": len(grid), "defaults": own, "best": best["score"],
+                    "best_is": [best["rate"], best["documents"], best["epochs"]],
+                    "share": statistics.fmean(own) / max(best["score"], 1e-9),
+                }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--parts", nargs="+", choices=["choose", "prove", "defaults"], default=["defaults", "prove"])
+    parser.add_argument("--seconds", type=float, default=1e6, help="no training begins that would end later")
+    parser.add_argument("--workers", type=int, default=12, help="trainings at once")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, help="write everything into this file")
+    options = parser.parse_args()
+    from slimtune.base.named import model_source
+
+    model_source(options.model)  # the embedded one is converted once, not by each worker
+    until = time.time() + options.seconds
+    context = multiprocessing.get_context("spawn")
+    work, done = context.Queue(), context.Queue()
+    todo = list(jobs(options.parts))
+    if options.tiny:
+        todo = todo[:: max(1, len(todo) // 4)]
+    for job in [*todo, *[None] * options.workers]:
+        work.put(job)
+    workers = [
+        context.Process(target=_worker, args=(work, done, options.model, until, options.tiny), daemon=True)
+        for _ in range(options.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    results, busy = [], len(workers)
+    while busy:
+        result = done.get()
+        if result is None:
+            busy -= 1
+            continue
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    summary = list(shares(results))
+    for line in summary:
+        print(json.dumps(line), flush=True)
+    print(f"{len(results)} of {len(todo)} trainings", flush=True)
+    if options.out is not None:
+        from peers import machine
+
+        options.out.write_text(json.dumps({**machine(), "shares": summary, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
