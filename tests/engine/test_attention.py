@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from slimtune.engine import attention as attention_module
-from slimtune.engine.attention import Attention, Documents, Way, choose, is_right
+from slimtune.engine.attention import Attention, Documents, Way, choose, heads_at_once, is_right
 
 HEADS, DIM = 6, 16
 LENGTHS = (9, 9, 1, 130, 4)
@@ -54,7 +55,7 @@ def compare(
     softcap: float | None = None,
     sunk: bool = False,
 ) -> list[float]:
-    """Relative errors of o, dq, dk and dv."""
+    """Relative errors of o, dq, dk and dv, and of these three again by one kv head after the other."""
     q, k, v = (x.to(device) for x in inputs(kv_heads, dtype))
     # As a recorded graph has them: the boundaries go on, and the longest is rounded up, but not past the tokens.
     ends = torch.tensor([0, *LENGTHS, 0, 0]).cumsum(0).int().to(device)
@@ -65,12 +66,16 @@ def compare(
     # do and o are the first columns of wider buffers, as the engine has them.
     columns = HEADS * DIM
     do, o = (torch.nn.functional.pad(x.flatten(1), (0, 8))[:, :columns].view(x.shape) for x in (do, o))
-    grads = attention.backward(do, q, k, v, o, saved)
+    grads = list(attention.backward(do, q, k, v, o, saved))
+    places = [x.clone() for x in (q, k, v)]
+    with mock.patch.object(attention_module, "_FILLING", 1):
+        attention.backward_in_place(do, *places, o, saved)
+    grads += places
 
     wide = [x.double().cpu().requires_grad_() for x in (q, k, v)]
     want = expected(*wide, window, softcap, None if sinks is None else sinks.double().cpu())
     want.backward(do.double().cpu())
-    pairs = list(zip((o, *grads), (want.detach(), *(x.grad for x in wide)), strict=True))
+    pairs = list(zip((o, *grads), (want.detach(), *(x.grad for x in wide * 2)), strict=True))
     assert all(actual.dtype == dtype for actual, _ in pairs)
     return [float((actual.double().cpu() - reference).norm() / reference.norm()) for actual, reference in pairs]
 
@@ -139,6 +144,14 @@ def test_forward_and_backward_on_a_gpu(
 ) -> None:
     for room in (0, 10_000) if way == "efficient" else (0,):  # a few documents at a time, and all of them
         assert max(compare(way, "cuda", dtype, kv_heads, window, room)) < bound
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "count"),
+    [(65536, 32, 8, 1), (16384, 32, 8, 2), (8192, 32, 8, 4), (2048, 32, 8, 8), (64, 9, 3, 3), (10**6, 28, 4, 1)],
+)
+def test_a_group_of_heads_fills_a_device(tokens: int, heads: int, kv_heads: int, count: int) -> None:
+    assert heads_at_once(tokens, heads, kv_heads) == count
 
 
 H100, T4 = (9, 0), (7, 5)

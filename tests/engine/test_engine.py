@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slimtune.engine import CannotFuse, Engine, FusedAdamW8bit
+from slimtune.engine import attention as attention_module
 from slimtune.engine.decoder import Keep
 from slimtune.errors import UserError
 from tests.engine import models
@@ -98,7 +99,7 @@ def test_scaling(options: dict) -> None:
         "qwen3_next",
     ],
 )
-def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
+def test_every_memory_policy_gives_the_same_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.add_lora(models.make_base(family), lora_dropout=0.2)
     batch, engine = models.pack(), make_engine(model)
     results = []
@@ -107,6 +108,10 @@ def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
         engine.plan = replace(engine.plan, keep=(level,) * len(engine.layers), mlp_tokens=24, head_tokens=7)
         engine.load_state_dict({"seed": 5, "draws": 0})
         results.append(run(engine, model, batch, 40))
+    monkeypatch.setattr(attention_module, "_FILLING", 1)  # a group is one kv head
+    engine.plan = replace(engine.plan, keep=(Keep.INPUT,) * len(engine.layers), sparing=True)
+    engine.load_state_dict({"seed": 5, "draws": 0})
+    results.append(run(engine, model, batch, 40))
     for loss, actual in results[1:]:
         assert loss == results[0][0]
         assert models.worst_error(actual, results[0][1]) < 1e-6

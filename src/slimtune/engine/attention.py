@@ -39,13 +39,15 @@ from slimtune.engine.kernels import reference_attention as reference
 from slimtune.engine.kernels._triton import TritonError
 from slimtune.engine.kernels.reference_attention import as_many_heads
 
-__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "is_right", "padded_tokens"]
+__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "heads_at_once", "is_right", "padded_tokens"]
 
 Way = Literal["cudnn", "varlen", "efficient", "triton", "torch"]
 
 ROUND = 64
 """Rows of a multiple of this are taken for ones of a length that comes again, as ``max_length`` does."""
 _EFFICIENT_BLOCK = 64
+_FILLING = 1 << 17
+"""Tokens x query heads that fill a device: about a thousand blocks of 128 queries."""
 _CAUSAL_FROM_TOP_LEFT = 1
 """The memory-efficient kernel's ``custom_mask_type``."""
 
@@ -110,6 +112,12 @@ class Run:
 def padded_tokens(documents: int, longest: int) -> int:
     """What the memory-efficient kernel's sums are as large as: documents x the longest one in whole blocks."""
     return documents * -(-longest // _EFFICIENT_BLOCK) * _EFFICIENT_BLOCK
+
+
+def heads_at_once(tokens: int, heads: int, kv_heads: int) -> int:
+    """How many kv heads, with their query heads, :meth:`Attention.backward_in_place` takes at once."""
+    wanted = -(-_FILLING * kv_heads // (tokens * heads))
+    return next((count for count in range(wanted, kv_heads) if count and kv_heads % count == 0), kv_heads)
 
 
 def choose(
@@ -198,6 +206,30 @@ class Attention:
         if self.way == "cudnn" and not self._windowed(self.documents.longest):
             return self._cudnn_backward(do, q, k, v, o, saved)
         return self._varlen_backward(do, q, k, v, o, saved)
+
+    def backward_in_place(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...]) -> None:
+        """As :meth:`backward`, by groups of kv heads with their query heads; q, k and v become their gradients.
+
+        What a kernel takes beside its arguments, sums in float32 and keys' gradients for each query head, is a group's.
+        """
+        kv_heads, each = k.shape[1], q.shape[1] // k.shape[1]
+        count = heads_at_once(q.shape[0], q.shape[1], kv_heads)
+        for first in range(0, kv_heads, count):
+            kv, heads = slice(first, first + count), slice(first * each, (first + count) * each)
+            group = q[:, heads], k[:, kv], v[:, kv]
+            gradients = self.backward(do[:, heads], *group, o[:, heads], self._of_heads(saved, heads))
+            for x, gradient in zip(group, gradients, strict=True):
+                x.copy_(gradient)
+
+    def _of_heads(self, saved: tuple[Any, ...], heads: slice) -> tuple[Any, ...]:
+        """What the forward saved, of some query heads."""
+        if self.way == "torch":
+            return tuple(logsumexp[:, heads] for logsumexp in saved)
+        if self.way == "efficient":
+            return tuple((logsumexp[:, heads], *rest) for logsumexp, *rest in saved)
+        logsumexp, *rest = saved
+        rows = self.way == "cudnn" and not self._windowed(self.documents.longest)
+        return (logsumexp[:, heads] if rows else logsumexp[heads], *rest)
 
     def _windowed(self, length: int) -> bool:
         return self.window is not None and self.window < length

@@ -86,7 +86,9 @@ class LayerComputation:
         self.sites = tuple(site for block in self.blocks for site in block.sites)
         self.trained = tuple(part for block in self.blocks for part in block.trained)
 
-    def forward(self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None) -> tuple[Tensor, Tensor, Saved]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None, *, own_x: bool = False
+    ) -> tuple[Tensor, Tensor, Saved]:
         """The layer's result as a pair to be added, both [T, H], and what it kept.
 
         Args:
@@ -94,22 +96,25 @@ class LayerComputation:
             residual: [T, H] that is to be added to x first.
             on: The pass.
             keep: What to keep; None keeps nothing (evaluation).
+            own_x: ``x`` may be overwritten.
         """
         level = keep or Keep.INPUT
         kept: list[BranchSaved] = []
         pair: tuple[Tensor, Tensor | None] = (x, residual)
-        for branch in self.branches:
-            y, s, saved = branch.forward(*pair, on, level)
+        for index, branch in enumerate(self.branches):
+            y, s, saved = branch.forward(*pair, on, level, own_x=own_x or index > 0)
             pair = (y, s)
             if level > Keep.INPUT or not kept:
                 kept.append(saved)
         assert pair[1] is not None
         return pair[0], pair[1], Saved(level, kept)
 
-    def backward(self, g: Tensor, saved: Saved, on: Pass, sinks: Sinks, *, need_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, g: Tensor, saved: Saved, on: Pass, sinks: Sinks, *, need_dx: bool = True, own_g: bool = False
+    ) -> Tensor | None:
         """dx [T, H] from g [T, H], the gradient of the layer's result; the adapters' gradients are added.
 
-        Consumes ``saved``: some of its buffers are overwritten.
+        Consumes ``saved``: some of its buffers are overwritten. So may be g, if it is given up (``own_g``).
         """
         kept = self._again(saved.branches[0].s, on) if saved.keep == Keep.INPUT else saved.branches
         last, d = len(self.branches) - 1, g
@@ -117,7 +122,7 @@ class LayerComputation:
             branch, wanted = self.branches[index], need_dx or any(x.adapted for x in self.branches[:index])
             if not wanted and not branch.adapted:
                 return None
-            below = branch.backward(d, kept.pop(), on, sinks, need_dx=wanted, own_g=index < last)
+            below = branch.backward(d, kept.pop(), on, sinks, need_dx=wanted, own_g=own_g or index < last)
             if below is None:
                 return None
             d = below
@@ -139,19 +144,26 @@ class LayerComputation:
     def working_bytes(self, memory: Memory) -> int:
         """Bytes that its backward takes at its peak beside what was kept, all of it computed again."""
         stream = memory.tokens * self.hidden * self.dtype.itemsize
-        inputs = sum(block.columns for block in self.blocks[:-1]) * memory.tokens * self.dtype.itemsize
-        work = max(branch.working_bytes(memory) for branch in self.branches)
-        return self.kept_bytes(memory, Keep.ATTENTION) + inputs + 2 * stream + work
+        held, most, last = stream, 0, self.blocks[-1]  # the gradient that runs through
+        for branch in self.branches:
+            held += stream + branch.kept_bytes(memory, Keep.ATTENTION)
+            # The last block counts its own.
+            inputs = sum(block.columns for block in branch.blocks if block is not last) * stream // self.hidden
+            most = max(most, held + inputs + branch.working_bytes(memory))
+            held += 0 if memory.sparing else inputs
+        return most
 
     def _again(self, x: Tensor, on: Pass) -> list[BranchSaved]:
         """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""
         kept: list[BranchSaved] = []
         pair: tuple[Tensor, Tensor | None] = (x, None)
-        for branch in self.branches[:-1]:
-            y, s, saved = branch.forward(*pair, on, Keep.ALL)
+        for index, branch in enumerate(self.branches[:-1]):
+            y, s, saved = branch.forward(*pair, on, Keep.ALL, own_x=index > 0)
             pair = (y, s)
+            if on.sparing:
+                saved.inputs = None
             kept.append(saved)
-        return [*kept, self.branches[-1].again(*pair, on)]
+        return [*kept, self.branches[-1].again(*pair, on, own_x=bool(kept))]
 
 
 def _block(

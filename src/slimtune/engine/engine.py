@@ -301,6 +301,7 @@ class Engine:
             tables=self._tables,
             seed=self._inputs.seed if training else None,
             mlp_tokens=self.plan.mlp_tokens,
+            sparing=self.plan.sparing,
         )
 
     def _forward(self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None) -> tuple[Tensor, Tensor, list[Saved]]:
@@ -319,7 +320,7 @@ class Engine:
         for index, layer in enumerate(self.layers):
             # Nothing below the lowest adapter has a backward.
             wanted = None if keep is None or index < self._lowest else keep[index]
-            x, residual, kept = layer.forward(x, residual, on, wanted)
+            x, residual, kept = layer.forward(x, residual, on, wanted, own_x=index > 0)
             saved.append(kept)
             if self._away is not None and wanted is not None and index in self._away:
                 self._away.put(index, kept)
@@ -356,7 +357,7 @@ class Engine:
             need_dx = index > self._lowest or self._through
             if self._away is not None:
                 self._away.take(index, saved, self._lowest)
-            g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=need_dx)
+            g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=need_dx, own_g=True)
         if self._per_layer is not None and self._through:
             self._per_layer.backward(on, self._sinks)
         for _, _, stacked_sum, total in self._stacked:

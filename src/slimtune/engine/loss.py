@@ -38,7 +38,7 @@ def head_loss_and_grad(
         head: [V, H].
         rows: int64 [n], the supervised tokens.
         targets: int64 [n], what follows each of them.
-        chunk: Rows to project at once.
+        chunk: Rows to normalise and project at once.
         g: [T, H]; becomes the gradient of x + residual, zero in the rows without supervision.
         softcap: Logits are softcap x tanh(logits / softcap).
     """
@@ -46,15 +46,15 @@ def head_loss_and_grad(
     g.zero_()
     if rows.numel() == 0:
         return total
-    y, s, rstd = _normed(x, residual, final_norm, rows)
     buffer = torch.empty(min(chunk, rows.numel()), head.shape[0], dtype=x.dtype, device=x.device)
     for start in range(0, rows.numel(), chunk):
-        part = y[start : start + chunk]
-        logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
+        places = rows[start : start + chunk]
+        y, s, rstd = _normed(x, residual, final_norm, places)
+        logits = torch.mm(y, head.t(), out=buffer[: y.shape[0]])
         total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0, softcap=softcap)
-        torch.mm(logits, head, out=part)
-    dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
-    g.index_copy_(0, rows, dx)
+        torch.mm(logits, head, out=y)
+        dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
+        g.index_copy_(0, places, dx)
     return total
 
 
@@ -73,9 +73,9 @@ def head_loss(
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if rows.numel() == 0:
         return total
-    y, _, _ = _normed(x, residual, final_norm, rows)
     for start in range(0, rows.numel(), chunk):
-        logits = torch.mm(y[start : start + chunk], head.t())
+        y, _, _ = _normed(x, residual, final_norm, rows[start : start + chunk])
+        logits = torch.mm(y, head.t())
         total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0, softcap=softcap)
     return total
 

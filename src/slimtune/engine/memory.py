@@ -56,6 +56,8 @@ class MemoryPlan:
     """Layers whose input waits in RAM for their backward; each keeps nothing else. No graph is recorded then."""
     ram_bytes: int = 0
     """What those inputs take there."""
+    sparing: bool = False
+    """:attr:`slimtune.engine.blocks.Pass.sparing`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class _Shape:
 
     def memory(self, plan: MemoryPlan) -> Memory:
         """What blocks are asked about."""
-        return Memory(plan.part_tokens, plan.mlp_tokens, self.ways, plan.padded_room)
+        return Memory(plan.part_tokens, plan.mlp_tokens, self.ways, plan.padded_room, plan.sparing)
 
     def added_seconds(self, plan: MemoryPlan) -> float:
         """Time that the plan adds to the products of a forward and a backward that keep everything."""
@@ -135,10 +137,18 @@ class _Shape:
         return added
 
     def filled(
-        self, part_tokens: int, mlp_tokens: int, head_tokens: int, padded_room: int, budget: float, ram: int = 0
+        self,
+        part_tokens: int,
+        mlp_tokens: int,
+        head_tokens: int,
+        padded_room: int,
+        budget: float,
+        *,
+        sparing: bool = False,
+        ram: int = 0,
     ) -> MemoryPlan:
         """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes."""
-        count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room)
+        count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room, sparing)
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
         }
@@ -175,14 +185,13 @@ class _Shape:
         in_ram = tuple(index for index in away if keep[index] == Keep.INPUT)
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes,
-            in_ram, len(in_ram) * stream,
+            in_ram, len(in_ram) * stream, sparing,
         )  # fmt: skip
 
     def _head_bytes(self, tokens: int, head_tokens: int) -> int:
-        layer = self.layers[0]
-        return min(head_tokens, tokens) * self.vocabulary * layer.dtype.itemsize + 4 * tokens * layer.hidden * (
-            layer.dtype.itemsize
-        )
+        # Logits; of their tokens the pair, its sum, and what is normalised; for all tokens the pair and its gradient.
+        layer, chunk = self.layers[0], min(head_tokens, tokens)
+        return (chunk * (self.vocabulary + 4 * layer.hidden) + 3 * tokens * layer.hidden) * layer.dtype.itemsize
 
 
 def _sizes(tokens: int, longest: int, padded: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -225,8 +234,8 @@ def plan_memory(
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
     plans: list[MemoryPlan] = []
-    for room in dict.fromkeys((0, ram)):
-        plans = [shape.filled(*size, budget, room) for size in sizes]
+    for sparing, room in dict.fromkeys(((False, 0), (True, 0), (True, ram))):
+        plans = [shape.filled(*size, budget, sparing=sparing, ram=room) for size in sizes]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:
             return min(fitting, key=shape.added_seconds)

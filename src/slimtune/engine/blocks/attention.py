@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.attention import Attention
+from slimtune.engine.attention import Attention, heads_at_once
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.blocks.heads import Heads, by_heads
-from slimtune.engine.kernels import mlp
+from slimtune.engine.kernels import mlp, rope
 from slimtune.engine.structure import SelfAttention
 from slimtune.engine.weights import Scratch
 
@@ -116,13 +116,12 @@ class AttentionBlock(TwoProjections):
         if kept is None:
             assert n is not None
             kept = self._attend(n, on)
-        do = self.o.backward(dy, kept.o, on.seed, sinks.get(self.o))
-        assert do is not None
-        dqkv = self._attention_backward(do, kept, on)
+        dqkv = self._attention_backward(self.o.backward(dy, kept.o, on.seed, sinks.get(self.o)), kept, on)
         return self.qkv.backward(dqkv, n, on.seed, sinks.get(self.qkv), need_dx=need_dx)
 
-    def _attention_backward(self, do: Tensor, kept: _Kept, on: Pass) -> Tensor:
+    def _attention_backward(self, do: Tensor | None, kept: _Kept, on: Pass) -> Tensor:
         """The gradient of qkv's product, [T, its columns]."""
+        assert do is not None
         result = kept.o[:, : self.o.inputs]
         if kept.gate is not None:
             assert kept.attended is not None
@@ -130,6 +129,8 @@ class AttentionBlock(TwoProjections):
             do = result.clone()
             mlp.gated_backward_(through, kept.gate, do, activation="sigmoid")
         o, do = (by_heads(x, self.part.head_dim) for x in (result, do))
+        if on.sparing and self._alone:
+            return self._backward_in_place(do, o, kept, on)
         dq, dk, dv = self._attention(on).backward(do, kept.q, kept.k, kept.v, o, kept.attention)
         self._grow_(dq, on)
         if self.part.borrows is not None:
@@ -138,6 +139,26 @@ class AttentionBlock(TwoProjections):
         if self.part.lends is not None:
             dk, dv = on.lent[self.part.lends].with_own(dk, dv)
         dqkv = self.heads.backward(dq, dk, dv, kept.qkv, kept.rstd, self._turn(on))
+        return dqkv if kept.gate is None else self._with_gate(dqkv, kept.gate)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether q, k and v are nobody else's, so that their gradients may take their places."""
+        return self.part.lends is None and self.part.borrows is None and not self.part.keys_are_values
+
+    @property
+    def _normed(self) -> bool:
+        return any(over is not None for over in (self.part.q_norm, self.part.k_norm, self.part.v_norm))
+
+    def _backward_in_place(self, do: Tensor, o: Tensor, kept: _Kept, on: Pass) -> Tensor:
+        """As :meth:`_attention_backward`, with q, k and v becoming their gradients."""
+        self._attention(on).backward_in_place(do, kept.q, kept.k, kept.v, o, kept.attention)
+        self._grow_(kept.q, on)
+        turn, dqkv = self._turn(on), kept.qkv
+        if self._normed:
+            dqkv = self.heads.backward(kept.q, kept.k, kept.v, kept.qkv, kept.rstd, turn)
+        elif turn:
+            rope.rope_(kept.q, kept.k, *turn, inverse=True)
         return dqkv if kept.gate is None else self._with_gate(dqkv, kept.gate)
 
     # -- sizes ----------------------------------------------------------------------------------------------------
@@ -170,6 +191,8 @@ class AttentionBlock(TwoProjections):
         """See :meth:`Block.working_bytes`."""
         part, tokens, size = self.part, memory.tokens, self.dtype.itemsize
         q, qkv, hidden = part.heads * part.head_dim, (part.heads + 2 * part.kv_heads) * part.head_dim, self.o.outputs
+        if memory.sparing and self._alone:
+            return self._sparing_bytes(memory, q, qkv)
         # FlashAttention-2's backward sums dq in float32; cuDNN's likewise. dq, dk, dv lie beside the merged gradient.
         attention = tokens * (2 * qkv * size + 2 * q * size + 4 * q + 2 * hidden * size)
         # The product beside what it is split into, or its gradient beside theirs; what attention gave once more.
@@ -178,6 +201,17 @@ class AttentionBlock(TwoProjections):
             # dq's sums for a run's documents, each as long as its longest; k, v, dk and dv with q's heads, and o.
             attention += 4 * q * (max(2 * tokens, memory.padded_room) - tokens) + tokens * 5 * q * size
         return attention
+
+    def _sparing_bytes(self, memory: Memory, q: int, qkv: int) -> int:
+        part, tokens, size = self.part, memory.tokens, self.dtype.itemsize
+        # Of a group: dq, dk, dv, dq's sums in float32, dk and dv of each query head, and copies of o and do.
+        group = tokens * (qkv * size + 4 * q + 4 * q * size)
+        if memory.ways[part.kind] == "efficient":
+            group += 4 * q * (max(2 * tokens, memory.padded_room) - tokens) + tokens * 5 * q * size
+        group = group * heads_at_once(tokens, part.heads, part.kv_heads) // part.kv_heads
+        # do for all heads beside it, or dx once they are gone; the gradient's way back through norms isn't in place.
+        columns = max(q + self.o.extra, self.columns) + qkv * self._normed
+        return group + tokens * (columns + (self.qkv.outputs + 2 * q) * part.gated) * size
 
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""

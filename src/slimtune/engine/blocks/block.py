@@ -112,6 +112,8 @@ class Pass:
     """int64 scalar of this micro-batch's dropout; None: no dropout (evaluation)."""
     mlp_tokens: int
     """Tokens that a feed-forward takes at once; fewer need less memory."""
+    sparing: bool = False
+    """Backwards spare memory: attention goes by groups of heads, and a branch's input is normalised again."""
     lent: dict[str, Lent] = field(default_factory=dict)
     """What blocks made for later layers, by name."""
 
@@ -141,6 +143,8 @@ class Memory:
     ways: Mapping[ScoresKind, Way]
     padded_room: int
     """What :func:`slimtune.engine.attention.padded_tokens` may be in one call."""
+    sparing: bool = False
+    """:attr:`Pass.sparing`."""
 
 
 class Block(ABC):

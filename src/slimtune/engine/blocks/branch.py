@@ -44,11 +44,11 @@ class BranchComputation:
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None
+        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None, *, own_x: bool = False
     ) -> tuple[Tensor, Tensor, BranchSaved]:
-        """The stream after it as a pair to be added, both [T, H], and what it kept."""
+        """The stream after it as a pair to be added, both [T, H], and what it kept; ``own_x``: x may be overwritten."""
         branch = self.branch
-        saved = self.enter(x, residual)
+        saved = self.enter(x, residual, own_x=own_x)
         assert saved.inputs is not None
         results = [block.forward(n, on, keep) for block, n in zip(self.blocks, saved.inputs, strict=True)]
         y = results[0][0]
@@ -68,24 +68,25 @@ class BranchComputation:
         past = saved.s if branch.carry is None or branch.carry == 1.0 else saved.s * branch.carry
         return y if branch.scale == 1.0 else y.mul_(branch.scale), past, kept
 
-    def enter(self, x: Tensor, residual: Tensor | None) -> BranchSaved:
-        """The stream's sum, normalised into the blocks' input buffers."""
+    def enter(self, x: Tensor, residual: Tensor | None, *, own_x: bool = False) -> BranchSaved:
+        """The stream's sum, normalised into the blocks' input buffers; it may take x's place if that is given up."""
         first, over = self.blocks[0], self.branch.norm
         if over is None:
-            s = x if residual is None else x + residual
+            s = x if residual is None else torch.add(x, residual, out=x if own_x else None)
             return BranchSaved(s, None, tuple(self._filled(block, s) for block in self.blocks), fresh=True)
         n, hidden = x.new_empty(x.shape[0], first.columns), x.shape[1]
         _, s, rstd = norm.norm_forward(
-            x, over.weight, over.eps, residual=residual, centred=over.centred, out=n[:, :hidden]
-        )
+            x, over.weight, over.eps, residual=residual, centred=over.centred, out=n[:, :hidden],
+            out_sum=x if own_x else None,
+        )  # fmt: skip
         others = (self._filled(block, n[:, :hidden]) for block in self.blocks[1:])
         return BranchSaved(s, rstd, (n, *others), fresh=True)
 
-    def again(self, x: Tensor, residual: Tensor | None, on: Pass) -> BranchSaved:
+    def again(self, x: Tensor, residual: Tensor | None, on: Pass, *, own_x: bool = False) -> BranchSaved:
         """What the backward needs that nothing was kept for; the blocks compute again by themselves."""
         if self.branch.norm_after is None:
-            return self.enter(x, residual)
-        return self.forward(x, residual, on, Keep.ATTENTION)[2]
+            return self.enter(x, residual, own_x=own_x)
+        return self.forward(x, residual, on, Keep.ATTENTION, own_x=own_x)[2]
 
     @staticmethod
     def _filled(block: Block, n: Tensor) -> Tensor:
