@@ -90,9 +90,6 @@ def in_16_bits(model: nn.Module) -> nn.Module:
 
 
 def check(family: str, targets: Any) -> dict[str, Any]:
-    from slimtune.engine import read_delta
-
-    read_delta._ON_CPU_ALONE = False  # what runs may not take on a GPU before this has shown it
     model = models.add_lora(models.make_base(family), target_modules=targets)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:

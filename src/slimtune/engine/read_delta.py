@@ -12,7 +12,6 @@ from slimtune.engine.structure import CannotFuse, GatedDelta, Norm, Projection
 
 __all__ = ["input_names", "read_delta"]
 
-_ON_CPU_ALONE = True
 _BY_KEY_HEAD = ("in_proj_qkvz", "in_proj_ba")
 _SIDE_BY_SIDE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
@@ -28,8 +27,6 @@ def read_delta(name: str, module: Any, inputs: Projection, out: Projection, norm
     Raises:
         CannotFuse: Its sizes don't come out, or it has or trains what the engine doesn't compute.
     """
-    if _ON_CPU_ALONE and module.A_log.device.type == "cuda":
-        raise CannotFuse(f"{name} has a state, which the engine computes on a CPU alone")
     sizes = module.num_k_heads, module.num_v_heads, module.head_k_dim, module.head_v_dim
     heads, conv = DeltaHeads(*map(int, sizes)), module.conv1d
     mixed, values = sum(heads.columns), heads.columns[2]
