@@ -92,8 +92,8 @@ def is_right(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: 
         right = False
     if not right:
         warnings.warn(
-            f"slimtune's gated delta rule is wrong, or has no kernel, on {device} in {dtype}, heads of {key_dim} and {value_dim}: plain "
-            "products are taken, which are slower",
+            f"slimtune's gated delta rule is wrong, or has no kernel, on {device} in {dtype}, heads of {key_dim} and "
+            f"{value_dim}: plain products are taken, which are slower",
             stacklevel=2,
         )
     return right
