@@ -4,7 +4,8 @@ Trains LoRA on MODEL (a folder or hub id; SmolLM2-135M in the kept results) with
 same seed and order, by `slimtune train`'s own recipe: unfused in bf16, fused in bf16, fused in fp16 as a T4-class card
 needs it (memory capped at 15 GiB, and its kernel for attention), fused with padding instead of packing. Writes each
 loss curve, the mean relative difference from the unfused one, and any non-finite value. With ``--small`` the model is a
-small one of that family with MODEL's tokenizer, trained here from random weights on DATA's text before.
+small one of that family with MODEL's tokenizer, trained here from random weights on DATA's text before. Where the
+unfused model can't keep a pack's documents apart, it gets the same documents as rows of the same step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import statistics
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +24,12 @@ from unittest import mock
 import torch
 from peers import HERE, machine
 
+from slimtune.batch import MicroBatch
 from slimtune.config import Config
+from slimtune.plan import Choice
 from slimtune.recipes import finetune
+from slimtune.training.isolation import lay_out
+from slimtune.training.layout import Layout
 
 CAP = 15 * 2**30
 RUNS: dict[str, dict[str, Any]] = {
@@ -46,6 +52,13 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
 _WINDOWS = {"sliding_window": 128, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
+_STATES = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 _EXPERTS = {"num_experts": 16, "moe_intermediate_size": 128}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_WINDOWS, "query_pre_attn_scalar": 64}),
@@ -61,6 +74,16 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-moe": ("GraniteMoeConfig", {
         "num_local_experts": 16, "num_experts_per_tok": 4, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
         "attention_multiplier": 0.125, "logits_scaling": 4.0, "intermediate_size": 128,
+    }),
+    "gpt-oss": ("GptOssConfig", {
+        "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 128, "sliding_window": 128,
+    }),
+    "qwen3.5": ("Qwen3_5TextConfig", {**_STATES, "tie_word_embeddings": True}),
+    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", {
+        **_STATES, **_EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 128,
+    }),
+    "qwen3-next": ("Qwen3NextConfig", {
+        **_STATES, **_EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 128,
     }),
 }  # fmt: skip
 """Small models of families whose published ones are too large to train from the beginning."""
@@ -104,6 +127,21 @@ def small_model(name: str, source: str, data: str, folder: Path, *, steps: int =
     return {"tokens": len(ids), "steps": steps, "first": losses[0], "last": statistics.fmean(losses[-10:])}
 
 
+class _Rows(Layout):
+    """The documents of a pack as padded rows."""
+
+    def pieces(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        return [replace(MicroBatch.of(batch), padded=True).inputs()]
+
+
+def _same_documents(config: Config, model: Any, *, fused: bool) -> tuple[Layout | None, list[Choice]]:
+    """As :func:`slimtune.training.isolation.lay_out`, but each step has the documents of a pack in every case."""
+    layout, choices = lay_out(config, model, fused=fused)
+    if layout is None or layout.kind == "packed" or not config.packing:
+        return layout, choices
+    return _Rows(model, "padded"), []
+
+
 def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """The losses of one run, and its speed and peak."""
     if torch.cuda.is_available():
@@ -117,7 +155,10 @@ def curve(model: str, data: str, steps: int, options: dict[str, Any]) -> dict[st
             **({"compute_dtype": "bf16"} if torch.cuda.is_available() else {}) | options,
         )  # fmt: skip
         as_a_t4 = options.get("compute_dtype") == "fp16" and torch.cuda.is_available()
-        with mock.patch("slimtune.engine.inputs.choose", return_value="efficient") if as_a_t4 else nullcontext():
+        with (
+            mock.patch("slimtune.engine.inputs.choose", return_value="efficient") if as_a_t4 else nullcontext(),
+            mock.patch("slimtune.recipes.lay_out", _same_documents),
+        ):
             run = finetune(config)
         records = [record for record in run.metrics() if "step_seconds" in record]
     losses = [record["loss"] for record in records]
