@@ -30,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from curves import give_memory_
 from peers import HERE, machine
 
 from slimtune.base.load import load_base
@@ -148,7 +149,9 @@ def make_base(source: str, folder: Path, size: Size, seed: int) -> dict[str, Any
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = transformers.AutoModelForCausalLM.from_config(config).to(device).train()
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    give_memory_(model)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, size.steps + 1, pct_start=0.1)
     draw, losses = random.Random(seed), []
