@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,7 @@ from slimtune.base.tokenizer import remarks
 from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name, tokenizer_of
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
-from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches, held_out_batches, micro_batches
+from slimtune.data.packing import MicroBatches, batch_facts, held_out_batches, micro_batches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.render import Manner, renderer_for
 from slimtune.data.sources import check_sources
@@ -77,6 +78,7 @@ from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import check_adapter, tell_stranded
 from slimtune.run.report import write_report
+from slimtune.run.samples import read_samples
 from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
 from slimtune.training.determinism import deterministic
@@ -254,7 +256,8 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
                 facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram
-                facts.verdict = judge(records, config, facts.training, trainer.saved_step, facts.data.get("held_out"))
+                step, held_out, sampled = trainer.saved_step, facts.data.get("held_out"), read_samples(run.samples())
+                facts.verdict = judge(records, config, facts.training, step, held_out, sampled)
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room
@@ -571,7 +574,7 @@ def _facts(ready: _Prepared, run: RunFolder, hardware: Hardware) -> Facts:
             bytes_now=sum(part.bytes_now for part in parts),
             fingerprint_before=fingerprint(base.model),
         ),
-        data=ready.proof.facts | _batch_facts(ready.data, ready.choices),
+        data=ready.proof.facts | batch_facts(ready.data, {choice.key: choice.reason for choice in ready.choices}),
         choices=[ChoiceFact(**asdict(choice)) for choice in ready.choices],
         versions=library_versions(),
         hardware=hardware.as_dict(),
@@ -584,16 +587,3 @@ def _resolve_targets(config: Config, base: Base) -> tuple[Config, list[Choice]]:
         return config, []
     names, reason = default_targets(base.model)
     return config.model_copy(update={"targets": names}), [Choice("targets", ", ".join(names), reason)]
-
-
-def _batch_facts(data: MicroBatches, choices: list[Choice]) -> dict[str, Any]:
-    packed = isinstance(data, PackedBatches)
-    could = isinstance(data, FilledBatches) and not packed
-    why = next((choice.reason for choice in choices if could and choice.key == "layout"), "asked for")
-    return {
-        "packed": packed,
-        "unpacked": None if packed else why,
-        "micro_batches_per_epoch": data.per_epoch,
-        "pack_tokens": data.tokens if isinstance(data, PackedBatches) else None,
-        "fill": data.fill if isinstance(data, FilledBatches) else None,
-    }

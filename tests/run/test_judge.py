@@ -14,6 +14,7 @@ from slimtune.config import Config
 from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import bootstrap
 from slimtune.run.judge import judge, parts_record
+from slimtune.run.samples import Sampled, read_samples
 from slimtune.run.verdict import advice_text, is_worse, tell_verdict, verdict_text
 
 TOKENS = [10, 20, 30, 40, 50, 60, 70, 80]
@@ -116,3 +117,55 @@ def test_both_languages_say_the_same_numbers(losses: dict[int, float] | None) ->
     assert section is not None
     status = {"better": "proved", "worse": "broken", "same": "told", "unmeasured": "unmeasured"}[found["outcome"]]
     assert section.statements[0].status == status
+
+
+def stuck_samples(*steps: int) -> Sampled:
+    """Three prompts, answered well before the training and endlessly after ``steps``."""
+    return read_samples(
+        {
+            "step": step,
+            "samples": [
+                {"row": f"rows.jsonl:{at}", "prompt": f"{at}?", "expected": "Yes.", "ended": "length",
+                 "reply": "abre " * 20 if step in steps else "Yes, it is so."}
+                for at in range(3)
+            ],
+        }
+        for step in (0, 60)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate", "advice"),
+    [
+        ({0: 3.0, 20: 1.0, 60: 1.0}, 1e-3, "slower"),
+        ({0: 3.0, 20: 1.0, 60: 1.0}, 2e-4, ""),
+        ({0: 3.0, 20: 1.0, 60: 2.0}, 2e-4, "shorter"),
+    ],
+)
+def test_replies_that_got_stuck_are_worse_whatever_the_loss_is(
+    losses: dict[int, float], rate: float, advice: str
+) -> None:
+    records = [evaluation(step, loss) for step, loss in losses.items()]
+    config = Config.make(learning_rate=rate)
+    found = judge(records, config, TRAINING, 60, HELD_OUT, stuck_samples(60))
+    assert (found.outcome, found.by_replies, found.stuck, found.answered) == ("worse", True, 3, 3)
+    assert found.advice == advice
+    assert is_worse({"verdict": vars(found)})
+    for say, word in ((lambda en, zh: en, "abre abre"), (lambda en, zh: zh, "不停地重复自己")):
+        text = verdict_text(vars(found), vars(TRAINING), say)
+        assert word in text
+        assert "abre" in text
+        assert "No checkpoint is better" not in advice_text(vars(found), say)
+    if advice == "shorter":
+        assert "checkpoint-20" in advice_text(vars(found), lambda en, zh: en)
+    sound = judge(records, config, TRAINING, 60, HELD_OUT, stuck_samples())
+    assert (sound.outcome, sound.by_replies, sound.stuck) == ("better", False, 0)
+
+
+def test_a_loss_that_rose_and_replies_that_got_stuck_are_both_told() -> None:
+    records = [evaluation(step, loss) for step, loss in {0: 3.0, 60: 9.0}.items()]
+    found = judge(records, Config.make(learning_rate=5), TRAINING, 60, HELD_OUT, stuck_samples(60))
+    assert (found.outcome, found.by_replies, found.advice) == ("worse", False, "slower")
+    text = verdict_text(vars(found), vars(TRAINING), lambda en, zh: en)
+    assert text.startswith("WORSE than before the training on 8 held-out documents")
+    assert "3 of 3 replies" in text

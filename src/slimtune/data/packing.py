@@ -38,6 +38,7 @@ __all__ = [
     "PaddedBatches",
     "assign_packs",
     "assign_rows",
+    "batch_facts",
     "held_out_batches",
     "micro_batches",
 ]
@@ -254,6 +255,18 @@ def held_out_batches(documents: Documents, config: Config) -> MicroBatches:
         return PaddedBatches(documents, batch_size=1, seed=config.seed)
     share = max(int(documents.lengths.max()), -(-documents.tokens // _UNITS))
     return micro_batches(documents, config, -(-share // _TILE) * _TILE)
+
+
+def batch_facts(data: MicroBatches, reasons: Mapping[str, str]) -> dict[str, Any]:
+    """How documents fill micro-batches, as a run's facts have it; ``reasons`` says why of each key that was chosen."""
+    packed, filled = isinstance(data, PackedBatches), isinstance(data, FilledBatches)
+    return {
+        "packed": packed,
+        "unpacked": None if packed else reasons.get("layout", "asked for") if filled else "asked for",
+        "micro_batches_per_epoch": data.per_epoch,
+        "pack_tokens": data.tokens if isinstance(data, PackedBatches) else None,
+        "fill": data.fill if isinstance(data, FilledBatches) else None,
+    }
 
 
 def assign_rows(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[npt.NDArray[np.int64], int]:

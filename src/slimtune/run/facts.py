@@ -181,6 +181,14 @@ class VerdictFacts:
     """longer, shorter, slower, or nothing."""
     suggestion: str = ""
     """The flag that follows it."""
+    answered: int = 0
+    """Held-out prompts that were answered before the first step and at the end."""
+    stuck: int = 0
+    """Replies at the end that are one piece of text over and over (:mod:`slimtune.run.repeats`)."""
+    stuck_reply: str = ""
+    """The first of them."""
+    by_replies: bool = False
+    """It is worse by these replies, and not by its loss."""
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 Every evaluation leaves the losses of the held-out data's parts in ``metrics.jsonl`` (:func:`parts_record`). Two
 evaluations are compared part by part: the interval of their difference is that of resampled parts
-(:func:`slimtune.run.interval.bootstrap`), so that how hard the rows are by themselves doesn't count.
+(:func:`slimtune.run.interval.bootstrap`), so that how hard the rows are by themselves doesn't count. A model whose
+replies have got stuck (:mod:`slimtune.run.repeats`) is worse whatever its loss is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy.typing as npt
 from slimtune.config import Config
 from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import Interval, bootstrap
+from slimtune.run.repeats import Stuck, stuck_replies
+from slimtune.run.samples import Sampled
 
 __all__ = ["judge", "parts_record"]
 
@@ -54,6 +57,7 @@ def judge(
     training: TrainingFacts,
     step: int,
     held_out: Mapping[str, Any] | None,
+    sampled: Sampled | None = None,
 ) -> VerdictFacts:
     """Compare what was saved with what the training began with.
 
@@ -63,6 +67,7 @@ def judge(
         training: What its training did.
         step: The optimizer step that was saved.
         held_out: What the data's proof says of the held-out documents; None if there are none.
+        sampled: What held-out prompts were answered.
     """
     found = {record["step"]: _parts(record) for record in records if "held_out_nats" in record}
     start, end = found.get(0), found.get(step)
@@ -78,9 +83,15 @@ def judge(
         outcome = "worse"
     elif _falls(change):
         outcome = "better"
+    replies = stuck_replies(sampled, step) if sampled is not None else Stuck()
     advice = _advice(outcome, same, best, step)
     if outcome == "same" and advice == "longer" and config.learning_rate > HIGH_RATE:
         advice = "slower"
+    by_replies = replies.most and outcome != "worse"
+    if by_replies:
+        outcome = "worse"
+        if advice != "shorter":
+            advice = "slower" if config.learning_rate > USUAL_RATE else ""
     return VerdictFacts(
         outcome=outcome,
         documents=held_out["documents"],
@@ -92,6 +103,10 @@ def judge(
         best_loss=None if best is None else trained[best],
         advice=advice,
         suggestion=_suggestion(advice, config, training, best, step),
+        answered=replies.answered,
+        stuck=replies.stuck,
+        stuck_reply=replies.example,
+        by_replies=by_replies,
     )
 
 

@@ -19,6 +19,8 @@ from slimtune.run.statement import (
 
 __all__ = ["advice_text", "is_worse", "tell_verdict", "verdict_text"]
 
+STUCK_SHOWN = 40
+"""Characters of a reply that repeats itself."""
 _STATUS: dict[str, Status] = {"better": "proved", "worse": "broken", "same": "told", "unmeasured": "unmeasured"}
 
 
@@ -55,12 +57,30 @@ def verdict_text(verdict: Facts, training: Facts, say: Say) -> str:
     if verdict.get("change") is not None:
         change = _signed(verdict["change"])
         losses_en, losses_zh = f"{losses_en}, {change}", f"{losses_zh}，变化 {change}"
+    stuck = _stuck(verdict, say)
+    if verdict.get("by_replies"):
+        return say(
+            f"WORSE than before the training, as {stuck}. {sentence(on)}: {losses_en}.",
+            f"比训练前更差：{stuck}。{on}，{losses_zh}。",
+        )
     told = {
         "better": (f"better than before the training {on}: {losses_en}.", f"比训练前更好：{on}，{losses_zh}。"),
         "worse": (f"WORSE than before the training {on}: {losses_en}.", f"比训练前更差：{on}，{losses_zh}。"),
         "same": (f"no change that can be told {on}: {losses_en}.", f"看不出变化：{on}，{losses_zh}。"),
     }
-    return say(*told[outcome])
+    return say(*told[outcome]) + (say(f" {sentence(stuck)}.", f"{stuck}。") if stuck else "")
+
+
+def _stuck(verdict: Facts, say: Say) -> str:
+    """Of replies that are one piece of text over and over; empty if none is."""
+    count, of = verdict.get("stuck"), verdict.get("answered")
+    if not count:
+        return ""
+    example = code(f"{str(verdict.get('stuck_reply'))[:STUCK_SHOWN]}…")
+    return say(
+        f"{count} of {of} replies to held-out prompts repeat themselves without an end ({example}), and didn't before",
+        f"{of} 个留出提示的回答中有 {count} 个不停地重复自己（{example}），训练前并非如此",
+    )
 
 
 def advice_text(verdict: Facts, say: Say) -> str:
@@ -80,7 +100,7 @@ def advice_text(verdict: Facts, say: Say) -> str:
         )
     if advice == "slower":
         nothing = ""
-        if best is not None and verdict["outcome"] == "worse":
+        if best is not None and verdict["outcome"] == "worse" and not verdict.get("by_replies"):
             nothing = say("No checkpoint is better than the start. ", "没有一个检查点好于训练前。")
         return nothing + say(f"Take a lower learning rate: {flag}.", f"请降低学习率：{flag}。")
     return ""
