@@ -10,18 +10,18 @@ are judged: their score over that of the grid's best. Every training is a line o
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import multiprocessing
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tasks import TASKS, score
+from workers import results_of
 
 CHOSEN_ON = ("home", "dates", "labels")
 PROVEN_ON = ("orders", "sorting")
@@ -60,16 +60,12 @@ def _jobs(part: str) -> Iterator[dict[str, Any]]:
 
 def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     """One training, and the score of what it made."""
-    import torch
-
     from slimtune.base.tokenizer import load_tokenizer
     from slimtune.config import Config
     from slimtune.recipes import finetune
     from slimtune.use.ask import ask
 
-    torch.set_num_threads(1)
-    started, pairs = time.monotonic(), TASKS[job["task"]].pairs()
-    train, test = (part[:12] if tiny else part for part in pairs)
+    train, test = (part[:12] if tiny else part for part in TASKS[job["task"]].pairs())
     asked = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in train
     ]
@@ -110,19 +106,7 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
         "steps": facts["training"]["steps"],
         "decided": [config.learning_rate, config.pack_tokens, config.gradient_accumulation, config.epochs],
         "example": replies[-1][0],
-        "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def _worker(work: Any, done: Any, base: str, until: float, tiny: bool) -> None:
-    slowest = 10.0
-    try:
-        while (job := work.get()) is not None and time.time() + slowest < until:
-            began = time.time()
-            done.put(trained(job, base, tiny=tiny))
-            slowest = max(slowest, 1.2 * (time.time() - began))
-    finally:
-        done.put(None)
 
 
 def shares(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -153,28 +137,11 @@ def main() -> None:
     from slimtune.base.named import model_source
 
     model_source(options.model)  # the embedded one is converted once, not by each worker
-    until = time.time() + options.seconds
-    context = multiprocessing.get_context("spawn")
-    work, done = context.Queue(), context.Queue()
     todo = list(jobs(options.parts))
     if options.tiny:
         todo = todo[:: max(1, len(todo) // 4)]
-    for job in [*todo, *[None] * options.workers]:
-        work.put(job)
-    workers = [
-        context.Process(target=_worker, args=(work, done, options.model, until, options.tiny), daemon=True)
-        for _ in range(options.workers)
-    ]
-    for worker in workers:
-        worker.start()
-    results, busy = [], len(workers)
-    while busy:
-        result = done.get()
-        if result is None:
-            busy -= 1
-            continue
-        results.append(result)
-        print(json.dumps(result), flush=True)
+    do = functools.partial(trained, base=options.model, tiny=options.tiny)
+    results = results_of(todo, do, workers=options.workers, seconds=options.seconds)
     summary = list(shares(results))
     for line in summary:
         print(json.dumps(line), flush=True)

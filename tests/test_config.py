@@ -220,3 +220,16 @@ def test_a_message_repeats_no_more_than_it_must() -> None:
     error = UserError("x" * 10**6 + "\x1b[31m", rule="\u202e\x07")
     assert len(str(error)) < 10_000
     assert not {"\x1b", "\x07", "\u202e"} & set(str(error))
+
+
+@pytest.mark.parametrize(("given", "value"), [("10%", 0.1), ("0.1", 0.1), (0.1, 0.1), ("100 %", 1.0), ("2.5%", 0.025)])
+def test_a_share_may_be_given_in_percent(given: Any, value: float) -> None:
+    assert Config.make(rehearse=given).rehearse == pytest.approx(value)
+    if value < 1:
+        assert Config.make(eval_share=given).eval_share == pytest.approx(value)
+
+
+@pytest.mark.parametrize("given", ["%", "x%", "101%", "-1%", "inf%", "10%%"])
+def test_what_is_no_share_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match="rehearse"):
+        Config.make(rehearse=given)

@@ -161,6 +161,9 @@ class Config(BaseModel):
     eval_share: Fraction | Literal["auto"] = "auto"
     """Hold this share of the rows out of the training, to say what the run is worth on rows that it hasn't seen. auto:
     5 %, but 8 rows at least and 200 at most; none of fewer than 20 rows, and none where eval names data. 0: none."""
+    rehearse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Mix in general prompts, as many as this share of the rows (0.1 or 10%), with what the base answers to them before
+    the training, so that the adapter keeps what the base could. They stand in RUN/rehearsed.jsonl."""
 
     # -- training -----------------------------------------------------------------------------------------------------
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | Literal["auto"] = "auto"
@@ -248,6 +251,13 @@ class Config(BaseModel):
             if isinstance(values.get(key), str) and values[key] not in ("auto", "all-linear"):
                 values[key] = tuple(part.strip() for part in values[key].split(",") if part.strip())
         return values
+
+    @field_validator("rehearse", "eval_share", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        """``10%`` is 0.1."""
+        number = value.strip().removesuffix("%") if isinstance(value, str) else ""
+        return float(number) / 100 if isinstance(value, str) and "%" in value and _is_number(number) else value
 
     @field_validator("lora_bias")
     @classmethod
@@ -337,6 +347,13 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """This config as YAML that :func:`load_config` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _is_finite(value: Any) -> bool:

@@ -41,6 +41,8 @@ FEW_STEPS = 60
 """With fewer optimizer steps an adapter that begins at nothing has hardly moved."""
 MOST_EPOCHS = 20.0
 """Of few rows, more are learnt by heart."""
+REHEARSED_TOKENS = 256
+"""A general prompt with its answer takes no more, in most templates."""
 LEAST_DOCUMENTS = 4
 """Of a pack, on average: what a step of fewer says depends on which they are."""
 _TILE = 64
@@ -118,6 +120,8 @@ def resolve_amount(config: Config, train: Documents, held_out: Documents | None)
         UserError: The packs that were asked for don't hold the longest document.
     """
     longest = max(int(part.lengths.max()) for part in (train, held_out) if part is not None)
+    if config.rehearse and config.pack_tokens == "auto":
+        longest = max(longest, min(REHEARSED_TOKENS, config.batch_tokens))
     if config.packing and longest > config.batch_tokens:
         raise UserError(
             f"pack_tokens {config.batch_tokens:,} is less than the longest conversation, which has {longest:,} tokens",

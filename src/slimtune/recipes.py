@@ -96,6 +96,7 @@ from slimtune.training.trainer import SlimTrainer, adapter_facts
 from slimtune.use.ask import ask
 from slimtune.use.export import check_exportable, export_gguf
 from slimtune.use.load import Found, find
+from slimtune.use.rehearse import rehearse
 from slimtune.use.samples import Samples, choose
 
 __all__ = ["DemoResult", "demo", "finetune", "resume"]
@@ -301,6 +302,12 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config, for_amount = resolve_amount(config, proof.train, proof.eval)
     with screen.working("loading the base"):
         base = _load(config, hardware, watchdog)
+    if config.rehearse:
+        activity, answers = "answering general prompts", job.run.rehearsed_file
+        with screen.working(activity), watchdog.watching(activity):
+            beat = partial(watchdog.beat, activity)
+            line = rehearse(proof, config, base.model, tokenizer, answers, beat)
+        screen.say("rehearse", line)
     check_names(config, base.model)
     check_model(config, base.model)
     config, for_family = _resolve_targets(config, base)

@@ -21,6 +21,7 @@ from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.recipes import finetune, resume
 from slimtune.run.lock import lock_run
 from slimtune.training.resumable import ResumableTrainer
+from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
 
 
@@ -279,3 +280,36 @@ def test_a_new_run_can_start_from_an_adapter(small: Path, rows: Path, tmp_path: 
     shutil.rmtree(first.path)  # the checkpoint of a run that started from it has all that it gave
     shutil.rmtree(second.adapter)  # a finished run stays as it is
     assert campaign.adapter_sha256(resume(second.path).path) == before
+
+
+def test_what_a_run_rehearses_is_its_own_at_a_resume(
+    small: Path, rows: Path, tmp_path: Path, stop_in_step: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def answer(model: Any, tokenizer: Any, config: Config, count: int, file: Path, beat: Callable[[], None]) -> None:
+        asked.append(count)
+        campaign.make_rows(file, count)
+
+    monkeypatch.setattr(rehearsal, "answer", answer)
+    values: dict[str, Any] = {"rehearse": 0.25, "max_length": 256}
+    plain = finetune(config(str(small), rows, tmp_path / "plain", max_length=256))
+    whole = finetune(config(str(small), rows, tmp_path / "whole", **values))
+    stop_in_step(3)
+    with pytest.raises(StopRequested):
+        finetune(config(str(small), rows, tmp_path / "run", **values))
+    answers = tmp_path / "run" / "rehearsed.jsonl"
+    kept = answers.read_text()
+    answers.write_text(kept.replace("Say 0", "Say 9"))
+    with pytest.raises(UserError, match=r"data rehearsed\.jsonl"):
+        resume(tmp_path / "run")
+    answers.write_text(kept)
+    run = resume(tmp_path / "run")
+    assert asked == [7, 7]  # a quarter of the 28 documents that aren't held out
+    assert campaign.trajectory(run.path) == campaign.trajectory(whole.path)
+    assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
+    assert campaign.adapter_sha256(run.path) != campaign.adapter_sha256(plain.path)
+    data = run.read_json(run.facts_file)["data"]
+    assert data["rehearsed"]["documents"] == 7
+    # What is held out is the data's alone, and the same.
+    assert data["held_out"] == plain.read_json(plain.facts_file)["data"]["held_out"]

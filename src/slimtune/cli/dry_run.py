@@ -18,6 +18,7 @@ from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_m
 from slimtune.run.lines import data_line, packs_line, steps_line
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
+from slimtune.use.rehearse import wanted
 
 __all__ = ["dry_run"]
 
@@ -48,6 +49,10 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     screen.say("data", data_line(proof.facts))
     screen.say("packs", packs_line(data, config, None if isinstance(data, PackedBatches) else "asked for"))
     screen.say("steps", steps_line(steps, config, evaluates=proof.eval is not None))
+    if config.rehearse:
+        screen.say(
+            "rehearse", f"up to {wanted(config, proof.train):,} general prompts more, answered by the base first"
+        )
     for choice in choices:
         screen.say("chosen", f"{choice.key} {choice.value}: {choice.reason}")
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:

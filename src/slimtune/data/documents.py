@@ -28,7 +28,7 @@ import numpy.typing as npt
 from slimtune.data.sources import Place
 from slimtune.data.tokens import Ids
 
-__all__ = ["DocumentStore", "DocumentWriter", "Documents"]
+__all__ = ["DocumentStore", "DocumentWriter", "Documents", "Together"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -137,6 +137,31 @@ class Documents:
             begins, end = starts[part], starts[part.stop]
             totals[part] = np.add.reduceat(self.store.supervised[begins[0] : end], begins - begins[0], dtype=np.int32)
         return int(totals[self.chosen].sum(dtype=np.int64))
+
+
+class Together(Documents):
+    """Documents of one store, and behind them those of another."""
+
+    def __init__(self, first: Documents, second: Documents) -> None:
+        super().__init__(first.store, first.chosen)
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:  # noqa: D102 - the base says it
+        return np.concatenate([self._first.lengths, self._second.lengths])
+
+    def __getitem__(self, at: int) -> tuple[Ids, Mask]:
+        return self._first[at] if at < len(self._first) else self._second[at - len(self._first)]
+
+    def place(self, at: int) -> Place:  # noqa: D102 - the base says it
+        return self._first.place(at) if at < len(self._first) else self._second.place(at - len(self._first))
+
+    @property
+    def supervised_tokens(self) -> int:  # noqa: D102 - the base says it
+        return self._first.supervised_tokens + self._second.supervised_tokens
 
 
 def _parts(documents: int) -> Iterator[slice]:

@@ -4,6 +4,7 @@
 ``config.yaml``         the resolved config: what ran
 ``environment.json``    machine and library versions
 ``metrics.jsonl``       one JSON object a logged step
+``rehearsed.jsonl``     general prompts with the base's answers, if the run rehearses them
 ``samples.jsonl``       what held-out prompts were answered, one JSON object an evaluation
 ``ledger.jsonl``        each row of the data that was dropped or repaired, with its place and the reason
 ``facts.json``          what ``slimtune explain`` says, measured
@@ -62,6 +63,7 @@ class RunFolder:
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.jsonl"
+        self.rehearsed_file = path / "rehearsed.jsonl"
         self.ledger_file = path / "ledger.jsonl"
         self.facts_file = path / "facts.json"
         self.adapter = path / "adapter"

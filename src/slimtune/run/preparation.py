@@ -162,6 +162,8 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         told.append(Statement(say(text_en, f"修复了 {count:,} 行，所用规则见下表。")))
     if data.get("eval"):
         told.append(_held_out(data["eval"], say))
+    if data.get("rehearsed"):
+        told.append(_rehearsed(data["rehearsed"], say))
     if data.get("duplicates"):
         count = data["duplicates"]
         told.append(
@@ -191,6 +193,18 @@ def _held_out(data: Facts, say: Say) -> Statement:
             f"留出数据共读入 {rows:,} 行：{trained:,} 行留用，{dropped:,} 行弃用。{shout_zh}",
         ),
         "proved" if balanced else "broken",
+    )
+
+
+def _rehearsed(rehearsed: Facts, say: Say) -> Statement:
+    count, tokens = rehearsed["documents"], rehearsed["tokens"]
+    return Statement(
+        say(
+            f"Beside them {counted(count, 'general prompt')} with what the base itself had answered "
+            f"({tokens:,} tokens, `rehearsed.jsonl`) were trained on, so that the adapter keeps what the base could.",
+            f"此外还混入了 {count:,} 个通用提示，以及基座自己在训练前的回答（{tokens:,} 个词元，`rehearsed.jsonl`），"
+            f"使适配器保住基座原有的本领。",
+        )
     )
 
 

@@ -32,11 +32,15 @@ __all__ = [
     "tell_stranded",
 ]
 
-_SET_UP = frozenset({LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp"})
+_SET_UP = frozenset(
+    {LOCK, "log.txt", "ledger.jsonl", "stacks.txt", "checkpoints", ".config.yaml.tmp", "rehearsed.jsonl",
+     ".rehearsed.jsonl.tmp"}
+)  # fmt: skip
 """What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
 _FILES = re.compile(
-    r"(config\.yaml|environment\.json|(metrics|samples|ledger)\.jsonl|facts\.json|log\.txt|stacks\.txt|report\.(html|md)"
-    r"|compare\.(html|json)|\.lock|\.(config\.yaml|environment\.json|facts\.json|report\.(html|md))\.tmp)"
+    r"(config\.yaml|environment\.json|(metrics|samples|ledger|rehearsed)\.jsonl|facts\.json|log\.txt|stacks\.txt"
+    r"|report\.(html|md)|compare\.(html|json)|\.lock"
+    r"|\.(config\.yaml|environment\.json|facts\.json|rehearsed\.jsonl|report\.(html|md))\.tmp)"
 )
 _SAVED = re.compile(r"adapter|checkpoint-\d+")
 """Folders that list what is in them."""

@@ -34,10 +34,14 @@ def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -
         base: The loaded base's fingerprint.
         tokenizer: With the run's chat template.
     """
+    data = {text: content_hash(parse_source(text)) for text in (*config.data, *config.eval)}
+    if config.rehearse and config.output is not None:
+        answers = RunFolder(config.output).rehearsed_file
+        data[answers.name] = content_hash(parse_source(str(answers)))
     return Identity(
         config=config.model_dump(mode="json"),
         base=base,
-        data={text: content_hash(parse_source(text)) for text in (*config.data, *config.eval)},
+        data=data,
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
         python=platform.python_version(),

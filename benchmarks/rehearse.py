@@ -1,0 +1,146 @@
+"""Does rehearsing keep what a base could, and what does it cost? python benchmarks/rehearse.py [MODEL] [--seconds 190]
+
+Trains MODEL (SmolLM2-135M) on three small tasks (benchmarks/tasks.py) with three seeds, without ``rehearse`` and with
+several shares of it, else by slimtune's defaults but for the learning rates named below. Of each: the package's general
+set before and after (the share of the base's score that is kept), the task's score on 48 questions that it wasn't
+trained on, the held-out loss with its interval, and the seconds. ``--tiny`` takes a few steps of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks import TASKS, score
+from workers import results_of
+
+TRAINED_ON = ("home", "dates", "labels")
+RATES = (2e-4, 1e-3)
+SHARES = (0.0, 0.1, 0.25, 0.5)
+SEEDS = (1, 2, 3)
+_REPLY_TOKENS, _GENERAL_TOKENS = 40, 48
+_base_general: list[float] = []
+"""The base's score of each general question, once a process."""
+
+
+def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
+    """One training, and what its model can."""
+    from slimtune.config import Config
+    from slimtune.recipes import finetune
+    from slimtune.use.ask import ask
+    from slimtune.use.general import GENERAL
+
+    train, test = (part[:24] if tiny else part for part in TASKS[job["task"]].pairs())
+    general = GENERAL[:6] if tiny else GENERAL
+    found: dict[str, Any] = {}
+
+    def general_scores(model: Any, tokenizer: Any) -> list[float]:
+        replies = ask(model, tokenizer, [question.messages for question in general], _GENERAL_TOKENS)
+        return [float(question.is_right(reply)) for question, reply in zip(general, replies, strict=True)]
+
+    def look(model: Any, tokenizer: Any) -> None:
+        if not found:  # before the training
+            if not _base_general:
+                _base_general.extend(general_scores(model, tokenizer))
+            found["began"] = time.monotonic()
+            return
+        found["took"] = time.monotonic() - found["began"]
+        replies = ask(model, tokenizer, [[{"role": "user", "content": q}] for q, _ in test], _REPLY_TOKENS)
+        found["score"] = statistics.fmean(score(r, answer) for r, (_, answer) in zip(replies, test, strict=True))
+        found["general"] = general_scores(model, tokenizer)
+
+    with tempfile.TemporaryDirectory() as name:
+        file, began = Path(name) / "rows.jsonl", time.monotonic()
+        rows = (
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            for question, answer in train
+        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values: dict[str, Any] = {"save_steps": 10_000, "eval_steps": 10_000, **({"max_steps": 2} if tiny else {})}
+        config = Config.make(
+            model=base, data=str(file), output=Path(name) / "run", seed=job["seed"], rehearse=job["share"],
+            learning_rate=job["rate"], **values,
+        )  # fmt: skip
+        run = finetune(config, observe=look)
+        facts = run.read_json(run.facts_file)
+        whole = time.monotonic() - began
+    verdict, could = facts["verdict"], sum(_base_general)
+    return {
+        **job,
+        "score": found["score"],
+        "base_general": could / len(general),
+        "general": sum(found["general"]) / len(general),
+        "kept": sum(found["general"]) / max(1.0, could),
+        "kept_of_the_right": sum(map(min, found["general"], _base_general)) / max(1.0, could),
+        "loss": verdict["end"],
+        "outcome": verdict["outcome"],
+        "steps": facts["training"]["steps"],
+        "tokens": facts["training"]["tokens"],
+        "rehearsed": facts["data"].get("rehearsed"),
+        "training_seconds": round(found["took"], 1),
+        "run_seconds": round(whole, 1),
+    }
+
+
+def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Means over seeds and tasks, by rate and share; and of the held-out losses, how many lie within the interval of
+    the run without rehearsing of the same task and seed."""
+    without = {(r["task"], r["seed"], r["rate"]): r for r in results if not r["share"]}
+    for rate, share in itertools.product(RATES, SHARES):
+        found = [r for r in results if (r["rate"], r["share"]) == (rate, share)]
+        pairs = [(r, without[key]) for r in found if (key := (r["task"], r["seed"], rate)) in without]
+        pairs = [(r, other) for r, other in pairs if r["loss"] and other["loss"]]
+        if pairs:
+            yield {
+                "rate": rate, "share": share, "runs": len(found),
+                **{
+                    key: round(statistics.fmean(r[key] for r in found), 4)
+                    for key in ("kept", "kept_of_the_right", "general", "score", "training_seconds", "run_seconds")
+                },
+                "least_kept": min(r["kept"] for r in found),
+                "loss": round(statistics.fmean(r["loss"]["value"] for r, _ in pairs), 4),
+                "no_worse_than_without": sum(r["loss"]["value"] <= o["loss"]["high"] for r, o in pairs),
+            }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--seconds", type=float, default=1e6, help="no training begins that would end later")
+    parser.add_argument("--workers", type=int, default=12, help="trainings at once")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, help="write everything into this file")
+    options = parser.parse_args()
+    from slimtune.base.named import model_source
+
+    model_source(options.model)  # the embedded one is converted once, not by each worker
+    jobs = [
+        {"task": task, "seed": seed, "rate": rate, "share": share}
+        for task, seed, rate, share in itertools.product(TRAINED_ON, SEEDS, RATES, SHARES)
+    ]
+    random.Random(0).shuffle(jobs)  # one that is cut short has some of all
+    if options.tiny:
+        jobs = [job for job in jobs if job["share"] in (0.0, 0.25) and job["rate"] == RATES[0]][:2]
+    do = functools.partial(trained, base=options.model, tiny=options.tiny)
+    results = results_of(jobs, do, workers=options.workers, seconds=options.seconds)
+    lines = list(summary(results))
+    for line in lines:
+        print(json.dumps(line), flush=True)
+    print(f"{len(results)} of {len(jobs)} trainings", flush=True)
+    if options.out is not None:
+        from peers import machine
+
+        options.out.write_text(json.dumps({**machine(), "summary": lines, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
