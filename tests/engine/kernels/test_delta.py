@@ -126,5 +126,5 @@ def test_a_device_that_computes_it_wrongly_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(delta, "_backward", reference.delta_backward)
     assert delta.is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 32)
     monkeypatch.setattr(delta, "_backward", wrong)
-    with pytest.warns(UserWarning, match="wrong on cpu"):
+    with pytest.warns(UserWarning, match="wrong, or has no kernel, on cpu"):
         assert not delta.is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 32)
