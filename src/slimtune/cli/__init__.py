@@ -22,6 +22,7 @@ __all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]
 
 # verb: what its line in --help says. Its command stands in slimtune.cli.<verb> as `command`.
 VERBS = {
+    "init": "Ask for data, model and goal, and write run.yaml.",
     "train": "Fine-tune MODEL on DATA and save the adapter.",
     "demo": "The whole job on the embedded model: train, and see it learn.",
     "data": "Prove DATA row by row and show what the model will see.",

@@ -14,7 +14,7 @@ from slimtune.config import Config, read_yaml
 from slimtune.errors import UserError
 from slimtune.foreign import Line, recognised, translated
 
-__all__ = ["command"]
+__all__ = ["command", "flow"]
 
 
 @click.command()
@@ -72,14 +72,14 @@ def _yaml_line(line: Line, made: dict[str, Any], together: dict[str, Any]) -> st
         made: What stands there already; what this line adds goes in.
         together: What the whole file becomes, for values that go with others only.
     """
-    source = f"# {line.key}: {' '.join(_flow(line.value).split())}"
+    source = f"# {line.key}: {' '.join(flow(line.value).split())}"
     if not line.becomes:
         return f"{source} — {line.note}"
     written = []
     for key, value in line.becomes.items():
         if key in made:
             if made[key] != value:
-                written.append(f"{source} — would be {key}: {_flow(value)}")
+                written.append(f"{source} — would be {key}: {flow(value)}")
             continue
         refused = _refused({key: value}) and _refused({**together, key: value})
         if refused:
@@ -88,7 +88,7 @@ def _yaml_line(line: Line, made: dict[str, Any], together: dict[str, Any]) -> st
         if line.is_default and value == getattr(Config(), key):
             continue
         made[key] = value
-        written.append(f"{key}: {_flow(value)}  # {line.key}")
+        written.append(f"{key}: {flow(value)}  # {line.key}")
     return "\n".join(written) or ("" if line.is_default else f"{source} — as above")
 
 
@@ -101,7 +101,8 @@ def _refused(values: dict[str, Any]) -> str:
     return ""
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A value as YAML on one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("...\n").strip()
 
@@ -113,5 +114,5 @@ def documented_defaults() -> str:
     for name, field in Config.model_fields.items():
         description = " ".join((field.description or "").split())
         lines += ["", *(f"# {line}" for line in textwrap.wrap(description, 110))]
-        lines.append(f"{name}: {_flow(defaults[name])}")
+        lines.append(f"{name}: {flow(defaults[name])}")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,152 @@
+"""``slimtune init``: a few questions, and a config that `train` reads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimtune.base.embedded import EMBEDDED
+from slimtune.base.named import check_name
+from slimtune.cli.config import flow
+from slimtune.cli.early import check_files
+from slimtune.config import Config
+from slimtune.errors import SlimtuneError, UserError
+from slimtune.run.durable import replace_file
+
+__all__ = ["GOALS", "command", "models_here"]
+
+_MOST_MODELS = 6
+"""Of those on this machine that are listed."""
+_FOLDED = textwrap.TextWrapper(
+    78, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a run is for, and the keys that follow from it."""
+
+    title: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+GOALS = {
+    "task": Goal("a task or a tone, as my rows show it"),
+    "keep": Goal("the same, and it keeps what it can besides", {"rehearse": 0.1}),
+    "ollama": Goal("the same, and a file for Ollama and llama.cpp at the end", {"export": ["q8_0"]}),
+}
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("run.yaml"), show_default=True,
+              help="The file that is written.")  # fmt: skip
+@click.option("--data", help="The answer to the first question.")
+@click.option("--model", help="To the second.")
+@click.option("--goal", type=click.Choice(list(GOALS)), help="To the third.")
+def command(output: Path, data: str | None, model: str | None, goal: str | None) -> None:
+    """Ask three questions (data, model, goal) and write run.yaml for `slimtune train --config`.
+
+    What is given as an option isn't asked. Without a terminal nothing is asked.
+    """
+    if output.exists():
+        raise UserError(f"{output} is there already", way_out="Choose another file (-o), or delete it.")
+    missing = [f"--{name}" for name, value in (("data", data), ("model", model), ("goal", goal)) if value is None]
+    if missing and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError(
+            "init asks in a terminal, and here is none",
+            rule=f"Without one, it is told: {' '.join(missing)}",
+            way_out="Or begin with the documented defaults: slimtune config > run.yaml",
+        )
+    data = _given(data, check_files) or _asked("What is it to learn from? A file, a folder, or a hub id.", check_files)
+    known = list(dict.fromkeys([*models_here(), EMBEDDED, Config().model]))
+    model = _given(model, check_name) or _chosen(
+        "Which model? A number, a folder, or a hub id.", {name: _where(name) for name in known}, check_name
+    )
+    goal = goal or _chosen("What for?", {name: each.title for name, each in GOALS.items()}, _refuse)
+    _write(output, {"model": model, "data": [data], **GOALS[goal].keys})
+    command_line = f"slimtune train --config {shlex.quote(str(output))}"
+    lines = {f"{command_line} --dry-run": "what it would do", command_line: "train"}
+    width = max(map(len, lines))
+    click.echo(f"\n{output} is written.\n")
+    click.echo("\n".join(f"  {line:<{width}}  {what}" for line, what in lines.items()))
+
+
+def _given(value: str | None, check: Callable[[str], None]) -> str | None:
+    if value is not None:
+        check(value)
+    return value
+
+
+def _asked(question: str, check: Callable[[str], None]) -> str:
+    """The answer to a question, asked until it holds."""
+    click.echo(f"\n{question}")
+    while True:
+        answer = str(click.prompt("", prompt_suffix="> ")).strip()
+        try:
+            check(answer)
+        except SlimtuneError as error:
+            _show(error)
+            continue
+        return answer
+
+
+def _chosen(question: str, choices: dict[str, str], check: Callable[[str], None]) -> str:
+    """One of the choices, by its number, or another answer that holds."""
+    names, width = list(choices), max(map(len, choices))
+    lines = [f"  {at}  {name:<{width}}  {what}" for at, (name, what) in enumerate(choices.items(), 1)]
+
+    def taken(answer: str) -> None:
+        if not answer.isdigit():
+            if answer not in names:
+                check(answer)
+        elif not 1 <= int(answer) <= len(names):
+            raise UserError(f"there is no {answer}", way_out=f"A number from 1 to {len(names)}.")
+
+    answer = _asked("\n".join([question, *lines]), taken)
+    return names[int(answer) - 1] if answer.isdigit() else answer
+
+
+def _refuse(answer: str) -> None:
+    raise UserError(f"{answer!r} is none of these", way_out="A number, or its word.")
+
+
+def _show(error: SlimtuneError) -> None:
+    for line in (error.what, error.rule, error.way_out):
+        if line:
+            click.echo(_FOLDED.fill(line))
+
+
+def models_here() -> list[str]:
+    """Hub ids of the models whose config and weights lie in the hub's cache on this machine, the newest first."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    folders = [path for path in root.glob("models--*--*") if any(path.glob("snapshots/*/config.json"))]
+    folders = [path for path in folders if any(path.glob("snapshots/*/*.safetensors"))]
+    folders.sort(key=lambda path: -path.stat().st_mtime)
+    return ["/".join(path.name.split("--")[1:]) for path in folders[:_MOST_MODELS]]
+
+
+def _where(name: str) -> str:
+    if name == EMBEDDED:
+        return "135 M parameters, comes with a package: to try things out"
+    return "on this machine" if name in models_here() else "downloaded when it trains"
+
+
+def _write(output: Path, values: dict[str, Any]) -> None:
+    lines = ["# What `slimtune train --config` reads. `slimtune config` prints every key with its default."]
+    for key, value in Config.make(**values).model_dump(mode="json", include=set(values)).items():
+        meaning = " ".join((Config.model_fields[key].description or "").split())
+        lines += ["", *textwrap.wrap(meaning, 110, initial_indent="# ", subsequent_indent="# ")]
+        lines.append(f"{key}: {flow(value)}")
+    try:
+        replace_file(output, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{output} can't be written: {error.strerror}", way_out="Choose another file (-o).") from None

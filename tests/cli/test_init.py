@@ -1,0 +1,91 @@
+"""init: three questions in a terminal and none without; what it writes is a config that `train` takes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slimtune.cli.init import GOALS, models_here
+from slimtune.config import load_config
+from tests.cli.conftest import Done
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "rows: all.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n')
+    return file
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_what_is_told_isnt_asked(goal: str, run_here: Callable[..., Done], data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    words = ("init", "-o", str(file), "--data", str(data), "--model", "smollm2-135m", "--goal", goal)
+    done = run_here(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"slimtune train --config {file}" in done.stdout
+    config = load_config(file)
+    given = {"model": "smollm2-135m", "data": (str(data),), **GOALS[goal].keys}
+    assert config.model_fields_set == given.keys()
+    assert all(list(value) == list(getattr(config, key)) if isinstance(value, list | tuple)
+               else value == getattr(config, key) for key, value in given.items())  # fmt: skip
+    done = run_here(*words)
+    assert (done.returncode, file.read_text()) == (2, file.read_text())
+    assert "is there already" in done.stderr
+
+
+def test_without_a_terminal_nothing_is_asked(run_here: Callable[..., Done], data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    done = run_here("init", "-o", str(file), "--data", str(data))
+    assert done.returncode == 2
+    assert "Without one, it is told: --model --goal" in done.stderr
+    assert not file.exists()
+    done = run_here("init", "-o", str(file), "--data", f"{data}l")
+    assert "does not exist" in done.stderr or "here is none" in done.stderr
+
+
+def test_a_terminal_is_asked_until_the_answers_hold(data: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    main = "from slimtune.cli import main; main()"
+    command = [sys.executable, "-c", main, "init", "-o", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "COLUMNS": "80"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        said = ""
+        # One answer a question: what is typed ahead would be read all the same.
+        for answer in (f"{data}l", str(data), "7", "smollm", "1", "9", "nothing", "keep"):
+            while not said.endswith("> "):
+                said += os.read(ours, 4096).decode()
+            os.write(ours, f"{answer}\n".encode())
+            said += "\n"
+        assert process.wait(60) == 0, said
+        said += os.read(ours, 65_536).decode()
+    os.close(ours)
+    for line in (f"Did you mean {data}?", "A number from 1 to 2.", "Did you mean smollm2-135m?", "is none of these"):
+        assert " ".join(line.split()) in " ".join(said.split()), said
+    assert load_config(tmp_path / "run.yaml").model_dump(include={"model", "data", "rehearse"}) == {
+        "model": "smollm2-135m",
+        "data": (str(data),),
+        **GOALS["keep"].keys,
+    }
+
+
+def test_the_models_on_this_machine_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert models_here() == []
+    for name, files in (
+        ("models--a--whole", ("config.json", "model.safetensors")),
+        ("models--a--half", ("config.json",)),
+    ):
+        for file in files:
+            path = tmp_path / "hub" / name / "snapshots" / "1" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    assert models_here() == ["a/whole"]
