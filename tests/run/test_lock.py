@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.run.lock import LOCK, lock_run
+from slimtune.run.lock import LOCK, STOP, ask_to_stop, is_asked, is_locked, lock_run, take_request
 
 HOLD = """
 import sys, time
@@ -61,3 +62,29 @@ def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError, match=r"can't be locked: Is a directory \(.*\.lock\)"), lock_run(tmp_path):
         pass
+
+
+def test_who_looks_sees_the_owner_alone_and_is_in_nobodys_way(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    with lock_run(tmp_path):
+        assert is_locked(tmp_path)
+    with (tmp_path / LOCK).open() as looking:  # as is_locked does, for longer
+        fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert not is_locked(tmp_path)
+        release = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        release.start()
+        with lock_run(tmp_path):
+            assert is_held(tmp_path)
+        release.join()
+
+
+def test_a_request_to_stop_is_heard_once_and_is_the_sessions_own(tmp_path: Path) -> None:
+    assert not take_request(tmp_path)
+    ask_to_stop(tmp_path)
+    ask_to_stop(tmp_path)
+    with lock_run(tmp_path):
+        assert not is_asked(tmp_path)  # the session before this one was meant
+        (tmp_path / STOP).touch()  # by hand
+        assert is_asked(tmp_path)
+        assert take_request(tmp_path)
+        assert not take_request(tmp_path)

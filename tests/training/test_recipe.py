@@ -19,7 +19,8 @@ from slimtune import recipes
 from slimtune.config import Config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.recipes import finetune, resume
-from slimtune.run.lock import lock_run
+from slimtune.run.folder import RunFolder
+from slimtune.run.lock import ask_to_stop, lock_run
 from slimtune.training.resumable import ResumableTrainer
 from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
@@ -95,6 +96,18 @@ def test_evaluations_leave_the_adapter_as_it_is(small: Path, rows: Path, tmp_pat
     assert all(one["ended"] in ("stop", "length") for record in run.samples() for one in record["samples"])
     assert campaign.adapter_values(tmp_path / "with") == campaign.adapter_values(tmp_path / "without")
     assert sum("eval_loss" in line for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_stop_file_ends_the_step_and_the_run_goes_on(small: Path, rows: Path, tmp_path: Path) -> None:
+    whole = finetune(config(str(small), rows, tmp_path / "whole", eval_share=0.0))
+    asked = config(str(small), rows, tmp_path / "run", eval_share=0.0)
+    with pytest.raises(StopRequested, match="stopped by the run's stop file") as stopped:
+        finetune(asked, observe=lambda *_: ask_to_stop(tmp_path / "run"))
+    assert f"slimtune resume {tmp_path / 'run'}" in str(stopped.value)
+    assert [record["step"] for record in RunFolder(tmp_path / "run").metrics() if "loss" in record] == [1]
+    ask_to_stop(tmp_path / "run")  # nobody works on it
+    run = resume(tmp_path / "run")
+    assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class At(TrainerCallback):
 def stop_at(run: Any, step: int) -> Any:
     def ask(**_: Any) -> None:
         run.safety.signals.defer()  # as the step does, a moment later: before it a signal ends the run where it is
-        run.safety.signals.requested = signal.SIGTERM
+        run.safety.signals.requested = signal.SIGTERM.name
 
     run.add_callback(At(step, ask))
     return run
@@ -156,7 +156,7 @@ def test_a_stop_during_an_evaluation_is_made_up_for(make_run: Any) -> None:
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
         ) -> None:
             if state.global_step == 4:
-                first.safety.signals.requested = signal.SIGINT
+                first.safety.signals.requested = signal.SIGINT.name
 
     first.add_callback(StopInEvaluation())
     with pytest.raises(StopRequested):

@@ -27,6 +27,7 @@ VERBS = {
     "demo": "The whole job on the embedded model: train, and see it learn.",
     "data": "Prove DATA row by row and show what the model will see.",
     "resume": "Go on with a run that was stopped.",
+    "watch": "A live page of a run, or of several.",
     "chat": "Talk to a run, or to a bare model.",
     "generate": "Answer a file of prompts.",
     "eval": "Loss and perplexity of a run on held-out rows.",

@@ -10,6 +10,7 @@ import click
 from slimtune.cli.closing import close
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
+from slimtune.cli.watch import beside
 from slimtune.config import FREE_KEYS, Config
 from slimtune.run.folder import RunFolder
 from slimtune.training.determinism import fix_workspace
@@ -26,8 +27,11 @@ __all__ = ["command"]
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--accept-changes", is_flag=True, help="Go on although something changed since the checkpoint; recorded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
-def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | None, **flags: Any) -> None:
+def command(
+    run: Path, accept_changes: bool, as_json: bool, watch: bool, config_file: Path | None, **flags: Any
+) -> None:
     """Go on with RUN, a run that was stopped, from its newest whole checkpoint.
 
     The result is the adapter of a run that was never stopped, bit by bit on a CPU. So config, data, base, template,
@@ -49,11 +53,12 @@ def command(run: Path, accept_changes: bool, as_json: bool, config_file: Path | 
             from slimtune.recipes import resume
             from slimtune.run.screen import Screen
 
-        folder = resume(
-            run,
-            config,
-            accept_changes=accept_changes,
-            trust_remote_code=bool(flags["trust_remote_code"]),
-            screen=Screen(quiet=as_json),
-        )
+        with beside(run if watch else None):
+            folder = resume(
+                run,
+                config,
+                accept_changes=accept_changes,
+                trust_remote_code=bool(flags["trust_remote_code"]),
+                screen=Screen(quiet=as_json),
+            )
     close(folder, as_json=as_json)

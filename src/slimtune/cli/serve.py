@@ -64,6 +64,7 @@ def command(
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.serve.address import check_address, listen
+        from slimtune.serve.installed import check_installed
         from slimtune.serve.models import find_all, open_all
 
     key = _key(api_key, api_key_file)
@@ -79,7 +80,7 @@ def command(
         replace_process(words, key)
     if dry_run:
         raise click.UsageError("--dry-run goes with --engine vllm")
-    _check_installed()
+    check_installed("slimtune serve", "starlette", "uvicorn", "prometheus_client")
     from slimtune.serve.limits import Limits
 
     bounds = Limits(**limits)
@@ -129,13 +130,3 @@ def _key(given: str | None, file: Path | None) -> str | None:
             way_out="Make another: python -c 'import secrets; print(secrets.token_urlsafe())'",
         )
     return given
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"slimtune serve needs {', '.join(missing)}", way_out="Install them: pip install 'slimtune[serve]'"
-        )

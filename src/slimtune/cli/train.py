@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from slimtune.cli.closing import close
 from slimtune.cli.early import check_training
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
+from slimtune.cli.watch import beside
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
@@ -30,9 +32,16 @@ NEEDED_MOST = (
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
 def command(
-    model: str | None, data: tuple[str, ...], dry_run: bool, as_json: bool, config_file: Path | None, **flags: Any
+    model: str | None,
+    data: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    watch: bool,
+    config_file: Path | None,
+    **flags: Any,
 ) -> None:
     """Fine-tune MODEL on DATA and save the adapter in a run folder.
 
@@ -47,6 +56,7 @@ def command(
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
             from slimtune.cli.dry_run import dry_run as rehearse
+            from slimtune.plan import default_output
             from slimtune.recipes import finetune
             from slimtune.run.screen import Screen
 
@@ -55,5 +65,8 @@ def command(
             if as_json:
                 click.echo(json.dumps(planned, ensure_ascii=False, indent=2))
             return
-        run = finetune(config, screen=Screen(quiet=as_json))
+        if config.output is None:
+            config = config.model_copy(update={"output": default_output(config.model, datetime.now())})
+        with beside(config.output if watch else None):
+            run = finetune(config, screen=Screen(quiet=as_json))
     close(run, as_json=as_json)

@@ -9,7 +9,7 @@ from itertools import accumulate
 from operator import add, sub
 from typing import Any
 
-__all__ = ["Curve", "History", "read_history", "smooth"]
+__all__ = ["Curve", "History", "coarse", "read_history", "smooth"]
 
 Curve = list[tuple[int, float | None]]
 """(optimizer step, value); None where the value was no finite number."""
@@ -27,6 +27,31 @@ class History:
     """Records with ``event``: a guard's finding, a skipped batch, a failed save."""
     resumed: list[int] = field(default_factory=list)
     """Steps that a resumed session went on from."""
+    last: dict[str, Any] | None = None
+    """The last record of any kind."""
+
+    def take(self, line: Any) -> None:
+        """One more record, the next of the file. What isn't as the trainer writes it is passed over."""
+        if not isinstance(line, Mapping) or not isinstance(line.get("step"), int):
+            return
+        self.last = record = dict(line)
+        if "event" in record:
+            self.events.append(record)
+            if record["event"] == "resumed":
+                self._go_back(record["step"])
+        elif "eval_loss" in record:
+            self.evaluations.append(record)
+        elif "loss" in record:
+            if self.steps and record["step"] <= self.steps[-1]["step"]:
+                # Trained again without a checkpoint to go on from.
+                self._go_back(record["step"] - int(record.get("logged_steps", 1)))
+            self.steps.append(record)
+
+    def _go_back(self, step: int) -> None:
+        """A session goes on from ``step``: what the one before it did after that step doesn't count."""
+        self.resumed.append(step)
+        self.steps = [record for record in self.steps if record["step"] <= step]
+        self.evaluations = [record for record in self.evaluations if record["step"] <= step]
 
     def curve(self, key: str) -> Curve:
         """One value over the steps; a record that lacks it leaves no point."""
@@ -45,32 +70,25 @@ def read_history(records: Iterable[Mapping[str, Any]]) -> History:
     """
     history = History()
     for line in records:
-        if not isinstance(line, Mapping) or not isinstance(line.get("step"), int):
-            continue
-        record = dict(line)
-        if "event" in record:
-            history.events.append(record)
-            if record["event"] == "resumed":
-                _go_back(history, record["step"])
-        elif "eval_loss" in record:
-            history.evaluations.append(record)
-        elif "loss" in record:
-            if history.steps and record["step"] <= history.steps[-1]["step"]:
-                # Trained again without a checkpoint to go on from.
-                _go_back(history, record["step"] - int(record.get("logged_steps", 1)))
-            history.steps.append(record)
+        history.take(line)
     return history
-
-
-def _go_back(history: History, step: int) -> None:
-    """A session goes on from ``step``: what the one before it did after that step doesn't count."""
-    history.resumed.append(step)
-    history.steps = [record for record in history.steps if record["step"] <= step]
-    history.evaluations = [record for record in history.evaluations if record["step"] <= step]
 
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def coarse(curve: Curve, most: int = 2_000) -> Curve:
+    """The curve in at most ``most`` points, each the mean of its neighbours': as much as a drawing shows."""
+    each = -(-len(curve) // most)
+    if each <= 1:
+        return curve
+    made: Curve = []
+    for at in range(0, len(curve), each):
+        near = curve[at : at + each]
+        values = [value for _, value in near if value is not None]
+        made.append((near[len(near) // 2][0], sum(values) / len(values) if values else None))
+    return made
 
 
 def smooth(curve: Curve) -> Curve:

@@ -39,7 +39,7 @@ _SET_UP = frozenset(
 """What stands in the folder of a run that was stopped while it was set up; ``config.yaml`` comes last."""
 _FILES = re.compile(
     r"(config\.yaml|environment\.json|(metrics|samples|ledger|rehearsed)\.jsonl|facts\.json|log\.txt|stacks\.txt"
-    r"|report\.(html|md)|compare\.(html|json)|\.lock"
+    r"|report\.(html|md)|compare\.(html|json)|\.lock|stop"
     r"|\.(config\.yaml|environment\.json|facts\.json|rehearsed\.jsonl|report\.(html|md))\.tmp)"
 )
 _SAVED = re.compile(r"adapter|checkpoint-\d+")

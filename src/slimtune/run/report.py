@@ -5,31 +5,26 @@ The page holds English and Chinese; a switch made of two radio buttons and CSS s
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from slimtune.data.page import POLICY
 from slimtune.errors import written_out
-from slimtune.run.chart import Line, Mark, line_chart, nice_ticks, short_number
+from slimtune.run.chart import nice_ticks, short_number
+from slimtune.run.curves import charts
 from slimtune.run.durable import replace_file
 from slimtune.run.explain import explain
 from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
-from slimtune.run.history import Curve, History, read_history, smooth
+from slimtune.run.history import History, read_history
+from slimtune.run.pages import events_told, in_language, template
 from slimtune.run.samples import Sampled, read_samples, samples_told
 from slimtune.run.screen import megabytes, time_left
 from slimtune.run.show import (
     MARKS,
-    inline_html,
     markdown_table,
-    markdown_text,
     piece_names,
     verdict,
     verdict_word,
@@ -39,21 +34,7 @@ from slimtune.run.statement import Explanation, Lang, Say, Table, is_finite, sha
 
 __all__ = ["write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
-WIDE, NARROW, HEIGHT = 920, 440, 240
-"""Pixels of a chart across the page, of one in a column (or on a phone), and of each one's height."""
 ROWS_OF_LOSSES = 12
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """One drawing in two widths; ``legend`` holds (CSS class, text) of what is in it."""
-
-    title: str
-    note: str
-    wide: Markup
-    narrow: Markup
-    legend: tuple[tuple[str, str], ...] = ()
 
 
 def write_report(run: RunFolder, lang: Lang = "en") -> None:
@@ -77,48 +58,29 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
         | told[each]
         | {
             "samples": sampled,
-            "samples_told": samples_told(sampled, _in(each)),
-            "replies": markdown_table(_replies(sampled, _in(each))),
+            "samples_told": samples_told(sampled, in_language(each)),
+            "replies": markdown_table(_replies(sampled, in_language(each))),
         }
         for each in ("en", "zh")
     }
-    page = _page("report.html.j2").render(policy=Markup(POLICY), views=views, lang=lang, config=config)
+    page = template("report.html.j2").render(policy=Markup(POLICY), views=views, lang=lang, config=config)
     replace_file(run.report_html, page)
-    replace_file(run.report_markdown, _page("report.md.j2").render(**views[lang], config=config))
-
-
-def _page(template: str) -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["written"] = written_out
-    environment.filters["inline"] = lambda text: Markup(inline_html(text))
-    environment.filters["markdown"] = markdown_text
-    environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return environment.get_template(template)
-
-
-def _in(lang: Lang) -> Say:
-    return lambda english, chinese: chinese if lang == "zh" else english
+    replace_file(run.report_markdown, template("report.md.j2").render(**views[lang], config=config))
 
 
 def _told(history: History, lang: Lang) -> dict[str, Any]:
     """What one language's page shows of the metrics."""
-    say = _in(lang)
+    say = in_language(lang)
     return {
-        "charts": _charts(history, say),
-        "events": _events(history, say),
+        "charts": charts(history, say),
+        "events": events_told(history.events, say),
         "losses": markdown_table(_losses(history, say)) if history.steps else "",
     }
 
 
 def _view(run: RunFolder, facts: Mapping[str, Any], environment: Mapping[str, Any], lang: Lang) -> dict[str, Any]:
     """Everything else that it shows."""
-    say = _in(lang)
+    say = in_language(lang)
     finished = bool(facts.get("training"))
     story = explain(facts, lang) if facts else Explanation(lang, run.path.name, ())
     return {
@@ -199,65 +161,6 @@ def _held_out(verdict: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]
     return [(say("held-out loss", "留出数据损失"), f"{before} → {after}", note)]
 
 
-def _charts(history: History, say: Say) -> list[_Chart]:
-    """Loss across the page; learning rate, gradient norm and speed in columns."""
-    charts = []
-    resumed = [
-        Mark(step, "resume", say(f"resumed after step {step:,}", f"从第 {step:,} 步恢复")) for step in history.resumed
-    ]
-    loss = history.curve("loss")
-    bad = [
-        Mark(step, "nonfinite", say(f"step {step:,}: not a finite number", f"第 {step:,} 步：非有限数"))
-        for step, value in loss
-        if value is None
-    ]
-    happened = [
-        Mark(event["step"], "event", f"{event['step']:,}: {event['event']}")
-        for event in history.events
-        if event["event"] != "resumed"
-    ]
-    smoothed, evaluated = smooth(loss), history.evaluation_curve()
-    lines = [Line(loss, "raw")] if len(loss) >= 10 else []
-    lines += [Line(smoothed, "smooth", label_last=True), Line(evaluated, "eval", label_last=True)]
-    legend = (
-        ("raw", say("each step", "逐步"), len(loss) >= 10),
-        ("smooth", say("smoothed", "平滑") if len(loss) >= 10 else say("loss", "损失"), True),
-        ("eval", say("held-out", "留出数据"), bool(evaluated)),
-        ("resume", say("resumed", "恢复运行"), bool(resumed)),
-        ("event", say("event", "事件"), bool(happened)),
-        ("nonfinite", say(f"not finite: {len(bad)}", f"非有限数：{len(bad)}"), bool(bad)),
-    )
-    title = say("Loss", "损失")
-    wide, narrow = (
-        Markup(line_chart(lines, title=title, width=width, height=HEIGHT + 40, marks=[*resumed, *happened, *bad]))
-        for width in (WIDE, NARROW)
-    )
-    if wide:
-        shown = tuple((style, text) for style, text, there in legend if there)
-        charts.append(_Chart(title, say("by optimizer step", "按优化器步"), wide, narrow, shown))
-    for key, title, zero in (
-        ("learning_rate", say("Learning rate", "学习率"), True),
-        ("grad_norm", say("Gradient norm", "梯度范数"), False),
-        ("tokens_per_second", say("Tokens per second", "每秒词元数"), True),
-        ("memory_bytes", say("Memory, GB", "内存（GB）"), True),
-    ):
-        curve = history.curve(key)
-        if key == "memory_bytes":
-            curve = [(step, None if value is None else value / 1e9) for step, value in curve]
-        if drawn := line_chart(
-            _two_lines(curve, key), title=title, width=NARROW, height=HEIGHT, marks=resumed, zero=zero
-        ):
-            charts.append(_Chart(title, "", Markup(), Markup(drawn)))
-    return charts
-
-
-def _two_lines(curve: Curve, key: str) -> list[Line]:
-    """A schedule and a level are drawn as they are; what scatters is drawn faint under its smoothed course."""
-    if key in ("learning_rate", "memory_bytes") or len(curve) < 10:
-        return [Line(curve, "smooth", label_last=True)]
-    return [Line(curve, "raw"), Line(smooth(curve), "smooth", label_last=True)]
-
-
 def _losses(history: History, say: Say) -> Table:
     """A dozen steps from the first to the last, for the reader of the Markdown."""
     steps = history.steps
@@ -290,27 +193,6 @@ def _replies(sampled: Sampled, say: Say) -> Table:
 
 def _cell(value: Any) -> str:
     return short_number(value) if is_finite(value) else "—"
-
-
-def _events(history: History, say: Say) -> list[tuple[str, str, str]]:
-    """(step, event, details) of what the guards and the saves had to say."""
-    return [
-        (
-            f"{event['step']:,}",
-            str(event["event"]),
-            ", ".join(
-                f"{key}: {_short(value)}"
-                for key, value in event.items()
-                if key not in ("event", "step") and value not in ([], {}, "", None)
-            ),
-        )
-        for event in history.events
-    ]
-
-
-def _short(value: Any, longest: int = 160) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _machine(environment: Mapping[str, Any], say: Say) -> tuple[tuple[str, str], ...]:

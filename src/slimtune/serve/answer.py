@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from slimtune.data.calls import Call
 from slimtune.serve import protocol
+from slimtune.serve.connected import while_connected
 from slimtune.serve.deadline import Deadlines
 from slimtune.serve.engine import Engine, Token
 from slimtune.serve.guide import Guide
@@ -27,7 +28,7 @@ from slimtune.serve.shape import Shape, usage
 from slimtune.serve.tools import CallText
 from slimtune.use.sampling import Sampling
 
-__all__ = ["Answer", "Stream", "while_connected"]
+__all__ = ["Answer", "Stream"]
 
 T = TypeVar("T")
 # A client that is told why its stream ends has this long to take it.
@@ -170,26 +171,3 @@ class Stream:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await event(json.dumps(refusal.content()))
                 await event("[DONE]", more=False)
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled as soon as the client goes away.
-
-    Raises:
-        ClientDisconnect: It went away.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -22,19 +22,20 @@ from starlette.routing import Route
 
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.serve import protocol
-from slimtune.serve.answer import Answer, Stream, while_connected
+from slimtune.serve.answer import Answer, Stream
+from slimtune.serve.connected import while_connected
 from slimtune.serve.deadline import Deadlines
 from slimtune.serve.door import Door, read_body
 from slimtune.serve.engine import Engine
 from slimtune.serve.guide import Guide, Guides
 from slimtune.serve.in_turn import InTurn
+from slimtune.serve.installed import TRIED
 from slimtune.serve.limits import Gate, Limits
 from slimtune.serve.metrics import Metrics
 from slimtune.serve.paged import why_not_paged
 from slimtune.serve.refusal import Refusal
 from slimtune.serve.shape import Chat, Completion, Shape
 from slimtune.serve.tools import CallText, Forms
-from slimtune.serve.upstream import TRIED
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Sampling
 from slimtune.use.way import FAULTS

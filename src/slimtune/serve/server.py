@@ -7,24 +7,42 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import uvicorn
+from starlette.applications import Starlette
 
+from slimtune.errors import SlimtuneError
 from slimtune.serve.address import url_of
-from slimtune.serve.api import Api
 from slimtune.serve.connection import WAITING_OUTSIDE, connection_type, places
+from slimtune.serve.installed import check_uvicorn
+from slimtune.serve.limits import Limits
 from slimtune.serve.thread import CallingThread
-from slimtune.serve.upstream import check_uvicorn
 
-__all__ = ["WebServer", "run"]
+__all__ = ["Served", "WebServer", "run"]
 
 # How long ending may take in all (5 s were promised, and a signal is seen a tenth of a second later), and what of it
 # the requests under way have to come to their end by themselves.
 _PROMISED_SECONDS, _PATIENCE_SECONDS = 4.5, 3.0
 
 
+class Served(Protocol):
+    """An application that :class:`WebServer` can be put around."""
+
+    app: Starlette
+    limits: Limits
+    fault: SlimtuneError | None
+    """Why it can't go on, once it can't."""
+
+    def check(self) -> None:
+        """Look whether it can."""
+
+    async def finish(self, seconds: float) -> None:
+        """Let nobody in any more, and the requests under way end within ``seconds``."""
+
+
 def run(
-    api: Api,
+    api: Served,
     listening: socket.socket,
     computing: CallingThread,
     ready: Callable[[str], None],
@@ -72,7 +90,7 @@ class WebServer(uvicorn.Server):
         UserError: The installed uvicorn isn't as it must be, or the process may open too few files.
     """
 
-    def __init__(self, api: Api, ready: Callable[[], None], overdue: Callable[[], object] | None = None) -> None:
+    def __init__(self, api: Served, ready: Callable[[], None], overdue: Callable[[], object] | None = None) -> None:
         check_uvicorn()
         room = places(api.limits)
         super().__init__(

@@ -73,10 +73,17 @@ class Hooks(TrainerCallback):
         trainer._step_random = None
         self._see_failed_save(state.global_step, control)
         self._see_failed_journal()
-        if trainer.safety.signals.requested is not None:
+        if self._stop_is_asked():
             trainer.progress.evaluation_due = control.should_evaluate
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
+
+    def _stop_is_asked(self) -> bool:
+        """By a signal, or by the file in the run's folder, which counts as one."""
+        signals = self.trainer.safety.signals
+        if signals.requested is None and self.trainer.safety.stop_file():
+            signals.requested = "the run's stop file"
+        return signals.requested is not None
 
     def _see_failed_save(self, step: int, control: TrainerControl) -> None:
         checkpoints = self.trainer.safety.checkpoints
@@ -131,7 +138,7 @@ class Hooks(TrainerCallback):
     ) -> None:
         """Evaluation is progress, and stops when asked to."""
         self.trainer.safety.watchdog.beat("step")
-        if self.trainer.safety.signals.requested is not None:
+        if self._stop_is_asked():
             raise EvaluationStoppedError
 
     def on_evaluate(

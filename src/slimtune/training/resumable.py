@@ -55,6 +55,8 @@ class Safety:
     """Takes a line that the person should not miss."""
     journal_error: Callable[[], OSError | None] = lambda: None
     """Why the metrics can't be written at the moment; None if they can."""
+    stop_file: Callable[[], bool] = lambda: False
+    """Whether the run's folder asks for a stop; a request is heard once (:func:`slimtune.run.lock.take_request`)."""
     rows: Callable[[int], list[str]] = lambda position: []
     """``file:line`` of the rows in a micro-batch, by its position in the run."""
     patience: float = PATIENCE

@@ -18,6 +18,7 @@ from slimtune.errors import GuardStop, SlimtuneError, UserError, by_the_system
 from slimtune.run.environment import library_versions
 from slimtune.run.folder import RunFolder
 from slimtune.run.identity import Identity, require_same
+from slimtune.run.lock import take_request
 from slimtune.run.screen import Screen
 from slimtune.training.checkpoint import IDENTITY, Checkpoints
 from slimtune.training.resumable import Safety
@@ -85,6 +86,7 @@ def make_safety(
         record=run.append_metrics,
         warn=screen.warn,
         journal_error=lambda: run.metrics_error,
+        stop_file=lambda: take_request(run.path),
         rows=lambda position: [str(place) for place in data.rows(position)],
     )
 

@@ -57,7 +57,8 @@ class StopSignals:
         """The run's folder once there is something to go on from; it makes the message."""
         self.finished = False
         """Whether all that the run is for lies on the disk: then there is nothing to go on with."""
-        self.requested: signal.Signals | None = None
+        self.requested: str | None = None
+        """What asked for the stop: a signal's name, or another way of asking."""
         self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup: tuple[int, int] | None = None
@@ -133,7 +134,7 @@ class StopSignals:
 
     def stop(self, where: str = "") -> StopRequested:
         """The error that says what stopped the run and how to go on."""
-        name = self.requested.name if self.requested is not None else "a request"
+        name = self.requested or "a request"
         if self.finished:
             return StopRequested(f"stopped by {name}, when all was done", way_out=f"The run is whole: {self.run}")
         goes_on = f"Go on: {self.resume}" if self.run is not None else "Give the same command again."
@@ -152,7 +153,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
-            self.requested = signal.Signals(number)
+            self.requested = signal.Signals(number).name
             if not self._deferred:
                 raise self.stop()
 
