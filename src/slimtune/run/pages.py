@@ -56,6 +56,7 @@ def events_told(events: Iterable[Mapping[str, Any]], say: Say) -> list[tuple[str
             ),
         )
         for event in events
+        if event["event"] != "gradients" or event.get("without")  # that all is well is no event
     ]
 
 
