@@ -87,7 +87,7 @@ from slimtune.training.fused import make_engine, why_unfused
 from slimtune.training.isolation import lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
-from slimtune.training.proof import prove_loss
+from slimtune.training.proof_of_gradients import prove_step
 from slimtune.training.resumable import Safety
 from slimtune.training.safety import disk_told, identity_of, make_safety, results_written
 from slimtune.training.sampling import SamplesCallback
@@ -235,10 +235,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
 
         # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
         trainer = _trainer(ready, job, hardware, safety)
-        first, _ = ready.data.documents[0]
-        own_head = prove_loss(trainer, first, torch_dtype(config.compute_dtype), config.batch_tokens)
-        if own_head is not None:
-            job.screen.say("loss", own_head)
+        own_head = prove_step(trainer, ready.data.documents[0][0], config, job.screen.say)
         adapter = facts.adapter = _wrapped(ready, trainer, facts, job.screen)
 
         # 4. Train, and save the adapter alone.

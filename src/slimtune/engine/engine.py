@@ -260,7 +260,37 @@ class Engine:
             loss = self._head_and_loss(micro, x, residual, g)
             del x, residual
             self._backward(g, saved, on)
+            self._add()
         return loss * self._inverse
+
+    @torch.no_grad()
+    def upper_gradients(self, batch: Mapping[str, Any]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The last layers' LoRA parameters, each with its gradient of the sum of a micro-batch's losses.
+
+        Of the fewest layers that have one of each adapted kind among them, and one more; without dropout and without
+        graphs. They are added to nothing, and the next micro-batch draws what it would have drawn.
+        """
+        first, total = self._upper, torch.zeros_like(self._sums)
+        for micro in self._parts(self._micro_batch(batch)):
+            key = self._inputs.load(micro, 0)
+            on = self._pass(micro, key, training=False)
+            x, residual, saved = self._forward(key, on, self.plan.keep, first)
+            g = torch.empty_like(x)
+            self._head_and_loss(micro, x, residual, g)
+            del x, residual
+            self._backward(g, saved, on, first)
+            total += self._sums
+        parts = self._trained if first is None else [part for layer in self.layers[first:] for part in layer.trained]
+        mine = {id(each) for part in parts for each in part.parameters}
+        pairs = zip(self.flat.parameters, self.flat.views(total), strict=True)
+        return [(parameter, gradient) for parameter, gradient in pairs if id(parameter) in mine]
+
+    @property
+    def _upper(self) -> int | None:
+        """The first of these layers; None if no layer has an adapter in it."""
+        adapted = [index for index, layer in enumerate(self.layers) if layer.trained]
+        last = {self.layers[index].kind: index for index in adapted}
+        return adapted[max(0, adapted.index(min(last.values())) - 1)] if adapted else None
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
@@ -304,8 +334,18 @@ class Engine:
             sparing=self.plan.sparing,
         )
 
-    def _forward(self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None) -> tuple[Tensor, Tensor, list[Saved]]:
-        """The last layer's result as a pair to be added, and what each layer kept."""
+    def _forward(
+        self, key: ShapeKey, on: Pass, keep: tuple[Keep, ...] | None, lowest: int | None = None
+    ) -> tuple[Tensor, Tensor, list[Saved]]:
+        """The last layer's result as a pair to be added, and what each layer kept.
+
+        Args:
+            key: Of the micro-batch that was loaded.
+            on: The pass.
+            keep: What each layer keeps; None: there will be no backward.
+            lowest: The layer where the backward ends, if not where the adapters do.
+        """
+        lowest = self._lowest if lowest is None else lowest
         for part in self._trained:
             part.refresh()
         for matrix, stacked, _, _ in self._stacked:
@@ -319,7 +359,7 @@ class Engine:
         saved = []
         for index, layer in enumerate(self.layers):
             # Nothing below the lowest adapter has a backward.
-            wanted = None if keep is None or index < self._lowest else keep[index]
+            wanted = None if keep is None or index < lowest else keep[index]
             x, residual, kept = layer.forward(x, residual, on, wanted, own_x=index > 0)
             saved.append(kept)
             if self._away is not None and wanted is not None and index in self._away:
@@ -343,8 +383,8 @@ class Engine:
             softcap=self.decoder.softcap,
         )
 
-    def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass) -> None:
-        """All layers' backward; what the adapters got is scaled and added to the flat gradient.
+    def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass, lowest: int | None = None) -> None:
+        """All layers' backward; what the adapters got is in the flat sums.
 
         The gradient that runs through the layers is that of the sum, not divided by the number of supervised tokens:
         in fp16 the division would push it under the smallest number that fp16 has.
@@ -352,16 +392,20 @@ class Engine:
         self._sums.zero_()
         for _, _, stacked_sum, _ in self._stacked:
             stacked_sum.zero_()
-        for index in range(len(self.layers) - 1, self._lowest - 1, -1):
+        through, lowest = self._through and lowest is None, self._lowest if lowest is None else lowest
+        for index in range(len(self.layers) - 1, lowest - 1, -1):
             assert g is not None
-            need_dx = index > self._lowest or self._through
             if self._away is not None:
-                self._away.take(index, saved, self._lowest)
+                self._away.take(index, saved, lowest)
+            need_dx = index > lowest or through
             g = self.layers[index].backward(g, saved.pop(), on, self._sinks, need_dx=need_dx, own_g=True)
-        if self._per_layer is not None and self._through:
+        if self._per_layer is not None and through:
             self._per_layer.backward(on, self._sinks)
         for _, _, stacked_sum, total in self._stacked:
             total.copy_(stacked_sum)
+
+    def _add(self) -> None:
+        """Scale the sums, and add them to the flat gradient."""
         self.flat.grad.addcmul_(self._sums, self._inverse)
 
     def _record(self, micro: MicroBatch, key: ShapeKey) -> _Recorded:
@@ -375,6 +419,7 @@ class Engine:
         g = self._g(x)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             self._backward(g, saved, on)
+            self._add()
         return _Recorded(forward, backward, x, residual, g)
 
     def _record_no_more(self) -> None:

@@ -40,6 +40,10 @@ _REASONS = (
         r"打包后的文档，引擎算出的损失是 \1，而模型自己的是 \2",
     ),
     (r"the engine can't compute a document in a pack \((.+)\)", r"引擎算不了打包后的文档（\1）"),
+    (
+        r"the engine's gradient of (.+) on a document in a pack is (.+) of its size from the model's",
+        r"打包后的文档，引擎算出的 \1 的梯度与模型自己的相差达其大小的 \2 倍",
+    ),
     (r"one at a time", "一次一个文档"),
     (r"asked for", "按要求"),
     (r"a document's logits don't change with what is beside it", "文档的 logits 不随旁边的内容改变"),

@@ -1,7 +1,8 @@
 """The step's proof: the loss that trains is the model's own, and every adapter gets a gradient.
 
 Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
-(TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits. TRL's head
+(TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits (and, with the
+engine, its backward too: :mod:`slimtune.training.proof_of_gradients`). TRL's head
 multiplies the last hidden state by the head's weight and knows the scalings of some families; where the two losses
 differ, or what they say of single tokens (a soft cap hardly moves the mean), or TRL's head can't take the model, the
 model's own logits train it. Where the engine's differs, it is
@@ -31,11 +32,17 @@ from slimtune.errors import UserError
 from slimtune.training.plain import own_loss
 from slimtune.training.rng import rng_preserved
 
-__all__ = ["LOOK_AGAIN", "is_expert", "named", "prove_loss", "without_gradient"]
+__all__ = ["LOOK_AGAIN", "Tokens", "beside_others", "is_expert", "named", "prove_loss", "text_of", "without_gradient"]
 
+Tokens = npt.NDArray[np.integer[Any]]
+"""[S]."""
 LOOK_AGAIN = 20
 """Optimizer steps after which an adapter that had no gradient in the first one is reported: experts take turns."""
 _TOKENS = 64
+_ENGINES = 100
+"""Tokens for the engine, which computes states by chunks of 64: a document that begins within one and crosses more."""
+_BESIDE = (37, 1, 20)
+"""Tokens of the documents in its pack, the last one behind it."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Nats, or share of the loss if that is over 1: what rounding leaves in a mean over 64 tokens, by the compute dtype."""
 _HEAD_TOLERANCE = {torch.float32: 2**-16, torch.float64: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-8}
@@ -43,7 +50,7 @@ _HEAD_TOLERANCE = {torch.float32: 2**-16, torch.float64: 2**-16, torch.bfloat16:
 roundings of 16 bits, as autocast may be on for the one alone; in 32 bits the order of a few thousand terms."""
 
 
-def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: int) -> str | None:
+def prove_loss(trainer: Any, tokens: Tokens, dtype: torch.dtype, room: int, longest: int) -> str | None:
     """Compare the loss that trains with the model's own on one document; if they differ, the model's own head trains.
 
     Nothing of it shows afterwards: no random number is drawn, no gradient made, no metric kept.
@@ -53,6 +60,7 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
         tokens: A document; the first few tokens of it are taken, all supervised.
         dtype: The compute dtype.
         room: Tokens that a micro-batch may hold.
+        longest: Tokens that a document may have.
 
     Returns:
         Why the model's own head is used; None if it needn't be.
@@ -61,7 +69,9 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
         UserError: The model can't compute a loss at all, or has no auxiliary loss and is asked for it.
         CannotFuse: The engine's loss isn't the model's own, or it can't take the model.
     """
-    ids = torch.tensor([list(tokens)[:_TOKENS]], dtype=torch.int64)
+    most = min(_TOKENS, len(tokens)) if trainer.engine is None else min(room, longest)
+    text = text_of(tokens, most)
+    ids = torch.from_numpy(text)[None]
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     model, training = trainer.model, trainer.model.training
     model.eval()
@@ -69,22 +79,30 @@ def prove_loss(trainer: Any, tokens: Iterable[int], dtype: torch.dtype, room: in
         with rng_preserved(), torch.no_grad():
             with model.disable_adapter():  # the base, as it is read back and used
                 check_computes(model, ids, dtype)
-            given = batch if trainer.engine is None else _beside_others(ids[0].numpy(), room)
+            given = batch if trainer.engine is None else beside_others(text, room)
             return _prove(trainer, batch, given, dtype)
     finally:
         model.train(training)
 
 
-def _beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
-    """The document in a pack with another before it and one behind, which supervise nothing.
+def text_of(tokens: Tokens, most: int) -> npt.NDArray[np.int64]:
+    """A document of ``most`` tokens, a hundred at most: the first of ``tokens``, over and over if there are fewer."""
+    return np.resize(tokens, min(_ENGINES, most)).astype(np.int64)
 
-    A loss that is the document's own there says that the engine keeps documents apart.
+
+def beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
+    """The document in a pack with others before it and one behind, which supervise nothing.
+
+    A loss or a gradient that is the document's own there says that the engine keeps documents apart.
     """
-    other = ids[::-1][: max(0, room - len(ids)) // 2]
-    parts = [part for part in (other, ids, other) if len(part)]
-    labels = [part if part is ids else np.full_like(part, IGNORED) for part in parts]
-    supervised = np.concatenate(labels)
-    supervised[len(other)] = IGNORED
+    left, parts = (room - len(ids)) // 2, []
+    for length in _BESIDE:
+        parts.append(np.resize(ids[::-1], max(0, min(length, left))))
+        left -= len(parts[-1])
+    before, between, behind = parts
+    parts = [part for part in (before, between, ids, behind) if len(part)]
+    supervised = np.concatenate([part if part is ids else np.full_like(part, IGNORED) for part in parts])
+    supervised[len(before) + len(between)] = IGNORED
     return MicroBatch(np.concatenate(parts), supervised, tuple(map(len, parts)), padded=False).inputs()
 
 

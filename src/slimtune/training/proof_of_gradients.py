@@ -1,0 +1,166 @@
+"""The engine's backward, proven on the loaded model and on the machine that trains, before the first step.
+
+A document goes through the engine, in a pack with others, and alone through the model as it is, whose gradients are
+autograd's. Each B that begins at zero is given small numbers for the while, as its A has no gradient otherwise.
+Compared are the adapters of the last layers, so many that each kind of layer is among them: what computes one computes
+all of its kind, and autograd keeps little. A compiler that makes something else of a kernel's backward is found here,
+whichever kernel it is; in a run the loss would only fall more slowly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.base.computes import CANT_TAKE
+from slimtune.base.load import torch_dtype
+from slimtune.config import Config
+from slimtune.engine import Engine
+from slimtune.engine.structure import CannotFuse
+from slimtune.training.plain import own_loss
+from slimtune.training.proof import Tokens, beside_others, prove_loss, text_of
+from slimtune.training.rng import rng_preserved
+
+__all__ = ["prove_gradients", "prove_step"]
+
+_B = 0.05
+"""Over a root of the rank: what B is filled with."""
+_APART = {torch.float32: 5e-3, torch.float64: 5e-3, torch.bfloat16: 0.6, torch.float16: 0.6}
+"""How far the gradients of a kind of matrix may be from autograd's, over their size. Two ways to compute in 16 bits are
+0.01 to 0.1 apart, and 0.4 where a router's choice turns; in 32 bits 1e-6 to 1e-5."""
+_OFF = {torch.float32: 5e-3, torch.float64: 5e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
+"""How far they may be from autograd's size along its direction, where rounding cancels: 0.1 at most in 16 bits."""
+_FLOOR = 1e-2
+"""Of the largest kind's size: smaller gradients are sums that cancel, and are held to this."""
+
+
+def prove_step(trainer: Any, tokens: Tokens, config: Config, say: Callable[[str, str], None]) -> str | None:
+    """See that what trains is the model's own loss (:func:`slimtune.training.proof.prove_loss`) and gradient.
+
+    Args:
+        trainer: Ready to train, with an engine or without one.
+        tokens: A document.
+        config: The run's.
+        say: Told what couldn't be had, under a word for it.
+
+    Returns:
+        Why the model's own head is used; None if it needn't be.
+
+    Raises:
+        UserError: The model can't compute a loss at all.
+        CannotFuse: What the engine computes isn't the model's own.
+    """
+    how = torch_dtype(config.compute_dtype), config.batch_tokens, config.max_length
+    own_head = prove_loss(trainer, tokens, *how)
+    if own_head is not None:
+        say("loss", own_head)
+    elif trainer.engine is not None and (why := prove_gradients(trainer, tokens, *how)) is not None:
+        say("gradients", why)
+    return own_head
+
+
+def prove_gradients(trainer: Any, tokens: Tokens, dtype: torch.dtype, room: int, longest: int) -> str | None:
+    """Compare the engine's gradients with autograd's on one document.
+
+    Nothing of it shows afterwards: no random number is drawn, no gradient kept, and the adapter is what it was.
+
+    Args:
+        trainer: A :class:`slimtune.training.fused.FusedTrainer` with an engine, ready to train.
+        tokens: A document; the first few tokens of it are taken, all supervised.
+        dtype: The compute dtype.
+        room: Tokens that a micro-batch may hold.
+        longest: Tokens that a document may have.
+
+    Returns:
+        Why they weren't compared; None if they are the same.
+
+    Raises:
+        CannotFuse: The engine's are others.
+    """
+    engine: Engine = trainer.engine
+    model, training, text = trainer.model, trainer.model.training, text_of(tokens, min(room, longest))
+    model.eval()
+    try:
+        with rng_preserved(), _begun(engine):
+            parameters, found = zip(*engine.upper_gradients(beside_others(text, room)), strict=True)
+            try:
+                expected = _autograd(trainer, parameters, torch.from_numpy(text)[None])
+            except torch.OutOfMemoryError:
+                return "not compared with the unfused model's, which there is no room for"
+            except CANT_TAKE as error:
+                said = (str(error).splitlines() or [""])[0]
+                return f"not compared with the unfused model's, which has none ({type(error).__name__}: {said})"
+    finally:
+        model.train(training)
+    for kind, (apart, off) in _differences(_kinds(model, parameters), found, expected).items():
+        if not (apart <= _APART[dtype] and off <= _OFF[dtype]):
+            raise CannotFuse(
+                f"the engine's gradient of {kind} on a document in a pack is {apart:.2g} of its size from the model's",
+                rule="What trains must be the model as it is.",
+                way_out="It trains unfused: engine: plain.",
+            )
+    return None
+
+
+@contextmanager
+def _begun(engine: Engine) -> Iterator[None]:
+    """While the body runs, no adapter's B is zero."""
+    flat = engine.flat
+    before, draw = flat.data.clone(), torch.Generator(flat.data.device).manual_seed(0)
+    with torch.no_grad():
+        for each in flat.views(flat.data):
+            if not each.any():
+                each.normal_(std=_B / each.shape[-1] ** 0.5, generator=draw)
+    try:
+        yield
+    finally:
+        flat.data.copy_(before)
+
+
+def _autograd(trainer: Any, parameters: Sequence[nn.Parameter], ids: Tensor) -> list[Tensor]:
+    """The unfused model's gradients of the sum of a document's losses; ids: [1, S]."""
+    mine = {id(each) for each in parameters}
+    others = [each for each in trainer.model.parameters() if each.requires_grad and id(each) not in mine]
+    inputs = trainer._prepare_inputs({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+    try:
+        for each in others:
+            each.requires_grad_(False)  # so that nothing is kept of the layers below
+        with torch.enable_grad(), trainer.compute_loss_context_manager():
+            loss, _, _ = own_loss(trainer.model, inputs)
+        made = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for each in others:
+            each.requires_grad_(True)
+    return [torch.zeros_like(each) if own is None else own for each, own in zip(parameters, made, strict=True)]
+
+
+def _kinds(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """The parameters' names without their layers' numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = (names[id(each)].removeprefix("base_model.model.").replace(".base_layer", "") for each in parameters)
+    return [re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".default.weight") for name in plain]
+
+
+def _differences(
+    kinds: Sequence[str], found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Of each kind of matrix: how far what was found is from what is expected, and how far along its direction.
+
+    Both over its size, which counts as a hundredth of the largest kind's at least.
+    """
+    sums: dict[str, Tensor] = {}
+    for kind, one, other in zip(kinds, found, expected, strict=True):
+        own, difference = other.double(), one.double() - other.double()
+        mine = torch.stack([difference.square().sum(), (difference * own).sum(), own.square().sum()]).cpu()
+        sums[kind] = sums[kind] + mine if kind in sums else mine
+    least = _FLOOR**2 * max(float(size) for _, _, size in sums.values())
+    return {
+        kind: ((apart / size.clamp(min=least)).sqrt().item(), (along / size.clamp(min=least)).abs().item())
+        for kind, (apart, along, size) in sums.items()
+        if apart != 0
+    }

@@ -1,0 +1,177 @@
+"""A backward that is wrong is found on the loaded model, before the first step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slimtune.engine import CannotFuse, Engine
+from slimtune.engine.blocks import attention, delta, experts, mlp
+from slimtune.engine.kernels import delta as rule
+from slimtune.engine.kernels import lora, norm, short_conv
+from slimtune.training.proof import beside_others, prove_loss, text_of
+from slimtune.training.proof_of_gradients import prove_gradients
+from tests.engine import models
+
+TOKENS = np.random.default_rng(0).integers(3, models.VOCABULARY, 30)
+HOW = torch.float32, 256, 128
+
+
+class Trainer(SimpleNamespace):
+    """What the proof asks of one."""
+
+    aux_loss_enabled = False
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs
+
+    def compute_loss_context_manager(self) -> Any:
+        wide = self.engine.dtype == torch.float32
+        return nullcontext() if wide else torch.autocast("cpu", self.engine.dtype)
+
+    def evaluation_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        found: tuple[Tensor, int] = self.engine.evaluate(inputs)
+        return found
+
+
+def trainer(family: str, targets: str = "all-linear", dtype: torch.dtype = torch.float32) -> Trainer:
+    """One that begins: every B is zero."""
+    model = models.add_lora(models.make_base(family, dtype=dtype), target_modules=targets)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return Trainer(model=model, engine=Engine(model, dtype=dtype, tokens=256), _metrics={"eval": {}})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma4-e2b", "gpt_oss", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
+def test_the_engine_is_right_and_stays_as_it_was(family: str) -> None:
+    made = trainer(family)
+    before, random = made.engine.flat.data.clone(), torch.get_rng_state()
+    prove_loss(made, TOKENS, *HOW)
+    assert prove_gradients(made, TOKENS, *HOW) is None
+    assert torch.equal(made.engine.flat.data, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not made.engine.flat.grad.any()
+    assert made.engine.state_dict()["draws"] == 0
+    assert made.model.training
+    assert all(parameter.requires_grad for parameter in made.engine.flat.parameters)
+
+
+def off(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same by 3 % too large, whatever tensors it gives."""
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        made = function(*arguments, **options)
+        return tuple(1.03 * each for each in made) if isinstance(made, tuple) else 1.03 * made
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("family", "owner", "name"),
+    [
+        ("qwen3_5_text", rule, "delta_backward"),
+        ("qwen3_5_moe_text", rule, "delta_backward"),
+        ("qwen3_next", rule, "delta_backward"),
+        ("qwen3_5_text", short_conv, "conv_silu_backward"),
+        ("qwen3_5_text", norm, "norm_backward"),
+        ("gpt_oss", attention.AttentionBlock, "backward"),
+        ("gpt_oss", experts.ExpertsBlock, "backward"),
+        ("qwen2", mlp.MlpBlock, "backward"),
+    ],
+)
+def test_a_backward_that_is_three_percent_off_is_found(
+    family: str, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(family)
+    monkeypatch.setattr(owner, name, off(getattr(owner, name)))
+    prove_loss(made, TOKENS, *HOW)  # no loss shows it
+    with pytest.raises(CannotFuse, match=r"gradient of .+ on a document in a pack is 0\.\d+ of its size"):
+        prove_gradients(made, TOKENS, *HOW)
+
+
+def test_an_adapters_own_gradients_are_compared_though_its_b_begins_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer("qwen2", "v_proj")
+    inner = lora.lora_up_backward_
+
+    def wrong(dy: Tensor, u: Tensor, scaling: float, **options: Any) -> Any:
+        return inner(dy, u, 1.03 * scaling, **options)
+
+    monkeypatch.setattr(lora, "lora_up_backward_", wrong)
+    with pytest.raises(CannotFuse, match="lora_"):
+        prove_gradients(made, TOKENS, *HOW)
+
+
+def test_in_16_bits_rounding_is_none_and_a_gradient_of_another_direction_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, how = trainer("qwen3_5_text", dtype=torch.bfloat16), (torch.bfloat16, *HOW[1:])
+    assert prove_gradients(made, TOKENS, *how) is None
+    inner = rule.delta_backward
+
+    def wrong(do: Tensor, mixed: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Without what goes to the keys."""
+        dmixed, dg, dbeta = inner(do, mixed, *rest)
+        keys = rest[-2].columns[0]
+        dmixed[:, keys : 2 * keys] = 0
+        return dmixed, dg, dbeta
+
+    monkeypatch.setattr(rule, "delta_backward", wrong)
+    with pytest.raises(CannotFuse, match="in_proj_qkv"):
+        prove_gradients(made, TOKENS, *how)
+
+
+def test_a_state_that_ends_with_its_chunk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document begins within a chunk of 64 and goes on in the next one, in the loss and in the gradient."""
+    forward, backward = rule.delta_forward, rule.delta_backward
+
+    def cut(starts: Tensor) -> tuple[Tensor, Tensor]:
+        starts = torch.maximum(starts, torch.arange(len(starts), dtype=starts.dtype) // rule.CHUNK * rule.CHUNK)
+        ends = torch.cat([starts.unique(), torch.tensor([len(starts)])])
+        return starts, ends.int()
+
+    made = trainer("qwen3_5_text")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            delta.delta, "delta_forward",
+            lambda mixed, g, beta, starts, boundaries, heads: forward(mixed, g, beta, *cut(starts), heads),
+        )  # fmt: skip
+        with pytest.raises(CannotFuse, match="the engine's loss"):
+            prove_loss(made, TOKENS, *HOW)
+    monkeypatch.setattr(
+        delta.delta, "delta_backward",
+        lambda do, mixed, g, beta, starts, boundaries, heads, saved: backward(
+            do, mixed, g, beta, *cut(starts), heads, saved
+        ),
+    )  # fmt: skip
+    prove_loss(made, TOKENS, *HOW)
+    with pytest.raises(CannotFuse, match="the engine's gradient"):
+        prove_gradients(made, TOKENS, *HOW)
+
+
+def test_where_the_model_itself_has_no_gradient_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer("qwen2")
+    for error, said in (
+        (RuntimeError("refused on this device\nmore"), r"has none \(RuntimeError: refused on this device\)"),
+        (torch.OutOfMemoryError("17 GiB"), "there is no room for"),
+    ):
+        monkeypatch.setattr(torch.autograd, "grad", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        reason = prove_gradients(made, TOKENS, *HOW)
+        assert reason is not None
+        assert re.search(said, reason)
+
+
+@pytest.mark.parametrize(("room", "longest"), [(256, 128), (128, 128), (110, 110), (64, 32), (8, 8), (2, 2)])
+def test_a_document_and_those_beside_it_fit(room: int, longest: int) -> None:
+    text = text_of(TOKENS, min(room, longest))
+    assert len(text) == min(longest, 100)
+    assert text[:8].tolist() == TOKENS[: min(8, longest)].tolist()
+    batch = beside_others(text, room)
+    assert batch["input_ids"].shape[1] <= room
+    assert int((batch["labels"] != -100).sum()) == len(text) - 1
