@@ -235,7 +235,9 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
 
         # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
         trainer = _trainer(ready, job, hardware, safety)
-        own_head = prove_step(trainer, ready.data.documents[0][0], config, job.screen.say)
+        documents = ready.data.documents
+        texts = [documents[at][0] for at in range(min(3, len(documents)))]
+        own_head = prove_step(trainer, texts, config, job.screen.say)
         adapter = facts.adapter = _wrapped(ready, trainer, facts, job.screen)
 
         # 4. Train, and save the adapter alone.

@@ -289,6 +289,8 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
             parameter.data.normal_(0.0, 0.3)
         elif "sinks" in name:
             parameter.data.normal_(0.0, 1.0)
+        elif name.endswith("A_log"):
+            parameter.data.uniform_(-4.0, 1.0)  # random models start with states that have gone after a token
         elif name.endswith("scale"):
             parameter.data.normal_(1.0, 0.3)
     for module in model.modules():

@@ -42,7 +42,7 @@ class Trainer(SimpleNamespace):
         return found
 
 
-def trainer(family: str, targets: str = "all-linear", dtype: torch.dtype = torch.float32) -> Trainer:
+def trainer(family: str, targets: str | list[str] = "all-linear", dtype: torch.dtype = torch.float32) -> Trainer:
     """One that begins: every B is zero."""
     model = models.add_lora(models.make_base(family, dtype=dtype), target_modules=targets)
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def test_the_engine_is_right_and_stays_as_it_was(family: str) -> None:
     made = trainer(family)
     before, random = made.engine.flat.data.clone(), torch.get_rng_state()
     prove_loss(made, TOKENS, *HOW)
-    assert prove_gradients(made, TOKENS, *HOW) is None
+    assert prove_gradients(made, [TOKENS], *HOW) is None
     assert torch.equal(made.engine.flat.data, before)
     assert torch.equal(torch.get_rng_state(), random)
     assert not made.engine.flat.grad.any()
@@ -70,7 +70,9 @@ def off(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         made = function(*arguments, **options)
-        return tuple(1.03 * each for each in made) if isinstance(made, tuple) else 1.03 * made
+        if isinstance(made, tuple):
+            return tuple(1.03 * each for each in made)
+        return None if made is None else 1.03 * made
 
     return wrong
 
@@ -95,11 +97,26 @@ def test_a_backward_that_is_three_percent_off_is_found(
     monkeypatch.setattr(owner, name, off(getattr(owner, name)))
     prove_loss(made, TOKENS, *HOW)  # no loss shows it
     with pytest.raises(CannotFuse, match=r"gradient of .+ on a document in a pack is 0\.\d+ of its size"):
-        prove_gradients(made, TOKENS, *HOW)
+        prove_gradients(made, [TOKENS, TOKENS[::-1]], *HOW)
+
+
+def test_what_a_single_document_says_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = trainer("qwen3_moe"), []
+    inner = Engine.upper_gradients
+
+    def turned(self: Engine, batch: dict[str, Any]) -> Any:
+        """As if a router's choice had turned in the first one."""
+        seen.append(batch["input_ids"])
+        return [(parameter, gradient * (0.9 if len(seen) == 1 else 1.0)) for parameter, gradient in inner(self, batch)]
+
+    monkeypatch.setattr(Engine, "upper_gradients", turned)
+    assert prove_gradients(made, [TOKENS, TOKENS[::-1], TOKENS], *HOW) is None
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
 
 
 def test_an_adapters_own_gradients_are_compared_though_its_b_begins_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer("qwen2", "v_proj")
+    made = trainer("qwen2", ["v_proj"])
     inner = lora.lora_up_backward_
 
     def wrong(dy: Tensor, u: Tensor, scaling: float, **options: Any) -> Any:
@@ -107,12 +124,12 @@ def test_an_adapters_own_gradients_are_compared_though_its_b_begins_at_zero(monk
 
     monkeypatch.setattr(lora, "lora_up_backward_", wrong)
     with pytest.raises(CannotFuse, match="lora_"):
-        prove_gradients(made, TOKENS, *HOW)
+        prove_gradients(made, [TOKENS], *HOW)
 
 
 def test_in_16_bits_rounding_is_none_and_a_gradient_of_another_direction_is(monkeypatch: pytest.MonkeyPatch) -> None:
     made, how = trainer("qwen3_5_text", dtype=torch.bfloat16), (torch.bfloat16, *HOW[1:])
-    assert prove_gradients(made, TOKENS, *how) is None
+    assert prove_gradients(made, [TOKENS], *how) is None
     inner = rule.delta_backward
 
     def wrong(do: Tensor, mixed: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -124,7 +141,7 @@ def test_in_16_bits_rounding_is_none_and_a_gradient_of_another_direction_is(monk
 
     monkeypatch.setattr(rule, "delta_backward", wrong)
     with pytest.raises(CannotFuse, match="in_proj_qkv"):
-        prove_gradients(made, TOKENS, *how)
+        prove_gradients(made, [TOKENS], *how)
 
 
 def test_a_state_that_ends_with_its_chunk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +169,7 @@ def test_a_state_that_ends_with_its_chunk_is_found(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     prove_loss(made, TOKENS, *HOW)
     with pytest.raises(CannotFuse, match="the engine's gradient"):
-        prove_gradients(made, TOKENS, *HOW)
+        prove_gradients(made, [TOKENS], *HOW)
 
 
 def test_where_the_model_itself_has_no_gradient_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +179,7 @@ def test_where_the_model_itself_has_no_gradient_it_is_said(monkeypatch: pytest.M
         (torch.OutOfMemoryError("17 GiB"), "there is no room for"),
     ):
         monkeypatch.setattr(torch.autograd, "grad", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        reason = prove_gradients(made, TOKENS, *HOW)
+        reason = prove_gradients(made, [TOKENS], *HOW)
         assert reason is not None
         assert re.search(said, reason)
 

@@ -234,6 +234,13 @@ def mixed(self: Inputs, micro: MicroBatch, key: ShapeKey) -> Documents:
     return Documents((micro.tokens,), ends, micro.tokens)
 
 
+right_gradients = Engine.upper_gradients
+
+
+def too_small(self: Engine, batch: dict[str, Any]) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    return [(parameter, 0.97 * gradient) for parameter, gradient in right_gradients(self, batch)]
+
+
 def broken(self: Engine, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
     raise RuntimeError("no such kernel")
 
@@ -242,6 +249,7 @@ def broken(self: Engine, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
     ("owner", "method", "replaced", "reason"),
     [
         (Inputs, "documents", mixed, "the engine's loss on a document in a pack"),
+        (Engine, "upper_gradients", too_small, "the engine's gradient of model.layers"),
         (Engine, "evaluate", broken, r"can't compute a document in a pack \(RuntimeError: no such kernel\)"),
     ],
 )
