@@ -23,15 +23,19 @@ def test_a_run_says_whether_the_model_is_better(
         "train", str(tiny_model), str(requests_file), "--gradient-accumulation", "1",
         "--max-length", "128", "--lr-scheduler", "constant",
     )  # fmt: skip
-    done = run_here(*words, "-o", str(good), "--learning-rate", "3e-2", "--max-steps", "8")
+    done = run_here(*words, "-o", str(good), "--learning-rate", "3e-2", "--max-steps", "8", "--watch")
     assert done.returncode == 0, done.stderr
+    assert "  watch    http://127.0.0.1:" in done.stderr
     assert "better than before the training on 10 held-out documents" in done.stderr
     for said in (f"slimtune chat {good}", f"slimtune compare {good}", str(good / "report.html")):
         assert said in done.stderr
 
     # From what the first one has learned there is something to lose.
-    done = run_here(*words, "-o", str(bad), "--from", str(good), "--learning-rate", "50", "--max-steps", "4")
+    told = f"cat > {tmp_path / 'told.json'}"
+    more = ("--from", str(good), "--learning-rate", "50", "--max-steps", "4", "--notify", told)
+    done = run_here(*words, "-o", str(bad), *more)
     assert done.returncode == 4, done.stderr
+    assert json.loads((tmp_path / "told.json").read_text())["outcome"] == "worse"
     assert "WORSE than before the training on 10 held-out documents" in done.stderr
     assert "Take a lower learning rate: --learning-rate 0.0002" in done.stderr
     assert "WORSE" in (bad / "report.md").read_text()

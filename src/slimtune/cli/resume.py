@@ -9,6 +9,8 @@ import click
 
 from slimtune.cli.closing import close
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.notify import check_targets, notifying
+from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside
 from slimtune.config import FREE_KEYS, Config
@@ -27,10 +29,17 @@ __all__ = ["command"]
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--accept-changes", is_flag=True, help="Go on although something changed since the checkpoint; recorded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@notify_option
 @click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
 def command(
-    run: Path, accept_changes: bool, as_json: bool, watch: bool, config_file: Path | None, **flags: Any
+    run: Path,
+    accept_changes: bool,
+    as_json: bool,
+    notify: tuple[str, ...],
+    watch: bool,
+    config_file: Path | None,
+    **flags: Any,
 ) -> None:
     """Go on with RUN, a run that was stopped, from its newest whole checkpoint.
 
@@ -39,6 +48,7 @@ def command(
     (--save-steps, --logging-steps, --watchdog, --on-nonfinite and the like). Without a checkpoint it begins at the
     first step.
     """
+    check_targets(notify)
     folder = RunFolder.open(run)
     config = config_from_flags(config_file or folder.config_file, flags)
     if folder.is_finished(config):
@@ -47,7 +57,7 @@ def command(
         return
     fix_workspace(config)
 
-    with StopSignals(run):
+    with notifying(notify, lambda: run), StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
             from slimtune.recipes import resume

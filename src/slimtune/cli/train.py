@@ -12,6 +12,8 @@ import click
 from slimtune.cli.closing import close
 from slimtune.cli.early import check_training
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.notify import check_targets, notifying
+from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside
 from slimtune.training.determinism import fix_workspace
@@ -32,6 +34,7 @@ NEEDED_MOST = (
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@notify_option
 @click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
 def command(
@@ -39,6 +42,7 @@ def command(
     data: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
+    notify: tuple[str, ...],
     watch: bool,
     config_file: Path | None,
     **flags: Any,
@@ -49,10 +53,11 @@ def command(
     (json, jsonl, csv, tsv, txt, parquet, arrow), folders, patterns, hub ids, or - for standard input.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    check_targets(notify)
     check_training(config)
     fix_workspace(config)
 
-    with StopSignals():
+    with notifying(() if dry_run else notify, lambda: config.output), StopSignals():
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
             from slimtune.cli.dry_run import dry_run as rehearse

@@ -10,6 +10,7 @@
 ``facts.json``          what ``slimtune explain`` says, measured
 ``adapter/``            what was trained: adapter, tokenizer, chat template
 ``checkpoints/``        what `slimtune resume` goes on from
+``stop``                there while somebody asks the run to stop
 ``log.txt``             what upstream libraries said
 ``report.html, .md``    the report
 ======================  =============================================================================
