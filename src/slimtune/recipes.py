@@ -178,7 +178,7 @@ def resume(
             )
         config, _ = resolve_machine(config, detect())  # a file that lacks what was decided
         with damage_told(run.facts_file):
-            choices = [Choice(**choice) for choice in run.read_json(run.facts_file).get("choices", [])]
+            choices = [Choice(**choice) for choice in run.facts().get("choices", [])]
         _train(config, choices, _Job(run, signals, screen, formatting_func, accept_changes=accept_changes))
         run.drop_replaced()
     _export(config, run, screen)

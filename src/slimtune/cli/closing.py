@@ -17,7 +17,7 @@ WORSE = 4
 
 def close(run: RunFolder, *, as_json: bool) -> None:
     """Say what a run that is done can be used for; exit code 4 if it made the model worse than it was."""
-    facts = run.read_json(run.facts_file)
+    facts = run.facts()
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
     else:

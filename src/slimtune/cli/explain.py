@@ -32,7 +32,7 @@ def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
     A statement that was checked is marked: proved, broken, or not measured. Ends with exit code 1 if one is broken.
     """
     folder = RunFolder.open(run)
-    facts = folder.read_json(folder.facts_file)
+    facts = folder.facts()
     if not facts:
         raise UserError(
             f"run {run} has no facts.json",

@@ -28,12 +28,15 @@ from typing import Any, NoReturn
 
 from slimtune.base.named import similar
 from slimtune.config import FREE_KEYS, Config, load_config
-from slimtune.errors import GuardStop, StopRequested, UserError
+from slimtune.errors import GuardStop, StopRequested, UserError, shown
 from slimtune.run import replaced
 from slimtune.run.durable import JsonLines, replace_file
 from slimtune.run.lock import LOCK, lock_run
 
 __all__ = ["RunFolder", "check_free", "records"]
+
+_PARTS = ("base", "adapter", "training", "optimizer", "verified", "verdict", "data", "versions", "hardware")
+"""Of the facts, those that are objects."""
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -154,9 +157,24 @@ class RunFolder:
             raise UserError(f"{file} holds no JSON object", way_out="Copy the run's folder whole.")
         return value
 
+    def facts(self) -> dict[str, Any]:
+        """What the run measured (:class:`slimtune.run.facts.Facts` as plain data); empty before there is any.
+
+        Raises:
+            UserError: The file is damaged, or a part of it is no object.
+        """
+        facts = self.read_json(self.facts_file)
+        for part in _PARTS:
+            if not isinstance(facts.get(part), (dict, type(None))):
+                raise UserError(
+                    f"{self.facts_file} isn't as slimtune wrote it: {part} is {shown(repr(facts[part]), 80)}",
+                    way_out="Copy the run's folder whole, or train again.",
+                )
+        return facts
+
     def is_finished(self, config: Config) -> bool:
         """Whether nothing is left to do with ``config``: the run came to its end with it, and what it made is there."""
-        facts = self.read_json(self.facts_file)
+        facts = self.facts()
         made = [self.adapter, self.report_html, *(self.path / "export" / kind for kind in config.export)]
         now, ran = (
             {key: value for key, value in each.model_dump(mode="json").items() if key not in FREE_KEYS}
@@ -166,7 +184,7 @@ class RunFolder:
 
     def held_out(self) -> dict[str, Any] | None:
         """What the run remembers of the documents that it held out (:func:`slimtune.data.held_out.held_out_facts`)."""
-        remembered: dict[str, Any] | None = (self.read_json(self.facts_file).get("data") or {}).get("held_out")
+        remembered: dict[str, Any] | None = (self.facts().get("data") or {}).get("held_out")
         return remembered
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -96,7 +96,7 @@ def _runs(folder: Path, depth: int) -> Iterator[RunFolder]:
 def _line(run: RunFolder) -> RunLine:
     try:
         with damage_told(run.facts_file):
-            return _told(run, run.read_json(run.facts_file))
+            return _told(run, run.facts())
     except UserError as error:
         return RunLine(str(run.path), "damaged", problem=error.what)
 

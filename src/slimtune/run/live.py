@@ -124,7 +124,7 @@ class LiveRun:
             self.sampled, changed = read_samples(self._sampled), True
         at = self._run.facts_file.stat().st_mtime_ns if self._run.facts_file.is_file() else 0
         if at != self._facts_at:
-            self.facts, self._facts_at, changed = self._run.read_json(self._run.facts_file), at, True
+            self.facts, self._facts_at, changed = self._run.facts(), at, True
         self.state = self._state()
         return changed
 

@@ -46,7 +46,7 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
         run: The run's folder.
         lang: The language of ``report.md``, and the one that the page opens in.
     """
-    facts = run.read_json(run.facts_file)
+    facts = run.facts()
     environment = run.read_json(run.environment_file)
     config = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
     with damage_told(run.metrics_file):

@@ -95,7 +95,7 @@ def model_card(found: Found, target: str) -> str:
     front |= {"license": licence} if licence else {}
     name = target.rstrip("/").rpartition("/")[2]
     run = found.run
-    facts = run.read_json(run.facts_file) if run else {}
+    facts = run.facts() if run else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
