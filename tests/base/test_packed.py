@@ -95,6 +95,26 @@ def test_packed_weights_are_never_written_to() -> None:
             write()
 
 
+def test_a_module_that_is_moved_takes_the_parts_along() -> None:
+    """As ``Module.to`` moves to a GPU: it sets a parameter's ``data``, and the parameter stays the same object."""
+    packed = Nf4Tensor.quantize(stack((3, 24, 40)), double_quant=True)
+    module = nn.Module()
+    module.stack = parameter = nn.Parameter(packed, requires_grad=False)
+    numbers, before = packed.unpack(), dict(parameter.parts)
+    module._apply(lambda tensor: tensor.clone())
+    assert module.stack is parameter
+    assert all(parameter.parts[name] is not part for name, part in before.items())
+    assert all(part.data_ptr() != before[name].data_ptr() for name, part in parameter.parts.items())
+    assert torch.equal(parameter.unpack(), numbers)
+    assert isinstance(parameter.data, Nf4Tensor)
+    with torch.no_grad():
+        parameter.data = parameter.transpose(1, 2).transpose(1, 2).to(torch.bfloat16)
+    assert (parameter.dtype, parameter.turned, parameter.unpack().dtype) == (torch.bfloat16, False, torch.bfloat16)
+    with pytest.raises(TypeError, match="can't be a Tensor"):
+        parameter.data = numbers
+    assert module.to("meta").stack.parts["codes"].is_meta
+
+
 def test_mxfp4_is_what_transformers_unpacks() -> None:
     draw = torch.Generator().manual_seed(1)
     blocks = torch.randint(0, 256, (3, 40, 5, 16), dtype=torch.uint8, generator=draw)

@@ -72,6 +72,18 @@ class PackedTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    @property
+    def data(self) -> Tensor:
+        """Detached. What it is set to brings its parts: ``Module.to`` moves a parameter to a GPU so."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        if not isinstance(other, PackedTensor):
+            raise TypeError(f"a packed weight's data can't be a {type(other).__name__}")
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.parts, self.turned = dict(other.parts), other.turned
+
     @abstractmethod
     def unpack(self) -> Tensor:
         """The numbers, in the logical shape and dtype."""
