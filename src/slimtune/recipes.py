@@ -94,8 +94,9 @@ from slimtune.training.sampling import SamplesCallback
 from slimtune.training.stop import StopSignals, Watchdog
 from slimtune.training.trainer import SlimTrainer, adapter_facts
 from slimtune.use.ask import ask
-from slimtune.use.export import check_exportable, export_gguf
-from slimtune.use.load import Found, find
+from slimtune.use.export import check_exportable, export_run
+from slimtune.use.forgetting import general_change
+from slimtune.use.load import Found
 from slimtune.use.rehearse import rehearse
 from slimtune.use.samples import Samples, choose
 
@@ -133,7 +134,7 @@ def finetune(
     with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
         config = keep_stdin(config, run.path / "stdin")
         _train(config, choices, _Job(run, signals, screen, formatting_func, observe))
-    _export(config, run, screen)
+    export_run(config, run, screen)
     return run
 
 
@@ -181,7 +182,7 @@ def resume(
             choices = [Choice(**choice) for choice in run.facts().get("choices", [])]
         _train(config, choices, _Job(run, signals, screen, formatting_func, accept_changes=accept_changes))
         run.drop_replaced()
-    _export(config, run, screen)
+    export_run(config, run, screen)
     return run
 
 
@@ -261,7 +262,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room
-            facts.verified = _verify(config, hardware, run, data, watchdog)
+            facts.verified, facts.verdict.general = _verify(config, hardware, run, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
             job.screen.conclude(facts.as_dict())
@@ -433,21 +434,10 @@ def _use_engine(
         )
 
 
-def _export(config: Config, run: RunFolder, screen: Screen) -> None:
-    """The exports that the config names, of a run that is done and whole whatever becomes of them."""
-    for kind in config.export:
-        folder = run.path / "export" / kind
-        if folder.exists():
-            continue  # made before this run was resumed
-        with screen.working(f"exporting as {kind}"), upstream_to_log(run.log_file):
-            certificate = export_gguf(find(str(run.path)), folder, kind, name=run.path.resolve().name)
-        screen.say("exported", f"{folder}" + (f" · {certificate.line()}" if certificate else ""))
-
-
 def _verify(
     config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches, watchdog: Watchdog
-) -> VerifiedFacts:
-    """The adapter, read back from the disk into a fresh base.
+) -> tuple[VerifiedFacts, dict[str, Any] | None]:
+    """The adapter, read back from the disk into a fresh base; and what that base could, with it and without.
 
     Raises:
         GuardStop: It isn't what was trained, or does nothing.
@@ -456,14 +446,21 @@ def _verify(
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # libraries ask the driver itself for their workspaces
     tokens, _ = data.documents[0]
-    found = read_back(_load(config, hardware, watchdog).model, run.adapter, [int(token) for token in tokens[:64]])
+    fresh, general = _load(config, hardware, watchdog), []
+
+    def look(model: Any) -> None:
+        if run.held_out() is not None and config.samples:
+            beat = partial(watchdog.beat, "writing the results")
+            general.append(general_change(model, fresh.tokenizer, Manner.of(config), beat))
+
+    found = read_back(fresh.model, run.adapter, [int(token) for token in tokens[:64]], look)
     if found.problem:
         raise GuardStop(
             f"the adapter in {run.adapter} is bad: {found.problem}",
             rule="It was read back into a fresh base after the last step.",
             way_out="Look at the losses in the run's metrics; a run of one or two steps learns nothing yet.",
         )
-    return VerifiedFacts(**asdict(found))
+    return VerifiedFacts(**asdict(found)), general[0] if general else None
 
 
 @dataclass(frozen=True)

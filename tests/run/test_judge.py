@@ -15,7 +15,7 @@ from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import bootstrap
 from slimtune.run.judge import judge, parts_record
 from slimtune.run.samples import Sampled, read_samples
-from slimtune.run.verdict import advice_text, is_worse, tell_verdict, verdict_text
+from slimtune.run.verdict import advice_text, general_text, is_worse, tell_verdict, verdict_text
 
 TOKENS = [10, 20, 30, 40, 50, 60, 70, 80]
 TRAINING = TrainingFacts(
@@ -169,3 +169,14 @@ def test_a_loss_that_rose_and_replies_that_got_stuck_are_both_told() -> None:
     text = verdict_text(vars(found), vars(TRAINING), lambda en, zh: en)
     assert text.startswith("WORSE than before the training on 8 held-out documents")
     assert "3 of 3 replies" in text
+
+
+@pytest.mark.parametrize(("after", "high", "forgets"), [(3, -0.2, True), (20, 0.05, False), (25, 0.2, False)])
+def test_what_it_could_before_is_told_with_what_helps(after: int, high: float, forgets: bool) -> None:
+    change = {"value": (after - 21) / 44, "low": -0.5, "high": high}
+    verdict = {"general": {"questions": 44, "before": 21, "after": after, "change": change}}
+    for say in (lambda en, zh: en, lambda en, zh: zh):
+        text = general_text(verdict, say)
+        assert {"44", "21", str(after)} <= set(re.findall(r"\d+", text))
+        assert ("--rehearse 10%" in text) == forgets
+    assert general_text({}, lambda en, zh: en) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,16 @@ class ReadBack:
 
 
 @torch.no_grad()
-def read_back(base: PreTrainedModel, folder: Path, ids: list[int]) -> ReadBack:
+def read_back(
+    base: PreTrainedModel, folder: Path, ids: list[int], then: Callable[[PeftModel], None] | None = None
+) -> ReadBack:
     """Attach the adapter in ``folder`` to a fresh base and look at it.
 
     Args:
         base: Just loaded, not wrapped.
         folder: With ``adapter_model.safetensors`` and ``adapter_config.json``.
         ids: Some tokens to run, at least one.
+        then: Called with the model, if nothing is wrong with its adapter.
     """
     saved = load_file(folder / ADAPTER_WEIGHTS)
     model: PeftModel = attach_adapter(base, folder)
@@ -63,4 +67,7 @@ def read_back(base: PreTrainedModel, folder: Path, ids: list[int]) -> ReadBack:
         off = model(input_ids=tokens).logits.float()
     difference = float((on - off).abs().max())
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in saved.values()) and difference == difference
-    return ReadBack(matching, finite, difference > 0.0, difference)
+    found = ReadBack(matching, finite, difference > 0.0, difference)
+    if then is not None and not found.problem:
+        then(model)
+    return found

@@ -189,6 +189,9 @@ class VerdictFacts:
     """The first of them."""
     by_replies: bool = False
     """It is worse by these replies, and not by its loss."""
+    general: dict[str, Any] | None = None
+    """Of the general questions (:mod:`slimtune.use.forgetting`): questions, before, after (right ones), change of the
+    share (value, low, high); None: not asked."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimtune.errors import written_out
-from slimtune.run.verdict import advice_text, verdict_text
+from slimtune.run.verdict import advice_text, general_text, verdict_text
 
 __all__ = ["Screen", "megabytes", "time_left"]
 
@@ -89,8 +89,9 @@ class Screen:
         if verdict["outcome"] == "unmeasured":
             text = f"not measured: {text}"
         self._print("result", text, style, style.removeprefix("bold").strip())
-        if advice := advice_text(verdict, _english):
-            self._print("", advice.replace("`", ""))
+        for more in (advice_text(verdict, _english), general_text(verdict, _english)):
+            if more:
+                self._print("", more.replace("`", ""))
 
     def _print(self, label: str, text: str, style: str = "", text_style: str = "") -> None:
         """A label and its text: in a terminal broken between words, clear of the label; elsewhere one line."""

@@ -17,8 +17,9 @@ from slimtune.run.statement import (
     value_text,
 )
 
-__all__ = ["advice_text", "is_worse", "tell_verdict", "verdict_text"]
+__all__ = ["advice_text", "general_text", "is_worse", "tell_verdict", "verdict_text"]
 
+REHEARSE = "`--rehearse 10%`"
 STUCK_SHOWN = 40
 """Characters of a reply that repeats itself."""
 _STATUS: dict[str, Status] = {"better": "proved", "worse": "broken", "same": "told", "unmeasured": "unmeasured"}
@@ -106,6 +107,24 @@ def advice_text(verdict: Facts, say: Say) -> str:
     return ""
 
 
+def general_text(verdict: Facts, say: Say) -> str:
+    """What became of the general questions, and what helps if it is less; empty if they weren't asked."""
+    general = verdict.get("general")
+    if not general:
+        return ""
+    count, before, after, change = (general[name] for name in ("questions", "before", "after", "change"))
+    text = say(
+        f"Of {count} general questions the base had {before} right, the model has {after}",
+        f"{count} 道通用问题，基座答对 {before} 道，现在答对 {after} 道",
+    )
+    if change["high"] >= 0:
+        return text + say(".", "。")
+    return text + say(
+        f" ({_signed(change)}): it forgets what it could before. {REHEARSE} keeps more of that.",
+        f"（{_signed(change)}）：原有的本领在丢失，{REHEARSE} 可以多保住一些。",
+    )
+
+
 def tell_verdict(facts: Facts, say: Say) -> Section | None:
     """The section of the explanation; none for runs from before there was a verdict, or that didn't end."""
     verdict = facts.get("verdict")
@@ -125,6 +144,8 @@ def tell_verdict(facts: Facts, say: Say) -> Section | None:
         )
     if advice := advice_text(verdict, say):
         told.append(Statement(advice))
+    if general := general_text(verdict, say):
+        told.append(Statement(general))
     return Section("verdict", part_name(4, say), say("Better or worse", "变好还是变坏"), tuple(told))
 
 

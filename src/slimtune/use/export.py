@@ -20,16 +20,20 @@ from slimtune.adapter.files import UnpackedFiles
 from slimtune.adapter.merged import MergedWeights, read_model_config
 from slimtune.base.bars import without_bars
 from slimtune.base.source import upstream_errors
+from slimtune.config import Config
 from slimtune.data.render import renderer_for
 from slimtune.errors import UserError
+from slimtune.run.folder import RunFolder
+from slimtune.run.quiet import upstream_to_log
+from slimtune.run.screen import Screen
 from slimtune.use.gguf_file import check_family, write_gguf
-from slimtune.use.load import Found, Opened, open_model, stop_ids, turn_ends
+from slimtune.use.load import Found, Opened, find, open_model, stop_ids, turn_ends
 from slimtune.use.merge import free_room, new_folder
 from slimtune.use.ollama import modelfile
 from slimtune.use.parity import Certificate, Reference, Voice, certify, reference, transformers_voice
 from slimtune.use.rounding import round_once_
 
-__all__ = ["KINDS", "Kind", "check_exportable", "check_needs", "export_gguf", "prove_merged"]
+__all__ = ["KINDS", "Kind", "check_exportable", "check_needs", "export_gguf", "export_run", "prove_merged"]
 
 Kind = Literal["f16", "q8_0", "q4_k_m"]
 KINDS: tuple[Kind, ...] = ("f16", "q8_0", "q4_k_m")
@@ -53,6 +57,17 @@ def check_needs(kind: Kind) -> None:
             rule="Q4_K_M is made by llama.cpp's own tool.",
             way_out="Install llama.cpp and put it on the PATH, or export as q8_0.",
         )
+
+
+def export_run(config: Config, run: RunFolder, screen: Screen) -> None:
+    """The exports that the config names, of a run that is done and whole whatever becomes of them."""
+    for kind in config.export:
+        folder = run.path / "export" / kind
+        if folder.exists():
+            continue  # made before this run was resumed
+        with screen.working(f"exporting as {kind}"), upstream_to_log(run.log_file):
+            certificate = export_gguf(find(str(run.path)), folder, kind, name=run.path.resolve().name)
+        screen.say("exported", f"{folder}" + (f" · {certificate.line()}" if certificate else ""))
 
 
 def check_exportable(found: Found, kinds: Sequence[Kind], init: str | None = None) -> None:

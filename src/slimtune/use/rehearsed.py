@@ -66,7 +66,7 @@ _LISTS: dict[str, tuple[str, ...]] = {
         "Make this sentence polite: Give me the salt.", "Correct the spelling: I recieved your leter.",
         "Rewrite in the past: She walks to school.", "Write a sentence with the words 'sun' and 'window'.",
         "Write a short birthday wish.", "Write two lines about the sea.", "Give a title for a story about a lost key.",
-        "Hello!", "How are you?", "Good morning, can you help me?", "Thank you for your help.", "Tell me a short joke.",
+        "Hello", "How are you?", "Good morning, can you help me?", "Thank you for your help.", "Tell me a short joke.",
         "What can you do?", "I feel tired today. What could I do?", "Recommend a simple dinner.",
         "How do I boil an egg?", "How do I plant a tree?", "Why is the sky blue?", "Why do leaves fall in autumn?",
         "Give me one tip for learning a language.", "What should I pack for a rainy day?",
@@ -84,7 +84,7 @@ _ROLES: tuple[Prompt, ...] = (
     ("What is the weather like?", "Always answer with exactly one word."),
     ("Tell me about the sea.", "Answer in one short sentence."),
     ("What should I eat?", "You answer in French."),
-    ("Hi!", "You are a polite hotel receptionist."),
+    ("Hi", "You are a polite hotel receptionist."),
     ("How do I open a jar?", "You are a helpful assistant. Use at most ten words."),
 )
 

@@ -90,10 +90,14 @@ class Samples:
         asked: The prompts.
         tokenizer: The training's.
         manner: How it renders conversations; it says what ends a reply.
+        tokens: Most tokens of a reply; :data:`TOKENS` unless given.
     """
 
-    def __init__(self, asked: list[Asked], tokenizer: PreTrainedTokenizerBase, manner: Manner) -> None:
+    def __init__(
+        self, asked: list[Asked], tokenizer: PreTrainedTokenizerBase, manner: Manner, tokens: int | None = None
+    ) -> None:
         self.asked, self.tokenizer, self.manner = asked, tokenizer, manner
+        self.tokens = tokens or TOKENS
 
     def __call__(self, model: Any, seconds: float, goes_on: Callable[[], bool]) -> list[dict[str, str]] | None:
         """The replies, as ``samples.jsonl`` has them; None once ``goes_on``, asked at every token, says no.
@@ -128,8 +132,8 @@ class Samples:
             now = time.monotonic()
             until = now + (deadline - now) * min(1.0, rows / len(waiting))
             batch, waiting = waiting[:rows], waiting[rows:]
-            limits = [min(TOKENS, opened.context - len(self.asked[index].ids)) for index in batch]
-            draws = Draws(Sampling(max_new_tokens=TOKENS), batch)
+            limits = [min(self.tokens, opened.context - len(self.asked[index].ids)) for index in batch]
+            draws = Draws(Sampling(max_new_tokens=self.tokens), batch)
             for row, token in decode(opened, [self.asked[index].ids for index in batch], limits, draws):
                 if not goes_on():
                     return None
