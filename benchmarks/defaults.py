@@ -30,9 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "16 bits, all-linear, r 16": {"quantization": "none", "targets": "all-linear", "lora_r": 16},
 }
 """Two ways to adapt one model: as by default, and with three times the adapter on unquantised weights."""
-RATES = (2e-4, 6e-4, 2e-3, 5e-3)
-AMOUNTS = ((4, 3), (4, 10), (16, 10), (16, 30))
-"""(documents to a step, epochs)."""
+RATES = (2e-4, 1e-3, 3e-3)
+AMOUNTS = ((4, 60), (4, 120), (4, 240), (16, 60))
+"""(documents to a step, steps)."""
 SEEDS = (1, 2)
 _REPLY_TOKENS = 40
 _PADDING = 64
@@ -54,8 +54,8 @@ def _jobs(part: str) -> Iterator[dict[str, Any]]:
         if part == "defaults":
             yield from ({**common, "seed": seed} for seed in SEEDS)
             continue
-        for (documents, epochs), rate in itertools.product(AMOUNTS, RATES):
-            yield {**common, "seed": 1, "rate": rate, "documents": documents, "epochs": epochs}
+        for (documents, steps), rate in itertools.product(AMOUNTS, RATES):
+            yield {**common, "seed": 1, "rate": rate, "documents": documents, "max_steps": steps}
 
 
 def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
@@ -69,13 +69,19 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     asked = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in train
     ]
-    values: dict[str, Any] = {**MODELS[job["model"]], "seed": job["seed"], "save_steps": 10_000, "eval_steps": 10_000}
+    values: dict[str, Any] = {
+        **MODELS[job["model"]],
+        "seed": job["seed"],
+        "save_steps": 10_000,
+        "eval_steps": 10_000,
+        "samples": 0,
+    }
     if "rate" in job:
         tokenizer = load_tokenizer(base)
         lengths = [len(tokenizer.apply_chat_template(messages)["input_ids"]) for messages in asked]
         tokens = max(max(lengths), job["documents"] * statistics.fmean(lengths))
         values |= {
-            "learning_rate": job["rate"], "epochs": job["epochs"], "gradient_accumulation": 1,
+            "learning_rate": job["rate"], "max_steps": job["max_steps"], "gradient_accumulation": 1,
             "pack_tokens": _PADDING * -(-round(tokens) // _PADDING),
         }  # fmt: skip
     if tiny:
@@ -120,7 +126,7 @@ def shares(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 best = max(grid, key=lambda r: r["score"])
                 yield {
                     "task": task, "model": model, "of": len(grid), "defaults": own, "best": best["score"],
-                    "best_is": [best["rate"], best["documents"], best["epochs"]],
+                    "best_is": [best["rate"], best["documents"], best["max_steps"]],
                     "share": statistics.fmean(own) / max(best["score"], 1e-9),
                 }  # fmt: skip
 

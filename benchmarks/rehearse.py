@@ -1,7 +1,7 @@
 """Does rehearsing keep what a base could, and what does it cost? python benchmarks/rehearse.py [MODEL] [--seconds 190]
 
 Trains MODEL (SmolLM2-135M) on three small tasks (benchmarks/tasks.py) with three seeds, without ``rehearse`` and with
-several shares of it, else by slimtune's defaults but for the learning rates named below. Of each: the package's general
+several amounts of it, else by slimtune's defaults. Of each: the package's general
 set before and after (the share of the base's score that is kept), the task's score on 48 questions that it wasn't
 trained on, the held-out loss with its interval, and the seconds. ``--tiny`` takes a few steps of each.
 """
@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import json
-import random
 import statistics
 import tempfile
 import time
@@ -24,8 +23,8 @@ from tasks import TASKS, score
 from workers import results_of
 
 TRAINED_ON = ("home", "dates", "labels")
-RATES = (2e-4, 1e-3)
-SHARES = (0.0, 0.1, 0.25, 0.5)
+WAYS = ((0.0, 0), (0.1, 1), (0.1, 24), (0.1, 48))
+"""(share of the rows, fewest answers)."""
 SEEDS = (1, 2, 3)
 _REPLY_TOKENS, _GENERAL_TOKENS = 40, 48
 _base_general: list[float] = []
@@ -36,8 +35,11 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     """One training, and what its model can."""
     from slimtune.config import Config
     from slimtune.recipes import finetune
+    from slimtune.use import rehearse
     from slimtune.use.ask import ask
     from slimtune.use.general import GENERAL
+
+    rehearse.LEAST = job["least"]
 
     train, test = (part[:24] if tiny else part for part in TASKS[job["task"]].pairs())
     general = GENERAL[:6] if tiny else GENERAL
@@ -65,10 +67,15 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
             for question, answer in train
         )
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        values: dict[str, Any] = {"save_steps": 10_000, "eval_steps": 10_000, **({"max_steps": 2} if tiny else {})}
+        values: dict[str, Any] = {
+            "save_steps": 10_000,
+            "eval_steps": 10_000,
+            "samples": 0,
+            **({"max_steps": 2} if tiny else {}),
+        }
         config = Config.make(
             model=base, data=str(file), output=Path(name) / "run", seed=job["seed"], rehearse=job["share"],
-            learning_rate=job["rate"], **values,
+            **values,
         )  # fmt: skip
         run = finetune(config, observe=look)
         facts = run.read_json(run.facts_file)
@@ -92,16 +99,16 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
 
 
 def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Means over seeds and tasks, by rate and share; and of the held-out losses, how many lie within the interval of
+    """Means over seeds and tasks, by amount; and of the held-out losses, how many lie within the interval of
     the run without rehearsing of the same task and seed."""
-    without = {(r["task"], r["seed"], r["rate"]): r for r in results if not r["share"]}
-    for rate, share in itertools.product(RATES, SHARES):
-        found = [r for r in results if (r["rate"], r["share"]) == (rate, share)]
-        pairs = [(r, without[key]) for r in found if (key := (r["task"], r["seed"], rate)) in without]
+    without = {(r["task"], r["seed"]): r for r in results if not r["share"]}
+    for share, least in WAYS:
+        found = [r for r in results if (r["share"], r["least"]) == (share, least)]
+        pairs = [(r, without[key]) for r in found if (key := (r["task"], r["seed"])) in without]
         pairs = [(r, other) for r, other in pairs if r["loss"] and other["loss"]]
         if pairs:
             yield {
-                "rate": rate, "share": share, "runs": len(found),
+                "share": share, "least": least, "runs": len(found),
                 **{
                     key: round(statistics.fmean(r[key] for r in found), 4)
                     for key in ("kept", "kept_of_the_right", "general", "score", "training_seconds", "run_seconds")
@@ -124,12 +131,11 @@ def main() -> None:
 
     model_source(options.model)  # the embedded one is converted once, not by each worker
     jobs = [
-        {"task": task, "seed": seed, "rate": rate, "share": share}
-        for task, seed, rate, share in itertools.product(TRAINED_ON, SEEDS, RATES, SHARES)
+        {"task": task, "seed": seed, "share": share, "least": least}
+        for seed, task, (share, least) in itertools.product(SEEDS, TRAINED_ON, WAYS)
     ]
-    random.Random(0).shuffle(jobs)  # one that is cut short has some of all
     if options.tiny:
-        jobs = [job for job in jobs if job["share"] in (0.0, 0.25) and job["rate"] == RATES[0]][:2]
+        jobs = [jobs[0], jobs[2]]
     do = functools.partial(trained, base=options.model, tiny=options.tiny)
     results = results_of(jobs, do, workers=options.workers, seconds=options.seconds)
     lines = list(summary(results))

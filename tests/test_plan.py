@@ -20,6 +20,7 @@ from slimtune.plan import (
     micro_batches_of_run,
     resolve_amount,
     resolve_held_out,
+    resolve_rate,
     resolve_steps,
     steps_of_run,
 )
@@ -162,3 +163,11 @@ def test_what_is_held_out_is_recorded_with_its_reason() -> None:
     config, (choice,) = resolve_held_out(Config.make(eval="held.jsonl"), 0.0, 0)
     assert (config.eval_share, choice.reason) == (0.0, "eval names the held-out data")
     assert resolve_held_out(Config.make(eval_share=0.1), 0.1, 40) == (Config.make(eval_share=0.1), [])
+
+
+def test_the_learning_rate_follows_from_the_bases_size_unless_it_is_given() -> None:
+    config, (choice,) = resolve_rate(Config.make(), 134_515_008)
+    assert (config.learning_rate, choice.key, choice.value) == (1e-3, "learning_rate", 1e-3)
+    config, choices = resolve_rate(Config.make(), 1_836_828_672)
+    assert (config.learning_rate, choices) == (2e-4, [])
+    assert resolve_rate(Config.make(learning_rate=5.0), 134_515_008) == (Config.make(learning_rate=5.0), [])

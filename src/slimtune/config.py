@@ -29,11 +29,21 @@ from pydantic import (
 from slimtune.errors import UserError, check_utf8, shown
 from slimtune.foreign import recognised, translated
 
-__all__ = ["FREE_KEYS", "TARGET_WORDS", "USUAL_ACCUMULATION", "USUAL_EPOCHS", "Config", "load_config", "read_yaml"]
+__all__ = [
+    "FREE_KEYS",
+    "TARGET_WORDS",
+    "USUAL_ACCUMULATION",
+    "USUAL_EPOCHS",
+    "USUAL_RATE",
+    "Config",
+    "load_config",
+    "read_yaml",
+]
 
 USUAL_EPOCHS = 3.0
 USUAL_ACCUMULATION = 2
 """What ``auto`` is where the data makes enough steps."""
+USUAL_RATE = 2e-4
 
 FREE_KEYS = frozenset(
     {
@@ -170,8 +180,8 @@ class Config(BaseModel):
     """Passes over the data. auto: 3, and more where the data makes few steps."""
     max_steps: Count | None = None
     """Optimizer steps; wins over epochs."""
-    learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    learning_rate: PositiveFloat | Literal["auto"] = "auto"
+    """Peak learning rate. auto: 2e-4; 1e-3 for a base of up to 200 million parameters."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate over the run."""
     warmup: Fraction = 0.03
@@ -313,6 +323,11 @@ class Config(BaseModel):
     def passes(self) -> float:
         """Passes over the data: as they were asked for or decided, else the usual ones."""
         return USUAL_EPOCHS if self.epochs == "auto" else self.epochs
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate: as it was asked for or decided, else the usual one."""
+        return USUAL_RATE if self.learning_rate == "auto" else self.learning_rate
 
     @property
     def accumulation(self) -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "resolve_amount",
     "resolve_held_out",
     "resolve_machine",
+    "resolve_rate",
     "resolve_steps",
     "resolved",
     "steps_of_run",
@@ -43,6 +44,8 @@ MOST_EPOCHS = 20.0
 """Of few rows, more are learnt by heart."""
 REHEARSED_TOKENS = 256
 """A general prompt with its answer takes no more, in most templates."""
+SMALL_BASE, SMALL_RATE = 200_000_000, 1e-3
+"""Measured at 135 million parameters (benchmarks/defaults.py); larger bases take the usual rate, unmeasured here."""
 LEAST_DOCUMENTS = 4
 """Of a pack, on average: what a step of fewer says depends on which they are."""
 _TILE = 64
@@ -205,6 +208,18 @@ def resolve_held_out(config: Config, share: float, rows: int) -> tuple[Config, l
         reason = f"none of {rows:,} different rows, as they are fewer than 20"
     choices = [Choice("eval_share", share, reason)]
     return resolved(config, choices), choices
+
+
+def resolve_rate(config: Config, parameters: int) -> tuple[Config, list[Choice]]:
+    """Decide what depends on the base's size; ``parameters`` is how many it has."""
+    if config.learning_rate != "auto":
+        return config, []
+    choices = []
+    if parameters <= SMALL_BASE:
+        size, most = f"{parameters / 1e6:,.0f}", f"{SMALL_BASE / 1e6:,.0f}"
+        reason = f"the base has {size} million parameters: one of up to {most} learns little at {config.rate:g}"
+        choices = [Choice("learning_rate", SMALL_RATE, reason)]
+    return config.model_copy(update={"learning_rate": SMALL_RATE if choices else config.rate}), choices
 
 
 def resolve_steps(config: Config, per_epoch: int, eval_work: float = 0.0) -> tuple[Config, list[Choice]]:

@@ -56,6 +56,7 @@ from slimtune.plan import (
     resolve_amount,
     resolve_held_out,
     resolve_machine,
+    resolve_rate,
     resolve_steps,
     resolved,
     steps_of_run,
@@ -310,6 +311,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
         screen.say("rehearse", line)
     check_names(config, base.model)
     check_model(config, base.model)
+    config, for_rate = resolve_rate(config, sum(part.parameters for part in bytes_by_part(base.model)))
     config, for_family = _resolve_targets(config, base)
     targets = find_targets(config, base.model)
     lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
@@ -323,7 +325,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
-    choices = [*choices, *for_held_out, *for_amount, *for_family, *for_layout, *for_steps]
+    choices = [*choices, *for_held_out, *for_amount, *for_rate, *for_family, *for_layout, *for_steps]
     return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
 
 

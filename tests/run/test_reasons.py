@@ -12,7 +12,7 @@ import torch
 from slimtune import hardware
 from slimtune.config import Config
 from slimtune.hardware import Hardware, detect
-from slimtune.plan import resolve_amount, resolve_held_out, resolve_machine, resolve_steps
+from slimtune.plan import resolve_amount, resolve_held_out, resolve_machine, resolve_rate, resolve_steps
 from slimtune.run.reasons import reason_in_chinese
 from tests.test_plan import documents_of
 
@@ -41,6 +41,7 @@ def test_every_reason_has_its_chinese(monkeypatch: pytest.MonkeyPatch, tmp_path:
         for held in ((Config.make(), 0.2, 40), (Config.make(), 0.0, 12), (Config.make(eval="rows.jsonl"), 0.0, 0)):
             choices += resolve_held_out(*held)[1]
         choices += resolve_amount(Config.make(), documents_of(tmp_path / str(len(reasons)), 40), None)[1]
+        choices += resolve_rate(Config.make(), 134_515_008)[1]
         reasons |= {choice.reason for choice in choices}
     assert len(reasons) >= 8
     for reason in reasons:

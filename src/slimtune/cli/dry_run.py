@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from slimtune.base.classes import skeleton
+from slimtune.base.named import model_source
 from slimtune.base.tokenizer import remarks
 from slimtune.base.vocabulary import tokenizer_of
 from slimtune.config import Config
@@ -14,7 +16,16 @@ from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.hardware import detect
-from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_steps, steps_of_run
+from slimtune.plan import (
+    Choice,
+    few_steps,
+    resolve_amount,
+    resolve_held_out,
+    resolve_machine,
+    resolve_rate,
+    resolve_steps,
+    steps_of_run,
+)
 from slimtune.run.lines import data_line, packs_line, steps_line
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
@@ -41,9 +52,13 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     config, for_amount = resolve_amount(config, proof.train, proof.eval)
     data = micro_batches(proof.train, config)
+    for_rate: list[Choice] = []
+    if (base := Path(model_source(config.model))).is_dir():
+        made = skeleton(base, trust_remote_code=config.trust_remote_code)
+        config, for_rate = resolve_rate(config, sum(parameter.numel() for parameter in made.parameters()))
     config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
     steps = steps_of_run(config, data.per_epoch)
-    choices = [*for_machine, *for_held_out, *for_amount, *for_steps]
+    choices = [*for_machine, *for_held_out, *for_amount, *for_rate, *for_steps]
     for line in remarks(tokenizer):
         screen.warn(line)
     screen.say("data", data_line(proof.facts))

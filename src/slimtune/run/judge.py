@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimtune.config import Config
+from slimtune.config import USUAL_RATE, Config
 from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.run.repeats import Stuck, stuck_replies
@@ -30,7 +30,6 @@ RISE = 1.5
 """Without held-out rows: the losses at the end, which are other rows', may be this many times the first."""
 MOST_PARTS = 200
 """Parts that a record holds; of more, several are added up."""
-USUAL_RATE = 2e-4
 HIGH_RATE = 10 * USUAL_RATE
 """Over it, what didn't change for the better is more likely to have learned too fast than too little."""
 Parts = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
@@ -85,13 +84,13 @@ def judge(
         outcome = "better"
     replies = stuck_replies(sampled, step) if sampled is not None else Stuck()
     advice = _advice(outcome, same, best, step)
-    if outcome == "same" and advice == "longer" and config.learning_rate > HIGH_RATE:
+    if outcome == "same" and advice == "longer" and config.rate > HIGH_RATE:
         advice = "slower"
     by_replies = replies.most and outcome != "worse"
     if by_replies:
         outcome = "worse"
         if advice != "shorter":
-            advice = "slower" if config.learning_rate > USUAL_RATE else ""
+            advice = "slower" if config.rate > USUAL_RATE else ""
     return VerdictFacts(
         outcome=outcome,
         documents=held_out["documents"],
@@ -145,7 +144,7 @@ def _advice(outcome: str, found: Mapping[int, Parts], best: int | None, step: in
 def _suggestion(advice: str, config: Config, training: TrainingFacts, best: int | None, step: int) -> str:
     """The flag that follows the advice."""
     if advice == "slower":
-        rate = min(config.learning_rate / 10, USUAL_RATE)
+        rate = min(config.rate / 10, USUAL_RATE)
         return f"--learning-rate {rate:.2g}"
     if advice not in ("longer", "shorter"):
         return ""

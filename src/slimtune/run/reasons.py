@@ -33,6 +33,10 @@ _REASONS = (
         r"with the usual (.+) the run would have (.+) optimizer steps, fewer than about (.+)",
         r"若按通常的 \1，本次运行只有 \2 个优化器步，不足约 \3 步",
     ),
+    (
+        r"the base has (.+) million parameters: one of up to (.+) learns little at (.+)",
+        r"基座有 \1 百万参数：不超过 \2 百万的，用 \3 学不到多少",
+    ),
     (r"(\d+) optimizer steps, so about (\d+) evaluations", r"共 \1 个优化器步，约评估 \2 次"),
     (r"the engine computes documents by length", "引擎按长度分别计算各个文档"),
     (

@@ -104,7 +104,7 @@ def sft_arguments(
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
         num_train_epochs=1,
-        learning_rate=config.learning_rate,
+        learning_rate=config.rate,
         lr_scheduler_type=config.lr_scheduler,
         # Rounded down: the first step of a warm-up has a rate of 0, and a run of a few steps has none to give away.
         warmup_steps=math.floor(config.warmup * steps),

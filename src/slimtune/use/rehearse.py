@@ -27,15 +27,17 @@ from slimtune.use.sampling import Sampling
 
 __all__ = ["answer", "rehearse", "wanted"]
 
+LEAST = 24
+"""Of fewer rows too: a few answers hold a few answers."""
 REPLY_TOKENS = 96
 """Most tokens of an answer; one that isn't ended by then is left out, as its end would be taught wrongly."""
-SPARE = 1.5
+SPARE = 2.0
 """So many times the prompts that are wanted are asked."""
 
 
 def wanted(config: Config, documents: Documents) -> int:
     """How many answers are to be rehearsed beside ``documents``."""
-    return min(len(PROMPTS), max(1, round(config.rehearse * len(documents))))
+    return min(len(PROMPTS), max(LEAST, round(config.rehearse * len(documents))))
 
 
 def rehearse(
