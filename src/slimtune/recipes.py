@@ -263,7 +263,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room
-            facts.verified, facts.verdict.general = _verify(config, hardware, run, data, watchdog)
+            facts.verified, facts.verdict.general = _verify(config, hardware, job, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
             write_report(run)
             job.screen.conclude(facts.as_dict())
@@ -437,7 +437,7 @@ def _use_engine(
 
 
 def _verify(
-    config: Config, hardware: Hardware, run: RunFolder, data: MicroBatches, watchdog: Watchdog
+    config: Config, hardware: Hardware, job: _Job, data: MicroBatches, watchdog: Watchdog
 ) -> tuple[VerifiedFacts, dict[str, Any] | None]:
     """The adapter, read back from the disk into a fresh base; and what that base could, with it and without.
 
@@ -448,12 +448,15 @@ def _verify(
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # libraries ask the driver itself for their workspaces
     tokens, _ = data.documents[0]
-    fresh, general = _load(config, hardware, watchdog), []
+    run, fresh, general = job.run, _load(config, hardware, watchdog), []
+
+    def goes_on() -> bool:
+        watchdog.beat("writing the results")
+        return job.signals.requested is None
 
     def look(model: Any) -> None:
         if run.held_out() is not None and config.samples:
-            beat = partial(watchdog.beat, "writing the results")
-            general.append(general_change(model, fresh.tokenizer, Manner.of(config), beat))
+            general.append(general_change(model, fresh.tokenizer, Manner.of(config), goes_on))
 
     found = read_back(fresh.model, run.adapter, [int(token) for token in tokens[:64]], look)
     if found.problem:

@@ -305,6 +305,7 @@ def test_what_a_run_rehearses_is_its_own_at_a_resume(
         campaign.make_rows(file, count)
 
     monkeypatch.setattr(rehearsal, "answer", answer)
+    monkeypatch.setattr(rehearsal, "LEAST", 8)
     values: dict[str, Any] = {"rehearse": 0.25, "max_length": 256}
     plain = finetune(config(str(small), rows, tmp_path / "plain", max_length=256))
     whole = finetune(config(str(small), rows, tmp_path / "whole", **values))
@@ -318,11 +319,11 @@ def test_what_a_run_rehearses_is_its_own_at_a_resume(
         resume(tmp_path / "run")
     answers.write_text(kept)
     run = resume(tmp_path / "run")
-    assert asked == [7, 7]  # a quarter of the 28 documents that aren't held out
+    assert asked == [8, 8]  # a quarter of the 28 documents that aren't held out is fewer
     assert campaign.trajectory(run.path) == campaign.trajectory(whole.path)
     assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
     assert campaign.adapter_sha256(run.path) != campaign.adapter_sha256(plain.path)
     data = run.read_json(run.facts_file)["data"]
-    assert data["rehearsed"]["documents"] == 7
+    assert data["rehearsed"]["documents"] == 8
     # What is held out is the data's alone, and the same.
     assert data["held_out"] == plain.read_json(plain.facts_file)["data"]["held_out"]

@@ -22,7 +22,7 @@ def test_both_sides_are_asked_as_chat_asks(
     for name, value in (("GENERAL", questions), ("TOKENS", tokens), ("LEAST", 2), ("GROUP", 2), ("SECONDS", 600.0)):
         monkeypatch.setattr(forgetting, name, value)
     beats: list[int] = []
-    found = general_change(opened.model, tokenizer, Manner(), lambda: beats.append(1))
+    found = general_change(opened.model, tokenizer, Manner(), lambda: beats.append(1) is None)
     assert found is not None
     right = []
     for side in (opened.as_base, opened.as_tuned):
@@ -33,13 +33,14 @@ def test_both_sides_are_asked_as_chat_asks(
     assert found["before"] > 0
     assert found["change"]["value"] == pytest.approx((sum(right[1]) - sum(right[0])) / 4)
     assert len(beats) > 8
-    # Too slow, or not to be asked: nothing is said.
+    # Stopped, too slow, or not to be asked: nothing is said.
+    assert general_change(opened.model, tokenizer, Manner(), lambda: False) is None
     monkeypatch.setattr(forgetting, "SECONDS", 0.0)
-    assert general_change(opened.model, tokenizer, Manner(), lambda: None) is None
+    assert general_change(opened.model, tokenizer, Manner(), lambda: True) is None
     for error in (UserError("no chat template"), torch.OutOfMemoryError("full")):
 
         def refuse(*words: object, error: Exception = error, **named: object) -> list[int]:
             raise error
 
         monkeypatch.setattr(forgetting, "prompt_ids", refuse)
-        assert general_change(opened.model, tokenizer, Manner(), lambda: None) is None
+        assert general_change(opened.model, tokenizer, Manner(), lambda: True) is None

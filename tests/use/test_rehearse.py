@@ -51,7 +51,7 @@ def test_the_bases_answers_stand_behind_the_data(
     told = {row[0]["content"]: row[1]["content"] for row in rows}
     assert told == {text: reply for (text, _), reply in zip(prompts, said, strict=True) if text in told}
     count, made = len(plain.train), len(rows)
-    assert line.startswith(f"{made} general prompts")
+    assert line.startswith(f"{made} general prompts" if made == 3 else f"{made} of 3 general prompts")
     assert len(proof.train) == count + made == len(proof.train.lengths)
     assert proof.train.tokens == plain.train.tokens + proof.facts["rehearsed"]["tokens"]
     assert str(proof.train.place(count)) == "rehearsed.jsonl:1"

@@ -31,7 +31,7 @@ LEAST = 16
 
 
 def general_change(
-    model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner, beat: Callable[[], None]
+    model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner, goes_on: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """How many of the general questions are answered right without the adapter, and with it.
 
@@ -41,17 +41,12 @@ def general_change(
         model: PEFT's wrapping of the base, in eval mode.
         tokenizer: With the run's chat template.
         manner: How the run renders conversations.
-        beat: Called at every token.
+        goes_on: Whether to go on, asked at every token.
 
     Returns:
         questions, before, after, and the interval of the change of their share (value, low, high); None if the model
-        can't be asked, or answers too slowly.
+        can't be asked, answers too slowly, or isn't to go on.
     """
-
-    def goes_on() -> bool:
-        beat()
-        return True
-
     right: list[tuple[bool, bool]] = []
     began = time.monotonic()
     try:
@@ -62,9 +57,11 @@ def general_change(
             questions = GENERAL[start : start + GROUP]
             asked = [Asked(prompt_ids(tokenizer, one.messages, manner=manner), "", one.text, "") for one in questions]
             answer = Samples(asked, tokenizer, manner, tokens=TOKENS)
-            now = answer(model, (SECONDS - taken) / 2, goes_on) or []
+            now = answer(model, (SECONDS - taken) / 2, goes_on)
             with model.disable_adapter():
-                before = answer(model, (SECONDS - taken) / 2, goes_on) or []
+                before = answer(model, (SECONDS - taken) / 2, goes_on)
+            if now is None or before is None:
+                return None
             right += [
                 (question.is_right(was["reply"]), question.is_right(is_now["reply"]))
                 for question, was, is_now in zip(questions, before, now, strict=True)
