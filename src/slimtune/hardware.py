@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Hardware", "detect", "free_ram"]
+from slimtune.errors import UserError, shown
+
+__all__ = ["CARDS", "Card", "Hardware", "card_named", "detect", "free_ram"]
 
 DType = Literal["bf16", "fp16", "fp32"]
 
@@ -28,9 +32,69 @@ class Hardware:
     compute_dtype_reason: str
     cpu_threads: int
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """CUDA's, of the device here; without one that of a card with bf16."""
+        return torch.cuda.get_device_capability(0) if self.device == "cuda" else (8, 0)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``environment.json``."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU to plan for, which need not be here."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    """Of CUDA: below 8.0 there is no bf16, and other kernels."""
+
+    @property
+    def compute_dtype(self) -> DType:
+        """The fastest dtype that is native there."""
+        return "bf16" if self.capability >= (8, 0) else "fp16"
+
+
+_SOLD = {
+    (7, 0): {"V100": 16, "V100 32GB": 32},
+    (7, 5): {"T4": 16, "RTX 2080 Ti": 11},
+    (8, 0): {"A100": 40, "A100 80GB": 80, "A30": 24},
+    (8, 6): {"A10": 24, "A10G": 24, "A40": 48, "A6000": 48, "RTX 3060": 12, "RTX 3080": 10, "RTX 3090": 24},
+    (8, 9): {"L4": 24, "L40S": 48, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12, "RTX 4080": 16, "RTX 4090": 24},
+    (9, 0): {"H100": 80, "H200": 141},
+    (10, 0): {"B200": 180},
+    (12, 0): {"RTX 5070 Ti": 16, "RTX 5080": 16, "RTX 5090": 32},
+}
+"""GB as they are sold, by compute capability."""
+CARDS = {
+    name: Card(name, size * 10**9 if size > 100 else size * 2**30, capability)
+    for capability, cards in _SOLD.items()
+    for name, size in cards.items()
+}
+
+
+def card_named(name: str) -> Card:
+    """A card by what people call it, whatever the spelling.
+
+    Raises:
+        UserError: None is called so.
+    """
+    known = {_plain(each): card for each, card in CARDS.items()}
+    if (card := known.get(_plain(name))) is not None:
+        return card
+    near = difflib.get_close_matches(_plain(name), known, n=1)
+    raise UserError(
+        f"unknown GPU {shown(name, 60)!r}",
+        rule=f"Known are {', '.join(sorted(CARDS))}.",
+        way_out=f"Did you mean {known[near[0]].name}?" if near else "Give its memory instead: --memory 24GiB",
+    )
+
+
+def _plain(name: str) -> str:
+    word = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+    return re.sub(r"(?<=\d)gi?b$", "gb", word)
 
 
 @lru_cache(maxsize=1)

@@ -66,15 +66,7 @@ from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.judge import judge
-from slimtune.run.lines import (
-    adapter_line,
-    base_line,
-    data_line,
-    experts_line,
-    in_ram_line,
-    packs_line,
-    steps_line,
-)
+from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line, steps_line
 from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.replaced import check_adapter, tell_stranded
@@ -84,7 +76,7 @@ from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
-from slimtune.training.fused import make_engine, why_unfused
+from slimtune.training.fused import make_engine, tell_memory, why_unfused
 from slimtune.training.isolation import lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
@@ -423,17 +415,8 @@ def _use_engine(
         return
     engine = make_engine(config, trainer.model)
     trainer.use_engine(engine)
-    if engine.in_ram:
-        screen.say(
-            "memory", f"per-layer embeddings live in RAM ({engine.in_ram / 2**30:.2f}GiB): a row a token is copied"
-        )
-    if engine.plan.in_ram:
-        screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
-    if trainer.least_memory is not None and hardware.device == "cuda":
-        screen.warn(
-            f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
-            f"{trainer.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
-        )
+    if hardware.device == "cuda":
+        tell_memory(engine, config, screen)
 
 
 def _verify(

@@ -92,7 +92,7 @@ def test_inputs_go_to_ram_where_nothing_else_fits(layers: list[LayerComputation]
     assert away.nbytes == least.nbytes - 22 * stream  # one is on its way
     some = planned(layers, 65536, VOCABULARY, 0.0, ram=5 * stream + 1)
     assert some.in_ram == (0, 1, 2, 3, 4)
-    assert some.nbytes == least.nbytes - 4 * stream
+    assert some.nbytes == least.nbytes - 5 * stream  # the most is taken before the first of them comes back
 
 
 def test_what_room_is_left_beside_inputs_in_ram_is_used(layers: list[LayerComputation]) -> None:

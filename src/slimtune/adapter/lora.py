@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from slimtune.adapter.patterns import check_patterns
 from slimtune.adapter.targets import Targets
@@ -17,7 +19,7 @@ from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 from slimtune.families import read_family
 
-__all__ = ["Coverage", "check_names", "coverage", "give_dropout_", "lora_config"]
+__all__ = ["Coverage", "check_names", "coverage", "give_dropout_", "lora_config", "wrapped"]
 
 
 def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | None = None) -> LoraConfig:
@@ -61,6 +63,13 @@ def lora_config(config: Config, targets: Targets, rows: dict[str, list[int]] | N
         alpha_pattern=_patterns(config.alpha_pattern, targets),
         trainable_token_indices=rows or None,
     )
+
+
+def wrapped(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """``model`` wrapped as SFTTrainer wraps it; a skeleton on the meta device too, which stays one."""
+    with torch.device(model.device):
+        made: nn.Module = get_peft_model(model, lora)
+    return made
 
 
 def _patterns(asked: Mapping[str, int], targets: Targets) -> dict[str, int]:

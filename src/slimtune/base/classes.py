@@ -56,19 +56,21 @@ def language_class(config: PreTrainedConfig, source: str) -> Any:
     return AutoModelForCausalLM
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The base in ``folder`` without its weights: every module and parameter, on the meta device.
+def skeleton(source: Path | str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base of a folder or hub id without its weights: every module and parameter, on the meta device.
 
     Raises:
         UserError: The config can't be read, or isn't that of a model that continues text.
     """
-    config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
-    check_sizes(folder, config)
+    source = str(source)
+    config = from_pretrained(AutoConfig, source, revision=revision, trust_remote_code=trust_remote_code)
+    if Path(source).is_dir():
+        check_sizes(Path(source), config)
     # A quantised base's modules are those of its 16-bit original.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    loader = language_class(config, str(folder))
-    with torch.device("meta"), upstream_errors(str(folder)):
+    loader = language_class(config, source)
+    with torch.device("meta"), upstream_errors(source):
         model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
         # `torch.normal` with a size knows nothing of the device at hand: DiffLlama's lambdas would hold values.
         nn.Module.to(model, "meta")

@@ -25,6 +25,7 @@ VERBS = {
     "init": "Ask for data, model and goal, and write run.yaml.",
     "train": "Fine-tune MODEL on DATA and save the adapter.",
     "demo": "The whole job on the embedded model: train, and see it learn.",
+    "plan": "What a run of MODEL takes on which card, before its weights are downloaded.",
     "data": "Prove DATA row by row and show what the model will see.",
     "resume": "Go on with a run that was stopped.",
     "watch": "A live page of a run, or of several.",

@@ -15,10 +15,11 @@ from slimtune.config import Config
 from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
-from slimtune.hardware import detect
+from slimtune.hardware import Card, detect
 from slimtune.plan import (
     Choice,
     few_steps,
+    memory_budget,
     resolve_amount,
     resolve_held_out,
     resolve_machine,
@@ -26,9 +27,10 @@ from slimtune.plan import (
     resolve_steps,
     steps_of_run,
 )
-from slimtune.run.lines import data_line, packs_line, steps_line
+from slimtune.run.lines import data_line, in_ram_line, memory_line, packs_line, steps_line
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
+from slimtune.training.forecast import Forecaster
 from slimtune.use.rehearse import wanted
 
 __all__ = ["dry_run"]
@@ -72,5 +74,20 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
         screen.say("chosen", f"{choice.key} {choice.value}: {choice.reason}")
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
+    if (budget := memory_budget(config)) is not None:
+        _tell_memory(Forecaster(config), budget, config, screen)
     screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
     return {"data": proof.facts, "steps": steps, "choices": [asdict(choice) for choice in choices]}
+
+
+def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Screen) -> None:
+    here = detect()
+    if forecaster.unfused is not None:
+        screen.say("memory", f"not planned, as the engine doesn't run the steps: {forecaster.unfused}")
+        return
+    planned = forecaster.forecast(Card(here.name, budget, here.capability), budget)
+    screen.say("memory", memory_line(planned.parts, config.memory))
+    if planned.ram_layers:
+        screen.say("memory", in_ram_line(range(planned.ram_layers), planned.layers, planned.ram_bytes))
+    if not planned.trains:
+        screen.warn(f"memory: {config.memory} is too little for documents of {config.max_length:,} tokens")

@@ -39,7 +39,18 @@ from slimtune.engine.kernels import reference_attention as reference
 from slimtune.engine.kernels._triton import TritonError
 from slimtune.engine.kernels.reference_attention import as_many_heads
 
-__all__ = ["ROUND", "Attention", "Documents", "Run", "Way", "choose", "heads_at_once", "is_right", "padded_tokens"]
+__all__ = [
+    "ROUND",
+    "Attention",
+    "Documents",
+    "Run",
+    "Way",
+    "choose",
+    "expected_way",
+    "heads_at_once",
+    "is_right",
+    "padded_tokens",
+]
 
 Way = Literal["cudnn", "varlen", "efficient", "triton", "torch"]
 
@@ -130,22 +141,39 @@ def choose(
     sinks: bool = False,
 ) -> Way:
     """The fastest way that computes documents of these lengths on this device."""
-    if device.type != "cuda" or dtype == torch.float64:
+    if device.type != "cuda":
         return "torch"
-    old = torch.cuda.get_device_capability(device)[0] < 8  # FlashAttention-2's, cuDNN's and bf16's kernels begin there
-    if old and dtype == torch.bfloat16:
-        return "torch"
+    ways = _ways(torch.cuda.get_device_capability(device), dtype, head_dim, softcap, sinks)
+    if ways == ("varlen",) and len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128:
+        return "cudnn"
+    for way in ways[:-1]:
+        if is_right(way, device, dtype, head_dim, softcap is not None, sinks):
+            return way
+    return ways[-1]
+
+
+def expected_way(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, softcap: float | None, sinks: bool
+) -> Way:
+    """What :func:`choose` takes for packs on a device that isn't here, if its kernels are right there."""
+    return _ways(capability, dtype, head_dim, softcap, sinks)[0]
+
+
+def _ways(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, softcap: float | None, sinks: bool
+) -> tuple[Way, ...]:
+    """What may compute packs on a GPU, the fastest first; all but the last are tried there before they are taken."""
+    old = capability[0] < 8  # FlashAttention-2's, cuDNN's and bf16's kernels begin there
+    if dtype == torch.float64 or (old and dtype == torch.bfloat16):
+        return ("torch",)
     narrow = old or dtype == torch.float32
     flash = softcap is None and head_dim % 8 == 0 and head_dim <= 256 and not narrow
     if flash and not sinks:
-        return "cudnn" if len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128 else "varlen"
-    ways: tuple[Way, ...] = ("efficient", "triton") if narrow else ("triton", "efficient")
+        return ("varlen",)
+    last: Way = "varlen" if flash else "torch"
     if softcap is not None or sinks or head_dim % 8:
-        ways = ("triton",)
-    for way in ways:
-        if is_right(way, device, dtype, head_dim, softcap is not None, sinks):
-            return way
-    return "varlen" if flash else "torch"
+        return "triton", last
+    return ("efficient", "triton", last) if narrow else ("triton", "efficient", last)
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,16 @@ from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.offload import InputsInRam
-from slimtune.engine.optimizer import FlatParameters
+from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
 from slimtune.hardware import free_ram
 
-__all__ = ["Engine"]
+__all__ = ["WORKSPACES", "Engine"]
 
-_WORKSPACES = 64 << 20
+WORKSPACES = 64 << 20
 """Bytes that libraries take beside the plan: cuBLAS 32 MiB for the stream that records, attention's backward a few."""
 _RAM_SHARE = 0.7
 """Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
@@ -78,6 +78,8 @@ class Engine:
         flat: The LoRA parameters and their gradients.
         plan: How the memory is used.
         least_memory: The bytes that it will take if ``memory`` is too little for any plan; None if it is kept.
+        parts: Bytes on the device of weights, adapter (gradients and optimizer too), activations and workspace, as
+            planned; empty on a CPU.
         in_ram: Bytes of the model's per-layer inputs' table, which was moved to RAM; 0 without one, and on a CPU.
 
     Raises:
@@ -135,6 +137,7 @@ class Engine:
         self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
+        self.parts = self._planned_parts()
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         # A copy's layer takes longer than its launches, so a graph would save nothing.
@@ -199,6 +202,18 @@ class Engine:
     def _budget(self, memory: int | None) -> float:
         return math.inf if memory is None else memory - self._used()
 
+    def _planned_parts(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return {}
+        adapter = adapter_bytes([parameter.numel() for parameter in self.flat.parameters])
+        workspace = WORKSPACES + Inputs.nbytes_of(self._inputs.room)
+        return {
+            "weights": self._used() - adapter - workspace,
+            "adapter": adapter,
+            "activations": self.plan.kept_bytes,
+            "workspace": workspace + self.plan.nbytes - self.plan.kept_bytes,
+        }
+
     def _ram(self) -> int:
         return int(_RAM_SHARE * free_ram()) if self.device.type == "cuda" else 0
 
@@ -207,8 +222,10 @@ class Engine:
         return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
 
     def _used(self) -> int:
-        """Bytes on the device besides the plan's."""
-        return torch.cuda.memory_allocated(self.device) + _WORKSPACES if self.device.type == "cuda" else 0
+        """Bytes on the device besides the plan's, the optimizer's state that is to come among them."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.memory_allocated(self.device) + WORKSPACES + state_bytes(self.flat.data.numel())
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------
 

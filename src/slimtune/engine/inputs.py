@@ -77,6 +77,11 @@ class Inputs:
         self._free: deque[_Staging] = deque()
         self._busy: deque[tuple[_Staging, torch.cuda.Event]] = deque()
 
+    @staticmethod
+    def nbytes_of(tokens: int) -> int:
+        """What its buffers take on the device, a table's rows not among them."""
+        return 8 * (1 + 4 * tokens) + 4 * (tokens + 1)
+
     @property
     def packs_ways(self) -> dict[ScoresKind, Way]:
         """How each kind of attention over documents of any lengths is computed."""

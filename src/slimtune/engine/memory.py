@@ -58,6 +58,8 @@ class MemoryPlan:
     """What those inputs take there."""
     sparing: bool = False
     """:attr:`slimtune.engine.blocks.Pass.sparing`."""
+    kept_bytes: int = 0
+    """Of ``nbytes``: what layers keep from forward to backward, and weights in the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,35 @@ class _Shape:
             kept_weights += 1
         raise_layers(Keep.GATES)
         raise_layers(Keep.ALL)
-        kept = sum(sizes[level][index] for index, level in enumerate(keep))
-        nbytes = fixed + kept + sum(self.weights[:kept_weights])
         in_ram = tuple(index for index in away if keep[index] == Keep.INPUT)
+        held = [sizes[level][index] for index, level in enumerate(keep)]
+        weights = sum(self.weights[:kept_weights])
+        peak = self._peak(memory, keep, held, frozenset(in_ram), self._head_bytes(part_tokens, head_tokens))
+        nbytes = peak + weights + self.scratch
+        if self.per_layer is not None:
+            begun = self.per_layer.working_bytes(memory) + self.scratch + weights
+            nbytes = max(nbytes, begun) + self.per_layer.kept_bytes(memory)
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes,
-            in_ram, len(in_ram) * stream, sparing,
+            in_ram, len(in_ram) * stream, sparing, sum(held) + weights,
         )  # fmt: skip
+
+    def _peak(
+        self, memory: Memory, keep: Sequence[Keep], held: Sequence[int], in_ram: frozenset[int], head: int
+    ) -> int:
+        """The most that a step takes at once: at the head, or in a layer's backward, when later ones' is given back."""
+        stream = memory.tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
+        work, again = ([0] * len(self.layers) for _ in range(2))
+        for layer, places in self.kinds:
+            for place in places:
+                work[place], again[place] = layer.working_bytes(memory), layer.kept_bytes(memory, Keep.ATTENTION)
+        below, most = sum(held), sum(held) + head
+        for index in range(len(self.layers) - 1, -1, -1):
+            # What a layer has kept isn't made again; an input that comes from RAM is.
+            there = again[index] if keep[index] > Keep.INPUT else stream * (index not in in_ram)
+            most = max(most, below + work[index] - there + stream * (index - 1 in in_ram))
+            below -= held[index]
+        return most
 
     def _head_bytes(self, tokens: int, head_tokens: int) -> int:
         # Logits; of their tokens the pair, its sum, and what is normalised; for all tokens the pair and its gradient.

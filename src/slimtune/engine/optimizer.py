@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.engine.kernels import adamw8bit, gradient
-from slimtune.engine.kernels.formats import AdamWState, aligned_offsets
+from slimtune.engine.kernels.formats import BLOCK, AdamWState, aligned_offsets
 
-__all__ = ["FlatParameters", "FusedAdamW8bit"]
+__all__ = ["FlatParameters", "FusedAdamW8bit", "adapter_bytes", "state_bytes"]
 
 _STATES = ("state1", "state2", "absmax1", "absmax2")
 _WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+def adapter_bytes(sizes: Sequence[int]) -> int:
+    """What parameters of these sizes take as one flat tensor, with gradients, a micro-batch's sums, and the state."""
+    count = aligned_offsets(sizes)[1]
+    return 3 * 4 * count + state_bytes(count)
+
+
+def state_bytes(count: int) -> int:
+    """What :class:`FusedAdamW8bit` takes for a flat tensor of so many numbers: two codes each, two scales a block."""
+    return 2 * count + 2 * 4 * (count // BLOCK)
 
 
 class FlatParameters:

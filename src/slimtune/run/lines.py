@@ -11,7 +11,16 @@ from slimtune.run.facts import AdapterFacts, BaseFacts
 from slimtune.run.screen import megabytes
 from slimtune.run.statement import counted
 
-__all__ = ["adapter_line", "base_line", "data_line", "experts_line", "in_ram_line", "packs_line", "steps_line"]
+__all__ = [
+    "adapter_line",
+    "base_line",
+    "data_line",
+    "experts_line",
+    "in_ram_line",
+    "memory_line",
+    "packs_line",
+    "steps_line",
+]
 
 
 def data_line(facts: Mapping[str, Any]) -> str:
@@ -58,6 +67,12 @@ def in_ram_line(away: Sequence[int], layers: int, nbytes: int) -> str:
         f"the inputs of {len(away)} of {layers} layers wait in RAM for their backward ({nbytes / 2**30:.2f}GiB locked)"
         f": {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch of full length, beside the layers' work"
     )
+
+
+def memory_line(parts: Mapping[str, int], budget: str) -> str:
+    """What the plan takes of the GPU's memory."""
+    each = ", ".join(f"{part} {nbytes / 2**30:.2f}" for part, nbytes in parts.items())
+    return f"{sum(parts.values()) / 2**30:.2f}GiB of {budget} planned: {each}"
 
 
 def adapter_line(adapter: AdapterFacts) -> str:

@@ -20,9 +20,11 @@ from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
+from slimtune.run.lines import in_ram_line, memory_line
+from slimtune.run.screen import Screen
 from slimtune.training.plain import PlainTrainer
 
-__all__ = ["FusedTrainer", "make_engine", "why_unfused"]
+__all__ = ["FusedTrainer", "make_engine", "tell_memory", "why_unfused"]
 
 
 class FusedTrainer(PlainTrainer):
@@ -36,11 +38,6 @@ class FusedTrainer(PlainTrainer):
         self.engine = engine
         # The Trainer's zero_grad walks over all of the model's modules at every step; the engine's is one launch.
         self.model.zero_grad = lambda set_to_none=True: engine.flat.grad.zero_()
-
-    @property
-    def least_memory(self) -> int | None:
-        """:attr:`Engine.least_memory`; None without an engine."""
-        return None if self.engine is None else self.engine.least_memory
 
     @property
     def in_ram(self) -> tuple[int, int]:
@@ -140,3 +137,18 @@ def make_engine(config: Config, model: nn.Module) -> Engine:
         memory=memory_budget(config),
         seed=config.seed,
     )
+
+
+def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
+    """Say what the plan takes of the GPU and of RAM, and whether that is more than it may."""
+    screen.say("memory", memory_line(engine.parts, config.memory))
+    if engine.in_ram:
+        gib = engine.in_ram / 2**30
+        screen.say("memory", f"per-layer embeddings live in RAM ({gib:.2f}GiB): a row a token is copied")
+    if engine.plan.in_ram:
+        screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
+    if engine.least_memory is not None:
+        screen.warn(
+            f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
+            f"{engine.least_memory / 2**30:.2f}GiB; a smaller --max-length takes less"
+        )

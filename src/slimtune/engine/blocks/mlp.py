@@ -73,6 +73,7 @@ class MlpBlock(TwoProjections):
                 dn = d
             elif d is not None and d.data_ptr() != out.data_ptr():
                 out.copy_(d)
+            del d  # not beside the next chunk's
         return dn
 
     def _gates_backward(
@@ -115,8 +116,11 @@ class MlpBlock(TwoProjections):
 
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""
-        columns = self.columns + self.down.outputs
-        working = (memory.tokens * columns + self.rows(memory) * 3 * self.gate_up.outputs) * self.dtype.itemsize
+        rows, hidden = self.rows(memory), self.down.inputs + self.down.extra
+        # n, and where there are chunks dn; of a chunk gate and up, beside h and dh, or beside dx once they are gone.
+        tokens = memory.tokens * (self.columns + (self.down.outputs if rows < memory.tokens else 0))
+        chunk = rows * (self.gate_up.outputs + max(2 * hidden, self.columns))
+        working = (tokens + chunk) * self.dtype.itemsize
         if self._weigher is None:
             return working
         # dy once more; h beside dh, both in float32 where they are multiplied.

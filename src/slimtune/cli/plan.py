@@ -1,0 +1,124 @@
+"""``slimtune plan MODEL [DATA]``: what a run would take, before a weight is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slimtune.base.named import check_name
+from slimtune.cli.imports import fast_imports
+from slimtune.cli.options import config_from_flags, config_options, grouped_command
+from slimtune.config import Config
+
+if TYPE_CHECKING:
+    from slimtune.training.forecast import Forecast, Forecaster
+
+__all__ = ["command"]
+
+SIZES = (8, 12, 16, 24, 48, 80)
+"""GiB of the cards in the table."""
+NEEDED_MOST = ("gpu", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
+
+
+@click.command(cls=grouped_command("Needed most", *NEEDED_MOST))
+@click.argument("model", required=False)
+@click.argument("data", nargs=-1)
+@click.option("--gpu", metavar="NAME", help="Plan for this card, as RTX 4090 or H100.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@config_options
+def command(
+    model: str | None, data: tuple[str, ...], gpu: str | None, as_json: bool, config_file: Path | None, **flags: Any
+) -> None:
+    """Say whether MODEL trains on a card and what it takes there; only its config and its files' headers are read.
+
+    With DATA also what a run on it would do, as `slimtune train --dry-run` says it.
+    """
+    config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    check_name(config.model)
+    with fast_imports():
+        from slimtune.cli.dry_run import dry_run
+        from slimtune.hardware import card_named
+        from slimtune.run.quiet import upstream_to_log
+        from slimtune.run.screen import Screen
+        from slimtune.training.forecast import Forecaster
+
+    card = None if gpu is None else card_named(gpu)
+    with upstream_to_log(None):
+        rehearsed = dry_run(config, Screen(quiet=as_json)) if config.data else {}
+        forecaster = Forecaster(config)
+        rows = _rows(forecaster, config, card)
+    if as_json:
+        click.echo(json.dumps(_facts(forecaster, rows) | rehearsed, ensure_ascii=False, indent=2))
+    else:
+        click.echo("\n".join(_lines(forecaster, config, rows)))
+
+
+def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
+    """What was asked for first, then a card of each size."""
+    from slimtune.hardware import Card, detect
+    from slimtune.plan import memory_budget
+
+    if forecaster.unfused is not None:
+        return []
+    here = detect()
+    if card is None and here.device == "cuda":
+        card = Card(here.name, here.memory_bytes, here.capability)
+    capability, budget, asked = (8, 0) if card is None else card.capability, memory_budget(config), []
+    if budget is not None:
+        within = config.memory if card is None else f"{config.memory} of {card.name}"
+        asked = [forecaster.forecast(Card(within, budget, capability), budget)]
+    elif card is not None:
+        asked = [forecaster.forecast(card)]
+    return asked + [forecaster.forecast(Card(f"{size}GiB", size << 30, capability)) for size in SIZES]
+
+
+def _facts(forecaster: Forecaster, rows: list[Forecast]) -> dict[str, Any]:
+    return {
+        "model": forecaster.config.model,
+        "download_bytes": forecaster.base.file_bytes,
+        "weights_bytes": forecaster.weights,
+        "targets": list(forecaster.targets),
+        "trainable_parameters": forecaster.adapter_parameters,
+        "engine": "fused" if forecaster.unfused is None else f"plain: {forecaster.unfused}",
+        "cards": [asdict(row) | {"bytes": row.nbytes} for row in rows],
+    }
+
+
+def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast]) -> list[str]:
+    from slimtune.training.forecast import gib
+
+    lines = [
+        f"model     {config.model}: {forecaster.parameters / 1e6:,.1f} M parameters, "
+        f"{gib(forecaster.base.file_bytes)} to download, {gib(forecaster.weights)} as loaded",
+        f"adapter   r={config.lora_r} on {', '.join(forecaster.targets)}: "
+        f"{forecaster.adapter_parameters:,} parameters train",
+    ]
+    if forecaster.unfused is not None:
+        return [
+            *lines,
+            f"engine    plain: {forecaster.unfused}",
+            "memory    the plain stack's activations come on top of the weights, and nothing plans them",
+        ]
+    batch = f"{config.micro_batch} x {config.max_length:,}"
+    lines += [f"batch     {batch} tokens, or as many of its documents at once as there is room for", ""]
+    heads = ("card", "trains", "takes", "weights", "adapter", "activations", "workspace", "in RAM", "longest", "in RAM")
+    table = [heads, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return [
+        *lines, "",
+        "A card's tenth is left to CUDA and to what can't be allocated in one piece; longest: tokens of one document.",
+    ]  # fmt: skip
+
+
+def _cells(row: Forecast) -> tuple[str, ...]:
+    from slimtune.training.forecast import gib
+
+    parts = (gib(row.parts[part]) for part in ("weights", "adapter", "activations", "workspace"))
+    longest = f"{row.longest:,}" if row.longest else "-"
+    ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.ram_bytes, row.longest_ram))
+    return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram

@@ -1,0 +1,209 @@
+"""What a run will take on a card, before a weight is there: the engine's own memory plan, on the meta device.
+
+The plan that the engine makes of the loaded model is made here of its skeleton, by the same code. What lies beside it
+is counted: the base as it is loaded, the adapter with gradients and optimizer, the micro-batch's own tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slimtune.adapter.lora import lora_config, wrapped
+from slimtune.adapter.matched import adapted_names
+from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.base.load import torch_dtype
+from slimtune.base.unloaded import Unloaded, unloaded_base
+from slimtune.config import Config
+from slimtune.engine.attention import Way, expected_way
+from slimtune.engine.blocks import MlpBlock
+from slimtune.engine.decoder import LayerComputation, computations, per_layer_inputs
+from slimtune.engine.engine import WORKSPACES
+from slimtune.engine.inputs import Inputs
+from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.optimizer import adapter_bytes
+from slimtune.engine.read import read_decoder
+from slimtune.engine.structure import ScoresKind
+from slimtune.hardware import Card
+from slimtune.plan import MEMORY_SHARE
+from slimtune.training.fused import why_unfused
+
+__all__ = ["Forecast", "Forecaster", "gib"]
+
+_STEP = 1024
+"""Tokens to which the longest document is told."""
+_MOST_ELEMENTS = 1 << 31
+"""Of one tensor: longer documents, whose tensors have more, nothing was tried with."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one run takes on one card."""
+
+    card: str
+    budget: int
+    """Bytes that training may take on it."""
+    trains: bool
+    parts: dict[str, int]
+    """Bytes on the card: weights, adapter (its gradients and the optimizer's state too), activations (what layers keep,
+    and weights kept in 16 bits), workspace."""
+    ram_bytes: int
+    """Of RAM that are locked for layers' inputs."""
+    ram_layers: int
+    layers: int
+    longest: int
+    """Tokens of the longest document that can be trained on; 0: none."""
+    longest_ram: int
+    """What that takes of RAM."""
+
+    @property
+    def nbytes(self) -> int:
+        """All of it on the card."""
+        return sum(self.parts.values())
+
+
+class Forecaster:
+    """Forecasts of one config.
+
+    Args:
+        config: The run's; its model is looked at, by headers alone.
+
+    Raises:
+        UserError: As :func:`slimtune.base.unloaded.unloaded_base`; or the config names what the model hasn't.
+
+    Attributes:
+        unfused: Why the engine doesn't take the run; its memory is nobody's plan then.
+        targets: Names of what gets an adapter.
+        weights: Bytes of the base as it is loaded.
+        parameters: The base's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._dtype = torch_dtype("bf16" if config.compute_dtype == "auto" else config.compute_dtype)
+        self.base: Unloaded = unloaded_base(
+            config.model,
+            dtype=self._dtype,
+            quantization=config.quantization,
+            double_quant=config.double_quant,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model = self.base.model
+        if config.targets == "auto":
+            config = config.model_copy(update={"targets": default_targets(model)[0]})
+        self.config = config
+        targets = find_targets(config, model)
+        self.targets = (*targets.modules, *targets.parameters)
+        lora = lora_config(config, targets)
+        self.weights, self.parameters = self.base.nbytes, model.num_parameters()
+        self.unfused = why_unfused(config, model, adapted_names(lora, model))
+        self._wrapped = None if self.unfused is not None else wrapped(self._as_loaded(), lora)
+
+    def _as_loaded(self) -> PreTrainedModel:
+        """Weights in 4 bits are made anew to compute with them, as those of a dtype are that nothing computes in."""
+        torch.nn.Module.to(self.base.model, torch.float64 if self.base.four_bit else self._dtype)
+        return self.base.model
+
+    @cached_property
+    def _decoder(self) -> Any:
+        return read_decoder(self._wrapped)  # type: ignore[arg-type]
+
+    @cached_property
+    def _layers(self) -> list[LayerComputation]:
+        return [x for x in computations(self._decoder, self._dtype, torch.device("meta")) if x is not None]
+
+    @cached_property
+    def _per_layer(self) -> Any:
+        return per_layer_inputs(self._decoder, self._dtype, torch.device("meta"))
+
+    @cached_property
+    def adapter_parameters(self) -> int:
+        """Parameters that train; 0 where the engine doesn't, and nothing was wrapped."""
+        return sum(parameter.numel() for parameter in self._trained)
+
+    @cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [] if self._wrapped is None else [p for p in self._wrapped.parameters() if p.requires_grad]
+
+    def forecast(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
+        """What the config takes on ``card``.
+
+        Args:
+            card: Where it is to train.
+            budget: Bytes that training may take; None: what a run takes of it by default.
+            ram: Bytes of RAM that layers' inputs may take; None: as much as they need.
+        """
+        config = self.config
+        budget = int(MEMORY_SHARE * card.memory_bytes) if budget is None else budget
+        plan = self._plan(card, config.batch_tokens, config.max_length, budget, ram)
+        beside = self._beside(config.batch_tokens)
+        workspace = plan.nbytes - plan.kept_bytes + beside["workspace"]
+        parts = {**beside, "activations": plan.kept_bytes, "workspace": workspace}
+        longest, longest_ram = self._longest(card, budget, ram)
+        return Forecast(
+            card.name, budget, sum(parts.values()) <= budget, parts,
+            plan.ram_bytes, len(plan.in_ram), len(self._layers), longest, longest_ram,
+        )  # fmt: skip
+
+    def _beside(self, tokens: int) -> dict[str, int]:
+        """Bytes beside the plan."""
+        table = None if self._per_layer is None else self._per_layer.table
+        in_ram = 0 if table is None else table.numel() * self._dtype.itemsize
+        rotary = {part.rotary: part.head_dim for part in self._decoder.attentions if part.rotary is not None}
+        rows = 0 if table is None else tokens * table.shape[1] * self._dtype.itemsize
+        return {
+            "weights": self.weights - in_ram,
+            "adapter": adapter_bytes([parameter.numel() for parameter in self._trained]),
+            "workspace": WORKSPACES + Inputs.nbytes_of(tokens) + rows + 4 * tokens * sum(rotary.values()),
+        }
+
+    def _plan(self, card: Card, tokens: int, longest: int, budget: float, ram: int | None) -> MemoryPlan:
+        room = budget - sum(self._beside(tokens).values())
+        return plan_memory(
+            self._layers,
+            tokens,
+            self._decoder.head.shape[0],
+            room,
+            longest=longest,
+            ways=self._ways(card),
+            per_layer=self._per_layer,
+            ram=1 << 62 if ram is None else ram,
+        )
+
+    def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
+        auto = self.config.compute_dtype == "auto"
+        dtype = torch_dtype(card.compute_dtype if auto else self.config.compute_dtype)
+        return {
+            kind: expected_way(card.capability, dtype, kind.head_dim, softcap=kind.softcap, sinks=kind.sinks)
+            for kind in self._decoder.scores
+        }
+
+    @cached_property
+    def _widest(self) -> int:
+        """Columns of the widest tensor that has a row for every token: feed-forwards go by chunks."""
+        blocks = [block for layer in self._layers for block in layer.blocks]
+        mixers = [site.outputs for block in blocks if not isinstance(block, MlpBlock) for site in block.sites]
+        return max(*mixers, *(block.columns for block in blocks))
+
+    def _longest(self, card: Card, budget: int, ram: int | None) -> tuple[int, int]:
+        def least(tokens: int) -> MemoryPlan | None:
+            plan = self._plan(card, tokens, tokens, 0.0, ram)
+            return plan if plan.nbytes + sum(self._beside(tokens).values()) <= budget else None
+
+        low, high = 0, _MOST_ELEMENTS // (_STEP * self._widest)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
+        plan = least(low * _STEP) if low else None
+        return low * _STEP, 0 if plan is None else plan.ram_bytes
+
+
+def gib(nbytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{nbytes / 2**30:.1f}GiB" if nbytes >= 2**30 else f"{math.ceil(nbytes / 2**20)}MiB"

@@ -1,0 +1,67 @@
+"""``slimtune plan``: a table for people, JSON for scripts, and mistakes in one line with the way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Done
+
+
+def test_the_table_says_what_a_card_takes(run_here: Callable[..., Done], tiny_model: Path) -> None:
+    done = run_here("plan", str(tiny_model), "--gpu", "nvidia rtx-4090", "--max-length", "4096")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "x 4,096 tokens" in lines[2]
+    assert [line.split()[0] for line in lines[5:12]] == ["RTX", "8GiB", "12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
+    assert all(" yes " in line for line in lines[5:12])
+
+
+def test_json_adds_up_and_holds_what_the_data_would_do(
+    run_here: Callable[..., Done], tiny_model: Path, requests_file: Path
+) -> None:
+    words = ("plan", str(tiny_model), str(requests_file), "--memory", "1GiB", "--max-length", "128", "--json")
+    done = run_here(*words)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    asked = told["cards"][0]
+    assert asked["card"] == "1GiB"
+    assert asked["budget"] == 2**30
+    assert asked["bytes"] == sum(asked["parts"].values()) <= 2**30
+    assert told["steps"] > 0
+    assert told["trainable_parameters"] > 0
+    assert told["download_bytes"] < sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpu", "H1000"), "unknown GPU 'H1000'"),
+        (("--memory", "lots"), "memory"),
+    ],
+)
+def test_mistakes_are_said_with_the_way_out(
+    words: tuple[str, ...], said: str, run_here: Callable[..., Done], tiny_model: Path
+) -> None:
+    done = run_here("plan", str(tiny_model), *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_the_engine_doesnt_take_has_no_table(run_here: Callable[..., Done], tiny_model: Path) -> None:
+    done = run_here("plan", str(tiny_model), "--dora")
+    assert done.returncode == 0
+    assert "engine    plain: the engine has nothing for DoRA" in done.stdout
+    assert json.loads(run_here("plan", str(tiny_model), "--dora", "--json").stdout)["cards"] == []
+
+
+def test_a_dry_run_within_a_memory_says_its_plan(
+    run_here: Callable[..., Done], tiny_model: Path, requests_file: Path, tmp_path: Path
+) -> None:
+    words = ("train", str(tiny_model), str(requests_file), "-o", str(tmp_path / "run"), "--dry-run", "--memory")
+    assert "GiB of 1GiB planned: weights" in " ".join(run_here(*words, "1GiB").stderr.split())
+    assert "memory: 1MiB is too little" in " ".join(run_here(*words, "1MiB").stderr.split())
