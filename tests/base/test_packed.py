@@ -42,6 +42,20 @@ def test_each_matrix_is_packed_as_bitsandbytes_packs_it_alone(
             assert torch.equal(packed.unpack()[at], bnb.dequantize_4bit(codes, state))
 
 
+def test_it_stays_packed_in_inference_mode() -> None:
+    """As answers are computed: a view of a parameter is taken there too."""
+    weights = nn.Parameter(Nf4Tensor.quantize(stack((3, 128, 64)), double_quant=True), requires_grad=False)
+    numbers, rows = weights.unpack(), stack((3, 5, 64))
+    with torch.inference_mode():
+        for view, same in (
+            (weights.transpose(-2, -1), numbers.transpose(-2, -1)), (weights[1], numbers[1]),
+            (weights[torch.tensor([2, 0])], numbers[torch.tensor([2, 0])]),
+        ):  # fmt: skip
+            assert isinstance(view, Nf4Tensor)
+            assert torch.equal(view.unpack(), same)
+        assert torch.equal(rows @ weights.transpose(-2, -1), rows @ numbers.transpose(-2, -1))
+
+
 def test_rows_that_are_no_whole_blocks_have_their_own_scales() -> None:
     weights = stack((2, 33, 7))
     packed = Nf4Tensor.quantize(weights, double_quant=False)

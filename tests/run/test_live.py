@@ -107,6 +107,20 @@ def test_damaged_files_are_no_news(tmp_path: Path) -> None:
     assert looked(LiveRun(tmp_path, "run")).last["step"] == 2
 
 
+def test_values_that_no_run_measured_are_told_and_another_run_is_shown(tmp_path: Path) -> None:
+    for name, bad in (("huge", step(10**400)), ("text", step(3, logged_steps="x")), ("sound", step(3))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "metrics.jsonl", step(5), bad)
+    runs = [looked(LiveRun(tmp_path / name, name)) for name in ("huge", "text", "sound")]
+    shown = pieces(runs, "en")
+    for number in (0, 1):
+        assert "its files are damaged" in shown[f"state-{number}"]
+        assert "isn&#39;t as slimtune wrote it" in shown[f"state-{number}"]
+        assert "its files are damaged" in pieces(runs[number : number + 1], "en")["state-0"]
+    assert "svg" in shown["charts"]
+    assert "3 / 100" in shown["tiles-2"]
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_thousands_of_steps_are_little_to_send(tmp_path: Path, lang: Any) -> None:
     write(tmp_path / "metrics.jsonl", *(step(number, 9000, loss=2 + (number % 7) / 10) for number in range(1, 8000)))

@@ -65,8 +65,10 @@ class PackedTensor(Tensor):
         if turned:
             strides = (*strides[:-2], strides[-1], strides[-2])
         device = next(iter(parts.values())).device
-        # torch's own way to make a tensor without storage of its own.
-        made: Self = Tensor._make_wrapper_subclass(cls, logical, strides=strides, dtype=dtype, device=device)
+        # torch's own way to make a tensor without storage of its own. A view of a parameter is no inference tensor, in
+        # inference mode either.
+        with torch.inference_mode(False):
+            made: Self = Tensor._make_wrapper_subclass(cls, logical, strides=strides, dtype=dtype, device=device)
         made.parts, made.turned = dict(parts), turned
         return made
 

@@ -12,7 +12,7 @@ from slimtune.cli.imports import fast_imports
 from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
-from slimtune.cli.watch import beside
+from slimtune.cli.watch import beside, check_page
 from slimtune.config import FREE_KEYS, Config
 from slimtune.run.folder import RunFolder
 from slimtune.training.determinism import fix_workspace
@@ -49,6 +49,8 @@ def command(
     first step.
     """
     check_targets(notify)
+    if watch:
+        check_page()
     folder = RunFolder.open(run)
     config = config_from_flags(config_file or folder.config_file, flags)
     if folder.is_finished(config):

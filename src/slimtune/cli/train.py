@@ -15,7 +15,7 @@ from slimtune.cli.imports import fast_imports
 from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
-from slimtune.cli.watch import beside
+from slimtune.cli.watch import beside, check_page
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
@@ -54,6 +54,8 @@ def command(
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     check_targets(notify)
+    if watch:
+        check_page()
     check_training(config)
     fix_workspace(config)
 

@@ -21,7 +21,7 @@ from slimtune.run.folder import RunFolder
 if TYPE_CHECKING:
     from slimtune.serve.server import WebServer
 
-__all__ = ["beside", "command"]
+__all__ = ["beside", "check_page", "command"]
 
 _TOKEN = "SLIMTUNE_WATCH_TOKEN"
 """The environment variable by which a training hands its page's token on: anyone can read a command line."""
@@ -43,7 +43,7 @@ def command(runs: tuple[Path, ...], port: int | None, descriptor: int | None) ->
     if descriptor is None:
         for run in runs:
             RunFolder.open(run)
-    _check_installed()
+    check_page()
     token = os.environ.pop(_TOKEN, "") or secrets.token_urlsafe(24)
     with _listening(port) if descriptor is None else socket.socket(fileno=descriptor) as listening:
         from slimtune.run.live import LiveRun
@@ -65,6 +65,8 @@ def command(runs: tuple[Path, ...], port: int | None, descriptor: int | None) ->
             threading.Thread(target=_end_with_input, args=(web,), daemon=True).start()
         with suppress(KeyboardInterrupt):  # uvicorn has ended by then, and tells again what ended it
             web.run(sockets=[listening])
+    if watching.fault is not None:
+        raise watching.fault
 
 
 def _end_with_input(web: WebServer) -> None:
@@ -96,7 +98,12 @@ def _url(listening: socket.socket, token: str) -> str:
     return f"{url_of(listening)}/{token}/"
 
 
-def _check_installed() -> None:
+def check_page() -> None:
+    """See that there can be a page.
+
+    Raises:
+        UserError: A library that it needs isn't installed.
+    """
     from slimtune.serve.installed import check_installed
 
     check_installed("the live page", "starlette", "uvicorn")
@@ -106,14 +113,10 @@ def _check_installed() -> None:
 def beside(run: Path | None) -> Iterator[None]:
     """Show ``run`` while the body works on it, by a process of its own: it takes nothing of this one's time, and no
     signal that is meant for it. It ends with this process, whatever becomes of that. None: show nothing.
-
-    Raises:
-        UserError: A library that it needs isn't installed.
     """
     if run is None:
         yield
         return
-    _check_installed()
     token = secrets.token_urlsafe(24)
     with _listening() as listening:
         click.echo(f"  watch    {_url(listening, token)}", err=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from slimtune.errors import UserError
+from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder, records
 from slimtune.run.history import History
 from slimtune.run.lock import is_asked, is_locked
@@ -20,7 +22,9 @@ from slimtune.run.samples import Sampled, read_samples
 
 __all__ = ["HEARS", "LiveRun", "State"]
 
-State = Literal["absent", "gone", "preparing", "running", "stopping", "finishing", "ended", "worse", "guard", "stopped"]
+State = Literal[
+    "absent", "gone", "damaged", "preparing", "running", "stopping", "finishing", "ended", "worse", "guard", "stopped"
+]
 
 HEARS: tuple[State, ...] = ("preparing", "running", "stopping")
 """States in which a request to stop is heard, if not at once."""
@@ -84,6 +88,8 @@ class LiveRun:
         self.facts: Mapping[str, Any] = {}
         self.sampled: Sampled = read_samples([])
         self.state: State = "absent"
+        self.problem = ""
+        """What in its files no run has written, where something is."""
         self.written: float = 0.0
         """When the last line of the metrics was written, in seconds since 1970."""
         self._run = RunFolder(path)
@@ -94,13 +100,15 @@ class LiveRun:
 
     def look(self) -> bool:
         """Read what is new, and say whether anything is. What can't be read at the moment is as it was."""
-        before = self.state
+        before, changed = self.state, False
         try:
-            changed = self._look()
-        except (OSError, UserError):
-            changed = False
+            with damage_told(self._run.metrics_file):
+                changed = self._look()
+        except OSError:
             if not self.path.is_dir():
                 self.state = "gone"
+        except UserError as error:
+            self.state, self.problem = "damaged", error.what
         return changed or self.state != before
 
     def _look(self) -> bool:
@@ -110,7 +118,7 @@ class LiveRun:
         self._seen, changed = True, False
         anew, lines = self._metrics.lines()
         if anew:
-            self.history = History()
+            self.history, self.problem = History(), ""
         for line in lines:
             self.history.take(line if "event" in line else {key: line[key] for key in _KEPT if key in line})
         if lines:
@@ -124,8 +132,10 @@ class LiveRun:
             self.sampled, changed = read_samples(self._sampled), True
         at = self._run.facts_file.stat().st_mtime_ns if self._run.facts_file.is_file() else 0
         if at != self._facts_at:
-            self.facts, self._facts_at, changed = self._run.facts(), at, True
-        self.state = self._state()
+            self._facts_at, changed = at, True
+            with suppress(UserError):  # they are told by the verbs that are about them
+                self.facts = self._run.facts()
+        self.state = "damaged" if self.problem else self._state()
         return changed
 
     def _state(self) -> State:

@@ -14,8 +14,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from slimtune.errors import UserError
 from slimtune.run.chart import short_number
-from slimtune.run.curves import RUNS, charts, overlaid
+from slimtune.run.curves import RUNS, Chart, charts, overlaid
+from slimtune.run.facts import damage_told
 from slimtune.run.live import HEARS, LiveRun, State
 from slimtune.run.pages import events_told, in_language, template
 from slimtune.run.samples import samples_told
@@ -27,6 +29,7 @@ __all__ = ["language", "page", "pieces"]
 _STATES: dict[State, tuple[str, str]] = {
     "absent": ("waiting for the folder", "等待运行目录出现"),
     "gone": ("the folder is gone", "运行目录已不存在"),
+    "damaged": ("its files are damaged", "运行文件已损坏"),
     "preparing": ("preparing: reading the data, loading the base", "准备中：读取数据、载入基座"),
     "running": ("running", "运行中"),
     "stopping": ("stopping: the step is ended and saved first", "正在停止：先走完这一步并保存"),
@@ -36,7 +39,7 @@ _STATES: dict[State, tuple[str, str]] = {
     "guard": ("stopped by a guard", "被保护机制停下"),
     "stopped": ("stopped", "已停止"),
 }
-_BAD = frozenset({"gone", "worse", "guard"})
+_BAD = frozenset({"gone", "damaged", "worse", "guard"})
 _MOST_EVENTS = 50
 """Events that are shown, the newest first."""
 
@@ -67,29 +70,49 @@ def page(runs: Sequence[LiveRun], lang: Lang, nonce: str) -> str:
 
 
 def pieces(runs: Sequence[LiveRun], lang: Lang) -> dict[str, str]:
-    """All that the page shows now, by element."""
+    """All that the page shows now, by element. Of a run whose metrics no run has written it shows that."""
     say = in_language(lang)
-    parts: Any = template("parts.html.j2").module
     made: dict[str, str] = {}
+    drawn: list[tuple[LiveRun, list[Chart]]] = []
     for number, run in enumerate(runs):
-        made[f"state-{number}"] = _state(run, say)
-        made[f"stop-{number}"] = _stop(number, run, say)
-        made[f"tiles-{number}"] = str(parts.tiles(_tiles(run, say)))
-        newest = reversed(run.history.events[-_MOST_EVENTS:])
-        made[f"events-{number}"] = str(parts.events(say, events_told(newest, say)))
-        told = samples_told(run.sampled, say)
-        made[f"samples-{number}"] = str(parts.samples(say, run.sampled.prompts, told)) if run.sampled.prompts else ""
-    several = [(run.name, run.history) for run in runs]
-    made["charts"] = str(parts.charts(charts(runs[0].history, say) if len(runs) == 1 else overlaid(several, say)))
+        of_run, its_charts = _told(number, run, say)
+        made |= of_run
+        drawn += [] if its_charts is None else [(run, its_charts)]
+    several = [(run.name, run.history) for run, _ in drawn]
+    made["charts"] = str(_parts().charts(drawn[0][1] if len(runs) == len(drawn) == 1 else overlaid(several, say)))
     return made
 
 
-def _state(run: LiveRun, say: Say) -> str:
-    kind = "bad" if run.state in _BAD else "working" if run.is_working else ""
+def _told(number: int, run: LiveRun, say: Say) -> tuple[dict[str, str], list[Chart] | None]:
+    """One run's pieces, and its charts; None where they can't be drawn."""
+    parts, newest = _parts(), run.history.events[: -_MOST_EVENTS - 1 : -1]
+    made = {f"{name}-{number}": "" for name in ("tiles", "events", "samples")}
+    drawn, problem = None, run.problem
+    if not problem:
+        try:
+            with damage_told(run.path):
+                drawn = charts(run.history, say)
+                made[f"tiles-{number}"] = str(parts.tiles(_tiles(run, say)))
+                made[f"events-{number}"] = str(parts.events(say, events_told(newest, say)))
+        except UserError as error:
+            drawn, problem = None, error.what
+    if run.sampled.prompts:
+        told = samples_told(run.sampled, say)
+        made[f"samples-{number}"] = str(parts.samples(say, run.sampled.prompts, told))
+    made[f"state-{number}"] = _state(run, "damaged" if problem else run.state, problem, say)
+    made[f"stop-{number}"] = _stop(number, run, say)
+    return made, drawn
+
+
+def _parts() -> Any:
+    return template("parts.html.j2").module
+
+
+def _state(run: LiveRun, state: State, problem: str, say: Say) -> str:
+    kind = "bad" if state in _BAD else "working" if run.is_working else ""
     base = (run.facts.get("base") or {}).get("model") or ""
-    return str(
-        Markup('<p class="subtitle">{}</p><p class="verdict {}">{}</p>').format(base, kind, say(*_STATES[run.state]))
-    )
+    text = Markup('<p class="subtitle">{}</p><p class="verdict {}">{}</p>').format(base, kind, say(*_STATES[state]))
+    return str(text + Markup('<p class="subtitle">{}</p>').format(problem) if problem else text)
 
 
 def _stop(number: int, run: LiveRun, say: Say) -> str:

@@ -60,6 +60,7 @@ class Watching:
         self.runs, self._token, self._tell = list(runs), token.encode(), tell
         self.limits = LIMITS
         self.fault: SlimtuneError | None = None
+        """Why it can't go on, once it can't."""
         self.gate = Gate(STREAMS)
         self.deadlines = Deadlines(LIMITS.seconds)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="slimtune-watch")
@@ -67,6 +68,7 @@ class Watching:
         self._looked = asyncio.Condition()
         self._shown: dict[Lang, tuple[int, dict[str, str]]] = {}
         self._gone: set[str] = set()
+        self._looking: asyncio.Task[None] | None = None
         self.app = Starlette(
             routes=[
                 Route("/{token}/", self.page),
@@ -81,12 +83,12 @@ class Watching:
     @asynccontextmanager
     async def _running(self, app: Starlette) -> AsyncIterator[None]:
         await self._look()
-        looking = asyncio.ensure_future(self._look_on())
+        self._looking = asyncio.ensure_future(self._look_on())
         try:
             yield
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
             self._reader.shutdown(cancel_futures=True)
 
     async def _look_on(self) -> None:
@@ -115,7 +117,9 @@ class Watching:
             self._looked.notify_all()
 
     def check(self) -> None:
-        """It can always go on."""
+        """Look whether it still reads; why it doesn't is left in :attr:`fault`."""
+        if self._looking is not None and self._looking.done() and not self._looking.cancelled():
+            self.fault = SlimtuneError(f"the live page can't go on: {self._looking.exception()!r}")
 
     async def finish(self, seconds: float) -> None:
         """Show what is there last, and tell the pages that this was it."""
@@ -223,7 +227,7 @@ class _Events:
                 if not self._watching.deadlines.over:
                     await event(": the page opens another", more=False)
                     return
-                _, shown = self._watching._shown[self._lang]
+                _, shown = self._watching._shown.get(self._lang, (0, sent))
                 changed = {name: text for name, text in shown.items() if sent.get(name) != text}
                 await event(f"data: {json.dumps(changed, ensure_ascii=False)}")
                 await event("event: end\ndata: {}", more=False)
