@@ -49,8 +49,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 def make_folder(size: str, folder: Path) -> None:
     """A random Qwen2 in bf16 with a tokenizer of one token a letter, as a local model folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -63,10 +62,18 @@ def make_folder(size: str, folder: Path) -> None:
         model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(before)
     model.save_pretrained(folder)
+    letters().save_pretrained(folder)
+
+
+def letters() -> Any:
+    """A tokenizer of one token a letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     # Byte-level BPE without merges, which any Qwen2 tokenizer class reads back: a letter is a token.
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -77,7 +84,7 @@ def make_folder(size: str, folder: Path) -> None:
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}<eos>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def documents(workload: Workload, factor: int = 1) -> list[list[int]]:

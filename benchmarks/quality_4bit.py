@@ -1,12 +1,12 @@
-"""What 4 bits cost a model of Qwen3.5's form: python benchmarks/quality_4bit.py MODEL [--tiny] [--processes 9]
+"""What 4 bits cost a model of Qwen3.5's form: python benchmarks/quality_4bit.py [--size few] [--processes 3]
 
-For each of three seeds a small model with three layers of linear attention to one of full attention, twice, is trained
-from random weights with MODEL's tokenizer: on the docstrings of Python's standard library, and on requests of the
-demo's kind that are answered in a sentence. `slimtune train`'s own recipe then teaches it the demo's task (the same
-requests, answered by JSON) on this base in 16 bits, in NF4, in NF4 but for one kind of layer, and in 16 bits but for
-one kind of layer. Held out are requests for devices, rooms and actions that neither training had together. Measured
-are the supervised tokens' loss after tuning, and of the base as it is the loss on docstrings that it didn't see; both
-as the difference from 16 bits, with the 95 % interval over seeds and what was held out.
+For each of three seeds a small model, three layers of linear attention to one of full attention, is trained from random
+weights, letter by letter: on the docstrings of Python's standard library, and on requests of the demo's kind that are
+answered in a sentence. slimtune's engine then teaches it the demo's task (the same requests, answered by JSON; LoRA on
+what mixes tokens) on this base in 16 bits, in NF4, in NF4 but for one kind of layer, and in 16 bits but for one kind.
+Held out are requests for devices, rooms and actions that no training had together. Measured are the loss of the
+answers' letters after tuning, and of the base as it is the loss on docstrings that it didn't see; both as the
+difference from 16 bits, with the 95 % interval over seeds and what was held out. On a CPU "16 bits" are 32.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from curves import give_memory_
-from peers import HERE, machine
+from curves import give_memory_, quick_states
+from peers import HERE, letters, machine
 
-from slimtune.base.load import load_base
+from slimtune.adapter.lora import lora_config
+from slimtune.adapter.targets import default_targets, find_targets
+from slimtune.base.load import load_base, torch_dtype
 from slimtune.base.quantizer import Policy, policy_of
+from slimtune.batch import IGNORED, MicroBatch
 from slimtune.config import Config
 from slimtune.demo import ACTIONS, NEW_WORDINGS, WORDINGS, Row, rows
+from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.hardware import detect
-from slimtune.recipes import finetune
 from slimtune.run.interval import bootstrap
 
 KINDS = {
@@ -56,8 +59,10 @@ CASES: dict[str, frozenset[str]] = {
     **{f"{kind} alone in NF4": frozenset({kind}) for kind in KINDS},
 }
 """By name, the kinds of layers that lie in 4 bits."""
-WINDOW = 256
+WINDOW = 192
 HELD_WINDOWS = 64
+PACK = 4096
+"""Tokens of a step of the tuning."""
 
 
 class Size(NamedTuple):
@@ -66,13 +71,13 @@ class Size(NamedTuple):
     hidden: int
     layers: int
     steps: int
-    rows: int
-    """Windows of text to a step."""
+    windows: int
+    """Of text, to a step."""
     epochs: int
     """Of the tuning."""
 
 
-SMALL, TINY = Size(256, 8, 500, 32, 12), Size(64, 4, 6, 2, 1)
+SIZES = {"tiny": Size(64, 4, 4, 2, 1), "small": Size(128, 4, 250, 8, 3), "few": Size(256, 8, 600, 32, 12)}
 
 
 # -- the model and its data --------------------------------------------------------------------------------------------
@@ -96,10 +101,10 @@ def docstrings() -> list[str]:
     return found
 
 
-def _asked(devices: set[tuple[str, str, str]], *, new: bool) -> list[Row]:
+def _asked(combinations: set[tuple[str, str, str]], *, new: bool) -> list[Row]:
     """Each of these (device, room, action) in every wording."""
     made = []
-    for device, room, action in sorted(devices):
+    for device, room, action in sorted(combinations):
         kind = ACTIONS[device]
         for wording in WORDINGS[kind] + (NEW_WORDINGS[kind] if new else ()):
             request = wording.format(device=device, room=room, action=action)
@@ -111,76 +116,79 @@ def _combination(row: Row) -> tuple[str, str, str]:
     return row.answer["device"], row.answer["room"], row.answer["action"]
 
 
-def held_out() -> list[Row]:
-    """Requests that no training shows: each held-out combination of the demo in every wording, next to each other."""
-    return _asked({_combination(row) for row in rows()[1]}, new=True)
+def held_out() -> list[list[Row]]:
+    """Requests that no training shows: each of the demo's held-out combinations, in every wording."""
+    return [_asked({_combination(row)}, new=True) for row in rows()[1]]
 
 
-def texts(tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the documents that the base is trained on, and of docstrings that it isn't."""
+def texts(tokenizer: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Token ids of docstrings and of chats that the base is trained on, and of docstrings that it isn't."""
     draw = random.Random(0)
     written = docstrings()
     draw.shuffle(written)
     ids = [tokenizer(text + tokenizer.eos_token, verbose=False)["input_ids"] for text in written]
-    seen, unseen = ids[len(ids) // 20 :], ids[: len(ids) // 20]
+    chats = []
     for row in _asked({_combination(row) for row in rows()[0]}, new=False):
         device, room, action = _combination(row)
         told = {"role": "assistant", "content": f"The {device} in the {room} is {action} now."}
-        seen.append(tokenizer.apply_chat_template([row.messages[0], told], tokenize=True, return_dict=False))
-    return seen, unseen
+        chats.append(tokenizer.apply_chat_template([row.messages[0], told], tokenize=True, return_dict=False))
+    return ids[len(ids) // 20 :], chats, ids[: len(ids) // 20]
 
 
-def make_base(source: str, folder: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Train one from random weights and save it, with MODEL's tokenizer and docstrings that it didn't see."""
+def make_base(folder: Path, size: Size, seed: int) -> dict[str, Any]:
+    """Train one from random weights and save it, with its tokenizer and docstrings that it didn't see."""
     import transformers
 
-    start = time.perf_counter()
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-    seen, unseen = texts(tokenizer)
+    start, tokenizer = time.perf_counter(), letters()
+    written, chats, unseen = texts(tokenizer)
     stream = np.concatenate(unseen)
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)[:HELD_WINDOWS]
     torch.manual_seed(seed)
-    heads = size.hidden // 16
+    heads = max(16, size.hidden // 16)
     config = transformers.Qwen3_5TextConfig(
         vocab_size=len(tokenizer), hidden_size=size.hidden, intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers, num_attention_heads=size.hidden // 64, num_key_value_heads=size.hidden // 64,
-        head_dim=64, linear_num_key_heads=max(2, heads // 2), linear_num_value_heads=max(16, heads),
-        linear_key_head_dim=32, linear_value_head_dim=32, tie_word_embeddings=True, max_position_embeddings=2048,
+        num_hidden_layers=size.layers, num_attention_heads=size.hidden // 32, num_key_value_heads=size.hidden // 64,
+        head_dim=64, linear_num_key_heads=heads // 2, linear_num_value_heads=heads, linear_key_head_dim=16,
+        linear_value_head_dim=16, tie_word_embeddings=True, max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     give_memory_(model)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, size.steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, size.steps + 1, pct_start=0.1)
     draw, losses = random.Random(seed), []
-    for _ in range(size.steps):
-        rows_of = []
-        while len(rows_of) < size.rows:
-            row: list[int] = []
-            while len(row) < WINDOW:
-                row += draw.choice(seen)
-            rows_of.append(row[:WINDOW])
-        batch = torch.tensor(rows_of, device=device)
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    model.bfloat16().save_pretrained(folder)
+    with quick_states(model):
+        for _ in range(size.steps):
+            batch = torch.tensor(
+                [_window(chats if at % 2 else written, draw) for at in range(size.windows)], device=device
+            )
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    (model.bfloat16() if device == "cuda" else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     np.save(folder / "unseen.npy", windows)
     values = [float(loss) for loss in losses]
     weights = sum(each.numel() for each in model.model.layers.parameters())
     return {
-        "seed": seed, "layers_weights": weights, "documents": len(seen), "tokens": sum(map(len, seen)),
+        "seed": seed, "layers_weights": weights, "letters": sum(map(len, written)) + sum(map(len, chats)),
         "steps": size.steps, "first": values[0], "last": statistics.fmean(values[-10:]),
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def _window(documents: list[list[int]], draw: random.Random) -> list[int]:
+    row: list[int] = []
+    while len(row) < WINDOW:
+        row += draw.choice(documents)
+    return row[:WINDOW]
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------
@@ -208,41 +216,65 @@ def packing(kinds: frozenset[str]) -> Iterator[None]:
         yield
 
 
-def measure(case: str, seed: int, base: Path, size: Size, until: float) -> dict[str, Any] | None:
-    """One base tuned by the recipe: nats and tokens of everything held out; None if it is too late to begin."""
-    if time.time() > until:
-        return None
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"
-    quantization = "nf4" if CASES[case] else "none"
-    with tempfile.TemporaryDirectory() as scratch, packing(CASES[case]):
-        loaded = load_base(str(base), detect(), compute_dtype=dtype, quantization=quantization)
-        four_bit = sorted(
-            {name.split(".")[-2] for name, each in loaded.model.named_parameters() if hasattr(each, "quant_state")}
+def _pack(tokenizer: Any, chats: list[Row]) -> dict[str, Any]:
+    """Rows as one micro-batch; answers are supervised."""
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    for row in chats:
+        whole, asked = (
+            tokenizer.apply_chat_template(part, tokenize=True, return_dict=False, add_generation_prompt=len(part) == 1)
+            for part in (row.messages, row.messages[:1])
         )
-        wanted = sorted(end for kind in CASES[case] for end in KINDS[kind])
-        if four_bit != wanted:
-            raise RuntimeError(f"{case}: {four_bit} lie in 4 bits")
-        written = _text_nats(loaded.model, np.load(base / "unseen.npy"))
-        del loaded
-        for name, part in (("train", rows()[0]), ("eval", held_out())):
-            lines = "".join(json.dumps({"messages": row.messages}) + "\n" for row in part)
-            Path(scratch, f"{name}.jsonl").write_text(lines)
-        config = Config.make(
-            model=str(base), data=f"{scratch}/train.jsonl", eval=f"{scratch}/eval.jsonl", output=Path(scratch) / "run",
-            quantization=quantization, compute_dtype=dtype, max_length=128, micro_batch=16, gradient_accumulation=1,
-            epochs=size.epochs, learning_rate=1e-3, seed=seed, eval_steps=10_000, engine="plain",
-        )  # fmt: skip
-        run = finetune(config)
-        records = [record for record in run.metrics() if "held_out_nats" in record]
-        losses = [record["loss"] for record in run.metrics() if "step_seconds" in record]
-    first, last = records[0], records[-1]
+        ids.append(whole)
+        labels.append([IGNORED] * len(asked) + whole[len(asked) :])
+    flat = (np.array([token for each in some for token in each], np.int64) for some in (ids, labels))
+    return MicroBatch(*flat, tuple(map(len, ids))).inputs()
+
+
+def measure(case: str, seed: int, base: Path, size: Size, *, tuned: bool) -> dict[str, Any]:
+    """One base, as it is and, if wanted, tuned: nats and tokens of everything held out."""
+    from peft import get_peft_model
+
+    start, dtype = time.perf_counter(), "bf16" if torch.cuda.is_available() else "fp32"
+    with packing(CASES[case]):
+        how = "nf4" if CASES[case] else "none"
+        loaded = load_base(str(base), detect(), compute_dtype=dtype, quantization=how)
+    four_bit = {name.split(".")[-2] for name, each in loaded.model.named_parameters() if hasattr(each, "quant_state")}
+    if four_bit != {end for kind in CASES[case] for end in KINDS[kind]}:
+        raise RuntimeError(f"{case}: {sorted(four_bit)} lie in 4 bits")
+    written = _text_nats(loaded.model, np.load(base / "unseen.npy"))
+    config = Config.make(lora_dropout=0.0, targets=tuple(default_targets(loaded.model)[0]))
+    torch.manual_seed(seed)
+    model = get_peft_model(loaded.model, lora_config(config, find_targets(config, loaded.model)))
+    engine = Engine(model, dtype=torch_dtype(dtype), tokens=PACK, seed=seed)
+    optimizer = FusedAdamW8bit(engine.flat, lr=0.0)
+    training, draw = list(rows()[0]), random.Random(seed)
+    groups = [_pack(loaded.tokenizer, group) for group in held_out()]
+    before, tokens = _held_nats(engine, groups)
+    every = 20
+    steps, losses = size.epochs * len(training) // every if tuned else 0, []
+    for step in range(steps):
+        if step % (len(training) // every) == 0:
+            draw.shuffle(training)
+        at = step * every % len(training)
+        batch = _pack(loaded.tokenizer, training[at : at + every])
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 5, (steps - step) / steps)
+        losses.append(float(engine.forward_backward(batch, int((batch["labels"] != IGNORED).sum()))))
+        optimizer.clip_(1.0)
+        optimizer.step()
+        engine.flat.grad.zero_()
+    nats = _held_nats(engine, groups)[0] if tuned else []
     return {
-        "case": case, "seed": seed, "steps": last["step"], "last_loss": losses[-1],
-        "before": first["held_out_nats"], "nats": last["held_out_nats"], "tokens": last["held_out_tokens"],
-        "text": written, "text_tokens": [WINDOW - 1] * len(written), "seconds": time.perf_counter() - start,
+        "case": case, "seed": seed, "steps": steps, "losses": losses, "before": before, "nats": nats,
+        "tokens": tokens, "text": written, "text_tokens": [WINDOW - 1] * len(written),
+        "seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def _held_nats(engine: Engine, groups: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
+    """Of each combination."""
+    found = [engine.evaluate(group) for group in groups]
+    return [float(total) for total, _ in found], [count for _, count in found]
 
 
 @torch.inference_mode()
@@ -259,13 +291,33 @@ def _text_nats(model: Any, windows: Any) -> list[float]:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
+def one_seed(seed: int, size: Size, cases: list[str], tuned: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A base, and every case of it."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        about = make_base(Path(folder), size, seed)
+        print(json.dumps(about), flush=True)
+        found = []
+        for case in cases:
+            found.append(run := measure(case, seed, Path(folder), size, tuned=case in tuned))
+            told = {
+                key: sum(run[key]) / sum(run[counts])
+                for key, counts in (("before", "tokens"), ("nats", "tokens"), ("text", "text_tokens"))
+            }
+            short = {key: run[key] for key in ("case", "seed", "steps", "seconds")}
+            print(json.dumps(short | told), flush=True)
+    return about, found
+
+
 def summary(runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one case over its seeds, held against 16 bits over the same ones."""
     against = {run["seed"]: run for run in plain}
-    made: dict[str, Any] = {"seeds": len(runs), "seconds": [r["seconds"] for r in runs]}
+    made: dict[str, Any] = {"seeds": len(runs), "seconds": [run["seconds"] for run in runs]}
     for name, key, counts in (
         ("untuned", "before", "tokens"), ("tuned", "nats", "tokens"), ("text", "text", "text_tokens"),
     ):  # fmt: skip
+        if not runs[0][key]:
+            continue
         tokens = np.concatenate([run[counts] for run in runs])
         nats = np.concatenate([run[key] for run in runs])
         more = np.concatenate([np.subtract(run[key], against[run["seed"]][key]) for run in runs])
@@ -281,48 +333,33 @@ def summary(runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("--size", choices=SIZES, default="few")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=9)
-    parser.add_argument("--cases", help="only these, separated by ;")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
-    parser.add_argument("--tiny", action="store_true", help="a smaller model that learns next to nothing")
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--cases", help="only these beside 16 bits, separated by ;")
+    parser.add_argument("--tuned", help="tune these alone; of the others, what they are worth as they are")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    until = time.time() + options.seconds
-    size, seeds = TINY if options.tiny else SMALL, range(options.seeds)
-    about: dict[str, Any] = {**machine(), "model": f"qwen3_5_text, {size.layers} layers of {size.hidden}"}
+    size = SIZES[options.size]
+    about: dict[str, Any] = {
+        **machine(), "model": f"qwen3_5_text, {size.layers} layers of {size.hidden}", **size._asdict()
+    }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{about['date']}-quality-4bit.json"
     cases = ["16 bits", *options.cases.split(";")] if options.cases else list(CASES)
-    context, found, results = multiprocessing.get_context("spawn"), list[dict[str, Any]](), dict[str, Any]()
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(options.processes, context) as pool:
-        bases = [Path(scratch, str(seed)) for seed in seeds]
-        making = [pool.submit(make_base, options.model, bases[seed], size, seed) for seed in seeds]
-        about["trained"] = [future.result() for future in making]
-        print(json.dumps(about["trained"]), flush=True)
-        running = [pool.submit(measure, case, seed, bases[seed], size, until) for case in cases for seed in seeds]
-        for future in running:
-            run = future.result()
-            if run is None:
-                continue
-            found.append(run)
-            told = {
-                "held_out": sum(run["nats"]) / sum(run["tokens"]),
-                "text": sum(run["text"]) / sum(run["text_tokens"]),
-                "last_loss": run["last_loss"],
-            }
-            short = {key: run[key] for key in ("case", "seed", "steps", "seconds")}
-            print(json.dumps(short | told), flush=True)
+    tuned = options.tuned.split(";") if options.tuned else cases
+    about["trained"], found = [], []
+    results: dict[str, Any] = {}
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(one_seed, seed, size, cases, tuned) for seed in range(options.seeds)]:
+            trained, runs = future.result()
+            about["trained"].append(trained)
+            found += runs
             plain = [run for run in found if run["case"] == "16 bits"]
-            results = {
-                case: summary(runs, plain)
-                for case in cases
-                if len(runs := [run for run in found if run["case"] == case]) == len(seeds)
-            }
+            results = {case: summary([run for run in found if run["case"] == case], plain) for case in cases}
             file.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     for case, result in results.items():
-        told = {key: result[key]["above_16_bits"] for key in ("untuned", "tuned", "text")}
+        told = {key: result[key]["above_16_bits"] for key in ("untuned", "tuned", "text") if key in result}
         print(json.dumps({case: told}), flush=True)
 
 
