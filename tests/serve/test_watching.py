@@ -210,21 +210,19 @@ def test_beside_a_training_it_ends_with_it(run: Path, capfd: pytest.CaptureFixtu
         pass
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
-def test_in_a_browser(run: Path, serving: Callable[..., Any], tmp_path: Path, lang: str) -> None:
+def test_in_a_browser(run: Path, serving: Callable[..., Any], tmp_path: Path) -> None:
     """Thousands of points on a phone and on a screen; it grows, two presses stop the run; it outlives the server."""
     write(run / "metrics.jsonl", *(step(number, 9000, loss=2 + number % 7 / 9) for number in range(21, 6000)))
     said = [{"row": "a:1", "prompt": "<script>p", "expected": "e", "reply": "r", "ended": "stop"}]
     write(run / "samples.jsonl", {"step": 0, "seconds": 1.0, "samples": said})
     with serving(run) as page, lock_run(run), browser(tmp_path / "profile") as tab:
-        url = f"http://127.0.0.1:{page.port}/{TOKEN}/?lang={lang}"
-        for width, dark in ((360, True), (1280, False)):
-            tab.show(url, width=width, dark=dark)
-            tab.until("document.querySelectorAll('svg').length >= 5")
+        for width, dark, lang, word in ((360, True, "zh", "保存检查点并停止"), (1280, False, "en", "Stop with")):
+            tab.show(f"http://127.0.0.1:{page.port}/{TOKEN}/?lang={lang}", width=width, dark=dark)
+            tab.until(f"document.querySelectorAll('svg').length >= 5 && document.body.innerText.includes('{word}')")
             assert tab.run("document.documentElement.scrollWidth") <= width
             # No tile's figure is cut.
             assert tab.run("[...document.querySelectorAll('dd')].every(one => one.scrollWidth <= one.clientWidth)")
-        assert tab.run("document.documentElement.lang") == {"en": "en", "zh": "zh-CN"}[lang]
+            assert tab.run("getComputedStyle(document.body).backgroundColor < 'rgb(2'") == dark
         write(run / "metrics.jsonl", step(6000, 9000))
         tab.until("document.body.innerText.includes('6,000 / 9,000')")
         tab.run("document.querySelector('button[data-run]').click()")
