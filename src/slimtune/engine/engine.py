@@ -25,6 +25,7 @@ from slimtune.engine.decoder import (
     per_layer_inputs,
     rotary_tables,
 )
+from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
@@ -103,6 +104,7 @@ class Engine:
         if self.decoder.unfused:
             name, reason = next(iter(self.decoder.unfused.items()))
             raise CannotFuse(f"{name} can't be fused: {reason}", way_out="It trains unfused: engine: plain.")
+        self._check_called()
         self.dtype, self.seed, self.draws, self.in_ram = dtype, seed, 0, 0
         self.device: torch.device = self.decoder.head.device
         for linear in self.decoder.linears():
@@ -150,16 +152,29 @@ class Engine:
             for block in layer.blocks:
                 block.keep_weights()
 
+    def _check_called(self) -> None:
+        """Nothing may happen in a module's call but what its class does: the engine calls none."""
+        embedding, head = self.decoder.model.get_input_embeddings(), self.decoder.model.get_output_embeddings()
+        hooked = a_hook((*self.decoder.backbone.modules(), embedding, head))
+        if hooked is not None:
+            raise CannotFuse(f"a {hooked} has a hook, which the engine wouldn't call")
+        if hasattr(embedding, "base_layer"):
+            raise CannotFuse("the embedding has an adapter, which the engine doesn't compute")
+
     def _check_trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """The adapters' parameters in the engine's order; nothing else may train."""
         mine = [parameter for part in self._trained for parameter in part.parameters]
         known = {id(parameter) for parameter in mine}
+        reason = None if len(known) == len(mine) else "a LoRA matrix that several layers share"
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
-                raise CannotFuse(
-                    f"{name} trains, and it is no LoRA matrix that the engine computes",
-                    way_out="It trains unfused: engine: plain.",
-                )
+                reason = f"{name} trains, and it is no LoRA matrix that the engine computes"
+            if id(parameter) in known and not parameter.requires_grad:
+                reason = f"{name} is frozen, and the engine trains every LoRA matrix"
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                reason = f"{name} has a hook, which the engine wouldn't call"
+        if reason is not None:
+            raise CannotFuse(reason, way_out="It trains unfused: engine: plain.")
         return mine
 
     def _bind(self, site: Site | Stack) -> Gradients:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
@@ -34,6 +35,7 @@ from slimtune.engine.decoder import (
     per_layer_inputs,
     rotary_tables,
 )
+from slimtune.engine.genuine import a_hook
 from slimtune.engine.loss import token_log_probs
 from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.read import read_decoder
@@ -223,6 +225,8 @@ class _Runner:
         self._per_layer: dict[torch.dtype, PerLayerComputation | None] = {}
         self._tables: dict[torch.dtype, tuple[int, dict[Rotary, RotaryTable]]] = {}
         around = [part.wrapper for parts in (decoder.linears(), decoder.stacks()) for part in parts]
+        # The rest of the model is called as it is.
+        self._uncalled = [part for layer in decoder.fused for part in layer.module.modules()]
         self._adapters = [(each, _adapters_of(each)) for each in around if hasattr(each, "active_adapters")]
 
     # -- what is computed ---------------------------------------------------------------------------------------------
@@ -238,6 +242,9 @@ class _Runner:
             return more
         if not self._adapters_active():
             return "adapters that are off, merged or others"
+        hooked = a_hook(self._uncalled)
+        if hooked is not None:
+            return f"a hook on a {hooked}"
         for name, tensor in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.ndim == 2):
                 return f"{name} that is no matrix"
@@ -456,14 +463,16 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: LayerComputation, on: Pass, keep: Keep | None, x: Tensor, residual: Tensor | None, *_: Tensor
+        ctx: Any, layer: LayerComputation, on: Pass, keep: Keep | None, x: Tensor, residual: Tensor | None, *own: Tensor
     ) -> tuple[Tensor, Tensor]:
         _load_adapters(layer)
         d, m, saved = layer.forward(x, residual, on, keep)
         ctx.layer, ctx.on, ctx.saved = layer, on, saved
+        ctx.save_for_backward(*own)
         return d, m
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
         # Both results are only ever used in their sum, so their gradients are the same.
         layer: LayerComputation = ctx.layer
@@ -471,6 +480,7 @@ class _FusedLayer(torch.autograd.Function):
         if saved is None:
             raise RuntimeError("a fused layer's backward ran twice: retain_graph is not supported")
         ctx.saved = None
+        _ = ctx.saved_tensors  # torch raises if a matrix was changed since the forward
         _load_adapters(layer)
         sinks = {part: Gradients.zeros(part) for part in layer.trained}
         dx = layer.backward(g.contiguous(), saved, ctx.on, sinks, need_dx=any(ctx.needs_input_grad[3:5]))
@@ -481,15 +491,18 @@ class _FusedPerLayer(torch.autograd.Function):
     """The layers' inputs beside the stream x, for autograd: x passes, so that its backward is the last."""
 
     @staticmethod
-    def forward(ctx: Any, computation: PerLayerComputation, on: Pass, rows: Tensor, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, computation: PerLayerComputation, on: Pass, rows: Tensor, x: Tensor, *own: Tensor) -> Tensor:
         _load_adapters(computation)
         computation.forward(x, rows, on)
         ctx.computation, ctx.on = computation, on
+        ctx.save_for_backward(*own)
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         computation: PerLayerComputation = ctx.computation
+        _ = ctx.saved_tensors  # as above
         sinks = {part: Gradients.zeros(part) for part in computation.trained}
         if computation.trained:
             _load_adapters(computation)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimtune.config import Config
+from slimtune.engine.genuine import altered, is_own, registered
 from slimtune.engine.read_delta import input_names, read_delta
 from slimtune.engine.read_experts import read_experts
 from slimtune.engine.read_linear import FLOATS, is_bare, read_activation, read_linear
@@ -106,6 +108,8 @@ def read_decoder(model: nn.Module) -> Decoder:
     wrapped: Any = model
     if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
         raise CannotFuse("the model learns a prompt", rule="The fused engine computes LoRA adapters.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CannotFuse("some of the model's weights have no values", way_out="Load it first, whole, on one device.")
     decoder = _describe(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped, frozen=True)
     if not any(decoder.adapters):
         raise CannotFuse(
@@ -120,8 +124,11 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
     Raises:
         CannotFuse: No layer of it is one that the engine computes.
     """
+    name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise CannotFuse(f"{name} is no model of Transformers'", way_out="Hand over the model that it holds.")
     backbone = decoder_of(inner)
-    config, name = backbone.config, type(inner).__name__
+    config = backbone.config
     form = DECODERS.get(config.model_type)
     if form is None:
         raise CannotFuse(
@@ -131,9 +138,15 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
         )
     if not type(inner).__module__.startswith("transformers.models."):
         raise CannotFuse(f"{name} is code of its own", rule="The fused engine computes what Transformers' classes do.")
-    for what, is_so in _foreign(inner, config, form).items():
+    around = ((path, part) for path, part in backbone.named_modules() if not path.startswith("layers."))
+    own = altered(around, backbone)
+    if own is not None:
+        raise CannotFuse(f"{own}, in {name}", rule="The fused engine computes what Transformers' classes do.")
+    for what, is_so in _foreign(inner, backbone, form).items():
         if is_so:
             raise CannotFuse(f"{name} has {what}", rule="The fused engine computes no such model.")
+    if not is_own(backbone.norm, backbone):
+        raise CannotFuse(f"{name} has a {type(backbone.norm).__name__} for its norm")
     layers: list[Layer | None] = []
     unfused: dict[str, str] = {}
     lent: set[str | None] = {None}
@@ -160,9 +173,9 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
             backbone.norm,
             backbone.norm.weight,
             form,
-            scale=_times(config, form.logits_times) / _times(config, form.logits_over),
+            scale=_times(inner, form.logits_times, config) / _times(inner, form.logits_over, config),
         ),
-        embedding_scale=_embedding_scale(inner, config, form),
+        embedding_scale=_embedding_scale(backbone, form),
         softcap=_cap(config, "final_logit_softcapping"),
         per_layer=_per_layer_inputs(backbone, form, frozen=frozen),
         unfused=unfused,
@@ -202,14 +215,20 @@ def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerL
     )
 
 
-def _foreign(inner: Any, config: Any, form: DecoderForm) -> dict[str, bool]:
-    """What a family's configs can ask for and the engine doesn't compute."""
-    scale = _times(config, form.logits_times) / _times(config, form.logits_over)
+def _foreign(inner: Any, backbone: Any, form: DecoderForm) -> dict[str, bool]:
+    """What a family's configs can ask for, or somebody did to a model, and the engine doesn't compute."""
+    config, function = backbone.config, registered(backbone.config)
+    scale = _times(inner, form.logits_times, config) / _times(inner, form.logits_over, config)
     changed = scale != 1.0 or _cap(config, "final_logit_softcapping") is not None
     ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
     return {
+        f"{function} for its attention or its experts, which isn't Transformers' own": function is not None,
+        f"{len(backbone.layers)} layers, of which its config counts fewer": (
+            len(backbone.layers) > getattr(config, "num_hidden_layers", len(backbone.layers))
+        ),
         "layers of different sizes": getattr(config, "is_heterogeneous", False) and not form.sizes_by_layer,
         f"rotary embedding {', '.join(map(repr, sorted(ropes - STATIC_ROPE)))}": bool(ropes - STATIC_ROPE),
+        "attention to tokens to come": getattr(config, "use_bidirectional_attention", None) in (True, "all"),
         "dropout on attention weights": bool(getattr(config, "attention_dropout", 0.0)),
         "dropout on what a layer adds": any(
             getattr(config, part, 0.0) for part in ("residual_dropout", "resid_pdrop", "embd_pdrop")
@@ -232,17 +251,20 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
 
 def _cap(owner: Any, name: str) -> float | None:
     cap = getattr(owner, name, None)
+    if cap is not None and not cap > 0:
+        raise CannotFuse(f"{name} of {cap}: the engine's caps are above 0")
     return None if cap is None else float(cap)
 
 
-def _times(config: Any, name: str | None) -> float:
-    return 1.0 if name is None else float(getattr(config, name))
+def _times(owner: Any, name: str | None, config: Any) -> float:
+    """A factor, which a module may have taken over from the config when it was made."""
+    return 1.0 if name is None else float(getattr(owner if hasattr(owner, name) else config, name))
 
 
-def _embedding_scale(inner: Any, config: Any, form: DecoderForm) -> float:
+def _embedding_scale(backbone: Any, form: DecoderForm) -> float:
     if not form.scaled_embedding:
-        return _times(config, form.embedding_times)
-    return _root(config.hidden_size, inner.get_input_embeddings().weight.dtype)
+        return _times(backbone, form.embedding_times, backbone.config)
+    return _root(backbone.config.hidden_size, backbone.get_input_embeddings().weight.dtype)
 
 
 def _root(size: int, dtype: torch.dtype) -> float:
@@ -278,6 +300,9 @@ class _Reader:
         Raises:
             CannotFuse: It has something that the engine doesn't compute.
         """
+        own = altered(self.module.named_modules(prefix=self.name), self.backbone)
+        if own is not None:
+            raise CannotFuse(own)
         known = {name for branch in self.form.branches for name in branch.names}
         for name, part in self.module.named_children():
             if name not in known and any(True for _ in part.parameters()):
@@ -313,7 +338,7 @@ class _Reader:
             norm=over,
             blocks=tuple(blocks),
             norm_after=None if after is None else self._norm(self.module, after, scale=times),
-            scale=_times(self.config, self.form.residual_times) * (times if after is None else 1.0),
+            scale=_times(self.module, self.form.residual_times, self.config) * (times if after is None else 1.0),
             carry=times,
         )
 
@@ -324,6 +349,8 @@ class _Reader:
         part = getattr(self.module, name, None)
         if part is None:
             return []
+        if not (is_own(part, self.backbone) or name.startswith("per_layer_")):  # those are linear layers
+            raise CannotFuse(f"{self.name} has a {type(part).__name__} for its {name}")
         match name:
             case "experts":
                 return [self._experts(part, self.module, name)]
@@ -354,6 +381,8 @@ class _Reader:
         module = getattr(parent, name)
         if not is_bare(module) or (self.frozen and any(p.requires_grad for p in module.parameters())):
             raise CannotFuse(f"{self.name} trains a norm, which the fused engine keeps frozen")
+        if not is_own(module, self.backbone):
+            raise CannotFuse(f"{self.name} has a {type(module).__name__} for its {name}")
         weight = getattr(module, "weight", None if like is None else torch.ones_like(like))
         if weight is None or weight.ndim != 1:
             raise CannotFuse(f"{self.name} has a {name} with no weight, or other weights for each head")
@@ -362,6 +391,8 @@ class _Reader:
     def _attention(self, module: Any) -> SelfAttention:
         if getattr(module, "is_causal", True) is False:
             raise CannotFuse(f"{self.name} sees tokens to come")
+        if getattr(module, "attention_dropout", 0.0):
+            raise CannotFuse(f"{self.name} has dropout on attention weights")
         names, borrows = ["q_proj", "k_proj", "v_proj"], None
         if getattr(module, "is_kv_shared_layer", False):
             names, borrows = ["q_proj"], str(module.layer_type)
@@ -426,6 +457,9 @@ class _Reader:
         # Transformers' masks go by the config's types, so an attention module without a window has one all the same.
         if found is None and self._kind() == "sliding_attention":
             raise CannotFuse(f"{self.name} is of type sliding_attention, and its attention tells no window")
+        masked = None if self._kind() == "full_attention" else getattr(self.config, "sliding_window", None)
+        if found is not None and found != masked:
+            raise CannotFuse(f"{self.name} has attention with a window of {found}, and its config of {masked}")
         return found
 
     def _kind(self) -> str | None:
@@ -437,7 +471,7 @@ class _Reader:
         if not getattr(module, "use_rope", True) or self.backbone.rotary_emb is None:
             return False
         if self.form.turned == "windowed if any":
-            return window is not None or getattr(self.config, "sliding_window", None) is None
+            return window is not None or getattr(module, "sliding_window", None) is None
         return self.form.turned == "all" or window is not None
 
     def _rotary(self, head_dim: int) -> Rotary:

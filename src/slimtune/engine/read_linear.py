@@ -69,7 +69,8 @@ def read_adapter(name: str, module: Any) -> Adapter | None:
     Raises:
         CannotFuse: It is no plain LoRA, or one of several.
     """
-    if not hasattr(module, "lora_A"):
+    # AdaLoRA keeps matrices by these names too, as parameters.
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         raise CannotFuse(f"{name} has a {type(module).__name__}, not a LoRA adapter")
     active = [key for key in module.active_adapters if key in module.lora_A]
     if not active:
