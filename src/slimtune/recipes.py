@@ -76,6 +76,7 @@ from slimtune.run.screen import Screen, megabytes
 from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
+from slimtune.training.forecast import check_ram
 from slimtune.training.fused import make_engine, tell_memory, why_unfused
 from slimtune.training.isolation import lay_out
 from slimtune.training.layout import Layout
@@ -293,6 +294,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     screen.say("data", data_line(proof.facts))
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     config, for_amount = resolve_amount(config, proof.train, proof.eval)
+    check_ram(config, hardware)
     with screen.working("loading the base"):
         base = _load(config, hardware, watchdog)
     if config.rehearse:

@@ -23,8 +23,11 @@ from slimtune.engine import Engine
 from slimtune.engine import attention as attention_module
 from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.optimizer import FusedAdamW8bit, adapter_bytes
+from slimtune.errors import UserError
 from slimtune.hardware import CARDS, Card, Hardware
-from slimtune.training.forecast import Forecaster
+from slimtune.plan import memory_budget
+from slimtune.training import forecast as forecast_module
+from slimtune.training.forecast import Forecaster, check_ram
 from tests.engine import models
 
 GIB = 1 << 30
@@ -140,13 +143,13 @@ def test_a_step_takes_no_more_than_its_plan(
 
 def test_more_memory_takes_longer_documents(folder_of: Callable[[str], Path]) -> None:
     forecaster = Forecaster(Config.make(model=str(folder_of("qwen3")), max_length=512))
-    rows = [forecaster.forecast(Card(f"{size}", size << 20, (8, 0))) for size in (65, 120, 400)]
+    rows = [forecaster.with_longest(Card(f"{size}", size << 20, (8, 0))) for size in (65, 120, 400)]
     assert [row.trains for row in rows] == [False, True, True]
     assert 0 < rows[1].longest < rows[2].longest
     assert rows[2].longest_ram > 0
     assert rows[0].nbytes > rows[0].budget
     assert all(row.nbytes <= row.budget for row in rows[1:])
-    none = forecaster.forecast(Card("a small one", 400 << 20, (8, 0)), ram=0)
+    none = forecaster.with_longest(Card("a small one", 400 << 20, (8, 0)), ram=0)
     assert none.longest < rows[2].longest
     assert none.longest_ram == 0
 
@@ -161,3 +164,25 @@ def test_what_the_engine_doesnt_take_is_said(folder_of: Callable[[str], Path]) -
     forecaster = Forecaster(Config.make(model=str(folder_of("qwen3")), dora=True))
     assert forecaster.unfused == "the engine has nothing for DoRA"
     assert forecaster.weights > 0
+
+
+def test_too_little_ram_is_said_before_anything_is_loaded(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("qwen3")
+    card = Hardware("cuda", "a card", 2 * GIB, "bf16", "", 1)
+    monkeypatch.setattr(Hardware, "capability", (8, 0))
+    config = Config.make(model=str(folder), max_length=65536, micro_batch=1)
+    forecaster, on = Forecaster(config), Card("a card", 2 * GIB, (8, 0))
+    memory = f"{forecaster.forecast(on, 0).nbytes // 2**20 + 1}MiB"
+    config = config.model_copy(update={"memory": memory})
+    needed = forecaster.forecast(on, memory_budget(config))
+    assert needed.trains
+    assert needed.ram_bytes > 0
+    monkeypatch.setattr(forecast_module, "ram_for_inputs", lambda: needed.ram_bytes)
+    check_ram(config, card)
+    monkeypatch.setattr(forecast_module, "ram_for_inputs", lambda: needed.ram_bytes // 4)
+    with pytest.raises(UserError, match=r"documents of 65,536 tokens take \d+MiB of RAM beside \d+MiB") as refused:
+        check_ram(config, card)
+    assert "--max-length" in (refused.value.way_out or "")
+    check_ram(config.model_copy(update={"max_length": 2048}), card)

@@ -70,10 +70,10 @@ def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     capability, budget, asked = (8, 0) if card is None else card.capability, memory_budget(config), []
     if budget is not None:
         within = config.memory if card is None else f"{config.memory} of {card.name}"
-        asked = [forecaster.forecast(Card(within, budget, capability), budget)]
+        asked = [forecaster.with_longest(Card(within, budget, capability), budget)]
     elif card is not None:
-        asked = [forecaster.forecast(card)]
-    return asked + [forecaster.forecast(Card(f"{size}GiB", size << 30, capability)) for size in SIZES]
+        asked = [forecaster.with_longest(card)]
+    return asked + [forecaster.with_longest(Card(f"{size}GiB", size << 30, capability)) for size in SIZES]
 
 
 def _facts(forecaster: Forecaster, rows: list[Forecast]) -> dict[str, Any]:

@@ -29,20 +29,17 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam
+from slimtune.engine.offload import InputsInRam, ram_for_inputs
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
-from slimtune.hardware import free_ram
 
 __all__ = ["WORKSPACES", "Engine"]
 
 WORKSPACES = 64 << 20
 """Bytes that libraries take beside the plan: cuBLAS 32 MiB for the stream that records, attention's backward a few."""
-_RAM_SHARE = 0.7
-"""Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 micro-batches differ
 
 
@@ -230,7 +227,7 @@ class Engine:
         }
 
     def _ram(self) -> int:
-        return int(_RAM_SHARE * free_ram()) if self.device.type == "cuda" else 0
+        return ram_for_inputs() if self.device.type == "cuda" else 0
 
     def _inputs_in_ram(self) -> InputsInRam | None:
         plan, hidden = self.plan, self.layers[0].hidden

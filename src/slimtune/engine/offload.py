@@ -21,8 +21,12 @@ from torch import Tensor
 
 from slimtune.engine.decoder import Saved
 from slimtune.errors import UserError
+from slimtune.hardware import free_ram
 
-__all__ = ["Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "pinned"]
+__all__ = ["Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "pinned", "ram_for_inputs"]
+
+_RAM_SHARE = 0.7
+"""Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
 
 
 class Copies(Protocol):
@@ -139,6 +143,11 @@ class InputsInRam:
         first = saved.branches[0]
         place, first.s = first.s, torch.empty(first.s.shape, dtype=first.s.dtype, device=self._device)
         self._coming[layer] = self.copies.begin(first.s, place)
+
+
+def ram_for_inputs() -> int:
+    """Most bytes of this machine's RAM that layers' inputs may take now."""
+    return int(_RAM_SHARE * free_ram())
 
 
 def pinned(nbytes: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,17 +27,21 @@ from slimtune.engine.decoder import LayerComputation, computations, per_layer_in
 from slimtune.engine.engine import WORKSPACES
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.offload import ram_for_inputs
 from slimtune.engine.optimizer import adapter_bytes
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import ScoresKind
-from slimtune.hardware import Card
-from slimtune.plan import MEMORY_SHARE
+from slimtune.errors import UserError
+from slimtune.hardware import Card, Hardware
+from slimtune.plan import MEMORY_SHARE, memory_budget
 from slimtune.training.fused import why_unfused
 
-__all__ = ["Forecast", "Forecaster", "gib"]
+__all__ = ["Forecast", "Forecaster", "check_ram", "gib"]
 
 _STEP = 1024
 """Tokens to which the longest document is told."""
+_LONG = 8192
+"""Tokens of a document from which a run is looked at before its base is loaded: shorter ones go to no RAM worth it."""
 _MOST_ELEMENTS = 1 << 31
 """Of one tensor: longer documents, whose tensors have more, nothing was tried with."""
 
@@ -57,9 +61,9 @@ class Forecast:
     """Of RAM that are locked for layers' inputs."""
     ram_layers: int
     layers: int
-    longest: int
-    """Tokens of the longest document that can be trained on; 0: none."""
-    longest_ram: int
+    longest: int = 0
+    """Tokens of the longest document that can be trained on; 0: none, or not asked."""
+    longest_ram: int = 0
     """What that takes of RAM."""
 
     @property
@@ -145,11 +149,16 @@ class Forecaster:
         beside = self._beside(config.batch_tokens)
         workspace = plan.nbytes - plan.kept_bytes + beside["workspace"]
         parts = {**beside, "activations": plan.kept_bytes, "workspace": workspace}
-        longest, longest_ram = self._longest(card, budget, ram)
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
-            plan.ram_bytes, len(plan.in_ram), len(self._layers), longest, longest_ram,
+            plan.ram_bytes, len(plan.in_ram), len(self._layers),
         )  # fmt: skip
+
+    def with_longest(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
+        """As :meth:`forecast`, with the longest document too."""
+        told = self.forecast(card, budget, ram)
+        longest, longest_ram = self._longest(card, told.budget, ram)
+        return replace(told, longest=longest, longest_ram=longest_ram)
 
     def _beside(self, tokens: int) -> dict[str, int]:
         """Bytes beside the plan."""
@@ -202,6 +211,28 @@ class Forecaster:
             low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
         plan = least(low * _STEP) if low else None
         return low * _STEP, 0 if plan is None else plan.ram_bytes
+
+
+def check_ram(config: Config, hardware: Hardware) -> None:
+    """See that there is RAM for what long documents keep, before anything is loaded.
+
+    Raises:
+        UserError: They fit the GPU with more RAM than there is, and not without.
+    """
+    budget = memory_budget(config)
+    if hardware.device != "cuda" or budget is None or config.max_length < _LONG:
+        return
+    forecaster, card = Forecaster(config), Card(hardware.name, hardware.memory_bytes, hardware.capability)
+    if forecaster.unfused is not None or forecaster.forecast(card, budget, ram_for_inputs()).trains:
+        return
+    needed = forecaster.forecast(card, budget)
+    if needed.trains:
+        raise UserError(
+            f"documents of {config.max_length:,} tokens take {gib(needed.ram_bytes)} of RAM beside {config.memory} of "
+            f"the GPU, and {gib(ram_for_inputs())} can be locked",
+            rule="Layers' inputs go to RAM where a document's don't fit the GPU beside the rest.",
+            way_out="Free RAM, take a smaller --max-length, or allow more of the GPU: --memory",
+        )
 
 
 def gib(nbytes: float) -> str:
