@@ -41,6 +41,8 @@ VERBS = {
     "explain": "What this run did, from what was measured.",
     "config": "Print the documented defaults as YAML, or a JSON schema.",
     "doctor": "Check this machine and the installed versions.",
+    "help": "Show what the documents say of a topic.",
+    "completion": "Print what makes a shell complete verbs and flags.",
 }
 
 
@@ -97,7 +99,9 @@ def main() -> NoReturn:
     try:
         for word in arguments:
             check_utf8("the argument", word)
-        code: Any = slimtune_command.main(args=arguments, standalone_mode=False, obj={"own_process": True})
+        code: Any = slimtune_command.main(
+            args=arguments, prog_name="slimtune", standalone_mode=False, obj={"own_process": True}
+        )
         sys.exit(code if isinstance(code, int) else 0)
     except SlimtuneError as error:
         end(error, debug=debug)

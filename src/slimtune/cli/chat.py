@@ -9,6 +9,7 @@ import click
 
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError, written_out
 
@@ -21,7 +22,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system text and s
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
 @click.option("--prompt", metavar="TEXT", help="Answer once and exit, for scripts.")
 @click.option("--system", metavar="TEXT", help="The system text.")
 @model_options

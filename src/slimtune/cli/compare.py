@@ -10,6 +10,7 @@ import click
 
 from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError
 
@@ -21,8 +22,8 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
-@click.argument("data", required=False)
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
+@click.argument("data", required=False, type=PATH_OR_NAME)
 @click.option("--checker", metavar="FILE.PY:FUNCTION", help="(reply, reference) to 0…1, instead of exact match.")
 @click.option("--general/--no-general", default=True, help="Ask the general set that comes with the package  [on]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of compare.html and .json  [RUN]")

@@ -12,6 +12,7 @@ import click
 from slimtune.base.named import check_name
 from slimtune.cli.early import check_files
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.options import config_from_flags, some_config_options
 from slimtune.errors import UserError, written_out
 from slimtune.run.durable import replace_file
@@ -35,7 +36,7 @@ def _is_model(folder: Path) -> bool:
 
 
 @click.command()
-@click.argument("data", nargs=-1)
+@click.argument("data", nargs=-1, type=PATH_OR_NAME)
 @click.option("--model", help="The model whose tokenizer and chat template are used  [Qwen/Qwen1.5-1.8B-Chat]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write what was found as a page.")

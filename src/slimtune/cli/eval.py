@@ -10,6 +10,7 @@ import click
 
 from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
@@ -18,8 +19,8 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
-@click.argument("data", nargs=-1)
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
+@click.argument("data", nargs=-1, type=PATH_OR_NAME)
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness by name or .yaml file, comma-separated.")
 @click.option("--limit", type=int, metavar="N", help="Questions of each task.")
 @click.option("--with-base", is_flag=True, help="Measure the base too.")

@@ -10,13 +10,14 @@ import click
 
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.run.durable import check_new
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
 @click.option(
     "--to",
     "kind",

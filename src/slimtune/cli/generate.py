@@ -8,14 +8,15 @@ import click
 
 from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
-@click.argument("prompts")
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
+@click.argument("prompts", type=PATH_OR_NAME)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="One JSON object a line.")
 @click.option("--with-base", is_flag=True, help="Ask the base too, and put both replies side by side.")
 @model_options

@@ -8,13 +8,14 @@ import click
 
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.run.durable import check_new
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The merged model's folder.")
 @click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved.")
 @click.option("--parity/--no-parity", default=True, help="Prove that the merged model says the same  [on]")

@@ -6,12 +6,13 @@ import click
 
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("target", metavar="RUN")
+@click.argument("target", metavar="RUN", type=PATH_OR_NAME)
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--base", metavar="PATH", help="Where the adapter's base lies now, if it was moved.")
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")

@@ -12,6 +12,7 @@ import click
 
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 
@@ -19,7 +20,7 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("targets", metavar="RUN...", nargs=-1, required=True)
+@click.argument("targets", metavar="RUN...", nargs=-1, required=True, type=PATH_OR_NAME)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another address than loopback takes an API key.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--api-key", envvar="SLIMTUNE_API_KEY", metavar="KEY", help="What clients must show.  [SLIMTUNE_API_KEY]")

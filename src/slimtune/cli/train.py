@@ -12,6 +12,7 @@ import click
 from slimtune.cli.closing import close
 from slimtune.cli.early import check_training
 from slimtune.cli.imports import fast_imports
+from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
@@ -28,8 +29,8 @@ NEEDED_MOST = (
 
 
 @click.command(cls=grouped_command("Needed most", *NEEDED_MOST))
-@click.argument("model", required=False)
-@click.argument("data", nargs=-1)
+@click.argument("model", required=False, type=PATH_OR_NAME)
+@click.argument("data", nargs=-1, type=PATH_OR_NAME)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")

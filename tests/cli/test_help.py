@@ -1,0 +1,71 @@
+"""The documents in the terminal, and what shells complete."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimtune.cli.help import TOPICS
+
+RunHere = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+
+
+def completed(*words: str) -> list[str]:
+    """What bash is told for the last word, as (type, value)."""
+    environment = {
+        **os.environ,
+        "_SLIMTUNE_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", "from slimtune.cli import main; main()"],
+        env=environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return told.stdout.split()
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_each_topic_is_shown_without_links_that_lead_nowhere(topic: str, run_here: RunHere) -> None:
+    shown = run_here("help", topic)
+    assert shown.returncode == 0, shown.stderr
+    assert len(shown.stdout) > 1000
+    assert "](" not in shown.stdout
+    assert "decisions/0" not in shown.stdout
+    assert not any(len(line) > 100 for line in shown.stdout.splitlines())
+
+
+def test_what_is_no_topic_is_told_with_the_nearest(run_here: RunHere) -> None:
+    assert "Did you mean 'reliability'?" in run_here("help", "relability").stderr
+    assert "slimtune train --help" in run_here("help", "train").stderr
+    listed = run_here("help")
+    assert listed.returncode == 0
+    assert all(topic in listed.stdout for topic in TOPICS)
+
+
+def test_wheels_hold_each_topic() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"docs/{topic}.md": f"slimtune/docs/{topic}.md" for topic in TOPICS}
+
+
+def test_verbs_flags_topics_and_files_are_completed() -> None:
+    assert completed("slimtune", "tra") == ["plain,train"]
+    assert "plain,--lora-r" in completed("slimtune", "train", "--lora")
+    assert completed("slimtune", "help", "rel") == ["plain,reliability"]
+    assert completed("slimtune", "chat", "runs/") == ["file,runs/"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell_calls_this_command(shell: str, run_here: RunHere) -> None:
+    script = run_here("completion", shell)
+    assert script.returncode == 0, script.stderr
+    assert f"_SLIMTUNE_COMPLETE={shell}_complete" in script.stdout
