@@ -386,6 +386,8 @@ class Engine:
             self._per_layer.forward(x, self._table_rows(key), on)
         residual: Tensor | None = None
         saved = []
+        if self._away is not None:
+            self._away.begin()
         for index, layer in enumerate(self.layers):
             # Nothing below the lowest adapter has a backward.
             wanted = None if keep is None or index < lowest else keep[index]

@@ -99,10 +99,17 @@ class InputsInRam:
         self._places = dict(zip(numbers, slab.view(dtype).view(len(numbers), tokens, hidden), strict=True))
         self.copies: Copies = CopiesBeside(device) if device.type == "cuda" else CopiesInTurn()
         self._leaving: deque[tuple[Tensor, Any]] = deque()
-        self._coming: dict[int, Any] = {}
+        self._coming: dict[int, tuple[Tensor, Any]] = {}
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._places
+
+    def begin(self) -> None:
+        """A forward begins. One before it may have ended in an error (no memory), with copies still on their way."""
+        self._settle(most=0)
+        for _, copied in self._coming.values():
+            self.copies.wait(copied)
+        self._coming.clear()
 
     def put(self, layer: int, saved: Saved) -> None:
         """Send a layer's input to its place, once the layer's forward was given to compute."""
@@ -135,14 +142,15 @@ class InputsInRam:
         if layer in self and layer not in self._coming:
             self._fetch(layer, saved[layer])
         if layer in self._coming:
-            self.copies.wait(self._coming.pop(layer))
+            self.copies.wait(self._coming[layer][1])
+            del self._coming[layer]
         if layer - 1 in self and layer > lowest:
             self._fetch(layer - 1, saved[layer - 1])
 
     def _fetch(self, layer: int, saved: Saved) -> None:
         first = saved.branches[0]
         place, first.s = first.s, torch.empty(first.s.shape, dtype=first.s.dtype, device=self._device)
-        self._coming[layer] = self.copies.begin(first.s, place)
+        self._coming[layer] = first.s, self.copies.begin(first.s, place)
 
 
 def ram_for_inputs() -> int:
