@@ -441,7 +441,8 @@ def _verify(
 
     def look(model: Any) -> None:
         if run.held_out() is not None and config.samples:
-            general.append(general_change(model, fresh.tokenizer, Manner.of(config), goes_on))
+            tell = partial(job.screen.say, "general")
+            general.append(general_change(model, fresh.tokenizer, Manner.of(config), goes_on, tell))
 
     found = read_back(fresh.model, run.adapter, [int(token) for token in tokens[:64]], look)
     if found.problem:

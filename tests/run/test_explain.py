@@ -188,7 +188,27 @@ def test_experts_are_told(facts: Facts) -> None:
     assert story.count("broken") == 0
 
 
-@pytest.mark.parametrize("change", [lambda facts: None, adapt_experts, *(change for change, _, _ in BROKEN)])
+def forget(facts: Facts) -> None:
+    facts["data"]["rehearsed"] = {"wanted": 24, "documents": 20, "tokens": 1234}
+    change = {"value": -0.4, "low": -0.5, "high": -0.3}
+    facts["verdict"] |= {
+        "outcome": "worse", "by_replies": True, "answered": 3, "stuck": 2, "stuck_reply": "abre `abre` " * 9,
+        "general": {"questions": 44, "before": 21, "after": 3, "change": change},
+    }  # fmt: skip
+
+
+def test_what_was_forgotten_and_what_repeats_is_told(facts: Facts) -> None:
+    forget(facts)
+    told = explain(facts)
+    assert "20 general prompts" in texts(told, "data")
+    verdict = texts(told, "verdict")
+    assert "2 of 3 replies to held-out prompts repeat themselves" in verdict
+    assert "abre 'abre' abre" in verdict
+    assert "had 21 right, the model has 3" in verdict
+    assert told.count("broken") == 1
+
+
+@pytest.mark.parametrize("change", [lambda facts: None, adapt_experts, forget, *(change for change, _, _ in BROKEN)])
 def test_both_languages_say_the_same_numbers(facts: Facts, change: Callable[[Facts], Any]) -> None:
     change(facts)
     english, chinese = explain(facts, "en"), explain(facts, "zh")

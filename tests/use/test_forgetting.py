@@ -22,7 +22,8 @@ def test_both_sides_are_asked_as_chat_asks(
     for name, value in (("GENERAL", questions), ("TOKENS", tokens), ("LEAST", 2), ("GROUP", 2), ("SECONDS", 600.0)):
         monkeypatch.setattr(forgetting, name, value)
     beats: list[int] = []
-    found = general_change(opened.model, tokenizer, Manner(), lambda: beats.append(1) is None)
+    told: list[str] = []
+    found = general_change(opened.model, tokenizer, Manner(), lambda: beats.append(1) is None, told.append)
     assert found is not None
     right = []
     for side in (opened.as_base, opened.as_tuned):
@@ -34,13 +35,16 @@ def test_both_sides_are_asked_as_chat_asks(
     assert found["change"]["value"] == pytest.approx((sum(right[1]) - sum(right[0])) / 4)
     assert len(beats) > 8
     # Stopped, too slow, or not to be asked: nothing is said.
-    assert general_change(opened.model, tokenizer, Manner(), lambda: False) is None
+    assert general_change(opened.model, tokenizer, Manner(), lambda: False, told.append) is None
     monkeypatch.setattr(forgetting, "SECONDS", 0.0)
-    assert general_change(opened.model, tokenizer, Manner(), lambda: True) is None
+    assert general_change(opened.model, tokenizer, Manner(), lambda: True, told.append) is None
     for error in (UserError("no chat template"), torch.OutOfMemoryError("full")):
 
         def refuse(*words: object, error: Exception = error, **named: object) -> list[int]:
             raise error
 
         monkeypatch.setattr(forgetting, "prompt_ids", refuse)
-        assert general_change(opened.model, tokenizer, Manner(), lambda: True) is None
+        assert general_change(opened.model, tokenizer, Manner(), lambda: True, told.append) is None
+    assert [line.partition(":")[0] for line in told] == [
+        "in 0 s both sides answered 0 questions, too few to say something", "not asked", "not asked",
+    ]  # fmt: skip

@@ -108,9 +108,10 @@ def advice_text(verdict: Facts, say: Say) -> str:
 
 
 def general_text(verdict: Facts, say: Say) -> str:
-    """What became of the general questions, and what helps if it is less; empty if they weren't asked."""
+    """What became of the general questions, and what helps if it is less; empty if they weren't asked, or the base knew
+    none."""
     general = verdict.get("general")
-    if not general:
+    if not general or not general["before"]:
         return ""
     count, before, after, change = (general[name] for name in ("questions", "before", "after", "change"))
     text = say(

@@ -31,7 +31,11 @@ LEAST = 16
 
 
 def general_change(
-    model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner, goes_on: Callable[[], bool]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    manner: Manner,
+    goes_on: Callable[[], bool],
+    tell: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """How many of the general questions are answered right without the adapter, and with it.
 
@@ -42,6 +46,7 @@ def general_change(
         tokenizer: With the run's chat template.
         manner: How the run renders conversations.
         goes_on: Whether to go on, asked at every token.
+        tell: Takes the reason why nothing can be said.
 
     Returns:
         questions, before, after, and the interval of the change of their share (value, low, high); None if the model
@@ -67,9 +72,11 @@ def general_change(
                 for question, was, is_now in zip(questions, before, now, strict=True)
                 if "time" not in (was["ended"], is_now["ended"])
             ]
-    except (UserError, torch.OutOfMemoryError, *CANT_TAKE):
+    except (UserError, torch.OutOfMemoryError, *CANT_TAKE) as error:
+        tell(f"not asked: {(str(error).splitlines() or [type(error).__name__])[0]}")
         return None
     if len(right) < LEAST:
+        tell(f"in {SECONDS:g} s both sides answered {len(right)} questions, too few to say something")
         return None
     scores = np.array(right, np.float64)
     change = bootstrap(scores[:, 1] - scores[:, 0])
