@@ -46,6 +46,11 @@ def _own_forward(module: Any) -> None:
     module.forward = lambda x: 0.5 * before(x)
 
 
+def _another_weight(module: Any) -> None:
+    """As a later version of Transformers may bring it, or a family whose line was copied."""
+    module.gain = nn.Parameter(torch.ones(64), requires_grad=False)
+
+
 def _set(owner: Callable[[Any], Any], name: str, value: Any) -> Callable[[Any], None]:
     return lambda model: setattr(owner(model), name, value)
 
@@ -65,6 +70,11 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "another norm": ("llama", _set(_layer, "input_layernorm", nn.LayerNorm(64)), "LayerNorm for its input_layernorm"),
     "another last norm": ("llama", _set(lambda m: m.model, "norm", nn.RMSNorm(64)), "a RMSNorm for its norm"),
+    "a weight of attention": ("llama", lambda m: _another_weight(_layer(m).self_attn), "self_attn has a gain"),
+    "a weight of a norm": ("qwen3", lambda m: _another_weight(_layer(m).self_attn.k_norm), "k_norm has a gain"),
+    "a weight of an MLP": ("llama", lambda m: _another_weight(_layer(m).mlp), "mlp has a gain"),
+    "a weight of a mixture": ("qwen3_moe", lambda m: _another_weight(_layer(m).mlp), "mlp has a gain"),
+    "a weight of a layer": ("llama", lambda m: _another_weight(_layer(m)), "layers.1 has a gain"),
     "no attention": ("llama", _set(_layer, "self_attn", nn.Identity()), "an? Identity for its self_attn"),
     "a forward of one instance": ("llama", lambda m: _own_forward(_layer(m).mlp), "LlamaMLP.* forward of its own"),
     "a registered attention": ("llama", _other_function, "halved for its attention"),

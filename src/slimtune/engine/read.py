@@ -19,7 +19,7 @@ from slimtune.config import Config
 from slimtune.engine.genuine import altered, is_own, registered
 from slimtune.engine.read_delta import input_names, read_delta
 from slimtune.engine.read_experts import read_experts
-from slimtune.engine.read_linear import FLOATS, is_bare, read_activation, read_linear
+from slimtune.engine.read_linear import FLOATS, is_bare, nothing_else, read_activation, read_linear
 from slimtune.engine.structure import (
     Branch,
     CannotFuse,
@@ -53,6 +53,10 @@ _MLPS = (
     (("input_linear",), "output_linear", "activation"),
 )
 """What the modules of a gated MLP are called: gate and up, one after the other or in one; down; the activation."""
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "v_norm", "sinks")
+"""What is read of an attention."""
+_SHARED = ("shared_experts", "shared_expert")
+"""What experts that every token has are called."""
 _PLAIN = "It trains unfused: engine: plain."
 
 
@@ -303,10 +307,7 @@ class _Reader:
         own = altered(self.module.named_modules(prefix=self.name), self.backbone)
         if own is not None:
             raise CannotFuse(own)
-        known = {name for branch in self.form.branches for name in branch.names}
-        for name, part in self.module.named_children():
-            if name not in known and any(True for _ in part.parameters()):
-                raise CannotFuse(f"{self.name} has a {name}, which the engine doesn't compute")
+        nothing_else(self.name, self.module, {name for branch in self.form.branches for name in branch.names})
         *before, last = (
             form
             for form in self.form.branches
@@ -383,6 +384,7 @@ class _Reader:
             raise CannotFuse(f"{self.name} trains a norm, which the fused engine keeps frozen")
         if not is_own(module, self.backbone):
             raise CannotFuse(f"{self.name} has a {type(module).__name__} for its {name}")
+        nothing_else(f"{self.name}.{name}", module, ("weight",))
         weight = getattr(module, "weight", None if like is None else torch.ones_like(like))
         if weight is None or weight.ndim != 1:
             raise CannotFuse(f"{self.name} has a {name} with no weight, or other weights for each head")
@@ -391,6 +393,7 @@ class _Reader:
     def _attention(self, module: Any) -> SelfAttention:
         if getattr(module, "is_causal", True) is False:
             raise CannotFuse(f"{self.name} sees tokens to come")
+        nothing_else(f"{self.name}.self_attn", module, _ATTENTION)
         if getattr(module, "attention_dropout", 0.0):
             raise CannotFuse(f"{self.name} has dropout on attention weights")
         names, borrows = ["q_proj", "k_proj", "v_proj"], None
@@ -496,13 +499,15 @@ class _Reader:
         """An MLP; or experts, and beside them those that every token has."""
         if self.form.router is None or not hasattr(module, "experts"):
             return [self._mlp(module, name)]
+        gate = self.form.router.gate
+        nothing_else(f"{self.name}.{name}", module, (gate, "experts", *_SHARED, *(f"{part}_gate" for part in _SHARED)))
         if getattr(module, "jitter_noise", 0.0):
             raise CannotFuse(f"{self.name} draws noise for its router")
         return [
             self._experts(module.experts, module, f"{name}.experts"),
             *(
                 replace(self._mlp(getattr(module, part), f"{name}.{part}"), weigher=self._weigher(module, name, part))
-                for part in ("shared_experts", "shared_expert")
+                for part in _SHARED
                 if getattr(module, part, None) is not None
             ),
         ]
@@ -524,6 +529,7 @@ class _Reader:
     def _mlp(self, module: Any, name: str) -> GatedMlp:
         for ups, down, activation in _MLPS:
             if all(hasattr(module, part) for part in (*ups, down, activation)):
+                nothing_else(f"{self.name}.{name}", module, (*ups, down))
                 return GatedMlp(
                     gate_up=self._projection(name, module, ups),
                     down=self._projection(name, module, (down,)),

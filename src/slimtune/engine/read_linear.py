@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from slimtune.engine.structure import Activation, Adapter, CannotFuse, Linear
 
-__all__ = ["FLOATS", "is_bare", "read_activation", "read_adapter", "read_linear"]
+__all__ = ["FLOATS", "is_bare", "nothing_else", "read_activation", "read_adapter", "read_linear"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of weights that aren't packed."""
@@ -19,6 +20,18 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def is_bare(module: Any) -> bool:
     """Whether PEFT hasn't wrapped it."""
     return not any(hasattr(module, part) for part in ("base_layer", "modules_to_save", "token_adapter"))
+
+
+def nothing_else(name: str, module: nn.Module, known: Collection[str]) -> None:
+    """Hold a module to the names of what is read of it: another weight is one that the engine would leave out.
+
+    Raises:
+        CannotFuse: It has a parameter, or a module with parameters, of another name.
+    """
+    parts = (part for part, child in module.named_children() if any(True for _ in child.parameters()))
+    for part in (*parts, *(own for own, _ in module.named_parameters(recurse=False))):
+        if part not in known:
+            raise CannotFuse(f"{name} has a {part}, which the engine doesn't compute")
 
 
 def read_activation(name: str, module: Any) -> Activation:
