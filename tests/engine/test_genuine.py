@@ -75,6 +75,8 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a weight of an MLP": ("llama", lambda m: _another_weight(_layer(m).mlp), "mlp has a gain"),
     "a weight of a mixture": ("qwen3_moe", lambda m: _another_weight(_layer(m).mlp), "mlp has a gain"),
     "a weight of a layer": ("llama", lambda m: _another_weight(_layer(m)), "layers.1 has a gain"),
+    "groups too few": ("dots1", _set(lambda m: _layer(m).mlp.gate, "topk_group", 1), "1 of 3 groups of 2 experts"),
+    "angles of nothing": ("llama", _set(lambda m: m.model.rotary_emb, "inv_freq", torch.zeros(0)), "rotates 0 columns"),
     "no attention": ("llama", _set(_layer, "self_attn", nn.Identity()), "an? Identity for its self_attn"),
     "a forward of one instance": ("llama", lambda m: _own_forward(_layer(m).mlp), "LlamaMLP.* forward of its own"),
     "a registered attention": ("llama", _other_function, "halved for its attention"),

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     HeliumConfig,
     PretrainedConfig,
     SmolLM3Config,
@@ -130,6 +131,12 @@ def test_a_class_of_its_own_is_not_computed_as_transformers_is() -> None:
                 num_key_value_heads=2, vocab_size=211, pad_token_id=0, head_dim=24),
             "projections that don't make whole heads of 24",
             id="heads that don't come out",
+        ),
+        pytest.param(
+            Glm4MoeConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=211, pad_token_id=0, head_dim=33, first_k_dense_replace=1),
+            "rotates 16 columns of heads of 33",
+            id="heads with a column more",
         ),
     ],
 )  # fmt: skip

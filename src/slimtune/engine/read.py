@@ -485,7 +485,7 @@ class _Reader:
         if angles is None:
             raise CannotFuse(f"{self.name} is rotated by a {type(module).__name__}")
         dim = 2 * int(angles.shape[0])
-        if dim > head_dim:
+        if not 0 < dim <= head_dim or head_dim % 2:
             raise CannotFuse(f"{self.name} rotates {dim} columns of heads of {head_dim}")
         return Rotary(module, None if by_kind is None else kind, dim, self.form.interleaved, self._growth())
 

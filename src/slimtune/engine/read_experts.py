@@ -78,6 +78,10 @@ def _read_router(layer: str, mixture: Any, form: RouterForm, *, frozen: bool) ->
         kept_groups=int(getattr(module, "topk_group", 1)),
         epsilon=form.epsilon,
     )
+    try:
+        choice.group_size(len(own.weight))
+    except ValueError as error:
+        raise CannotFuse(f"{layer} chooses experts as the engine doesn't: {error}") from error
     return Router(
         weight=own.weight,
         choice=choice,
