@@ -338,3 +338,10 @@ def test_gradients_need_no_input_gradient_of_the_embedding() -> None:
     model.disable_input_require_grads()
     _, without = models.reference(model, models.pack(), 40)
     assert models.worst_error(with_input, without) < 1e-6
+
+
+def test_a_model_whose_weights_have_no_values_is_refused() -> None:
+    # It is read all the same where it is only planned (slimtune plan).
+    model = models.add_lora(models.make_base("llama")).to("meta")
+    with pytest.raises(CannotFuse, match="have no values"):
+        fuse(model)

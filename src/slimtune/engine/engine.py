@@ -32,7 +32,7 @@ from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.offload import InputsInRam, ram_for_inputs
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
-from slimtune.engine.read import read_decoder
+from slimtune.engine.read import check_values, read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
 
@@ -97,6 +97,7 @@ class Engine:
         graphs: bool = True,
         ram: int | None = None,
     ) -> None:
+        check_values(model)
         self.decoder: Decoder = read_decoder(model)
         if self.decoder.unfused:
             name, reason = next(iter(self.decoder.unfused.items()))

@@ -38,7 +38,7 @@ from slimtune.engine.decoder import (
 from slimtune.engine.genuine import a_hook
 from slimtune.engine.loss import token_log_probs
 from slimtune.engine.per_layer import PerLayerComputation
-from slimtune.engine.read import read_decoder
+from slimtune.engine.read import check_values, read_decoder
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
 from slimtune.engine.weights import Gradients, unpack_for_training
 
@@ -108,6 +108,7 @@ def fuse(model: nn.Module, *, keep: Keep = Keep.ATTENTION, keep_weights: bool | 
     Raises:
         CannotFuse: Nothing can be fused; the message says why.
     """
+    check_values(model)
     decoder = read_decoder(model)
     backbone = decoder.backbone
     if hasattr(backbone.forward, "slimtune_fusion"):

@@ -40,7 +40,7 @@ from slimtune.engine.structure import (
 from slimtune.families import decoder_of
 from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm
 
-__all__ = ["EIGHT_BIT_ADAMW", "fits", "fits_options", "read_decoder"]
+__all__ = ["EIGHT_BIT_ADAMW", "check_values", "fits", "fits_options", "read_decoder"]
 
 EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
 """The optimizers that the engine runs in one launch."""
@@ -103,6 +103,16 @@ def fits(config: Config, model: nn.Module, adapted: Collection[str] | None = Non
     return "there is no adapter to train" if adapted is not None and not adapted else None
 
 
+def check_values(model: nn.Module) -> None:
+    """See that a model can be computed. What is only planned lies on the meta device, and is read all the same.
+
+    Raises:
+        CannotFuse: A weight has no values.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CannotFuse("some of the model's weights have no values", way_out="Load it first, whole, on one device.")
+
+
 def read_decoder(model: nn.Module) -> Decoder:
     """Describe ``model``, which may be wrapped by PEFT.
 
@@ -112,8 +122,6 @@ def read_decoder(model: nn.Module) -> Decoder:
     wrapped: Any = model
     if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
         raise CannotFuse("the model learns a prompt", rule="The fused engine computes LoRA adapters.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise CannotFuse("some of the model's weights have no values", way_out="Load it first, whole, on one device.")
     decoder = _describe(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped, frozen=True)
     if not any(decoder.adapters):
         raise CannotFuse(
