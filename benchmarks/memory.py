@@ -81,6 +81,7 @@ def plans(**changes: Any) -> Iterator[None]:
 
 MEANS = ((False, False), (True, False), (True, True))
 """Sparing or not, inputs in RAM or not."""
+NAMES = dict(zip(MEANS, ("as they are", "sparing", "sparing, in RAM"), strict=True))
 
 
 def least(layers: int, tokens: int, sparing: bool, ram: bool) -> dict[str, Any]:
@@ -157,11 +158,11 @@ def price(case: str, tokens: int) -> None:
         seconds = steps(engine, document(tokens), 2 if tokens > 16384 else 4)
         rates.append(tokens / seconds)
         say(
-            case, sparing=means[0], ram=means[1], layers=layers, tokens_s=rates[-1], step_s=seconds, engine_made_s=made,
+            case, what=NAMES[means], layers=layers, tokens_s=rates[-1], step_s=seconds, engine_made_s=made,
             pinned_gib=engine.plan.ram_bytes / GIB, **peaks(),
         )  # fmt: skip
         del engine
-    say(case, price_of_sparing=1 - rates[1] / rates[0], price_of_ram=1 - rates[2] / rates[1])
+    say(case, what="price", price_of_sparing=1 - rates[1] / rates[0], price_of_ram=1 - rates[2] / rates[1])
 
 
 def fits(case: str, tokens: int, gib: float) -> None:
@@ -179,7 +180,8 @@ def fits(case: str, tokens: int, gib: float) -> None:
         plan, made = engine.plan, time.perf_counter() - begin
         planned = (base if engine.least_memory is None else engine.least_memory) / GIB
         say(
-            case, base_gib=base / GIB, planned_gib={part: round(size / GIB, 3) for part, size in engine.parts.items()},
+            case, what="planned", base_gib=base / GIB,
+            planned_gib={part: round(size / GIB, 3) for part, size in engine.parts.items()},
             least_gib=planned, in_ram=len(plan.in_ram), pinned_gib=plan.ram_bytes / GIB,
             mlp_tokens=plan.mlp_tokens, head_tokens=plan.head_tokens,
             keep="".join(str(int(level)) for level in plan.keep), engine_made_s=made, used_gib=engine._used() / GIB,
@@ -194,8 +196,9 @@ def fits(case: str, tokens: int, gib: float) -> None:
             vacant, total = torch.cuda.mem_get_info()
             context = (total - vacant - torch.cuda.memory_reserved()) / GIB
         say(
-            case, ok=True, tokens_s=tokens / seconds, step_s=seconds, planned_all_gib=said, most_allocated_gib=most,
-            error=said / most - 1 if most else 0.0, phases_gib=phases, context_gib=context, **taken,
+            case, what="measured", ok=True, tokens_s=tokens / seconds, step_s=seconds, planned_all_gib=said,
+            most_allocated_gib=most, error=said / most - 1 if most else 0.0, phases_gib=phases, context_gib=context,
+            **taken,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         say(case, ok=False, error=str(error)[:300], **peaks())
