@@ -79,3 +79,10 @@ def test_smoothing_takes_the_noise_away() -> None:
     assert max(abs(value - 1.0) for _, value in smooth(noisy) if value is not None) < 0.35
     assert max(abs(value - 1.0) for _, value in noisy) > 1.0
     assert smooth(noisy[:9]) == noisy[:9]
+
+
+def test_a_file_of_nothing_but_resumes_is_read_once() -> None:
+    """Walked through again for each of its lines, a file of some megabytes kept every verb that reads it busy."""
+    steps, resumes = [{"step": step, "loss": 1.0} for step in range(100_000)], [{"event": "resumed", "step": 10**9}]
+    history = read_history([*steps, *resumes * 100_000])
+    assert (len(history.steps), len(history.resumed)) == (100_000, 100_000)

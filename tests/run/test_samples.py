@@ -44,3 +44,8 @@ def test_what_no_run_writes_is_passed_over() -> None:
     odd: list[dict[str, Any]] = [{}, {"step": 1}, {"step": "1", "samples": []}, {"step": 1, "samples": [{"row": 3}]}]
     assert read_samples(odd).prompts == []
     assert read_samples([line(1, "a", seconds="x")]).seconds == 0
+
+
+def test_a_file_of_many_evaluations_is_read_once() -> None:
+    """What was read before was copied for each line."""
+    assert read_samples([line(step) for step in range(50_000)]).evaluations == 50_000

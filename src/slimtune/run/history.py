@@ -50,8 +50,9 @@ class History:
     def _go_back(self, step: int) -> None:
         """A session goes on from ``step``: what the one before it did after that step doesn't count."""
         self.resumed.append(step)
-        self.steps = [record for record in self.steps if record["step"] <= step]
-        self.evaluations = [record for record in self.evaluations if record["step"] <= step]
+        for records in (self.steps, self.evaluations):  # in order: a file of nothing but resumes is read once
+            while records and records[-1]["step"] > step:
+                records.pop()
 
     def curve(self, key: str) -> Curve:
         """One value over the steps; a record that lacks it leaves no point."""

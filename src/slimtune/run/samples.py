@@ -54,7 +54,9 @@ def read_samples(records: Iterable[Mapping[str, Any]]) -> Sampled:
     for record in records:
         step, samples, taken = record.get("step"), record.get("samples"), record.get("seconds")
         if isinstance(step, int) and isinstance(samples, list) and all(map(_is_whole, samples)):
-            kept = {before: said for before, said in kept.items() if before < step} | {step: samples}
+            while kept and next(reversed(kept)) >= step:
+                kept.popitem()
+            kept[step] = samples
             seconds += float(taken) if isinstance(taken, int | float) and 0 <= taken < math.inf else 0.0
     prompts: dict[tuple[str, str], Answered] = {}
     for step, samples in kept.items():
