@@ -14,6 +14,7 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -169,12 +170,14 @@ def pinned(nbytes: int) -> Tensor:
     what = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the layers' inputs"
     way_out = "Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed."
     try:
-        # Not torch's: its allocator would keep the memory, and large pages are locked in a fraction of the time.
-        pages = mmap.mmap(-1, nbytes)
+        # Not torch's, whose allocator would keep the memory. Private, as shared memory has small pages.
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise UserError(f"{what}: {error}", way_out=way_out) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    # Large pages are locked in a fraction of the time; a process that is forked would be given a copy of locked ones.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(AttributeError, OSError):  # a system that has no such thing
+            pages.madvise(getattr(mmap, advice))
     slab = torch.frombuffer(pages, dtype=torch.uint8)
     slab.zero_()  # by all threads; the driver would ask for page after page
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
