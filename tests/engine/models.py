@@ -63,6 +63,7 @@ from transformers import (
 )
 
 from slimtune.base.packed import Mxfp4Tensor, Nf4Tensor
+from tests.families.tiny import with_mxfp4 as with_mxfp4
 
 FAMILIES = (
     "llama", "llama-bias", "mistral", "mistral-window", "qwen2", "qwen3", "smollm2",
@@ -325,20 +326,6 @@ def quantize(model: nn.Module, *, double: bool) -> nn.Module:
                 packed = Nf4Tensor.quantize(parameter.data, double_quant=double)
                 setattr(module, own, nn.Parameter(packed, requires_grad=False))
     model.is_loaded_in_4bit = True
-    return model
-
-
-def with_mxfp4(model: nn.Module) -> nn.Module:
-    """Stacks of experts in MXFP4, as gpt-oss is published, of numbers as large as those that they replace."""
-    draw = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3:
-                stack, columns, rows = parameter.shape
-                blocks = torch.randint(0, 256, (stack, rows, columns // 32, 16), dtype=torch.uint8, generator=draw)
-                scales = torch.randint(118, 123, blocks.shape[:3], dtype=torch.uint8, generator=draw)
-                packed = Mxfp4Tensor.of_files(blocks, scales, parameter.dtype)
-                setattr(module, own, nn.Parameter(packed, requires_grad=False))
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +22,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from slimtune.base.packed import Mxfp4Tensor
 
 __all__ = ["made", "save", "skeleton", "small_config", "tokenizer"]
 
@@ -195,6 +198,20 @@ def made(model_type: str, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(torch.randn(parameter.shape, generator=noise) * 0.05)
             elif parameter.numel() > 1 and parameter.std() == 0:
                 parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.05)
+    return model
+
+
+def with_mxfp4(model: nn.Module) -> nn.Module:
+    """Stacks of experts in MXFP4, as gpt-oss is published, of numbers as large as those that they replace."""
+    draw = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 3:
+                stack, columns, rows = parameter.shape
+                blocks = torch.randint(0, 256, (stack, rows, columns // 32, 16), dtype=torch.uint8, generator=draw)
+                scales = torch.randint(118, 123, blocks.shape[:3], dtype=torch.uint8, generator=draw)
+                packed = Mxfp4Tensor.of_files(blocks, scales, parameter.dtype)
+                setattr(module, own, nn.Parameter(packed, requires_grad=False))
     return model
 
 

@@ -15,7 +15,7 @@ from slimtune.serve.limits import Limits
 from slimtune.serve.paged import make_manager, why_not_paged
 from slimtune.serve.upstream import OLD_TRANSFORMERS
 from slimtune.use.load import Opened
-from tests.use.families import WINDOW, greedy, make_opened, prompts
+from tests.use.families import WINDOW, adapted, greedy, make_opened, prompts
 
 NEW = 12
 ASKED = prompts(5, WINDOW + 9, 3 * WINDOW, 1)
@@ -41,6 +41,12 @@ def _paged(opened: Opened) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss", "qwen3_moe"])
 def test_windows_sinks_and_experts_are_computed_together(family: str) -> None:
     opened = make_opened(family)
+    assert why_not_paged(opened) is None
+    assert _paged(opened) == [greedy(opened, prompt, NEW) for prompt in ASKED]
+
+
+def test_an_adapter_on_experts_beside_sinks_is_computed_together() -> None:
+    opened = adapted(make_opened("gpt_oss"))
     assert why_not_paged(opened) is None
     assert _paged(opened) == [greedy(opened, prompt, NEW) for prompt in ASKED]
 

@@ -17,6 +17,7 @@ from slimtune.engine import CannotFuse, Engine
 from slimtune.engine.blocks import attention, delta, experts, mlp
 from slimtune.engine.kernels import delta as rule
 from slimtune.engine.kernels import lora, norm, short_conv
+from slimtune.training import proof_of_gradients
 from slimtune.training.proof import beside_others, prove_loss, text_of
 from slimtune.training.proof_of_gradients import prove_gradients
 from tests.engine import models
@@ -139,8 +140,15 @@ def test_in_16_bits_rounding_is_none_and_a_gradient_of_another_direction_is(monk
         dmixed[:, keys : 2 * keys] = 0
         return dmixed, dg, dbeta
 
-    monkeypatch.setattr(rule, "delta_backward", wrong)
-    with pytest.raises(CannotFuse, match="in_proj_qkv"):
+    with monkeypatch.context() as patched:
+        patched.setattr(rule, "delta_backward", wrong)
+        with pytest.raises(CannotFuse, match="in_proj_qkv"):
+            prove_gradients(made, [TOKENS], *how)
+    # A model whose gradients are nearly all rounding is held to its own.
+    monkeypatch.setitem(proof_of_gradients._APART, torch.bfloat16, 1e-3)
+    assert prove_gradients(made, [TOKENS], *how) is None
+    monkeypatch.setattr(proof_of_gradients, "_NOISE", 0.0)
+    with pytest.raises(CannotFuse):
         prove_gradients(made, [TOKENS], *how)
 
 

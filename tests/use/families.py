@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from slimtune.adapter.lora import lora_config
+from slimtune.adapter.targets import find_targets
+from slimtune.config import Config
 from slimtune.use.load import Found, Opened
 from tests.families.tiny import SIZES, SPECIAL, VOCABULARY, made, tokenizer
 
@@ -21,6 +27,18 @@ def make_opened(family: str) -> Opened:
     draw = torch.Generator().manual_seed(7)
     head.weight = nn.Parameter(torch.randn(head.weight.shape, generator=draw) * 0.2, requires_grad=False)
     return Opened(Found(family, Path(family), None, None), model, tokenizer(), (STOP,))
+
+
+def adapted(opened: Opened) -> Opened:
+    """The same with an adapter on all of its linear layers and experts, whose matrices are random."""
+    config = Config.make(targets="all-linear", lora_r=4, lora_dropout=0.0)
+    model: Any = get_peft_model(opened.model, lora_config(config, find_targets(config, opened.model)))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return replace(opened, model=model.eval().requires_grad_(False))
 
 
 def prompts(*lengths: int, shared: int = 0) -> list[list[int]]:

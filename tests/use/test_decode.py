@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,8 @@ from slimtune.use.generate import generate
 from slimtune.use.load import Opened
 from slimtune.use.sampling import Draws, Sampling
 from slimtune.use.way import way_of
-from tests.use.families import WINDOW, greedy, make_opened, prompts
+from tests.families.tiny import with_mxfp4
+from tests.use.families import WINDOW, adapted, greedy, make_opened, prompts
 
 # Windows, sinks, chunks, distances instead of positions, learned positions, layers that use another's keys, experts,
 # latent attention; recurrent layers alone, beside attention and in one layer with it; a text model among others.
@@ -42,6 +44,19 @@ def test_a_batch_gives_what_each_prompt_gives_alone_and_uncached(opened: Opened,
     replies = {reply.index: reply.ids for reply in generate(opened, asked, Sampling(max_new_tokens=NEW))}
     assert [replies[index] for index in range(len(asked))] == expected
     # None of them was right only because it was computed the slow way.
+    assert way_of(opened).slow is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_next", "gpt_oss in MXFP4"])
+def test_with_an_adapter_on_everything_it_gives_them_too(family: str) -> None:
+    plain = make_opened(family.split()[0])
+    opened = adapted(replace(plain, model=with_mxfp4(plain.model)) if "MXFP4" in family else plain)
+    asked = prompts(5, 37, 1)
+    expected = [greedy(opened, prompt, 8) for prompt in asked]
+    with opened.model.disable_adapter():
+        assert expected[0] != greedy(opened, asked[0], 8)
+    replies = {reply.index: reply.ids for reply in generate(opened, asked, Sampling(max_new_tokens=8))}
+    assert [replies[index] for index in range(len(asked))] == expected
     assert way_of(opened).slow is None
 
 
