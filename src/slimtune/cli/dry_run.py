@@ -67,8 +67,9 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     screen.say("packs", packs_line(data, config, None if isinstance(data, PackedBatches) else "asked for"))
     screen.say("steps", steps_line(steps, config, evaluates=proof.eval is not None))
     if config.rehearse:
+        count = wanted(config, proof.train)
         screen.say(
-            "rehearse", f"up to {wanted(config, proof.train):,} general prompts more, answered by the base first"
+            "rehearse", f"{count:,} general prompts at most, answered by the base first, and steps for them, more"
         )
     for choice in choices:
         screen.say("chosen", f"{choice.key} {choice.value}: {choice.reason}")
