@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_each_run_is_told_as_far_as_it_came(runs: Path, finished_run: RunFolder)
 @pytest.mark.parametrize(("sort", "first"), [("when", "finished"), ("name", "damaged"), ("loss", "finished")])
 def test_they_are_sorted(runs: Path, sort: str, first: str) -> None:
     assert Path(list_runs(runs, sort)[0].path).name == first
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"created": 5}, {"created": "soon"}, {"base": {"model": ["a/b"]}}, {"training": {"steps": "5"}},
+        {"training": {"steps": 5, "eval_loss": {}}}, {"adapter": {"file_bytes": 10**400}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_of_another_kind_is_damage(
+    runs: Path, told: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended the verb for all runs of the folder."""
+    stopped = RunFolder(runs / "stopped")
+    stopped.write_json(stopped.facts_file, {"created": "2020-01-01T10:00:00+00:00", **told})
+    assert {Path(line.path).name: line.state for line in list_runs(runs)}["stopped"] == "damaged"
+    slimtune_command.main(args=["runs", str(runs)], standalone_mode=False)
+    assert "stopped" in capsys.readouterr().out
 
 
 def test_the_verb_prints_them(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

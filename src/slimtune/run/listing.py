@@ -106,7 +106,7 @@ def _told(run: RunFolder, facts: dict[str, Any]) -> RunLine:
     before, after = ((verdict.get(key) or {}).get("value") for key in ("start", "end"))
     steps = training.get("steps") or max((int(record.get("step", 0)) for record in run.metrics()), default=0)
     state = "done" if training else "unfinished"
-    return RunLine(
+    line = RunLine(
         path=str(run.path),
         state="worse" if verdict.get("outcome") == "worse" else state,
         model=base.get("model"),
@@ -117,3 +117,24 @@ def _told(run: RunFolder, facts: dict[str, Any]) -> RunLine:
         adapter_bytes=adapter.get("file_bytes"),
         created=facts.get("created"),
     )
+    _hold(line)
+    return line
+
+
+def _hold(line: RunLine) -> None:
+    """Hold what files said to what can be sorted and shown.
+
+    Raises:
+        TypeError: A value is of another kind.
+        ValueError: It is no date.
+        OverflowError: It is a number beyond all that are counted here.
+    """
+    for value in (line.model, line.created):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{value!r} where a text is expected")
+    for number in (line.steps, line.adapter_bytes, line.held_out_before, line.held_out_after):
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise TypeError(f"{number!r} where a number is expected")
+        float(number or 0)
+    if line.created:
+        datetime.fromisoformat(line.created).timestamp()
