@@ -107,6 +107,14 @@ def test_damaged_files_are_no_news(tmp_path: Path) -> None:
     assert looked(LiveRun(tmp_path, "run")).last["step"] == 2
 
 
+def test_a_device_in_the_place_of_metrics_is_no_news(tmp_path: Path) -> None:
+    """One without an end was read until memory ran out; this one has an end."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+    run = LiveRun(tmp_path, "run")
+    assert run.look()
+    assert (run.state, "no regular file" in run.problem) == ("damaged", True)
+
+
 def test_values_that_no_run_measured_are_told_and_another_run_is_shown(tmp_path: Path) -> None:
     for name, bad in (("huge", step(10**400)), ("text", step(3, logged_steps="x")), ("sound", step(3))):
         (tmp_path / name).mkdir()

@@ -185,7 +185,7 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
             backbone.norm,
             backbone.norm.weight,
             form,
-            scale=_times(inner, form.logits_times, config) / _times(inner, form.logits_over, config),
+            scale=_times(inner, form.logits_times, config) / _times(config, form.logits_over, config),
         ),
         embedding_scale=_embedding_scale(backbone, form),
         softcap=_cap(config, "final_logit_softcapping"),
@@ -230,7 +230,7 @@ def _per_layer_inputs(backbone: Any, form: DecoderForm, *, frozen: bool) -> PerL
 def _foreign(inner: Any, backbone: Any, form: DecoderForm) -> dict[str, bool]:
     """What a family's configs can ask for, or somebody did to a model, and the engine doesn't compute."""
     config, function = backbone.config, registered(backbone.config)
-    scale = _times(inner, form.logits_times, config) / _times(inner, form.logits_over, config)
+    scale = _times(inner, form.logits_times, config) / _times(config, form.logits_over, config)
     changed = scale != 1.0 or _cap(config, "final_logit_softcapping") is not None
     ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
     return {

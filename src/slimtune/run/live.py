@@ -7,6 +7,7 @@ more: :attr:`LiveRun.state` says which.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -54,6 +55,7 @@ class _Grown:
 
         Raises:
             OSError: It can't be read.
+            ValueError: It is no file but a pipe or a device, which may have no end.
         """
         try:
             descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -62,6 +64,8 @@ class _Grown:
             self._read, self._tail, self._rest = 0, b"", b""
             return anew, []
         with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("no regular file")
             file.seek(self._read - len(self._tail))
             anew = file.read(len(self._tail)) != self._tail
             if anew:
