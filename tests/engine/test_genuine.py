@@ -82,6 +82,7 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a registered attention": ("llama", _other_function, "halved for its attention"),
     "fewer layers by the config": ("llama", _set(lambda m: m.config, "num_hidden_layers", 2), "counts fewer"),
     "a window of the config's": ("gemma3_text", _set(lambda m: m.config, "sliding_window", 3), "window of 7.* of 3"),
+    "a window of all masks": ("qwen3_moe", _set(lambda m: m.config, "sliding_window", 3), "window of None.* of 3"),
     "other types of layers": (
         "olmo3", _set(lambda m: m.config, "layer_types", ["full_attention"] * 3), "window of 7.* of None",
     ),

@@ -469,7 +469,8 @@ class _Reader:
         if found is None and self._kind() == "sliding_attention":
             raise CannotFuse(f"{self.name} is of type sliding_attention, and its attention tells no window")
         masked = None if self._kind() == "full_attention" else getattr(self.config, "sliding_window", None)
-        if found is not None and found != masked:
+        untyped = self._kind() is None and hasattr(module, "sliding_window")
+        if (found is not None or untyped) and found != masked:
             raise CannotFuse(f"{self.name} has attention with a window of {found}, and its config of {masked}")
         return found
 
