@@ -14,7 +14,7 @@ from slimtune.errors import UserError
 
 __all__ = ["TRIED", "check_installed", "check_uvicorn", "lacks"]
 
-TRIED = {"transformers": "5.17 to 5.24", "uvicorn": "0.40 to 0.54"}
+TRIED = {"transformers": "5.17 to 5.24", "uvicorn": "0.41 to 0.54"}
 """By library, the versions that the tests passed with."""
 
 _UVICORN = {
