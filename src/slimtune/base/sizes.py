@@ -59,7 +59,7 @@ def _most(files: list[Path]) -> tuple[int, int]:
     count = side = 0
     for file in files:
         try:
-            with safe_open(file, framework="pt") as handle:
+            with safe_open(file, framework="np") as handle:  # "pt" asks for memory of the file's size
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                     count = max([count, *(1 + int(number) for number in re.findall(r"(?:^|\.)(\d{1,9})(?=\.)", name))])
                     side = max([side, *handle.get_slice(name).get_shape()])

@@ -79,6 +79,12 @@ def _load_error(source: str, error: BaseException) -> UserError:
             rule="Its family must be one that the installed Transformers knows.",
             way_out="Install a newer Transformers, or take another model.",
         )
+    if "Cannot allocate memory" in text:
+        return UserError(
+            f"model folder {source} can't be loaded: {first}",
+            rule="A file of weights is mapped whole, and the system takes none that is larger than its RAM and swap.",
+            way_out="Save it in smaller files (save_pretrained, max_shard_size), or add swap.",
+        )
     return UserError(
         f"model folder {source} can't be loaded: {first}",
         rule="It must hold a causal language model that Transformers knows: config.json, weights, tokenizer.",
