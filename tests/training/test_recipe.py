@@ -64,7 +64,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_the_real_model_goes_on_bit_by_bit(rows: Path, tmp_path: Path, stop_in_step: Callable[[int], None]) -> None:
-    short = {"max_length": 64, "gradient_accumulation": 1, "max_steps": 3, "save_steps": 1}
+    short = {"max_length": 64, "gradient_accumulation": 1, "max_steps": 3, "save_steps": 1, "samples": 0}
     whole = finetune(config("smollm2-135m", rows, tmp_path / "whole", **short))
     stop_in_step(2)
     with pytest.raises(StopRequested, match=f"slimtune resume {tmp_path / 'run'}"):
