@@ -18,7 +18,14 @@ from slimtune.errors import UserError
 from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder
 
-QUICK: dict[str, Any] = {"max_steps": 3, "max_length": 128, "micro_batch": 1, "gradient_accumulation": 2, "warmup": 0.0}
+QUICK: dict[str, Any] = {
+    "samples": 0,
+    "max_steps": 3,
+    "max_length": 128,
+    "micro_batch": 1,
+    "gradient_accumulation": 2,
+    "warmup": 0.0,
+}
 
 
 def train(model: Path, data: Path, output: Path, **values: Any) -> RunFolder:
