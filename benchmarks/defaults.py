@@ -9,8 +9,6 @@ are judged: their score over that of the grid's best. Every training is a line o
 
 from __future__ import annotations
 
-import argparse
-import functools
 import itertools
 import json
 import random
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import TASKS, score
-from workers import results_of
+from workers import measure, options_of
 
 CHOSEN_ON = ("home", "dates", "labels")
 PROVEN_ON = ("orders", "sorting")
@@ -132,30 +130,13 @@ def shares(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser = options_of(__doc__)
     parser.add_argument("--parts", nargs="+", choices=["choose", "prove", "defaults"], default=["defaults", "prove"])
-    parser.add_argument("--seconds", type=float, default=1e6, help="no training begins that would end later")
-    parser.add_argument("--workers", type=int, default=12, help="trainings at once")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, help="write everything into this file")
     options = parser.parse_args()
-    from slimtune.base.named import model_source
-
-    model_source(options.model)  # the embedded one is converted once, not by each worker
     todo = list(jobs(options.parts))
     if options.tiny:
         todo = todo[:: max(1, len(todo) // 4)]
-    do = functools.partial(trained, base=options.model, tiny=options.tiny)
-    results = results_of(todo, do, workers=options.workers, seconds=options.seconds)
-    summary = list(shares(results))
-    for line in summary:
-        print(json.dumps(line), flush=True)
-    print(f"{len(results)} of {len(todo)} trainings", flush=True)
-    if options.out is not None:
-        from peers import machine
-
-        options.out.write_text(json.dumps({**machine(), "shares": summary, "results": results}, indent=1) + "\n")
+    measure(options, todo, trained, shares)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ trained on, the held-out loss with its interval, and the seconds. ``--tiny`` tak
 
 from __future__ import annotations
 
-import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import TASKS, score
-from workers import results_of
+from workers import measure, options_of
 
 TRAINED_ON = ("home", "dates", "labels")
 WAYS = ((0.0, 0), (0.1, 1), (0.1, 24), (0.1, 48))
@@ -120,32 +118,14 @@ def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--seconds", type=float, default=1e6, help="no training begins that would end later")
-    parser.add_argument("--workers", type=int, default=12, help="trainings at once")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, help="write everything into this file")
-    options = parser.parse_args()
-    from slimtune.base.named import model_source
-
-    model_source(options.model)  # the embedded one is converted once, not by each worker
+    options = options_of(__doc__).parse_args()
     jobs = [
         {"task": task, "seed": seed, "share": share, "least": least}
         for seed, task, (share, least) in itertools.product(SEEDS, TRAINED_ON, WAYS)
     ]
     if options.tiny:
         jobs = [jobs[0], jobs[2]]
-    do = functools.partial(trained, base=options.model, tiny=options.tiny)
-    results = results_of(jobs, do, workers=options.workers, seconds=options.seconds)
-    lines = list(summary(results))
-    for line in lines:
-        print(json.dumps(line), flush=True)
-    print(f"{len(results)} of {len(jobs)} trainings", flush=True)
-    if options.out is not None:
-        from peers import machine
-
-        options.out.write_text(json.dumps({**machine(), "summary": lines, "results": results}, indent=1) + "\n")
+    measure(options, jobs, trained, summary)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["results_of"]
+__all__ = ["measure", "options_of", "results_of"]
 
 Job = dict[str, Any]
 
@@ -53,3 +56,36 @@ def results_of(jobs: Iterable[Job], do: Callable[[Job], Job], *, workers: int, s
         results.append(result)
         print(json.dumps(result), flush=True)
     return results
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--seconds", type=float, default=1e6, help="no training begins that would end later")
+    parser.add_argument("--workers", type=int, default=12, help="trainings at once")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, help="write everything into this file")
+    return parser
+
+
+def measure(
+    options: argparse.Namespace,
+    jobs: Sequence[Job],
+    trained: Callable[..., Job],
+    summary: Callable[[list[Job]], Iterable[Job]],
+) -> None:
+    """Do the jobs, print what they come to, and write both where ``options`` say."""
+    from slimtune.base.named import model_source
+
+    model_source(options.model)  # the embedded one is converted once, not by each worker
+    do = functools.partial(trained, base=options.model, tiny=options.tiny)
+    results = results_of(jobs, do, workers=options.workers, seconds=options.seconds)
+    lines = list(summary(results))
+    for line in lines:
+        print(json.dumps(line), flush=True)
+    print(f"{len(results)} of {len(jobs)} trainings", flush=True)
+    if options.out is not None:
+        from peers import machine
+
+        options.out.write_text(json.dumps({**machine(), "summary": lines, "results": results}, indent=1) + "\n")

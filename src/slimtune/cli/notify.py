@@ -92,7 +92,7 @@ def _facts(run: Path | None) -> dict[str, Any]:
     if run is None:
         return {}
     with suppress(UserError):
-        return RunFolder(run).read_json(RunFolder(run).facts_file)
+        return RunFolder(run).facts()
     return {}
 
 
