@@ -373,9 +373,8 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
         give_dropout_(trainer.model, config)
     if ready.layout is not None:
         trainer.layout = ready.layout
-    if (
-        config.start_from is not None and safety.checkpoints.last_good is None
-    ):  # else its values come from the checkpoint
+    resumed = safety.checkpoints.last_good is not None  # its values come from the checkpoint
+    if config.start_from is not None and not resumed:
         folder = local_base(base.source, config.revision)
         start_from(trainer.model, config.start_from, folder, ready.tokenizer)
     _use_engine(config, hardware, trainer, ready.unfused, job.screen)

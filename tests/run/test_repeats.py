@@ -81,3 +81,13 @@ def test_only_what_was_answered_before_and_at_that_step_counts() -> None:
     records = [{"step": 4, "samples": [said]}, {"step": 8, "samples": [said]}]
     assert stuck_replies(read_samples(records), 8) == Stuck()
     assert stuck_replies(read_samples([{"step": 0, "samples": [said]}]), 0) == Stuck()
+
+
+def test_a_step_between_many_evaluations_is_judged() -> None:
+    """The best checkpoint is seldom the last one."""
+    records = [
+        {"step": step, "samples": [{"row": "rows.jsonl:1", "prompt": "Hi", "expected": "Bye.",
+                                    "reply": LOOP if step == 23 else "Hello!", "ended": "length"}]}
+        for step in range(60)
+    ]  # fmt: skip
+    assert stuck_replies(read_samples(records), 23) == Stuck(1, 1, LOOP)

@@ -33,7 +33,7 @@ def test_a_resumed_session_takes_back_what_came_after() -> None:
 
 
 def test_of_many_replies_the_first_the_last_and_some_between() -> None:
-    sampled = read_samples([line(step, str(step)) for step in range(0, 1000, 3)])
+    sampled = read_samples([line(step, str(step)) for step in range(0, 1000, 3)], MOST_REPLIES)
     steps = [reply.step for reply in sampled.prompts[0].replies]
     assert len(steps) == MOST_REPLIES
     assert (steps[0], steps[-1]) == (0, 999)

@@ -19,7 +19,7 @@ from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder, records
 from slimtune.run.history import History
 from slimtune.run.lock import is_asked, is_locked
-from slimtune.run.samples import Sampled, read_samples
+from slimtune.run.samples import MOST_REPLIES, Sampled, read_samples
 
 __all__ = ["HEARS", "LiveRun", "State"]
 
@@ -133,7 +133,7 @@ class LiveRun:
             self._sampled = []
         if lines or anew:
             self._sampled += lines
-            self.sampled, changed = read_samples(self._sampled), True
+            self.sampled, changed = read_samples(self._sampled, MOST_REPLIES), True
         at = self._run.facts_file.stat().st_mtime_ns if self._run.facts_file.is_file() else 0
         if at != self._facts_at:
             self._facts_at, changed = at, True

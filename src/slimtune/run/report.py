@@ -20,7 +20,7 @@ from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.history import History, read_history
 from slimtune.run.pages import events_told, in_language, template
-from slimtune.run.samples import Sampled, read_samples, samples_told
+from slimtune.run.samples import MOST_REPLIES, Sampled, read_samples, samples_told
 from slimtune.run.screen import megabytes, time_left
 from slimtune.run.show import (
     MARKS,
@@ -52,7 +52,7 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
     with damage_told(run.metrics_file):
         history = read_history(run.metrics())
         told = {each: _told(history, each) for each in ("en", "zh")}
-    sampled = read_samples(run.samples())
+    sampled = read_samples(run.samples(), MOST_REPLIES)
     views = {
         each: _view(run, facts, environment, each)
         | told[each]

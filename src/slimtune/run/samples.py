@@ -12,7 +12,7 @@ from slimtune.run.statement import Say
 __all__ = ["Answered", "Reply", "Sampled", "read_samples", "samples_told"]
 
 MOST_REPLIES = 12
-"""Of one prompt: the first, the last, and as many between them."""
+"""Of one prompt, for people to read: the first, the last, and as many between them."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ class Sampled:
     """That this took."""
 
 
-def read_samples(records: Iterable[Mapping[str, Any]]) -> Sampled:
+def read_samples(records: Iterable[Mapping[str, Any]], most: int | None = None) -> Sampled:
     """Sort the lines of ``samples.jsonl``. What was answered after the step that a session went on from is left out,
-    but not the time that it took; a line that isn't as the run writes it is passed over."""
+    but not the time that it took; a line that isn't as the run writes it is passed over.
+
+    Args:
+        records: The lines.
+        most: How many replies of a prompt are wanted, two or more; None: all of them.
+    """
     kept: dict[int, list[dict[str, str]]] = {}
     seconds = 0.0
     for record in records:
@@ -66,10 +71,8 @@ def read_samples(records: Iterable[Mapping[str, Any]]) -> Sampled:
             asked.replies.append(Reply(step, said["reply"], said["ended"]))
     for asked in prompts.values():
         last = len(asked.replies) - 1
-        places = (
-            range(last + 1) if last < MOST_REPLIES else (at * last // (MOST_REPLIES - 1) for at in range(MOST_REPLIES))
-        )
-        asked.replies = [asked.replies[at] for at in places]
+        if most is not None and last >= most:
+            asked.replies = [asked.replies[at * last // (most - 1)] for at in range(most)]
     return Sampled(list(prompts.values()), len(kept), seconds)
 
 
