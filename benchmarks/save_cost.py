@@ -3,6 +3,7 @@
     python benchmarks/save_cost.py OUT.json                the demo's training, whole, at the default interval
     python benchmarks/save_cost.py OUT.json --size 1.8b    a random model on a GPU, workload W1, a save every 4 steps
     python benchmarks/save_cost.py OUT.json --size moe     a mixture, every layer and expert adapted, r=16
+    … --every 40                                           steps from one save to the next, where disks are slower
 
 On a GPU a wait is from the moment the device has nothing left to do until it can be given the next step, the copies
 off it done; beside it stands what the copies alone take, what copying the same tensors one by one does, and how much
@@ -39,7 +40,7 @@ from slimtune.run.environment import library_versions  # noqa: E402
 from slimtune.training.checkpoint import Checkpoints, OffDevice, to_plain  # noqa: E402
 from slimtune.training.resumable import ResumableTrainer  # noqa: E402
 
-STEPS, EVERY = 36, 4
+SAVES, EVERY = 9, 4
 
 
 def timed(function: Callable[..., Any], clock: Callable[[], float], seconds: list[float]) -> Callable[..., Any]:
@@ -66,7 +67,7 @@ def the_demo(folder: Path) -> Config:
     return Config.make(model=EMBEDDED, data=(str(data),), output=folder / "run", **DEMO_SETTINGS)
 
 
-def the_workload(folder: Path, size: str) -> Config:
+def the_workload(folder: Path, size: str, every: int) -> Config:
     if size in decoders.SHAPES:
         workload = decoders.ALL
         decoders.make_folder(folder / "model", size)
@@ -77,8 +78,8 @@ def the_workload(folder: Path, size: str) -> Config:
     data.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in documents(workload, factor=3)))
     return Config.make(
         model=str(folder / "model"), data=(str(data),), output=folder / "run", train_on="all", engine="fused",
-        max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
-        save_steps=EVERY, targets=workload.targets, lora_r=workload.r, lora_dropout=workload.dropout,
+        max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=SAVES * every,
+        save_steps=every, targets=workload.targets, lora_r=workload.r, lora_dropout=workload.dropout,
         eval_share=0.0,
     )  # fmt: skip
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--size")
+    parser.add_argument("--every", type=int, default=EVERY, help="steps from one save to the next")
     options = parser.parse_args()
     waits: list[float] = []
     behind: list[float] = []
@@ -120,7 +122,7 @@ def main() -> None:
     ResumableTrainer._save_checkpoint = save_and_compare
     Checkpoints._save = timed(timed(Checkpoints._save, time.thread_time, processor), time.perf_counter, behind)
     with tempfile.TemporaryDirectory() as folder:
-        config = the_workload(Path(folder), options.size) if options.size else the_demo(Path(folder))
+        config = the_workload(Path(folder), options.size, options.every) if options.size else the_demo(Path(folder))
         run = finetune(config)
         steps = {record["step"]: record["step_seconds"] for record in run.metrics() if "step_seconds" in record}
         size = sum(file.stat().st_size for file in next(run.checkpoints.iterdir()).iterdir())
@@ -140,8 +142,8 @@ def main() -> None:
         "share_that_training_waits": round(sum(waits) / training, 5),
     }
     if copies:
-        after = [seconds for step, seconds in steps.items() if step > EVERY and step % EVERY == 1]
-        others = [seconds for step, seconds in steps.items() if step > EVERY and step % EVERY != 1]
+        after = [seconds for step, seconds in steps.items() if step > options.every and step % options.every == 1]
+        others = [seconds for step, seconds in steps.items() if step > options.every and step % options.every != 1]
         result |= {
             "all_waits_seconds": [round(wait, 5) for wait in waits],
             **{name: median(seconds) for name, seconds in copies.items()},
