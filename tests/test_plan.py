@@ -93,7 +93,7 @@ def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
     assert few_steps(Config.make(max_steps=2), 1, documents) is None
     assert few_steps(config, 40, documents) is None
     padded = few_steps(Config.make(packing=False, gradient_accumulation=1, epochs=3), 5, documents)
-    assert padded == "15 optimizer steps are little to learn from: more by --epochs 12"
+    assert padded == "15 optimizer steps are little to learn from: more by --epochs 20"
     decided, _ = resolve_amount(Config.make(), documents, None)
     assert few_steps(decided, 2, documents) == "40 optimizer steps are little to learn from: more rows would teach more"
 
@@ -102,14 +102,14 @@ def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
     ("rows", "given", "taken", "steps"),
     [
         # 32 documents of 39 tokens: four to a pack are eight packs.
-        (32, {}, {"epochs": 8, "gradient_accumulation": 1, "pack_tokens": 192}, 64),
+        (32, {}, {"epochs": 20, "gradient_accumulation": 1, "pack_tokens": 192}, 160),
         (32, {"epochs": 1}, {"gradient_accumulation": 1, "pack_tokens": 192}, 8),
         (32, {"gradient_accumulation": 4}, {"epochs": 20, "pack_tokens": 192}, 40),
         (32, {"pack_tokens": 512}, {"epochs": 20, "gradient_accumulation": 1}, 60),
         (32, {"micro_batch": 2}, {"epochs": 20, "gradient_accumulation": 1}, 20),
         (32, {"max_steps": 5}, {}, 5),
-        (32, {"packing": False}, {"gradient_accumulation": 1}, 96),
-        (1000, {}, {"gradient_accumulation": 1, "pack_tokens": 1984}, 60),
+        (32, {"packing": False}, {"epochs": 5, "gradient_accumulation": 1}, 160),
+        (1000, {}, {"gradient_accumulation": 1, "pack_tokens": 768}, 159),
         (2200, {}, {}, 65),
         (5, {}, {"epochs": 20, "gradient_accumulation": 1, "pack_tokens": 192}, 40),
     ],

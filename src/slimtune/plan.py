@@ -16,6 +16,7 @@ from slimtune.config import Config
 from slimtune.data.packing import micro_batches
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from slimtune.run.statement import counted
 
 if TYPE_CHECKING:
     from slimtune.data.documents import Documents
@@ -40,6 +41,8 @@ EVALUATION_SHARE = 0.1
 """Of a run's work that evaluations may take, unless their number is given."""
 FEW_STEPS = 60
 """With fewer optimizer steps an adapter that begins at nothing has hardly moved."""
+STEPS_OF_FEW = 160
+"""What few rows are given instead: of a grid's two amounts, 60 and 160 steps, the better (benchmarks/defaults.py)."""
 MOST_EPOCHS = 20.0
 """Of few rows, more are learnt by heart."""
 REHEARSED_TOKENS = 256
@@ -135,9 +138,9 @@ def resolve_amount(config: Config, train: Documents, held_out: Documents | None)
     usual |= {"pack_tokens": config.batch_tokens} if config.packing else {}
     steps = _steps_at_least(config, train)
     taken = usual | (_more_steps(config, train, longest) if steps < FEW_STEPS else {})
-    reason = "with the usual {:,g} the run would have {} optimizer steps, fewer than about {}"
+    reason = "with the usual {:,g} the run would have {}, fewer than about {}"
     choices = [
-        Choice(key, value, reason.format(usual[key], steps, FEW_STEPS))
+        Choice(key, value, reason.format(usual[key], counted(steps, "optimizer step"), FEW_STEPS))
         for key, value in taken.items()
         if value != usual[key]
     ]
@@ -154,21 +157,21 @@ def _steps_at_least(config: Config, documents: Documents) -> int:
 
 
 def _more_steps(config: Config, documents: Documents, longest: int) -> dict[str, Any]:
-    """What makes about :data:`FEW_STEPS` steps of the data, by the keys that are ``auto``: first single micro-batches,
-    then smaller packs, then more epochs."""
+    """What makes about :data:`STEPS_OF_FEW` steps of the data, by the keys that are ``auto``: first single
+    micro-batches, then smaller packs, then more epochs."""
     if config.max_steps is not None:
         return {}
     taken: dict[str, Any] = {}
     if config.gradient_accumulation == "auto":
         taken["gradient_accumulation"] = 1
-    wanted = FEW_STEPS * config.model_copy(update=taken).accumulation
+    wanted = STEPS_OF_FEW * config.model_copy(update=taken).accumulation
     if config.packing and config.pack_tokens == "auto" and config.micro_batch == 1:
         least = max(longest, LEAST_DOCUMENTS * documents.tokens / len(documents))
         tokens = _TILE * math.ceil(max(least, documents.tokens / math.ceil(wanted / config.passes)) / _TILE)
         taken["pack_tokens"] = min(tokens, config.batch_tokens)
     if config.epochs == "auto":
         per_epoch = micro_batches(documents, config.model_copy(update=taken)).per_epoch
-        taken["epochs"] = min(MOST_EPOCHS, max(config.passes, float(math.ceil(wanted / per_epoch))))
+        taken["epochs"] = min(MOST_EPOCHS, max(config.passes, float(round(wanted / per_epoch))))
     return taken
 
 
