@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; kernels that repeat need it
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the commands do it
 
 import torch
 from torch import Tensor, nn

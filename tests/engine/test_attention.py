@@ -186,6 +186,13 @@ def test_each_device_gets_the_fastest_way_that_it_has(
     assert choose(torch.device("cpu"), dtype, head_dim, lengths) == "torch"
 
 
+def test_deterministic_kernels_leave_cudnns_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called by its own name, it sums by atomics all the same: a step on an H200 wasn't the same twice."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose(torch.device("cuda"), torch.bfloat16, 128, (2048, 2048)) == "varlen"
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "softcap", "sunk", "right", "without"),
     [

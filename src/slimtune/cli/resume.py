@@ -15,6 +15,7 @@ from slimtune.cli.options import config_from_flags, config_options, grouped_comm
 from slimtune.cli.watch import beside, check_page
 from slimtune.config import FREE_KEYS, Config
 from slimtune.run.folder import RunFolder
+from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
@@ -58,6 +59,7 @@ def command(
         close(folder, as_json=as_json)
         return
     fix_workspace(config)
+    growing_segments()
 
     with notifying(notify, lambda: run), StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.

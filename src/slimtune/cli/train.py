@@ -17,6 +17,7 @@ from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
+from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
 
@@ -59,6 +60,7 @@ def command(
         check_page()
     check_training(config)
     fix_workspace(config)
+    growing_segments()
 
     with notifying(() if dry_run else notify, lambda: config.output), StopSignals():
         # Here, as it loads torch, and --help is to answer at once.

@@ -140,11 +140,16 @@ def choose(
     softcap: float | None = None,
     sinks: bool = False,
 ) -> Way:
-    """The fastest way that computes documents of these lengths on this device."""
+    """The fastest way that computes documents of these lengths on this device.
+
+    Where deterministic kernels are asked for it isn't cuDNN's, whose backward adds up queries' gradients by atomics:
+    torch refuses it then, but is asked for nothing where the kernel is called by its own name.
+    """
     if device.type != "cuda":
         return "torch"
     ways = _ways(torch.cuda.get_device_capability(device), dtype, head_dim, softcap, sinks)
-    if ways == ("varlen",) and len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128:
+    rows = len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128
+    if ways == ("varlen",) and rows and not torch.are_deterministic_algorithms_enabled():
         return "cudnn"
     for way in ways[:-1]:
         if is_right(way, device, dtype, head_dim, softcap is not None, sinks):

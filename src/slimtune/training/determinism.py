@@ -1,9 +1,10 @@
 """Runs that repeat to the bit: what `--deterministic` sets on CUDA, for the time of one run.
 
 On a CPU every run repeats with the same number of threads. On CUDA these don't, unless told to: FlashAttention's
-backward and a few of PyTorch's kernels sum by atomics, in whatever order their threads come; cuDNN may pick another
-kernel by timing; cuBLAS may split its sums otherwise when it has several workspaces. The engine's own kernels use no
-atomics and pick nothing by timing. Source: docs.pytorch.org/docs/stable/notes/randomness.html
+backward and a few of PyTorch's kernels sum by atomics, in whatever order their threads come, and so does cuDNN's
+attention, which the engine doesn't take then; cuDNN may pick another kernel by timing; cuBLAS may split its sums
+otherwise when it has several workspaces. The engine's own kernels use no atomics and pick nothing by timing.
+Source: docs.pytorch.org/docs/stable/notes/randomness.html
 """
 
 from __future__ import annotations
