@@ -75,10 +75,15 @@ def test_equals_the_recurrence(make: Maker, lengths: tuple[int, ...]) -> None:
             assert not actual.any()
 
 
-def test_in_float64_with_documents_of_1_to_1000_tokens() -> None:
-    lengths = (1000, 1, 200, 64, 63, 2)
-    given = rule(Maker("cpu", torch.float64), lengths, heads := delta.DeltaHeads(1, 2, 8, 12))
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [((1000, 1, 200, 64, 63, 2), delta.DeltaHeads(1, 2, 8, 12)), ((40, 20), delta.DeltaHeads(2, 4, 1, 1))],
+    ids=str,
+)
+def test_in_float64_with_documents_of_1_to_1000_tokens(lengths: tuple[int, ...], heads: delta.DeltaHeads) -> None:
+    given = rule(Maker("cpu", torch.float64), lengths, heads)
     for actual, expected in zip(given.computed(heads), given.defined(heads), strict=True):
+        assert actual.is_contiguous()
         assert relative_error(actual, expected) < 1e-12
 
 

@@ -149,7 +149,7 @@ class _Chunks:
 
     def by_token(self, x: Tensor) -> Tensor:
         """Back again."""
-        return x.transpose(1, 2).flatten(0, 1)[: self.tokens]
+        return x.transpose(1, 2).flatten(0, 1)[: self.tokens].contiguous()
 
     def shared(self, x: Tensor) -> Tensor:
         """[T, K, Dk] as [T, V, Dk]: neighbouring value heads share a key head."""
