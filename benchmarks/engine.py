@@ -1,6 +1,7 @@
 """Times slimtune's engine alone (no trainer): python benchmarks/engine.py [W1 W1@3.9 W2 ...] [--profile] [--as-a-t4]
 
-A workload's name may end in @G, a memory budget in GB: W1@3.9 is W1 within 3.9 GB. --as-a-t4 computes in fp16 with the
+A workload's name may end in @G, a memory budget in GB: W1@3.9 is W1 within 3.9 GB. Before that it may end in +fp8:
+W1+fp8 is W1 with its frozen weights multiplied in FP8. --as-a-t4 computes in fp16 with the
 attention that a T4 gets. Prints one JSON line each and a table last; with $OUT set, writes them there too.
 """
 
@@ -26,6 +27,7 @@ STEPS = 12
 
 def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
     base, _, budget = name.partition("@")
+    base, fp8, _ = base.partition("+fp8")
     workload = WORKLOADS[base]
     cuda = torch.cuda.is_available()
     sync = torch.cuda.synchronize if cuda else (lambda: None)
@@ -42,6 +44,7 @@ def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
         tokens=workload.rows * workload.length,
         longest=workload.length,
         memory=memory,
+        fp8=bool(fp8),
     )
     optimizer = FusedAdamW8bit(engine.flat, lr=2e-4)
     times, losses, first = [], [], 0.0
@@ -63,6 +66,7 @@ def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
     result = {
         "workload": name,
         "dtype": str(dtype).removeprefix("torch."),
+        "fp8_share": round(engine.fp8_share, 3),
         "step_ms": round(step * 1e3, 2),
         "tokens_s": round(real / step),
         "first_step_s": round(first, 2),

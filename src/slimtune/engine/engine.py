@@ -7,7 +7,8 @@ One micro-batch is: one copy to the device, one graph (embedding and layers forw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from slimtune.engine.decoder import (
     per_layer_inputs,
     rotary_tables,
 )
+from slimtune.engine.fp8 import Fp8, pays
 from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -69,6 +71,8 @@ class Engine:
         memory: Most bytes that may be allocated on the device, the model included; None: no limit.
         seed: Seed of the dropout masks.
         graphs: Record CUDA graphs; only on CUDA.
+        fp8: Multiply frozen weights of NF4 in FP8 where that is faster; evaluation stays in ``dtype``, which is
+            bfloat16.
         ram: Most bytes of RAM that layers' inputs may take where they don't fit the device; None: by what is free
             beside a GPU, 0 on a CPU.
 
@@ -78,6 +82,7 @@ class Engine:
         least_memory: The bytes that it will take if ``memory`` is too little for any plan; None if it is kept.
         parts: Bytes on the device of weights, adapter (gradients and optimizer too), activations and workspace, as
             planned; empty on a CPU.
+        fp8_share: Of the layers' products the share that is taken in FP8.
         in_ram: Bytes of the model's per-layer inputs' table, which was moved to RAM; 0 without one, and on a CPU.
 
     Raises:
@@ -95,6 +100,7 @@ class Engine:
         memory: int | None = None,
         seed: int = 0,
         graphs: bool = True,
+        fp8: bool = False,
         ram: int | None = None,
     ) -> None:
         check_values(model)
@@ -108,6 +114,8 @@ class Engine:
         for linear in self.decoder.linears():
             unpack_for_training(linear)
         self.layers: list[LayerComputation] = [x for x in computations(self.decoder, dtype, self.device) if x]
+        self._fp8 = Fp8()
+        self.fp8_share = self._use_fp8(tokens) if fp8 else 0.0
         self._per_layer = per_layer_inputs(self.decoder, dtype, self.device)
         beside = () if self._per_layer is None else self._per_layer.trained
         self._trained: tuple[Site | Stack, ...] = *(part for layer in self.layers for part in layer.trained), *beside
@@ -149,6 +157,25 @@ class Engine:
         for layer in self.layers[: self.plan.kept_weights]:
             for block in layer.blocks:
                 block.keep_weights()
+
+    def _use_fp8(self, tokens: int) -> float:
+        """Let the projections that gain by it multiply in FP8; their share of all layers' products."""
+        taken = sum(
+            site.inputs * site.outputs
+            for layer in self.layers
+            for site in layer.sites
+            if pays(tokens, site.inputs, site.outputs) and site.use_fp8(self._fp8)
+        )
+        return taken / sum(block.products for layer in self.layers for block in layer.blocks)
+
+    @contextmanager
+    def in_16_bits(self) -> Iterator[None]:
+        """While the body runs, nothing is multiplied in FP8. No graph may be recorded or replayed meanwhile."""
+        before, self._fp8.on = self._fp8.on, False
+        try:
+            yield
+        finally:
+            self._fp8.on = before
 
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
@@ -297,8 +324,9 @@ class Engine:
     def upper_gradients(self, batch: Mapping[str, Any]) -> list[tuple[nn.Parameter, Tensor]]:
         """The last layers' LoRA parameters, each with its gradient of the sum of a micro-batch's losses.
 
-        Of the fewest layers that have one of each adapted kind among them, and one more; without dropout and without
-        graphs. They are added to nothing, and the next micro-batch draws what it would have drawn.
+        Of the fewest layers that have one of each adapted kind among them, and one more; without dropout, without
+        graphs, and in FP8 what trains so. They are added to nothing, and the next micro-batch draws what it would have
+        drawn.
         """
         first, total = self._upper, torch.zeros_like(self._sums)
         for micro in self._parts(self._micro_batch(batch)):
@@ -326,9 +354,13 @@ class Engine:
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         """Sum of the supervised tokens' negative log-likelihoods (scalar on the device), and their number.
 
-        No dropout, no gradient; takes the same batches as :meth:`forward_backward`.
+        No dropout, no gradient, and nothing in FP8; takes the same batches as :meth:`forward_backward`.
         """
-        whole, losses = self._micro_batch(batch), []
+        with self.in_16_bits():
+            return self._evaluated(self._micro_batch(batch))
+
+    def _evaluated(self, whole: MicroBatch) -> tuple[Tensor, int]:
+        losses = []
         for micro in self._parts(whole):
             key = self._inputs.load(micro, 0)
             x, residual, _ = self._forward(key, self._pass(micro, key, training=False), None)

@@ -6,6 +6,7 @@ the input, and scaling x B in extra columns of the weight,
     y = [x | u | 1 | 0] · [W | sB | bias | 0]ᵀ          dy · [W | sB | …] = [dx | du | …]
 
 so that the adapter and the bias cost no pass of their own over y or dy, and are summed in float32 inside the product.
+In FP8 they do: :mod:`slimtune.engine.fp8`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.kernels import grouped_lora, lora, mxfp4, nf4
-from slimtune.engine.kernels.formats import NestedScales, dynamic_map
+from slimtune.engine.fp8 import Fp8, Fp8Weight
+from slimtune.engine.kernels import fp8, grouped_lora, lora, mxfp4, nf4
+from slimtune.engine.kernels.formats import NestedScales, Nf4Weight, dynamic_map
 from slimtune.engine.kernels.routing import Routes
 from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 
@@ -98,6 +100,21 @@ class Site:
         self.a: Tensor | None = None
         self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without adapters
         self._tail[:, : int(projection.has_bias)] = 1
+        self._fp8: Fp8Weight | None = None
+
+    def use_fp8(self, switch: Fp8) -> bool:
+        """Multiply in FP8 from now on while the switch is on; False if this weight can't be."""
+        parts = [_nf4_weight(linear) for linear in self.projection.linears]
+        found = [part for part in parts if part is not None]
+        if self.dtype != torch.bfloat16 or len(found) < len(parts) or not Fp8Weight.takes(found):
+            return False
+        self._fp8 = Fp8Weight(found, self.inputs, switch)
+        return True
+
+    @property
+    def in_fp8(self) -> Fp8Weight | None:
+        """The weight that is multiplied in FP8 just now; None: in the compute dtype."""
+        return self._fp8 if self._fp8 is not None and self._fp8.switch.on else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -134,39 +151,69 @@ class Site:
         """Hold the weight in the compute dtype from now on, instead of making it anew at each use."""
         if self._kept is None and self.shared is None:
             buffer = torch.zeros(self.outputs, self.inputs + self.extra, dtype=self.dtype, device=self.device)
-            self._fill_frozen(buffer)
+            if self._fp8 is None:
+                self._fill_frozen(buffer)
+            else:
+                weight, turned, beside = self._fp8.views(buffer)
+                self._fp8.write(weight, turned)
+                self._fill_bias(beside)
             self._kept = buffer
 
     def refresh(self) -> None:
         """Take over new values of the adapters; only a kept weight holds any."""
         if self._kept is not None:
-            self._fill_adapters(self._kept)
+            beside = self._kept[:, self.inputs :] if self._fp8 is None else self._fp8.views(self._kept)[2]
+            self._fill_adapters(beside)
 
     def weight(self) -> Tensor:
         """[W | sB | bias | 0] of shape [outputs, inputs + extra]; valid until another site's is asked for."""
         if self.shared is not None:
             return self.shared
-        if self._kept is not None:
+        if self._kept is not None and self._fp8 is None:
             return self._kept
-        buffer = self._scratch.get((self.outputs, self.inputs + self.extra), self.dtype, self.device)
+        buffer = self._buffer()
+        if self._fp8 is not None:  # it has held FP8's views, and some of the columns are written by nobody
+            buffer[:, self.inputs :].zero_()
         self._fill_frozen(buffer)
-        self._fill_adapters(buffer)
+        self._fill_adapters(buffer[:, self.inputs :])
         return buffer
+
+    def _weight_in_fp8(self, weight: Fp8Weight, *, turned: bool) -> tuple[Tensor, Tensor]:
+        """W8 [outputs, inputs] or its transpose, and [sB | bias | 0]; valid as long as what :meth:`weight` gives."""
+        buffer = self._buffer() if self._kept is None else self._kept
+        upright, across, beside = weight.views(buffer)
+        if self._kept is None:
+            weight.write(None if turned else upright, across if turned else None)
+            beside.zero_()
+            self._fill_bias(beside)
+            self._fill_adapters(beside)
+        return across if turned else upright, beside
+
+    def _buffer(self) -> Tensor:
+        return self._scratch.get((self.outputs, self.inputs + self.extra), self.dtype, self.device)
 
     def _fill_frozen(self, buffer: Tensor) -> None:
         row = 0
         for linear in self.projection.linears:
-            rows = buffer[row : row + linear.out_features]
-            _write_weight(linear, rows[:, : self.inputs])
-            if self.projection.has_bias:
-                column = rows[:, self.inputs + self.groups * self.rank]
-                column.zero_() if linear.bias is None else column.copy_(linear.bias)
+            _write_weight(linear, buffer[row : row + linear.out_features, : self.inputs])
+            row += linear.out_features
+        self._fill_bias(buffer[:, self.inputs :])
+
+    def _fill_bias(self, beside: Tensor) -> None:
+        """Write the bias' column of the extra ones [outputs, extra]."""
+        if not self.projection.has_bias:
+            return
+        column, row = beside[:, self.groups * self.rank], 0
+        for linear in self.projection.linears:
+            rows = column[row : row + linear.out_features]
+            rows.zero_() if linear.bias is None else rows.copy_(linear.bias)
             row += linear.out_features
 
-    def _fill_adapters(self, buffer: Tensor) -> None:
+    def _fill_adapters(self, beside: Tensor) -> None:
+        """Write every adapter's sB into the extra columns [outputs, extra]."""
         for index, (adapter, rows) in enumerate(self._adapter_outputs()):
-            start = self.inputs + index * self.rank
-            torch.mul(adapter.b.detach(), adapter.scaling, out=buffer[rows, start : start + adapter.rank])
+            start = index * self.rank
+            torch.mul(adapter.b.detach(), adapter.scaling, out=beside[rows, start : start + adapter.rank])
 
     # -- the input ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +276,26 @@ class Site:
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """y [rows, outputs] of an input buffer [rows, inputs + extra]."""
-        return torch.mm(x, self.weight().t()) if out is None else torch.mm(x, self.weight().t(), out=out)
+        eight = self.in_fp8
+        if eight is None:
+            return torch.mm(x, self.weight().t()) if out is None else torch.mm(x, self.weight().t(), out=out)
+        weight, beside = self._weight_in_fp8(eight, turned=False)
+        y = fp8.product(*fp8.quantize(x[:, : self.inputs]), weight, eight.scales, out=out)
+        return y.addmm_(x[:, self.inputs :], beside.t()) if self.extra else y
+
+    def _backward(self, dy: Tensor, *, need_dx: bool, need_du: bool) -> tuple[Tensor | None, Tensor | None]:
+        """dx [rows, inputs] and du [rows, groups x rank] of dy [rows, outputs]."""
+        eight, columns = self.in_fp8, self.groups * self.rank
+        if eight is None:
+            # The unused columns too: attention's kernels read dx by 16 bytes, so its rows must begin at multiples of
+            # them.
+            first, last = 0 if need_dx else self.inputs, None if need_du else self.inputs
+            product = torch.mm(dy, self.weight()[:, first:last])
+            du = product[:, self.inputs - first :][:, :columns] if need_du else None
+            return product[:, : self.inputs] if need_dx else None, du
+        turned, beside = self._weight_in_fp8(eight, turned=True)
+        dx = fp8.product(*eight.switch.quantize(dy, eight.scales), turned, eight.ones) if need_dx else None
+        return dx, torch.mm(dy, beside[:, :columns]) if need_du else None
 
     def backward(
         self,
@@ -256,18 +322,14 @@ class Site:
         if not self.groups:
             if not need_dx:
                 return None
-            if out is not None and not self.extra:
+            if out is not None and not self.extra and self.in_fp8 is None:
                 return torch.mm(dy, self.weight(), out=out)
-            return torch.mm(dy, self.weight()[:, : self.inputs])
+            return self._backward(dy, need_dx=True, need_du=False)[0]
         if x is None or gradients is None or self.a is None:
             raise ValueError("a projection with adapters needs its input and a place for its gradients")
-        first = 0 if need_dx else self.inputs
-        columns = self.groups * self.rank
-        # The unused columns too: attention's kernels read dx by 16 bytes, so its rows must begin at multiples of them.
-        product = torch.mm(dy, self.weight()[:, first:])
-        self._b_backward(dy, x[:, self.inputs : self.inputs + columns], gradients)
-        dx = product[:, : self.inputs] if need_dx else None
-        du = product[:, self.inputs - first :][:, :columns]
+        dx, du = self._backward(dy, need_dx=need_dx, need_du=True)
+        assert du is not None
+        self._b_backward(dy, x[:, self.inputs : self.inputs + self.groups * self.rank], gradients)
         for rows, options in self._dropout(seed, chunk):
             lora.lora_down_backward_(
                 du[:, rows], x[:, : self.inputs], self.a[rows], da=gradients.a[rows], dx=dx, **options
@@ -451,19 +513,25 @@ def dense(linear: Linear, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _write_weight(linear: Linear, out: Tensor) -> None:
+def _nf4_weight(linear: Linear) -> Nf4Weight | None:
+    """A linear layer's weight as it is stored; None where that isn't in 4 bits."""
     weight: Any = linear.base.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        out.copy_(weight.detach())
-        return
+        return None
     nested = None
     if state.nested:
         nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-    nf4.dequantize(
-        weight.data.view(torch.uint8), state.absmax, shape=(linear.out_features, linear.in_features),
-        dtype=out.dtype, nested=nested, blocksize=state.blocksize, out=out,
-    )  # fmt: skip
+    shape = linear.out_features, linear.in_features
+    return Nf4Weight(weight.data.view(torch.uint8), state.absmax, shape, nested, state.blocksize)
+
+
+def _write_weight(linear: Linear, out: Tensor) -> None:
+    stored = _nf4_weight(linear)
+    if stored is None:
+        out.copy_(linear.base.weight.detach())
+    else:
+        nf4.dequantize(**stored._asdict(), dtype=out.dtype, out=out)
 
 
 def unpack_for_training(linear: Linear) -> None:

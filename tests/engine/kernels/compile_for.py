@@ -20,6 +20,7 @@ from slimtune.engine.kernels import (
     attention,
     cross_entropy,
     delta,
+    fp8,
     grouped,
     grouped_lora,
     lora,
@@ -35,7 +36,7 @@ from slimtune.engine.kernels import (
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, attention, cross_entropy, delta, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router,
+    adamw8bit, attention, cross_entropy, delta, fp8, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router,
     routing, short_conv,
 )  # fmt: skip
 CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
@@ -115,6 +116,19 @@ def launch_everything() -> None:
     adamw8bit.adamw_step_(flat, flat, state, lr=one, step=step, grad_scale=one, skip=skip)
 
 
+def launch_fp8() -> None:
+    f32 = torch.float32
+    for columns in (2048, 18944):
+        shape, blocks = (32, columns), 32 * columns // 64
+        packed, scales = zeros(32 * columns // 2, dtype=torch.uint8), zeros(32, dtype=f32)
+        nested = nf4.NestedScales(zeros(blocks // 256, dtype=f32), zeros(256, dtype=f32), zeros(dtype=f32))
+        out = zeros(*shape, dtype=fp8.E4M3)
+        for codes, over in ((zeros(blocks, dtype=torch.uint8), nested), (zeros(blocks, dtype=f32), None)):
+            fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, out=out)
+            fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, turned=out.t().contiguous())
+        fp8.quantize(zeros(*shape), factors=zeros(columns, dtype=f32))
+
+
 def launch_experts() -> None:
     tokens, slots, count, hidden = 256, 8, 128, 2048
     routes = routing.sort_by_expert(zeros(tokens, slots, dtype=torch.int64), count)
@@ -184,4 +198,6 @@ if __name__ == "__main__":
     else:
         launch_everything()
         launch_experts()
+        if CAPABILITY >= 89:
+            launch_fp8()
         launch_delta()

@@ -34,12 +34,12 @@ def make(device: str, dtype: torch.dtype) -> Maker:
 @pytest.fixture(autouse=INTERPRETED)
 def _interpreter_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter as a GPU computes: it cuts float32 off to bfloat16 instead of rounding to nearest, and
-    multiplies the bits of bfloat16 matrices as if they were integers."""
+    to e4m3 without a carry, and multiplies the bits of bfloat16 matrices as if they were integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    cut, dot = builder.cast_impl, builder.create_dot
+    cut, dot, convert = builder.cast_impl, builder.create_dot, builder.create_fp_to_fp
 
     def rounded_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -52,5 +52,12 @@ def _interpreter_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
             a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
         return dot(self, a, b, *rest)
 
+    def saturated(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            values = torch.from_numpy(np.ascontiguousarray(src.data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return interpreter.TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
+        return convert(self, src, dst_type, rounding)
+
+    monkeypatch.setattr(builder, "create_fp_to_fp", saturated)
     monkeypatch.setattr(builder, "cast_impl", rounded_cast)
     monkeypatch.setattr(builder, "create_dot", widened_dot)

@@ -14,6 +14,8 @@ import pytest
 KERNELS = 25
 DELTA_KERNELS = 7
 """More, from sm_80 on."""
+FP8_KERNELS = 2
+"""More, from sm_89 on."""
 # Most shared memory that one program may take (CUDA C++ programming guide, technical specifications).
 LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 
@@ -38,7 +40,7 @@ def compiled(capability: int, *arguments: object) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("capability", "dtype"), [(75, "float16"), (90, "bfloat16")])
 def test_compiles_for(capability: int, dtype: str) -> None:
     assert len({entry["kernel"] for entry in compiled(capability, dtype, LIMITS[capability])}) == (
-        KERNELS + DELTA_KERNELS * (capability >= 80)
+        KERNELS + DELTA_KERNELS * (capability >= 80) + FP8_KERNELS * (capability >= 89)
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "ZERO_CODE",
     "AdamWState",
     "NestedScales",
+    "Nf4Weight",
     "Pairs",
     "aligned_offsets",
     "dynamic_map",
@@ -78,6 +79,21 @@ class NestedScales:
     code: Tensor
     offset: Tensor
     blocksize: int = 256
+
+
+class Nf4Weight(NamedTuple):
+    """A weight of NF4 as bitsandbytes holds it."""
+
+    packed: Tensor
+    """uint8, two codes to a byte."""
+    absmax: Tensor
+    """Block scales, or their codes."""
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    nested: NestedScales | None
+    """The scales' own quantisation."""
+    blocksize: int
+    """Weights that share a scale."""
 
 
 BLOCK = 256

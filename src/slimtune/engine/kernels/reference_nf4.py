@@ -7,7 +7,16 @@ from torch import Tensor
 
 from slimtune.engine.kernels.formats import NF4_CODE, NestedScales, table_of
 
-__all__ = ["dequantize", "dequantize_stack"]
+__all__ = ["block_scales", "dequantize", "dequantize_stack"]
+
+
+def block_scales(absmax: Tensor, nested: NestedScales | None) -> Tensor:
+    """Block scales, float32 [blocks], from themselves or from their 8-bit codes."""
+    if nested is None:
+        return absmax
+    scales = nested.code[absmax.int()].view(-1)
+    repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
+    return scales * repeated + nested.offset
 
 
 def dequantize(
@@ -31,10 +40,7 @@ def dequantize(
         blocksize: Weights that share a block scale.
         out: [out_features, in_features] to write into.
     """
-    if nested is not None:
-        scales = nested.code[absmax.int()].view(-1)
-        repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
-        absmax = scales * repeated + nested.offset
+    absmax = block_scales(absmax, nested)
     code = table_of(NF4_CODE, packed.device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
     values = torch.nn.functional.embedding(packed.view(-1).int(), pairs).view(-1)

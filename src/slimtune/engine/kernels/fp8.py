@@ -1,0 +1,167 @@
+"""FP8 operands and their product: NF4 weights to e4m3 in both layouts, activations and gradients row by row.
+
+y = x Wᵀ is Σ_k x8[t, k] w8[o, k] · s_x[t] · s_w[o]. In dx = dy W the sum is over o, which s_w belongs to: it goes into
+dy before that is quantised, so that the backward multiplies with the transpose of the very numbers that the forward
+took, and a row of small weights counts as little in dy as it does in the sum.
+
+Layout: the product wants both operands' summed dimension contiguous. So the forward reads [out_features, in_features],
+the backward [in_features, out_features]; one pass over the 4 bits writes either or both. A program of the weight's
+takes a tile, one of the activations' a row, which stays in registers.
+
+Dtype traps: NF4's largest code is 1, so that a row's largest weight is its largest block scale, known without looking
+at a code. A conversion to e4m3 doesn't overflow: what is above 448 by a rounding becomes 448.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import reference_fp8 as reference
+from slimtune.engine.kernels._triton import cdiv, constant, jit, pow2, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels.formats import NF4_CODE, NestedScales, table_of
+from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST, LEAST, row_scales
+
+__all__ = ["E4M3", "from_nf4", "product", "quantize", "row_scales"]
+
+_LARGEST, _LEAST = constant(LARGEST), constant(LEAST)
+
+
+@jit
+def _quantize(
+    x: tl.tensor,
+    factors: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    x_stride: int,
+    size: int,
+    WITH_FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    value = tl.load(x + tl.multiple_of(row * x_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
+    if WITH_FACTORS:
+        value *= tl.load(factors + columns, mask=mask, other=0.0)
+    scale = tl.maximum(tl.max(tl.abs(value), axis=0), _LEAST) * (1.0 / _LARGEST)
+    tl.store(scales + row, scale)
+    value = value * tl.div_rn(1.0, scale)
+    tl.store(out + row * size + columns, value.to(tl.float8e4nv), mask=mask)
+
+
+@jit
+def _from_nf4(
+    words: tl.tensor,
+    absmax: tl.tensor,
+    code: tl.tensor,
+    nested_absmax: tl.tensor,
+    nested_code: tl.tensor,
+    nested_offset: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    turned: tl.tensor,
+    rows: int,
+    row_words: int,
+    out_stride: int,
+    turned_stride: int,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    WITH_OUT: tl.constexpr,
+    WITH_TURNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> None:
+    first_row, first_word = tl.program_id(0) * ROWS, tl.program_id(1) * WORDS
+    row, word = tl.arange(0, ROWS), tl.arange(0, WORDS)
+    inside_r, inside_w = first_row + row < rows, first_word + word < row_words
+    mask = inside_r[:, None] & inside_w[None, :]
+    start = first_row.to(tl.int64) * row_words + first_word
+    packed = tl.load(words + start + (row * row_words)[:, None] + word[None, :], mask=mask, other=0)
+    # A row is a whole number of blocks.
+    block = (first_row + row).to(tl.int64)[:, None] * (row_words // BLOCK_WORDS)
+    block += ((first_word + word) // BLOCK_WORDS)[None, :]
+    if NESTED:
+        level = tl.load(nested_code + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
+        scale = level * tl.load(nested_absmax + block // NESTED_BLOCK, mask=mask, other=0.0)
+        scale += tl.load(nested_offset)
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    scale *= tl.div_rn(1.0, tl.load(scales + first_row + row, mask=inside_r, other=1.0))[:, None]
+    # As in nf4's kernel: a word's bytes come lowest first, but within a byte the high four bits do.
+    lane = tl.arange(0, 8)
+    values = tl.load(code + ((packed[:, :, None] >> ((lane ^ 1) * 4)[None, None, :]) & 0xF))
+    tile = tl.reshape((values * scale[:, :, None]).to(tl.float8e4nv), (ROWS, WORDS * 8))
+    column = tl.arange(0, WORDS * 8)
+    inside_c = first_word * 8 + column < row_words * 8
+    if WITH_OUT:
+        place = out + first_row.to(tl.int64) * out_stride + first_word * 8
+        tl.store(
+            place + (row * out_stride)[:, None] + column[None, :], tile, mask=inside_r[:, None] & inside_c[None, :]
+        )
+    if WITH_TURNED:
+        place = turned + (first_word * 8).to(tl.int64) * turned_stride + first_row
+        tl.store(
+            place + (column * turned_stride)[:, None] + row[None, :],
+            tl.trans(tile),
+            mask=inside_c[:, None] & inside_r[None, :],
+        )
+
+
+def quantize(x: Tensor, *, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`slimtune.engine.kernels.reference_fp8.quantize`."""
+    if not runs_on_triton(x):
+        return reference.quantize(x, factors=factors)
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=E4M3, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = pow2(size)
+    _quantize[(rows,)](
+        x, scales if factors is None else factors, out, scales, x.stride(0), size,
+        WITH_FACTORS=factors is not None, BLOCK=block, ALIGN=row_alignment(x),
+        num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out, scales
+
+
+def from_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    scales: Tensor,
+    *,
+    shape: tuple[int, int],
+    nested: NestedScales | None = None,
+    blocksize: int = 64,
+    out: Tensor | None = None,
+    turned: Tensor | None = None,
+) -> None:
+    """See :func:`slimtune.engine.kernels.reference_fp8.from_nf4`."""
+    if not runs_on_triton(packed):
+        reference.from_nf4(
+            packed, absmax, scales, shape=shape, nested=nested, blocksize=blocksize, out=out, turned=turned
+        )
+        return
+    code, words = table_of(NF4_CODE, packed.device), packed.view(-1).view(torch.int32)
+    rows, row_words = shape[0], shape[1] // 8
+    block_rows, block_words = (128, 8) if turned is not None else (16, 64)
+    _from_nf4[(cdiv(rows, block_rows), cdiv(row_words, block_words))](
+        words, absmax, code,
+        code if nested is None else nested.absmax, code if nested is None else nested.code,
+        code if nested is None else nested.offset,
+        scales, words if out is None else out, words if turned is None else turned, rows, row_words,
+        0 if out is None else out.stride(0), 0 if turned is None else turned.stride(0),
+        NESTED=nested is not None, NESTED_BLOCK=256 if nested is None else nested.blocksize,
+        BLOCK_WORDS=blocksize // 8, WITH_OUT=out is not None, WITH_TURNED=turned is not None,
+        ROWS=block_rows, WORDS=block_words, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See :func:`slimtune.engine.kernels.reference_fp8.product`."""
+    if not x.is_cuda:
+        return reference.product(x, x_scales, weight, scales, out=out)
+    return torch._scaled_mm(
+        x, weight.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True, out=out
+    )

@@ -1,0 +1,95 @@
+"""FP8 operands: e4m3's own rounding of what NF4 and activations hold, and products that stay within it."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import fp8, nf4
+from tests.engine.kernels.maker import Maker
+
+SHAPES = [(144, 576), (16, 64)]
+EPS = 2.0**-4
+"""Half of e4m3's last place, over the number."""
+
+
+def quantised(make: Maker, shape: tuple[int, int], *, double: bool) -> tuple[dict[str, object], Tensor]:
+    """A weight whose rows and blocks differ in scale, as the kernel takes it, and in float32."""
+    weight = make(*shape) * 10.0 ** make(shape[0], 1, dtype=torch.float32).to(make.dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
+    nested = state.state2 and nf4.NestedScales(state.state2.absmax, state.state2.code, state.offset)
+    arguments = {"packed": packed, "absmax": state.absmax, "nested": nested}
+    return arguments, nf4.dequantize(**arguments, shape=shape, dtype=torch.float32)
+
+
+def written(arguments: dict[str, object], scales: Tensor, shape: tuple[int, int], *names: str) -> dict[str, Tensor]:
+    """Both layouts, or one."""
+    device = scales.device
+    places = {"out": torch.empty(shape, device=device), "turned": torch.empty(shape[::-1], device=device)}
+    places = {name: places[name].fill_(7.0).to(fp8.E4M3) for name in names}
+    fp8.from_nf4(**arguments, scales=scales, shape=shape, **places)
+    return {name: place.float() for name, place in places.items()}
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weight_is_rounded_once_and_its_transpose_is_the_same(
+    make: Maker, shape: tuple[int, int], double: bool
+) -> None:
+    arguments, weight = quantised(make, shape, double=double)
+    scales = fp8.row_scales(arguments["absmax"], shape[0], nested=arguments["nested"])
+    assert torch.allclose(weight.abs().amax(1), scales * 448, rtol=1e-6)
+    both = written(arguments, scales, shape, "out", "turned")
+    assert torch.equal(both["out"], both["turned"].t())
+    for name, alone in (("out", both["out"]), ("turned", both["turned"])):
+        assert torch.equal(written(arguments, scales, shape, name)[name], alone)
+    apart = (both["out"] * scales[:, None] - weight).abs()
+    assert (apart <= EPS * weight.abs() + scales[:, None] * 2.0**-10 * 1.001).all()
+    assert torch.equal(both["out"].abs().amax(1), torch.full_like(scales, 448.0))
+
+
+@pytest.mark.parametrize("size", [64, 576, 1088])
+def test_a_row_is_rounded_by_its_own_scale(make: Maker, size: int) -> None:
+    x = make.strided_copy(make(9, size) * 10.0 ** make(9, 1, dtype=torch.float32).to(make.dtype).clamp(-2, 2))
+    factors = make(size, dtype=torch.float32).abs() + 0.1
+    for by in (None, factors):
+        want = x.float() if by is None else x.float() * by
+        x8, scales = fp8.quantize(x, factors=by)
+        assert torch.equal(x8.float().abs().amax(1), torch.full((9,), 448.0, device=x.device))
+        assert torch.allclose(want.abs().amax(1, keepdim=True), scales * 448, rtol=1e-6)
+        assert ((x8.float() * scales - want).abs() <= (EPS * want.abs() + scales * 2.0**-10) * 1.001).all()
+
+
+def test_a_row_of_zeros_is_one_and_what_is_no_number_stays_none(make: Maker) -> None:
+    x = make(4, 64)
+    x[0], x[1, 3], x[2, 5] = 0.0, float("nan"), float("inf")
+    x8, scales = fp8.quantize(x)
+    assert not x8[0].float().any()
+    assert torch.isfinite(scales[0]).all()
+    assert torch.isnan(x8[1, 3].float())
+    assert torch.isfinite(x8[1].float()).sum() == 63
+    weight = torch.ones(16, 64, device=x.device).to(fp8.E4M3)
+    y = fp8.product(x8, scales, weight, torch.ones(16, device=x.device))
+    assert not y[0].any()
+    assert torch.isnan(y[1:3]).all()
+    assert torch.isfinite(y[3]).all()
+
+
+def test_forward_and_backward_multiply_with_the_same_numbers(make: Maker) -> None:
+    shape = (144, 576)
+    arguments, _ = quantised(make, shape, double=True)
+    scales = fp8.row_scales(arguments["absmax"], shape[0], nested=arguments["nested"])
+    places = {"out": torch.empty(shape, dtype=fp8.E4M3, device=scales.device)}
+    places["turned"] = torch.empty(shape[::-1], dtype=fp8.E4M3, device=scales.device)
+    fp8.from_nf4(**arguments, scales=scales, shape=shape, **places)
+    weight = places["out"].double() * scales.double()[:, None]
+    x, dy = make(32, 576), make(32, 144)
+    for given, operand, own, want in (
+        (fp8.quantize(x), places["out"], scales, x.double() @ weight.t()),
+        (fp8.quantize(dy, factors=scales), places["turned"], torch.ones(576, device=dy.device), dy.double() @ weight),
+    ):
+        y = fp8.product(*given, operand, own).double()
+        # Each factor of a sum is off by up to 1/16 at random: 2.6 % of what the sum's terms add up to in squares.
+        assert (y - want).square().mean().sqrt() < 0.03 * want.square().mean().sqrt()

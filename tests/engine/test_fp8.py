@@ -1,0 +1,137 @@
+"""Products in FP8: which they are, what they are against plain formulas, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimtune.engine import Engine
+from slimtune.engine import engine as engine_module
+from slimtune.engine.fp8 import Fp8Weight, pays
+from slimtune.engine.kernels import fp8
+from slimtune.engine.weights import Gradients, Site, dense
+from tests.engine import models
+
+COUNT = 40
+
+
+@pytest.fixture(autouse=True)
+def _small_shapes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
+
+
+def make_model(family: str = "qwen2", **options: object) -> nn.Module:
+    return models.add_lora(models.quantize(models.make_base(family), double=True), **options)
+
+
+def make_engine(model: nn.Module, **options: object) -> Engine:
+    return Engine(model, dtype=torch.bfloat16, tokens=64, **{"fp8": True, **options})
+
+
+def gradients_of(engine: Engine, model: nn.Module) -> dict[str, Tensor]:
+    engine.flat.grad.zero_()
+    engine.forward_backward(models.pack(), COUNT)
+    return models.gradients(model)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def test_a_projection_is_its_formula() -> None:
+    """qkv of Qwen2: three adapters and biases on one input, against float64 over the same numbers of e4m3."""
+    site: Site = make_engine(make_model()).layers[0].sites[0]
+    eight = site.in_fp8
+    assert isinstance(eight, Fp8Weight)
+    torch.manual_seed(0)
+    x, dy = torch.randn(64, site.inputs).bfloat16(), torch.randn(64, site.outputs).bfloat16()
+    site.refresh()
+    buffer = site.buffer_of(x, None)
+    y, sink = site.forward(buffer), Gradients.zeros(site)
+    dx = site.backward(dy, buffer, None, sink)
+    assert dx is not None
+
+    weight = torch.empty(site.outputs, site.inputs, dtype=fp8.E4M3)
+    eight.write(weight, None)
+    wide = weight.double() * eight.scales.double()[:, None]
+    apart = rms(wide - torch.cat([dense(linear, torch.float32) for linear in site.projection.linears])) / rms(wide)
+    assert 0.005 < apart < 0.03, "a rounding to e4m3"
+    down = torch.cat([adapter.a.detach() for adapter in site.projection.adapters]).bfloat16().double()
+    up = torch.block_diag(*(adapter.b.detach() * adapter.scaling for adapter in site.projection.adapters))
+    bias = torch.cat([linear.bias for linear in site.projection.linears])
+    u, du = (x.double() @ down.t()).bfloat16().double(), (dy.double() @ up.bfloat16().double())
+    x8, scales = fp8.quantize(x)
+    want = (x8.double() * scales) @ wide.t() + u @ up.bfloat16().double().t() + bias.bfloat16().double()
+    # The frozen product is rounded once, and the sum once more.
+    assert rms(y - want) < 0.004 * rms(want)
+    dy8, scales = fp8.quantize(dy, factors=eight.scales)
+    want = (dy8.double() * scales) @ weight.double() + du.bfloat16().double() @ down
+    assert rms(dx - want) < 0.004 * rms(want)
+    assert rms(sink.a - du.t() @ x.double()) < 0.004 * rms(sink.a)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "qwen3_5_text", "qwen3_moe"])
+def test_gradients_stay_near_the_models_own(family: str) -> None:
+    model = make_model(family)
+    loss, expected = models.reference(model, models.pack(), COUNT)
+    engine = make_engine(model)
+    # Experts, and a projection with fewer than 16 outputs for one thing, are in 16 bits.
+    assert engine.fp8_share > {"qwen3_moe": 0.2, "qwen3_5_text": 0.5}.get(family, 0.99)
+    engine.flat.grad.zero_()
+    found = float(engine.forward_backward(models.pack(), COUNT))
+    assert found == pytest.approx(loss, rel=0.02)
+    actual = models.gradients(model)
+    apart = {name: float((actual[name] - own).norm() / own.norm()) for name, own in expected.items()}
+    in_16_bits = gradients_of(make_engine(model, fp8=False), model)
+    own = {name: float((in_16_bits[name] - value).norm() / value.norm()) for name, value in expected.items()}
+    # e4m3 keeps 4 bits where bfloat16 keeps 8: a rounding is sixteen times as large, and each product has two more.
+    assert 1.5 * sum(own.values()) < sum(apart.values()) < 40 * sum(own.values())
+    assert all(apart[name] < 40 * own[name] for name in own)
+
+
+def test_weights_that_are_kept_and_that_are_made_anew_are_the_same() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    assert engine.plan.kept_weights == len(engine.layers)
+    kept = gradients_of(engine, model)
+    for layer in engine.layers:
+        for site in layer.sites:
+            site._kept = None
+    anew = gradients_of(engine, model)
+    assert all(torch.equal(kept[name], anew[name]) for name in kept)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "anew"])
+def test_evaluation_is_in_16_bits_and_leaves_nothing_behind(kept: bool) -> None:
+    model, batch = make_model(), models.pack()
+    engine, plain = make_engine(model), make_engine(model, fp8=False)
+    for layer in () if kept else engine.layers:
+        for site in layer.sites:
+            site._kept = None
+    want, before = plain.evaluate(batch)[0], gradients_of(engine, model)
+    assert torch.equal(engine.evaluate(batch)[0], want)
+    after = gradients_of(engine, model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert float(engine.forward_backward(batch, COUNT)) != float(want) / COUNT
+    assert torch.equal(engine.evaluate(batch)[0], want)
+
+
+def test_a_weight_takes_what_it_takes_in_16_bits() -> None:
+    model = make_model()
+    assert make_engine(model).plan.kept_bytes == make_engine(model, fp8=False).plan.kept_bytes
+
+
+def test_what_is_not_in_nf4_stays_in_16_bits() -> None:
+    base = models.make_base("qwen2").bfloat16()
+    engine = make_engine(models.add_lora(base))
+    assert engine.fp8_share == 0.0
+    assert all(site.in_fp8 is None for layer in engine.layers for site in layer.sites)
+
+
+def test_small_steps_stay_in_16_bits() -> None:
+    assert pays(16384, 2048, 2048)
+    assert not pays(1024, 2048, 2048)
+    assert not pays(16384, 2048, 64)
