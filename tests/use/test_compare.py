@@ -8,6 +8,7 @@ import pytest
 from slimtune.errors import GuardStop, UserError
 from slimtune.run.interval import bootstrap
 from slimtune.use.compare import Comparison, Item, compare, exact_match, fail_if, load_checker
+from slimtune.use.compare_page import comparison_page, marked
 from slimtune.use.general import GENERAL
 from slimtune.use.generate import generate
 from slimtune.use.load import Opened
@@ -23,7 +24,7 @@ def _item(part: str, before: float, after: float) -> Item:
 @pytest.fixture
 def made() -> Comparison:
     items = [_item("held-out", *scores) for scores in ((0, 1), (0, 1), (1, 1), (1, 0))]
-    return Comparison("run", [*items, _item("general", 1, 0)], None, None, None)
+    return Comparison("run", "base/of-it", [*items, _item("general", 1, 0)], None, None, None)
 
 
 def test_each_side_is_scored_on_its_own_replies(opened: Opened, tmp_path: Path) -> None:
@@ -62,11 +63,29 @@ def test_counts_rows_and_what_got_worse(made: Comparison) -> None:
 
 
 def test_the_page_escapes_what_models_say(made: Comparison) -> None:
-    page = made.page()
+    page = comparison_page(made, "en")
     assert "asked &lt;b&gt;" in page
-    assert "said &amp; &lt;script&gt;now" in page
+    assert "&lt;script&gt;now</mark>" in page
     assert "<script" not in page
     assert "Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">" in page
+
+
+def test_the_page_marks_what_the_other_reply_has_not_and_folds_what_is_long() -> None:
+    assert marked("It is the shed.", "It is a shed.") == [("It is ", False), ("the", True), (" shed.", False)]
+    assert marked("在棚子下", "在桌子下") == [("在", False), ("棚", True), ("子下", False)]
+    assert "".join(text for text, _ in marked("a\n b  c", "")) == "a\n b  c"
+    long = Item("held-out", "asked", "expected", "word " * 200, "short", 0, 1, (("system", "Be brief."),))
+    page = comparison_page(Comparison("run", "base", [long], None, None, None), "zh")
+    assert page.count('class="text fold"') == page.count('type="checkbox"') == 1
+    assert "Be brief." in page
+    assert '<html lang="zh-CN">' in page
+
+
+def test_what_is_expected_is_told_in_words_and_its_rule_accepts_it() -> None:
+    for question in GENERAL:
+        assert not set("\\?*|^") & set(question.expected)
+        answers = ["red, blue, green"] if "three words" in question.expected else question.expected.split(" / ")
+        assert all(map(question.is_right, answers)), question
 
 
 @pytest.mark.parametrize("condition", ["score<0.76", "losses >= 1", "general_change<-0.5"])

@@ -12,13 +12,19 @@ from slimtune.cli.early import check_files, check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
-from slimtune.errors import UserError
+from slimtune.errors import UserError, written_out
+from slimtune.language import language
 
 if TYPE_CHECKING:
+    from slimtune.use.compare import Comparison
     from slimtune.use.held_out import HeldOut
     from slimtune.use.load import Opened
 
 __all__ = ["command"]
+
+_WORKS = {"tuned": "asking tuned", "base": "asking base", "losses": "losses"}
+_SHOWN, _CHARACTERS = 5, 80
+"""Of what got worse: rows, and of each text."""
 
 
 @click.command()
@@ -57,13 +63,11 @@ def command(
     check_target(target)
     check_files(*[data] if data else [])
     with fast_imports():
-        from rich.box import SIMPLE
-        from rich.table import Table
-
-        from slimtune.cli.page import Page
+        from slimtune.cli.bar import counting
         from slimtune.run.durable import check_writable, replace_file
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
+        from slimtune.use.compare_page import comparison_page
         from slimtune.use.load import open_model
         from slimtune.use.sampling import Sampling
 
@@ -78,22 +82,47 @@ def command(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
         say_if_slow(opened)
-        made = compare(opened, data or _held_out(opened), checker=check, general=general, sampling=sampling)
+        asked = data or _held_out(opened)
+        with counting(_WORKS) as tell:
+            made = compare(opened, asked, checker=check, general=general, sampling=sampling, on_progress=tell)
     text = json.dumps(made.as_dict(), ensure_ascii=False, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "compare.html", made.page())
+    replace_file(folder / "compare.html", comparison_page(made, language()))
     replace_file(folder / "compare.json", text + "\n")
     if as_json:
         click.echo(text)
     else:
-        table = Table("", "base", "tuned", "change", box=SIMPLE)
-        for row in made.rows():
-            table.add_row(*row)
-        Page().print(table)
-        for item in made.worse()[:5]:
-            click.echo(f"worse: {item.asked[:60]!r}: {item.base_reply[:60]!r} → {item.reply[:60]!r}")
-        click.echo(f"every reply: {folder / 'compare.html'}")
+        _show(made, folder / "compare.html")
     fail_if(made, conditions)
+
+
+def _show(made: Comparison, page: Path) -> None:
+    """The table, and what got worse, at the width that there is."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    from slimtune.cli.page import Page
+
+    screen = Page()
+    table = Table("", "base", "tuned", "change", box=SIMPLE)
+    for row in made.rows():
+        table.add_row(*row)
+    screen.print(table)
+    worse = made.worse()
+    if worse:
+        lost = Table("got worse", "base", "tuned", box=SIMPLE, expand=True)
+        for item in worse[:_SHOWN]:
+            lost.add_row(*(Text(_short(text)) for text in (item.asked, item.base_reply, item.reply)))
+        screen.print(lost)
+    if len(worse) > _SHOWN:
+        click.echo(f"and {len(worse) - _SHOWN} more")
+    click.echo(f"every reply: {page}")
+
+
+def _short(text: str) -> str:
+    line = " ".join(written_out(text).split())
+    return line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…"
 
 
 def _held_out(opened: Opened) -> HeldOut | None:

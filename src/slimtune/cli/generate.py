@@ -47,9 +47,7 @@ def command(
     check_target(target)
     check_files(prompts)
     with fast_imports():
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
+        from slimtune.cli.bar import counting
         from slimtune.run.durable import check_writable
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.answers import answer_file
@@ -65,16 +63,14 @@ def command(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )
         say_if_slow(opened)
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("answering", total=None)
+        with counting({"replies": "answering"}) as tell:
             already = answer_file(
                 opened,
                 questions,
                 output,
                 sampling,
                 with_base=with_base,
-                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                on_progress=lambda done, total: tell("replies", done, total),
             )
     kept = f" ({already} replies were there already)" if already else ""
     click.echo(f"{len(questions)} prompts answered in {output}{kept}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slimtune.errors import shown
+from slimtune.language import Lang
 
 __all__ = [
     "Bar",
@@ -30,7 +31,6 @@ __all__ = [
     "value_text",
 ]
 
-Lang = Literal["en", "zh"]
 Status = Literal["told", "proved", "broken", "unmeasured"]
 Facts = Mapping[str, Any]
 """A run's facts, or a part of them (:class:`slimtune.run.facts.Facts`)."""

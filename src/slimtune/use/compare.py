@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from slimtune.data.documents import Documents
-from slimtune.data.page import POLICY, quoted
 from slimtune.errors import GuardStop, UserError
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.use.evaluate import documents_of, losses
@@ -28,6 +27,8 @@ __all__ = ["Checker", "Comparison", "Item", "compare", "exact_match", "fail_if",
 
 Checker = Callable[[str, str], float]
 """(reply, reference) to a score between 0 and 1."""
+OnProgress = Callable[[str, int, int], None]
+"""Takes which work (tuned, base, losses), how much of it is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Item:
     part: str
     """held-out or general."""
     asked: str
+    """The last turn of what was asked."""
     reference: str
+    """What was expected, for people to read."""
     base_reply: str
     reply: str
     base_score: float
     score: float
+    before: tuple[tuple[str, str], ...] = ()
+    """What stood before the last turn: (role, text) each."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Comparison:
     """What came out of it. Losses are None without held-out rows."""
 
     name: str
+    base: str
+    """The base's name."""
     items: list[Item]
     loss: Interval | None
     base_loss: Interval | None
@@ -99,24 +106,6 @@ class Comparison:
         """Plain data for ``compare.json``."""
         return {"numbers": self.numbers(), **asdict(self)}
 
-    def page(self) -> str:
-        """A page of its own, without scripts: the table, what got worse, and every reply."""
-        rows = "".join("<tr>" + "".join(f"<td>{quoted(cell)}" for cell in row) for row in self.rows())
-        parts = [
-            f"<h1>{quoted(self.name)}: base against tuned</h1>",
-            f"<table>{_head('', 'base', 'tuned', 'change')}{rows}</table>",
-        ]
-        for title, items in (("What got worse", self.worse()), ("Every reply", self.items)):
-            body = "".join(
-                "<tr>"
-                + "".join(f"<td>{quoted(text)}" for text in (i.asked, i.reference, i.base_reply, i.reply))
-                + f"<td>{i.base_score:g} → {i.score:g}"
-                for i in items
-            )
-            head = _head("asked", "reference", "base", "tuned", "score")
-            parts.append(f"<h2>{title}</h2>" + (f"<table>{head}{body}</table>" if items else "<p>Nothing.</p>"))
-        return _PAGE.format(policy=POLICY, title=quoted(self.name), body="\n".join(parts))
-
 
 def compare(
     opened: Opened,
@@ -125,6 +114,7 @@ def compare(
     checker: Checker | None = None,
     general: bool = True,
     sampling: Sampling | None = None,
+    on_progress: OnProgress = lambda work, done, total: None,
 ) -> Comparison:
     """Ask base and tuned the same, greedily unless told otherwise, and score both.
 
@@ -134,6 +124,7 @@ def compare(
         checker: Scores a reply against the row's answer; exact match unless given.
         general: Ask the package's general set too.
         sampling: How tokens are chosen.
+        on_progress: Takes how much of which work is done.
 
     Raises:
         UserError: The target has no adapter, or the data can't be read.
@@ -152,9 +143,9 @@ def compare(
     if not asked:
         raise UserError("there is nothing to compare on", way_out="Give DATA, or leave the general set in.")
     prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
-    replies = _in_order(opened, prompts, sampling)
+    replies = _in_order(opened, prompts, sampling, lambda done: on_progress("tuned", done, len(prompts)))
     with opened.as_base():
-        base_replies = _in_order(opened, prompts, sampling)
+        base_replies = _in_order(opened, prompts, sampling, lambda done: on_progress("base", done, len(prompts)))
     items = []
     for at, question in enumerate(asked):
         held_out = at < len(questions)
@@ -163,17 +154,20 @@ def compare(
         else:
             rule = GENERAL[at - len(questions)]
             scores = [float(rule.is_right(text)) for text in (base_replies[at], replies[at])]
-        reference = question.reference or "" if held_out else GENERAL[at - len(questions)].pattern
-        text = str(question.messages[-1].get("content", ""))
+        reference = question.reference or "" if held_out else GENERAL[at - len(questions)].expected
+        *before, text = [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in question.messages]
         part = "held-out" if held_out else "general"
-        items.append(Item(part, text, reference, base_replies[at], replies[at], *scores))
+        items.append(Item(part, text[1], reference, base_replies[at], replies[at], *scores, tuple(before)))
     loss = base_loss = change = None
     if documents is not None:
+        on_progress("losses", 0, 2)
         tuned = losses(opened, documents)
+        on_progress("losses", 1, 2)
         with opened.as_base():
             bare = losses(opened, documents)
+        on_progress("losses", 2, 2)
         loss, base_loss, change = tuned.mean(), bare.mean(), bootstrap(tuned.nats - bare.nats, tuned.tokens)
-    return Comparison(opened.found.name, items, loss, base_loss, change)
+    return Comparison(opened.found.name, _base_of(opened), items, loss, base_loss, change)
 
 
 def exact_match(reply: str, reference: str) -> float:
@@ -234,26 +228,15 @@ def fail_if(comparison: Comparison, conditions: Sequence[str]) -> None:
             raise GuardStop(f"{name} is {numbers[name]:.4g}", rule=f"--fail-if {text}")
 
 
-def _in_order(opened: Opened, prompts: list[list[int]], sampling: Sampling) -> list[str]:
-    made = {reply.index: reply.text for reply in generate(opened, prompts, sampling)}
+def _base_of(opened: Opened) -> str:
+    passport = opened.found.passport
+    return passport.base if passport is not None else opened.found.base.name
+
+
+def _in_order(opened: Opened, prompts: list[list[int]], sampling: Sampling, tell: Callable[[int], None]) -> list[str]:
+    made: dict[int, str] = {}
+    tell(0)
+    for reply in generate(opened, prompts, sampling):
+        made[reply.index] = reply.text
+        tell(len(made))
     return [made[index] for index in range(len(prompts))]
-
-
-def _head(*names: str) -> str:
-    return "<tr>" + "".join(f"<th>{name}" for name in names)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-{policy}
-<title>{title}: base against tuned</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-td, th {{ text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #8884; }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-</style>
-{body}
-</html>
-"""
