@@ -148,16 +148,15 @@ def compare(
         base_replies = _in_order(opened, prompts, sampling, lambda done: on_progress("base", done, len(prompts)))
     items = []
     for at, question in enumerate(asked):
-        held_out = at < len(questions)
-        if held_out:
-            scores = [float(check(text, question.reference or "")) for text in (base_replies[at], replies[at])]
+        if at < len(questions):
+            part, reference = "held-out", question.reference or ""
+            was, now = (float(check(text, reference)) for text in (base_replies[at], replies[at]))
         else:
             rule = GENERAL[at - len(questions)]
-            scores = [float(rule.is_right(text)) for text in (base_replies[at], replies[at])]
-        reference = question.reference or "" if held_out else GENERAL[at - len(questions)].expected
-        *before, text = [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in question.messages]
-        part = "held-out" if held_out else "general"
-        items.append(Item(part, text[1], reference, base_replies[at], replies[at], *scores, tuple(before)))
+            part, reference = "general", rule.expected
+            was, now = (float(rule.is_right(text)) for text in (base_replies[at], replies[at]))
+        *before, last = [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in question.messages]
+        items.append(Item(part, last[1], reference, base_replies[at], replies[at], was, now, tuple(before)))
     loss = base_loss = change = None
     if documents is not None:
         on_progress("losses", 0, 2)
