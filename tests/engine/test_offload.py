@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import weakref
-from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 
 from slimtune.engine import Engine
+from slimtune.engine import engine as engine_module
 from slimtune.engine.decoder import Saved
+from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.offload import InputsInRam, pinned
 from slimtune.errors import UserError
 from tests.engine import models
-
-
-@dataclass
-class _Copy:
-    target: weakref.ref[Tensor]
-    source: weakref.ref[Tensor]
-    memory: tuple[StorageWeakRef, StorageWeakRef]
-    before: Tensor
-
-
-class LateCopies:
-    """Copies that are done when they are waited for and no earlier, as they may be beside a GPU that is busy.
-
-    Until then the target holds nothing, and both sides must stay: memory that nobody holds is the next tensor's.
-    """
-
-    def __init__(self) -> None:
-        self.begun, self.done = 0, 0
-
-    def begin(self, target: Tensor, source: Tensor) -> _Copy:
-        before = source.clone()
-        target.fill_(math.nan)
-        self.begun += 1
-        storages = StorageWeakRef(target.untyped_storage()), StorageWeakRef(source.untyped_storage())
-        return _Copy(weakref.ref(target), weakref.ref(source), storages, before)
-
-    def wait(self, copied: _Copy) -> None:
-        assert not any(memory.expired() for memory in copied.memory), "given away under a copy"
-        target, source = copied.target(), copied.source()
-        assert source is None or torch.equal(source, copied.before), "written under a copy"
-        if target is not None:  # else nobody will read it: its pass broke off
-            target.copy_(copied.before)
-        self.done += 1
+from tests.engine.copies import LateCopies
 
 
 def engine_of(model: nn.Module, ram: int) -> Engine:
-    """With the least memory."""
-    return Engine(model, dtype=torch.float32, tokens=64, memory=0, ram=ram)
+    """With the least memory; weights stay where they are."""
+
+    def resident(*args: Any, **options: Any) -> MemoryPlan:
+        return plan_memory(*args, **{**options, "stored": ()})
+
+    with mock.patch.object(engine_module, "plan_memory", resident):
+        return Engine(model, dtype=torch.float32, tokens=64, memory=0, ram=ram)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma4-e2b", "qwen3_moe", "qwen3_5_text"])
@@ -151,7 +123,7 @@ def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaGetErrorString=lambda _: "out of memory")
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     with pytest.raises(UserError, match=r"0\.00GiB of RAM can't be locked .*out of memory") as refused:
-        pinned(4096)
+        pinned(4096, "layers' inputs")
     assert "--max-length" in (refused.value.way_out or "")
     with pytest.raises(UserError, match="GiB of RAM can't be locked"):
-        pinned(1 << 62)
+        pinned(1 << 62, "layers' inputs")

@@ -260,3 +260,11 @@ def test_inputs_that_waited_in_ram_are_told_in_both_languages(facts: Facts) -> N
         told = texts(explain(facts, language), "training")
         assert "31" in told
         assert megabytes(31 << 29) in told
+
+
+def test_streamed_weights_are_told_in_both_languages(facts: Facts) -> None:
+    facts["training"] |= {"memory_kind": "gpu peak allocated", "streamed_layers": 77, "streamed_bytes": 77 << 28}
+    for language in ("en", "zh"):
+        told = texts(explain(facts, language), "training")
+        assert "77" in told
+        assert megabytes(77 << 28) in told

@@ -61,6 +61,17 @@ class Unloaded:
         scales = blocks + 4 * math.ceil(blocks / _SCALES_AT_ONCE) + 4 if self.double_quant else 4 * blocks
         return matrices * (blocks * NF4_BLOCK // 2 + scales)
 
+    def bulk_of(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Bytes of each of the tensors that hold most of a parameter, as it is loaded."""
+        if name not in self.four_bit:
+            return (self.bytes_of(name, parameter),)
+        matrices = parameter.shape[0] if parameter.dim() == 3 else 1
+        weights = parameter.numel() // matrices
+        if self.stored == "mxfp4" and parameter.dim() == 3:
+            return matrices * weights // 2, matrices * weights // 32
+        blocks = math.ceil(weights / NF4_BLOCK)
+        return matrices * blocks * NF4_BLOCK // 2, matrices * blocks * (1 if self.double_quant else 4)
+
     @property
     def nbytes(self) -> int:
         """What the base will take in memory."""

@@ -27,7 +27,7 @@ from slimtune.plan import (
     resolve_steps,
     steps_of_run,
 )
-from slimtune.run.lines import data_line, in_ram_line, memory_line, packs_line, steps_line
+from slimtune.run.lines import data_line, in_ram_line, memory_line, packs_line, steps_line, streamed_line
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
@@ -90,5 +90,7 @@ def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Sc
     screen.say("memory", memory_line(planned.parts, config.memory))
     if planned.ram_layers:
         screen.say("memory", in_ram_line(range(planned.ram_layers), planned.layers, planned.ram_bytes))
+    if planned.streamed_layers:
+        screen.say("memory", streamed_line(planned.streamed_layers, planned.layers, planned.streamed_bytes))
     if not planned.trains:
         screen.warn(f"memory: {config.memory} is too little for documents of {config.max_length:,} tokens")

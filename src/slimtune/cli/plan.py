@@ -120,5 +120,5 @@ def _cells(row: Forecast) -> tuple[str, ...]:
 
     parts = (gib(row.parts[part]) for part in ("weights", "adapter", "activations", "workspace"))
     longest = f"{row.longest:,}" if row.longest else "-"
-    ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.ram_bytes, row.longest_ram))
+    ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.locked_bytes, row.longest_ram))
     return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ from slimtune.engine.structure import (
     Rotary,
     SelfAttention,
 )
-from slimtune.engine.weights import Scratch
+from slimtune.engine.weights import Place, Scratch, places_of, whole_bytes
 
 __all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
 
@@ -129,6 +130,21 @@ class LayerComputation:
         return d
 
     # -- sizes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def places(self) -> list[Place]:
+        """Where its frozen matrices are held, as they are stored."""
+        return [place for weight in self.weights for place in places_of(weight)]
+
+    @property
+    def weights(self) -> list[Any]:
+        """The parameters of its frozen matrices."""
+        return [weight for block in self.blocks for part in block.parts for weight in part.weights]
+
+    @property
+    def stored_bytes(self) -> int:
+        """What those take, one behind the other."""
+        return sum(whole_bytes(place.tensor.nbytes) for place in self.places)
 
     @property
     def kind(self) -> tuple[object, ...]:

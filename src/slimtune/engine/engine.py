@@ -31,10 +31,11 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam, ram_for_inputs
+from slimtune.engine.offload import InputsInRam, ram_to_lock
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.read import check_values, read_decoder
+from slimtune.engine.streamed import StreamedWeights, make_resident
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
 
@@ -73,8 +74,8 @@ class Engine:
         graphs: Record CUDA graphs; only on CUDA.
         fp8: Multiply frozen weights of NF4 in FP8 where that is faster; evaluation stays in ``dtype``, which is
             bfloat16.
-        ram: Most bytes of RAM that layers' inputs may take where they don't fit the device; None: by what is free
-            beside a GPU, 0 on a CPU.
+        ram: Most bytes of RAM that layers' inputs and weights may take where they don't fit the device; None: by what
+            is free beside a GPU, 0 on a CPU.
 
     Attributes:
         flat: The LoRA parameters and their gradients.
@@ -131,7 +132,8 @@ class Engine:
             self._head = self._head.to(dtype)
         self._inputs = Inputs(tokens, self.decoder.scores, dtype, self.device, self._table_in_ram())
         self._tables = rotary_tables(self.decoder, tokens, self.device, dtype)
-        budget = self._budget(memory)
+        used = self._used()
+        budget = math.inf if memory is None else memory - used
         self.plan: MemoryPlan = plan_memory(
             self.layers,
             tokens,
@@ -141,15 +143,17 @@ class Engine:
             ways=self._inputs.packs_ways,
             per_layer=self._per_layer,
             ram=self._ram() if ram is None else ram,
+            stored=[layer.stored_bytes for layer in self.layers],
         )
+        self._streamed = self._streamed_weights()
         self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
-        self.least_memory: int | None = None if self.plan.nbytes <= budget else self._used() + self.plan.nbytes
-        self.parts = self._planned_parts()
+        self.least_memory: int | None = None if self.plan.nbytes <= budget else used + self.plan.nbytes
+        self.parts = self._planned_parts(used)
         self.graphs = graphs and self.device.type == "cuda"
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         # A copy's layer takes longer than its launches, so a graph would save nothing.
-        self._recording = self.graphs and self._away is None
+        self._recording = self.graphs and self._away is None and self._streamed is None
         self._recorded: dict[ShapeKey, _Recorded] = {}
         self._warm: set[tuple[Way, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -239,33 +243,41 @@ class Engine:
             return None
         return self._sums[start : start + size].view(site.outputs, site.rank)
 
-    def _budget(self, memory: int | None) -> float:
-        return math.inf if memory is None else memory - self._used()
-
-    def _planned_parts(self) -> dict[str, int]:
+    def _planned_parts(self, used: int) -> dict[str, int]:
         if self.device.type != "cuda":
             return {}
         adapter = adapter_bytes([parameter.numel() for parameter in self.flat.parameters])
         workspace = WORKSPACES + Inputs.nbytes_of(self._inputs.room)
         return {
-            "weights": self._used() - adapter - workspace,
+            "weights": used - adapter - workspace - self.plan.spared_bytes,
             "adapter": adapter,
             "activations": self.plan.kept_bytes,
-            "workspace": workspace + self.plan.nbytes - self.plan.kept_bytes,
+            "workspace": workspace + self.plan.nbytes + self.plan.spared_bytes - self.plan.kept_bytes,
         }
 
     def _ram(self) -> int:
-        return ram_for_inputs() if self.device.type == "cuda" else 0
+        return ram_to_lock() if self.device.type == "cuda" else 0
 
     def _inputs_in_ram(self) -> InputsInRam | None:
         plan, hidden = self.plan, self.layers[0].hidden
         return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
 
+    def _streamed_weights(self) -> StreamedWeights | None:
+        streamed = set(self.plan.streamed)
+        for index, layer in enumerate(self.layers):
+            if index not in streamed:
+                make_resident(layer, self.device)
+        layers = {index: self.layers[index] for index in self.plan.streamed}
+        return StreamedWeights(layers, self.device) if layers else None
+
     def _used(self) -> int:
-        """Bytes on the device besides the plan's, the optimizer's state that is to come among them."""
+        """Bytes on the device besides the plan's, if all weights lay there; the optimizer's state, to come, too."""
         if self.device.type != "cuda":
             return 0
-        return torch.cuda.memory_allocated(self.device) + WORKSPACES + state_bytes(self.flat.data.numel())
+        places = (place for layer in self.layers for place in layer.places)
+        in_ram = sum(place.tensor.nbytes for place in places if place.tensor.device.type != self.device.type)
+        allocated = torch.cuda.memory_allocated(self.device) + in_ram
+        return allocated + WORKSPACES + state_bytes(self.flat.data.numel())
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------
 
@@ -421,9 +433,13 @@ class Engine:
         saved = []
         if self._away is not None:
             self._away.begin()
+        if self._streamed is not None:
+            self._streamed.begin()
         for index, layer in enumerate(self.layers):
             # Nothing below the lowest adapter has a backward.
             wanted = None if keep is None or index < lowest else keep[index]
+            if self._streamed is not None:
+                self._streamed.take(index, step=1)
             x, residual, kept = layer.forward(x, residual, on, wanted, own_x=index > 0)
             saved.append(kept)
             if self._away is not None and wanted is not None and index in self._away:
@@ -459,6 +475,8 @@ class Engine:
         through, lowest = self._through and lowest is None, self._lowest if lowest is None else lowest
         for index in range(len(self.layers) - 1, lowest - 1, -1):
             assert g is not None
+            if self._streamed is not None:
+                self._streamed.take(index, step=-1)
             if self._away is not None:
                 self._away.take(index, saved, lowest)
             need_dx = index > lowest or through

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -30,6 +30,8 @@ _DEQUANTIZED = 1.5e12  # bytes of 16-bit weights written in a second, their 4 bi
 _FILL = 160  # tokens at which a product runs at half its rate
 _LINK = 25e9  # bytes that a bus brings to RAM or back in a second: PCIe 4.0 of 16 lanes
 _LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
+_STAGED = 2
+"""Streamed layers' weights that the device has room for at once."""
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
 
@@ -51,7 +53,7 @@ class MemoryPlan:
     padded_room: int
     """What :func:`slimtune.engine.attention.padded_tokens` may be in one call; a CUDA graph needs it."""
     nbytes: int
-    """What all of this is predicted to take, besides the model itself."""
+    """What all of this is predicted to take, besides the model itself; less what of the model is in RAM."""
     in_ram: tuple[int, ...] = ()
     """Layers whose input waits in RAM for their backward; each keeps nothing else. No graph is recorded then."""
     ram_bytes: int = 0
@@ -60,6 +62,12 @@ class MemoryPlan:
     """:attr:`slimtune.engine.blocks.Pass.sparing`."""
     kept_bytes: int = 0
     """Of ``nbytes``: what layers keep from forward to backward, and weights in the compute dtype."""
+    streamed: tuple[int, ...] = ()
+    """Layers whose frozen weights are in RAM, and come a layer ahead. No graph is recorded then."""
+    streamed_bytes: int = 0
+    """What those take there."""
+    spared_bytes: int = 0
+    """What the device holds less for them: they, but for what the next two are brought to."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class _Shape:
     vocabulary: int
     ways: Mapping[ScoresKind, Way]
     per_layer: PerLayerComputation | None = None
+    stored: Sequence[int] = ()
+    """Bytes of each layer's frozen weights as they lie; none: they stay where they are."""
 
     @cached_property
     def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
@@ -133,7 +143,11 @@ class _Shape:
             copy = plan.ram_bytes / len(plan.in_ram) / _LINK
             work = device / 2 / parts / len(self.layers)
             added += parts * 2 * sum(max(0.02 * copy, copy - work) for _ in plan.in_ram)
-        unrecorded = plan.in_ram or ("efficient" in self.ways.values() and not plan.padded_room)
+        if plan.streamed:
+            # Both ways; the layers are spread, so that a copy has those before it to run beside.
+            copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
+            added += parts * 2 * max(0.02 * copy, copy - work)
+        unrecorded = plan.in_ram or plan.streamed or ("efficient" in self.ways.values() and not plan.padded_room)
         if unrecorded:  # the device may wait for the host
             added += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added)
         return added
@@ -148,15 +162,21 @@ class _Shape:
         *,
         sparing: bool = False,
         ram: int = 0,
+        streamed: int = 0,
     ) -> MemoryPlan:
-        """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes."""
+        """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes.
+
+        The weights of ``streamed`` layers go there first, and no layer's are held in the compute dtype beside that.
+        """
+        stream_from, streamed_bytes, spared = self._streamed(streamed)
+        budget, ram = budget + spared, ram - streamed_bytes
         count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room, sparing)
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
         }
         stream = part_tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
         # The last layer's backward comes at once. Those before it are needed the latest, the first of all.
-        away = range(min(count - 1, ram // stream))
+        away = range(max(0, min(count - 1, ram // stream)))
         sizes[Keep.INPUT] = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
         work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
         fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch
@@ -177,7 +197,7 @@ class _Shape:
 
         raise_layers(Keep.ATTENTION)
         kept_weights = 0
-        while kept_weights < count and self.weights[kept_weights] <= max(0.0, room):
+        while not streamed and kept_weights < count and self.weights[kept_weights] <= max(0.0, room):
             room -= self.weights[kept_weights]
             kept_weights += 1
         raise_layers(Keep.GATES)
@@ -191,9 +211,35 @@ class _Shape:
             begun = self.per_layer.working_bytes(memory) + self.scratch + weights
             nbytes = max(nbytes, begun) + self.per_layer.kept_bytes(memory)
         return MemoryPlan(
-            tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes,
-            in_ram, len(in_ram) * stream, sparing, sum(held) + weights,
+            tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
+            in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, spared,
         )  # fmt: skip
+
+    def _streamed(self, count: int) -> tuple[tuple[int, ...], int, int]:
+        """So many layers, spread evenly; the bytes of their weights; what the device holds less for them."""
+        layers = len(self.stored)
+        numbers = tuple(index for index in range(layers) if (index + 1) * count // layers > index * count // layers)
+        sizes = [self.stored[number] for number in numbers]
+        return numbers, sum(sizes), sum(sizes) - _STAGED * max(sizes, default=0)
+
+    def fewest_streamed(self, lacking: float) -> int:
+        """How many layers have to be streamed for so many bytes more; all, if that isn't enough."""
+        counts = range(_STAGED + 1, len(self.stored) + 1)
+        return next((count for count in counts if self._streamed(count)[2] >= lacking), len(self.stored))
+
+    def streaming(self, sizes: Iterable[tuple[int, int, int, int]], budget: float, ram: int) -> list[MemoryPlan]:
+        """Plans that stream as few layers as fit, and all of them: what is spared may keep more."""
+        plans: list[MemoryPlan] = []
+        fitting = {count for count in range(1, len(self.stored) + 1) if self._streamed(count)[1] <= ram}
+        for size in sizes if len(fitting) > _STAGED else ():
+            for sparing, room in dict.fromkeys(((False, False), (True, False), (True, True))):
+                least = self.filled(*size, 0.0, sparing=sparing, ram=ram if room else 0)
+                for count in {self.fewest_streamed(least.nbytes - budget), max(fitting)} & fitting:
+                    streamed = self._streamed(count)[1]
+                    plans.append(
+                        self.filled(*size, budget, sparing=sparing, ram=ram if room else streamed, streamed=count)
+                    )
+        return plans
 
     def _peak(
         self, memory: Memory, keep: Sequence[Keep], held: Sequence[int], in_ram: frozenset[int], head: int
@@ -239,6 +285,7 @@ def plan_memory(
     ways: Mapping[ScoresKind, Way],
     per_layer: PerLayerComputation | None = None,
     ram: int = 0,
+    stored: Sequence[int] = (),
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -250,9 +297,10 @@ def plan_memory(
         longest: Tokens in the longest document; a part can't be smaller.
         ways: How each kind of attention is computed.
         per_layer: What makes the layers' inputs beside the stream.
-        ram: Bytes of RAM that layers' inputs may take, where nothing fits without.
+        ram: Bytes of RAM that layers' inputs and weights may take, where nothing fits without.
+        stored: Bytes of each layer's frozen weights as they lie on the device; none: they stay there.
     """
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer)
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
@@ -263,4 +311,6 @@ def plan_memory(
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:
             return min(fitting, key=shape.added_seconds)
-    return min(plans, key=lambda plan: plan.nbytes)
+    plans += shape.streaming(sizes, budget, ram)
+    fitting = [plan for plan in plans if plan.nbytes <= budget]
+    return min(fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)

@@ -24,7 +24,9 @@ from slimtune.engine.decoder import Saved
 from slimtune.errors import UserError
 from slimtune.hardware import free_ram
 
-__all__ = ["Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "pinned", "ram_for_inputs"]
+__all__ = [
+    "Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "copies_on", "pinned", "ram_slab", "ram_to_lock",
+]  # fmt: skip
 
 _RAM_SHARE = 0.7
 """Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
@@ -72,6 +74,11 @@ class CopiesInTurn:
         """See :meth:`Copies.wait`."""
 
 
+def copies_on(device: torch.device) -> Copies:
+    """What copies between RAM and a device."""
+    return CopiesBeside(device) if device.type == "cuda" else CopiesInTurn()
+
+
 class InputsInRam:
     """Places in RAM for some layers' inputs, each as large as the largest micro-batch's.
 
@@ -93,12 +100,9 @@ class InputsInRam:
         self._device = device
         self.nbytes = len(numbers) * tokens * hidden * dtype.itemsize
         """That are locked."""
-        slab = pinned(self.nbytes) if device.type == "cuda" else torch.empty(self.nbytes, dtype=torch.uint8)
-        if device.type == "cuda":
-            unlocked = weakref.finalize(self, _unlock, slab)
-            unlocked.atexit = False  # with the process all of it goes anyway
+        slab = ram_slab(self, self.nbytes, device, "layers' inputs")
         self._places = dict(zip(numbers, slab.view(dtype).view(len(numbers), tokens, hidden), strict=True))
-        self.copies: Copies = CopiesBeside(device) if device.type == "cuda" else CopiesInTurn()
+        self.copies: Copies = copies_on(device)
         self._leaving: deque[tuple[Tensor, Any]] = deque()
         self._coming: dict[int, tuple[Tensor, Any]] = {}
 
@@ -154,26 +158,40 @@ class InputsInRam:
         self._coming[layer] = first.s, self.copies.begin(first.s, place)
 
 
-def ram_for_inputs() -> int:
-    """Most bytes of this machine's RAM that layers' inputs may take now."""
+def ram_to_lock() -> int:
+    """Most bytes of this machine's RAM that layers' inputs and weights may take now."""
     return int(_RAM_SHARE * free_ram())
 
 
-def pinned(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of page-locked RAM, and not a byte more: torch's own are rounded up to powers of two.
-
-    It is unlocked by whoever asked for it.
+def ram_slab(owner: object, nbytes: int, device: torch.device, what: str) -> Tensor:
+    """uint8 [nbytes] of RAM, locked as long as its owner lives; beside a CPU there is nothing to lock it for.
 
     Raises:
         UserError: The system refuses it.
     """
-    what = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the layers' inputs"
+    if device.type != "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8)
+    slab = pinned(nbytes, what)
+    unlocked = weakref.finalize(owner, _unlock, slab)
+    unlocked.atexit = False  # with the process all of it goes anyway
+    return slab
+
+
+def pinned(nbytes: int, what: str) -> Tensor:
+    """uint8 [nbytes] of page-locked RAM, and not a byte more: torch's own are rounded up to powers of two.
+
+    It is unlocked by whoever asked for it; ``what`` it is for.
+
+    Raises:
+        UserError: The system refuses it.
+    """
+    refused = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the {what}"
     way_out = "Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed."
     try:
         # Not torch's, whose allocator would keep the memory. Private, as shared memory has small pages.
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UserError(f"{what}: {error}", way_out=way_out) from None
+        raise UserError(f"{refused}: {error}", way_out=way_out) from None
     # Large pages are locked in a fraction of the time; a process that is forked would be given a copy of locked ones.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with suppress(AttributeError, OSError):  # a system that has no such thing
@@ -184,8 +202,8 @@ def pinned(nbytes: int) -> Tensor:
     status = runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)
     if int(status) != 0:
         raise UserError(
-            f"{what}: {runtime.cudaGetErrorString(status)}",
-            rule="Layers' inputs go to RAM where a document's don't fit the GPU beside the rest.",
+            f"{refused}: {runtime.cudaGetErrorString(status)}",
+            rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
             way_out=way_out,
         )
     return slab

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,46 @@ from slimtune.engine.kernels.formats import NestedScales, Nf4Weight, dynamic_map
 from slimtune.engine.kernels.routing import Routes
 from slimtune.engine.structure import Adapter, ExpertStack, Linear, Projection
 
-__all__ = ["Gradients", "Scratch", "Site", "Stack", "dense", "unpack_for_training"]
+__all__ = ["Gradients", "Place", "Scratch", "Site", "Stack", "dense", "places_of", "unpack_for_training", "whole_bytes"]
 
 _NESTED_BLOCK = 256  # scales to one scale of scales, as base.packed makes them
 _MASKS = 3  # adapters on one input that lora's kernels draw dropout masks for at once
+_ADDRESSES = 256  # bytes: tensors in one memory start at multiples, as torch's allocator lets them
+_BULK = ("codes", "absmax", "blocks", "exponents")  # of a packed weight's parts; the others are a thousandth of these
 _ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
+
+
+class Place(NamedTuple):
+    """Where a frozen tensor is held: an attribute of an object, or an entry of a dictionary."""
+
+    owner: Any
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is held there."""
+        held: Tensor = self.owner[self.name] if isinstance(self.owner, dict) else getattr(self.owner, self.name)
+        return held
+
+    def put(self, tensor: Tensor) -> None:
+        """Hold another one there, of the same values."""
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = tensor
+        else:
+            setattr(self.owner, self.name, tensor)
+
+
+def whole_bytes(nbytes: int) -> int:
+    """Bytes to where the next tensor may begin behind one of so many."""
+    return -(-nbytes // _ADDRESSES) * _ADDRESSES
+
+
+def places_of(weight: Any) -> list[Place]:
+    """Where a frozen weight's bytes are held, but for what is small of them."""
+    parts, state = getattr(weight, "parts", None), getattr(weight, "quant_state", None)
+    if parts is not None:
+        return [Place(parts, name) for name in _BULK if name in parts]
+    return [Place(weight, "data"), *([] if state is None else [Place(state, "absmax")])]
 
 
 class Scratch:
@@ -133,6 +168,11 @@ class Site:
         return [*(da[: adapter.rank] for da, adapter in stacked), *sink.b]
 
     # -- the weight ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> list[Any]:
+        """The model's own parameters that it is made of."""
+        return [linear.base.weight for linear in self.projection.linears]
 
     @property
     def shared(self) -> Tensor | None:
@@ -417,6 +457,11 @@ class Stack:
     def _by_expert(self, b: Tensor) -> Tensor:
         """[outputs, r E] as [E, outputs, r], the same memory."""
         return b.view(self.outputs, self.rank, self.experts).permute(2, 0, 1)
+
+    @property
+    def weights(self) -> list[Any]:
+        """The model's own parameter."""
+        return [self.stack.weight]
 
     @property
     def shared(self) -> Tensor | None:

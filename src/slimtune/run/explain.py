@@ -544,8 +544,13 @@ def _memory(training: Facts, say: Say) -> str:
             f" The inputs of {away} layers waited in RAM for their backward: {locked} of it were locked.",
             f"{away} 层的输入在等待反向计算时放在内存里，为此锁定了 {locked} 内存。",
         )
+        layers, held = training.get("streamed_layers", 0), megabytes(training.get("streamed_bytes", 0))
+        streamed = say(
+            f" The weights of {layers} layers were in RAM and came a layer ahead: {held} of it were locked.",
+            f"{layers} 层的权重放在内存里，提前一层传到显卡，为此锁定了 {held} 内存。",
+        )
         told = say(f"At its peak, {size} of GPU memory were allocated.", f"显存分配的峰值是 {size}。")
-        return told + in_ram if away else told
+        return told + (in_ram if away else "") + (streamed if layers else "")
     if kind == "process resident":
         return say(
             f"At a logged step, the process held at most {size}.", f"按有记录的步计，进程占用内存最多时为 {size}。"

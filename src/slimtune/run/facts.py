@@ -140,6 +140,10 @@ class TrainingFacts:
     """Layers whose inputs waited in RAM for their backward."""
     ram_bytes: int = 0
     """Of RAM that were locked for them."""
+    streamed_layers: int = 0
+    """Layers whose weights were in RAM."""
+    streamed_bytes: int = 0
+    """Of RAM that were locked for them."""
     eval_loss: float | None = None
     own_head: str | None = None
     """Why the loss comes from the model's own head, where TRL's would be taken; None if it needn't."""

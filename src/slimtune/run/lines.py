@@ -20,6 +20,7 @@ __all__ = [
     "memory_line",
     "packs_line",
     "steps_line",
+    "streamed_line",
 ]
 
 
@@ -66,6 +67,14 @@ def in_ram_line(away: Sequence[int], layers: int, nbytes: int) -> str:
     return (
         f"the inputs of {len(away)} of {layers} layers wait in RAM for their backward ({nbytes / 2**30:.2f}GiB locked)"
         f": {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch of full length, beside the layers' work"
+    )
+
+
+def streamed_line(streamed: int, layers: int, nbytes: int) -> str:
+    """What of the weights is in RAM, and what that costs."""
+    return (
+        f"the weights of {streamed} of {layers} layers are in RAM ({nbytes / 2**30:.2f}GiB locked) and come a layer "
+        f"ahead: {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch, beside the layers' work; no CUDA graphs"
     )
 
 

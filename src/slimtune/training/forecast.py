@@ -27,10 +27,11 @@ from slimtune.engine.decoder import LayerComputation, computations, per_layer_in
 from slimtune.engine.engine import WORKSPACES
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import ram_for_inputs
+from slimtune.engine.offload import ram_to_lock
 from slimtune.engine.optimizer import adapter_bytes
 from slimtune.engine.read import read_decoder
 from slimtune.engine.structure import ScoresKind
+from slimtune.engine.weights import whole_bytes
 from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget
@@ -40,8 +41,9 @@ __all__ = ["Forecast", "Forecaster", "check_ram", "gib"]
 
 _STEP = 1024
 """Tokens to which the longest document is told."""
-_LONG = 8192
-"""Tokens of a document from which a run is looked at before its base is loaded: shorter ones go to no RAM worth it."""
+_LONG, _SMALL = 8192, 24 << 30
+"""Tokens of a document, or bytes of a budget, from and to which a run is looked at before its base is loaded: others
+send next to nothing to RAM."""
 _MOST_ELEMENTS = 1 << 31
 """Of one tensor: longer documents, whose tensors have more, nothing was tried with."""
 
@@ -60,11 +62,19 @@ class Forecast:
     ram_bytes: int
     """Of RAM that are locked for layers' inputs."""
     ram_layers: int
+    streamed_bytes: int
+    """Of RAM that are locked for layers' weights."""
+    streamed_layers: int
     layers: int
     longest: int = 0
     """Tokens of the longest document that can be trained on; 0: none, or not asked."""
     longest_ram: int = 0
     """What that takes of RAM."""
+
+    @property
+    def locked_bytes(self) -> int:
+        """All of it in RAM."""
+        return self.ram_bytes + self.streamed_bytes
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +116,7 @@ class Forecaster:
         self.targets = (*targets.modules, *targets.parameters)
         lora = lora_config(config, targets)
         self.weights, self.parameters = self.base.nbytes, model.num_parameters()
+        self._bulk = {id(each): self.base.bulk_of(name, each) for name, each in model.named_parameters()}
         self.unfused = why_unfused(config, model, adapted_names(lora, model))
         self._wrapped = None if self.unfused is not None else wrapped(self._as_loaded(), lora)
 
@@ -121,6 +132,11 @@ class Forecaster:
     @cached_property
     def _layers(self) -> list[LayerComputation]:
         return [x for x in computations(self._decoder, self._dtype, torch.device("meta")) if x is not None]
+
+    @cached_property
+    def _stored(self) -> list[int]:
+        """Bytes of each layer's frozen weights, as they are loaded."""
+        return [sum(whole_bytes(size) for each in x.weights for size in self._bulk[id(each)]) for x in self._layers]
 
     @cached_property
     def _per_layer(self) -> Any:
@@ -147,11 +163,12 @@ class Forecaster:
         budget = int(MEMORY_SHARE * card.memory_bytes) if budget is None else budget
         plan = self._plan(card, config.batch_tokens, config.max_length, budget, ram)
         beside = self._beside(config.batch_tokens)
-        workspace = plan.nbytes - plan.kept_bytes + beside["workspace"]
-        parts = {**beside, "activations": plan.kept_bytes, "workspace": workspace}
+        workspace = plan.nbytes + plan.spared_bytes - plan.kept_bytes + beside["workspace"]
+        weights = beside["weights"] - plan.spared_bytes
+        parts = {**beside, "weights": weights, "activations": plan.kept_bytes, "workspace": workspace}
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
-            plan.ram_bytes, len(plan.in_ram), len(self._layers),
+            plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed), len(self._layers),
         )  # fmt: skip
 
     def with_longest(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
@@ -183,6 +200,7 @@ class Forecaster:
             ways=self._ways(card),
             per_layer=self._per_layer,
             ram=1 << 62 if ram is None else ram,
+            stored=self._stored,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
@@ -210,27 +228,27 @@ class Forecaster:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
         plan = least(low * _STEP) if low else None
-        return low * _STEP, 0 if plan is None else plan.ram_bytes
+        return low * _STEP, 0 if plan is None else plan.ram_bytes + plan.streamed_bytes
 
 
 def check_ram(config: Config, hardware: Hardware) -> None:
-    """See that there is RAM for what long documents keep, before anything is loaded.
+    """See that there is RAM for what doesn't fit the GPU, before anything is loaded.
 
     Raises:
-        UserError: They fit the GPU with more RAM than there is, and not without.
+        UserError: The run fits the GPU with more RAM than there is, and not without.
     """
     budget = memory_budget(config)
-    if hardware.device != "cuda" or budget is None or config.max_length < _LONG:
+    if hardware.device != "cuda" or budget is None or (config.max_length < _LONG and budget > _SMALL):
         return
     forecaster, card = Forecaster(config), Card(hardware.name, hardware.memory_bytes, hardware.capability)
-    if forecaster.unfused is not None or forecaster.forecast(card, budget, ram_for_inputs()).trains:
+    if forecaster.unfused is not None or forecaster.forecast(card, budget, ram_to_lock()).trains:
         return
     needed = forecaster.forecast(card, budget)
     if needed.trains:
         raise UserError(
-            f"documents of {config.max_length:,} tokens take {gib(needed.ram_bytes)} of RAM beside {config.memory} of "
-            f"the GPU, and {gib(ram_for_inputs())} can be locked",
-            rule="Layers' inputs go to RAM where a document's don't fit the GPU beside the rest.",
+            f"documents of {config.max_length:,} tokens take {gib(needed.locked_bytes)} of RAM beside {config.memory} "
+            f"of the GPU, and {gib(ram_to_lock())} can be locked",
+            rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
             way_out="Free RAM, take a smaller --max-length, or allow more of the GPU: --memory",
         )
 

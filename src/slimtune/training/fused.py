@@ -20,7 +20,7 @@ from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
-from slimtune.run.lines import in_ram_line, memory_line
+from slimtune.run.lines import in_ram_line, memory_line, streamed_line
 from slimtune.run.screen import Screen
 from slimtune.training.plain import PlainTrainer
 
@@ -43,6 +43,11 @@ class FusedTrainer(PlainTrainer):
     def in_ram(self) -> tuple[int, int]:
         """Layers whose inputs wait in RAM for their backward, and the bytes of it that are locked."""
         return (0, 0) if self.engine is None else (len(self.engine.plan.in_ram), self.engine.plan.ram_bytes)
+
+    @property
+    def streamed(self) -> tuple[int, int]:
+        """Layers whose weights are in RAM, and the bytes of it that are locked."""
+        return (0, 0) if self.engine is None else (len(self.engine.plan.streamed), self.engine.plan.streamed_bytes)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """8-bit AdamW over the engine's flat parameters; any other optimizer as SFTTrainer makes it."""
@@ -147,6 +152,8 @@ def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
         screen.say("memory", f"per-layer embeddings live in RAM ({gib:.2f}GiB): a row a token is copied")
     if engine.plan.in_ram:
         screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
+    if engine.plan.streamed:
+        screen.say("memory", streamed_line(len(engine.plan.streamed), len(engine.layers), engine.plan.streamed_bytes))
     if engine.least_memory is not None:
         screen.warn(
             f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
