@@ -10,7 +10,7 @@ same memory in either precision, and evaluation, which is in 16 bits, takes the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,15 +68,15 @@ class Fp8Weight:
     """One projection's weight in FP8: its scales, and views of a buffer.
 
     Args:
-        parts: The NF4 weights of its linear layers, one below the other.
+        parts: Gives the NF4 weights of its linear layers, one below the other, wherever they are just now.
         inputs: Columns.
         switch: The model's.
     """
 
-    def __init__(self, parts: Sequence[Nf4Weight], inputs: int, switch: Fp8) -> None:
-        self.parts, self.inputs, self.switch = tuple(parts), inputs, switch
-        self.outputs = sum(part.shape[0] for part in parts)
-        scales = [fp8.row_scales(part.absmax, part.shape[0], nested=part.nested) for part in parts]
+    def __init__(self, parts: Callable[[], Sequence[Nf4Weight]], inputs: int, switch: Fp8) -> None:
+        self._parts, self.inputs, self.switch = parts, inputs, switch
+        self.outputs = sum(part.shape[0] for part in parts())
+        scales = [fp8.row_scales(part.absmax, part.shape[0], nested=part.nested) for part in parts()]
         self.scales = torch.cat(scales)
         """float32 [outputs]."""
         self.ones = torch.ones(inputs, dtype=torch.float32, device=self.scales.device)
@@ -104,7 +104,7 @@ class Fp8Weight:
     def write(self, weight: Tensor | None, turned: Tensor | None) -> None:
         """Write W8, its transpose, or both."""
         row = 0
-        for part in self.parts:
+        for part in self._parts():
             rows = slice(row, row + part.shape[0])
             fp8.from_nf4(
                 part.packed, part.absmax, self.scales[rows], shape=part.shape, nested=part.nested,

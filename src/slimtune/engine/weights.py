@@ -139,12 +139,17 @@ class Site:
 
     def use_fp8(self, switch: Fp8) -> bool:
         """Multiply in FP8 from now on while the switch is on; False if this weight can't be."""
-        parts = [_nf4_weight(linear) for linear in self.projection.linears]
-        found = [part for part in parts if part is not None]
-        if self.dtype != torch.bfloat16 or len(found) < len(parts) or not Fp8Weight.takes(found):
+        found = self._nf4_weights()
+        if self.dtype != torch.bfloat16 or len(found) < len(self.projection.linears) or not Fp8Weight.takes(found):
             return False
-        self._fp8 = Fp8Weight(found, self.inputs, switch)
+        # Asked for anew at each use: a streamed layer's lie now here, now there.
+        self._fp8 = Fp8Weight(self._nf4_weights, self.inputs, switch)
         return True
+
+    def _nf4_weights(self) -> list[Nf4Weight]:
+        """Those of its linear layers that are NF4."""
+        parts = (_nf4_weight(linear) for linear in self.projection.linears)
+        return [part for part in parts if part is not None]
 
     @property
     def in_fp8(self) -> Fp8Weight | None:
