@@ -1,11 +1,15 @@
-"""What long documents take: layers' inputs in RAM beside the same in the GPU's memory.
+"""What little memory takes: layers' inputs and weights in RAM beside the same in the GPU's memory.
 
     python benchmarks/memory.py [CASE...]
 
 An 8B's shape in NF4, every linear layer adapted with r=32, one document a step, random weights and tokens; the engine
 alone. Each case prints a JSON line and is left out where $BUDGET (seconds, 600) has no room for it:
 
-- ``equal``: gradients with the inputs in RAM and without, deterministic kernels, to the bit; and without twice.
+- ``equal``: gradients with inputs and weights in RAM and without, deterministic kernels, to the bit; without, twice;
+  and with copies that wait for nothing, which must show.
+- ``streamed-SIZE-TOKENS-GIB``: 20 layers of a 70B (r=8 on q, k, v, o), computed as all 80 of them are planned for an
+  80 GiB card with the weights resident, and for GIB with them in RAM: tokens a second of both, and peaks.
+- ``least-SIZE-TOKENS-GIB``: a whole model (r=8 on q, k, v, o) with the allocator capped at GIB.
 - ``price-TOKENS``: eight layers that keep their inputs alone, as they are, sparing, and in RAM: tokens a second, peaks.
 - ``fits-TOKENS-GIB``: all 32 layers with the allocator capped at GIB: plan, tokens a second, peaks by phase.
 
@@ -38,9 +42,13 @@ from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine import engine as engine_module
 from slimtune.engine.blocks import Keep
 from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.offload import CopiesBeside
 
 CUDA = torch.cuda.is_available()
-DEFAULT = ("equal", "price-16384", "price-65536", "fits-65536-13.8", "fits-131072-24")
+DEFAULT = (
+    "equal", "streamed-70b-16384-12", "streamed-70b-2048-12", "least-1.8b-512-1.5", "least-8b-2048-5", "price-16384",
+    "price-65536", "fits-65536-13.8", "fits-131072-24",
+)  # fmt: skip
 GIB = 2**30
 BEGAN, BUDGET = time.perf_counter(), float(os.environ.get("BUDGET", "600"))
 SIZE = "8b" if CUDA else "tiny"
@@ -63,9 +71,13 @@ def wrapped(layers: int) -> nn.Module:
     return add_lora(make_model(SIZE, layers=layers), workload).train()
 
 
-def document(tokens: int) -> dict[str, Tensor]:
+def lightly_wrapped(size: str, layers: int | None) -> nn.Module:
+    return add_lora(make_model(size, layers=layers), Workload("document", size, 1, 1, dropout=0.0)).train()
+
+
+def document(tokens: int, size: str = SIZE) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, SIZES[SIZE]["vocab_size"], (1, tokens), generator=generator)
+    ids = torch.randint(3, SIZES[size]["vocab_size"], (1, tokens), generator=generator)
     return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
 
 
@@ -127,23 +139,116 @@ def steps(engine: Engine, batch: dict[str, Tensor], count: int) -> float:
     return min(times)
 
 
+def begin_at_once(self: CopiesBeside, target: Tensor, source: Tensor) -> torch.cuda.Event:
+    """What is wrong: a copy that doesn't wait for who still reads its target, or writes its source."""
+    with torch.cuda.stream(self._stream):
+        target.copy_(source, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(self._stream)
+    return copied
+
+
 def equal() -> None:
-    layers, tokens = (4, 8192) if CUDA else (2, 128)
-    model, found = wrapped(layers), []
-    torch.use_deterministic_algorithms(True)
-    for means in (*MEANS, *MEANS[1:]):
-        with plans(**least(layers, tokens, *means)):
+    layers, tokens = (6, 8192) if CUDA else (5, 128)
+    model = wrapped(layers)
+
+    def gradients(sparing: bool, ram: bool, streamed: bool = False) -> Tensor:
+        away = {"streamed": tuple(range(layers))} if streamed else {}
+        with plans(**least(layers, tokens, sparing, ram), **away):
             engine = Engine(model, dtype=DTYPE, tokens=tokens, graphs=False)
         for _ in range(2):  # the second one writes to places that the first one's were read from
             engine.forward_backward(document(tokens), tokens)
-        found.append(engine.flat.grad.cpu())
+        found = engine.flat.grad.cpu()
         del engine
         free()
+        return found
+
+    torch.use_deterministic_algorithms(True)
+    plain, sparing, again = gradients(False, False), gradients(True, False), gradients(True, False)
+    away, streamed, both = gradients(True, True), gradients(True, False, True), gradients(True, True, True)
+    with mock.patch.object(CopiesBeside, "begin", begin_at_once):
+        broken = gradients(True, False, True) if CUDA else plain.neg()
     torch.use_deterministic_algorithms(False)
-    plain, sparing, away, again, away_again = found
+    same = {"repeats": again, "inputs_in_ram": away, "weights_in_ram": streamed, "both": both}
+    equal_to = {name: torch.equal(sparing, found) for name, found in same.items()}
+    shows = not torch.equal(sparing, broken)
     say(
-        "equal", ok=torch.equal(away, sparing) and torch.equal(away, away_again), repeats=torch.equal(sparing, again),
+        "equal", ok=all(equal_to.values()) and shows, **equal_to, too_early_shows=shows,
         sparing_error=float((sparing - plain).norm() / plain.norm()), norm=float(plain.norm()),
+    )  # fmt: skip
+
+
+@contextmanager
+def part_of(whole: int, budget: float, ram: int) -> Iterator[dict[str, MemoryPlan]]:
+    """Within this, an engine of a few layers computes as those of ``whole`` like them would, within a budget."""
+    made: dict[str, MemoryPlan] = {}
+
+    def cut(layers: Any, tokens: int, vocabulary: int, _: float, **options: Any) -> MemoryPlan:
+        count, times, stored = len(layers), whole // len(layers), list(options["stored"])
+        device = torch.cuda.memory_allocated() if CUDA else sum(stored)
+        room = budget - device - (times - 1) * sum(stored)
+        options |= {"stored": stored * times, "ram": ram}
+        plan = made["whole"] = plan_memory(list(layers) * times, tokens, vocabulary, room, **options)
+        made["room"] = room  # type: ignore[assignment]
+        streamed = tuple(index for index in range(count) if index * times in plan.streamed)
+        in_ram = tuple(index for index in range(count - 1) if index * times in plan.in_ram)
+        return replace(
+            plan, keep=plan.keep[::times], kept_weights=plan.kept_weights // times, in_ram=in_ram, streamed=streamed,
+            ram_bytes=len(in_ram) * plan.ram_bytes // max(1, len(plan.in_ram)),
+            streamed_bytes=sum(stored[index] for index in streamed),
+            spared_bytes=sum(stored[index] for index in streamed) - (2 * max(stored) if streamed else 0),
+        )  # fmt: skip
+
+    with mock.patch.object(engine_module, "plan_memory", cut):
+        yield made
+
+
+def streamed(case: str, size: str, tokens: int, gib: float) -> None:
+    layers, whole = (20, 80) if CUDA else (4, 8)
+    size = size if CUDA else "tiny"
+    model, rates = lightly_wrapped(size, layers), []
+    # Of a card CUDA takes half a GiB.
+    budgets = (79.5, gib - 0.5) if CUDA else (79.5, 0.0)
+    for what, budget, ram in zip(("resident", "streamed"), budgets, (0, 1 << 42), strict=True):
+        free()
+        with part_of(whole, budget * GIB, ram) as made:
+            begin = time.perf_counter()
+            engine = Engine(model, dtype=DTYPE, tokens=tokens)
+            took = time.perf_counter() - begin
+        free()
+        plan, count = made["whole"], 3 if tokens > 8192 else 8
+        seconds = steps(engine, document(tokens, size), count)
+        rates.append(tokens / seconds)
+        say(
+            case, what=what, layers=layers, whole=whole, fits=plan.nbytes <= made["room"], streamed=len(plan.streamed),
+            in_ram=len(plan.in_ram), sparing=plan.sparing, keep="".join(str(int(level)) for level in plan.keep),
+            kept_weights=plan.kept_weights, part_tokens=plan.part_tokens, mlp_tokens=plan.mlp_tokens,
+            ram_gib=(plan.streamed_bytes + plan.ram_bytes) / GIB, tokens_s=rates[-1], step_s=seconds,
+            engine_made_s=took, **peaks(),
+        )  # fmt: skip
+        del engine
+    say(case, what="share", of_resident=rates[1] / rates[0])
+
+
+def least_memory(case: str, size: str, tokens: int, gib: float) -> None:
+    size = size if CUDA else "tiny"
+    model = lightly_wrapped(size, None)
+    free()
+    base = torch.cuda.memory_allocated() if CUDA else 0
+    engine = Engine(model, dtype=DTYPE, tokens=tokens, memory=int((gib - 0.5 * CUDA) * GIB), ram=1 << 42)
+    free()
+    planned, plan = sum(engine.parts.values()) / GIB, engine.plan
+    seconds = steps(engine, document(tokens, size), 5)
+    taken = peaks()
+    context = 0.0
+    if CUDA:
+        vacant, total = torch.cuda.mem_get_info()
+        context = (total - vacant - torch.cuda.memory_reserved()) / GIB
+    say(
+        case, ok=engine.least_memory is None or not CUDA, base_gib=base / GIB, planned_gib=planned,
+        error=planned / taken["allocated_gib"] - 1 if CUDA else 0.0, streamed=len(plan.streamed),
+        in_ram=len(plan.in_ram), mlp_tokens=plan.mlp_tokens, head_tokens=plan.head_tokens, tokens_s=tokens / seconds,
+        step_s=seconds, context_gib=context, **taken,
     )  # fmt: skip
 
 
@@ -235,15 +340,23 @@ def _phases(engine: Engine) -> dict[str, float]:
 def main() -> None:
     for case in sys.argv[1:] or DEFAULT:
         name, *numbers = case.split("-")
-        tokens = int(numbers[0]) if numbers else 0
+        tokens = int(next((number for number in numbers if number.isdigit()), 0))
         tokens = tokens if CUDA else min(tokens, 256)
         # A step of 65,536 tokens of all layers takes about 14 s on an H100, of twice as many 48.
         step = 14 * (tokens / 65536) ** 1.8
-        needs = {"equal": 15.0, "price": 8 + 6 * step / 4, "fits": 10 + step * (2 if tokens <= 65536 else 1)}
+        needs = {
+            "equal": 20.0,
+            "streamed": 45 if tokens > 8192 else 25,
+            "least": 25.0,
+            "price": 8 + 6 * step / 4,
+            "fits": 10 + step * (2 if tokens <= 65536 else 1),
+        }
         if left() < needs[name]:
             say(case, left_out=f"{left():.0f} s left, needs about {math.ceil(needs[name])}")
             continue
-        if name == "equal":
+        if name in ("streamed", "least"):
+            {"streamed": streamed, "least": least_memory}[name](case, numbers[0], tokens, float(numbers[2]))
+        elif name == "equal":
             equal()
         elif name == "price":
             price(case, tokens)

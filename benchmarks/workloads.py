@@ -1,7 +1,7 @@
 """The benchmarks' models and workloads: weights and tokens are random, since speed and memory don't depend on them.
 
-Sizes are those of Qwen1.5-1.8B, Qwen2.5-7B and Llama-3.1-8B. W1 to W4 are rows of tokens or chats of varied length;
-every document is supervised whole, as a trainer without chat masks does it.
+Sizes are those of Qwen1.5-1.8B, Qwen2.5-7B, Llama-3.1-8B and Llama-3.1-70B. W1 to W4 are rows of tokens or chats of
+varied length; every document is supervised whole, as a trainer without chat masks does it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "70b": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
     "tiny": {
