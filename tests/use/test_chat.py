@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,24 @@ def test_the_system_text_leads_and_outlives_a_reset(opened: Opened) -> None:
     assert reply == _expected(opened, asked, 12)
     session.reset()
     assert session.messages == asked[:1]
+
+
+def test_the_base_answers_in_a_conversation_of_its_own(opened: Opened) -> None:
+    session = ChatSession(opened, SHORT)
+    tuned = session.reply("Who are you?", lambda text: None)
+    session.switch(base=True)
+    assert (session.model, session.messages) == (opened.found.base_name, [])
+    bare = session.reply("Who are you?", lambda text: None)
+    with opened.as_base():
+        assert bare == _expected(opened, [{"role": "user", "content": "Who are you?"}], 12)
+    session.switch(base=True)  # the same again: the conversation goes on
+    assert len(session.messages) == 2
+    session.switch(base=False)
+    assert session.model == opened.found.name
+    assert session.reply("Who are you?", lambda text: None) == tuned != bare
+    alone = ChatSession(replace(opened, found=replace(opened.found, adapter=None)), SHORT)
+    with pytest.raises(UserError, match="bare model"):
+        alone.switch(base=True)
 
 
 def test_an_interrupt_keeps_what_was_said(opened: Opened) -> None:

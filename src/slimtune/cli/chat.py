@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system text and starts anew, /exit or Ctrl-D leaves."
+HELP = """\
+  /base, /tuned  ask the base, or what was trained: another model, another conversation
+  /reset         forget the conversation
+  /system TEXT   set the system text, and start anew
+  /exit          leave, as does Ctrl-D"""
 
 
 @click.command()
@@ -74,7 +78,7 @@ def converse(session: ChatSession) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives input() line editing and history
 
-    click.echo(f"{session.opened.found.name}: ready. {HELP}", err=True)
+    click.echo(f"{session.model}: ready.\n{HELP}", err=True)
     while True:
         try:
             line = input("\n> ").strip()
@@ -94,7 +98,10 @@ def converse(session: ChatSession) -> None:
 
 def _answer(session: ChatSession, line: str) -> None:
     try:
-        session.reply(_utf8(line, "the line"), _show)
+        text = _utf8(line, "the line")
+        # On standard error, so that a script that reads the replies gets them alone.
+        click.echo(f"{session.model}: ", nl=False, err=True)
+        session.reply(text, _show)
         click.echo()
     except KeyboardInterrupt:
         click.echo("\n(stopped)", err=True)
@@ -107,6 +114,13 @@ def _command(session: ChatSession, line: str) -> None:
     if word == "/reset":
         session.reset()
         click.echo("(the conversation is forgotten)", err=True)
+    elif word in ("/base", "/tuned"):
+        try:
+            session.switch(base=word == "/base")
+        except UserError as error:
+            click.echo(str(error), err=True)
+        else:
+            click.echo(f"({session.model} answers from here on, in a conversation of its own)", err=True)
     elif word == "/system" and rest.strip():
         session.system = rest.strip()
         session.reset()
@@ -114,7 +128,7 @@ def _command(session: ChatSession, line: str) -> None:
     elif word == "/system":
         click.echo(f"(system text: {session.system or 'none'})", err=True)
     else:
-        click.echo(("" if word == "/help" else f"unknown command {word}. ") + HELP, err=True)
+        click.echo(("" if word == "/help" else f"unknown command {word}\n") + HELP, err=True)
 
 
 def _show(text: str) -> None:

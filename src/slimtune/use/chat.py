@@ -28,7 +28,28 @@ class ChatSession:
         self.sampling = sampling
         self.system = system
         self.turns: list[dict[str, Any]] = []
+        self.is_base = False
+        """Whether the adapter is switched off, so that the base answers."""
         self._replies = 0
+
+    @property
+    def model(self) -> str:
+        """Who answers."""
+        return self.opened.found.base_name if self.is_base else self.opened.found.name
+
+    def switch(self, *, base: bool) -> None:
+        """Let the base answer, or what was opened; another model begins another conversation.
+
+        Raises:
+            UserError: There is no other, or the adapter can't be switched off.
+        """
+        if self.opened.found.adapter is None:
+            raise UserError(f"{self.opened.found.name} is a bare model: there is no adapter to switch off or on")
+        with self.opened.as_base():  # refuses what it can't do
+            pass
+        if base != self.is_base:
+            self.is_base = base
+            self.reset()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -54,9 +75,10 @@ class ChatSession:
             # Each reply of the session has draws of its own, the same ones whenever the session is had again.
             draws = Draws(self.sampling, [self._replies])
             self._replies += 1
-            for _, token in decode(self.opened, [ids], [self._room(len(ids))], draws):
-                if token not in self.opened.stop_ids:
-                    said.push(token)
+            with self.opened.as_base() if self.is_base else self.opened.as_tuned():
+                for _, token in decode(self.opened, [ids], [self._room(len(ids))], draws):
+                    if token not in self.opened.stop_ids:
+                        said.push(token)
             said.end()
         finally:
             if said.text:

@@ -166,7 +166,7 @@ def compare(
             bare = losses(opened, documents)
         on_progress("losses", 2, 2)
         loss, base_loss, change = tuned.mean(), bare.mean(), bootstrap(tuned.nats - bare.nats, tuned.tokens)
-    return Comparison(opened.found.name, _base_of(opened), items, loss, base_loss, change)
+    return Comparison(opened.found.name, opened.found.base_name, items, loss, base_loss, change)
 
 
 def exact_match(reply: str, reference: str) -> float:
@@ -225,11 +225,6 @@ def fail_if(comparison: Comparison, conditions: Sequence[str]) -> None:
             raise UserError(f"--fail-if {text!r}: there is no {name}", rule=f"There are {', '.join(numbers)}.")
         if _OPERATORS[sign](numbers[name], limit):
             raise GuardStop(f"{name} is {numbers[name]:.4g}", rule=f"--fail-if {text}")
-
-
-def _base_of(opened: Opened) -> str:
-    passport = opened.found.passport
-    return passport.base if passport is not None else opened.found.base.name
 
 
 def _in_order(opened: Opened, prompts: list[list[int]], sampling: Sampling, tell: Callable[[int], None]) -> list[str]:

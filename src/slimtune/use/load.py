@@ -49,6 +49,11 @@ class Found:
     passport: Passport | None
     trust_remote_code: bool = False
 
+    @property
+    def base_name(self) -> str:
+        """The base as the training named it; for an adapter of other tools and a bare model, its folder's name."""
+        return self.passport.base if self.passport is not None else self.base.name
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The training's tokenizer and chat template; a bare model's own.
 
