@@ -133,8 +133,12 @@ def why_unfused(config: Config, model: nn.Module, adapted: Collection[str] | Non
 
 
 def make_engine(config: Config, model: nn.Module) -> Engine:
-    """The engine of a wrapped model, for micro-batches of ``config``."""
-    return Engine(
+    """The engine of a wrapped model, for micro-batches of ``config``.
+
+    Raises:
+        UserError: The GPU hasn't the room that the largest of them takes.
+    """
+    engine = Engine(
         model,
         dtype=torch_dtype(config.compute_dtype),
         tokens=config.batch_tokens,
@@ -142,6 +146,28 @@ def make_engine(config: Config, model: nn.Module) -> Engine:
         memory=memory_budget(config),
         seed=config.seed,
     )
+    _take_room(engine)
+    return engine
+
+
+def _take_room(engine: Engine) -> None:
+    """Take what a micro-batch of full length with the longest document will take, for a moment: a run that has no room
+    for it ends before its first step, and not in the one that the longest document comes in."""
+    if engine.device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    missing = max(0, sum(engine.parts.values()) - torch.cuda.memory_allocated(engine.device))
+    try:
+        torch.empty(missing, dtype=torch.uint8, device=engine.device)
+    except torch.OutOfMemoryError:
+        free, _ = torch.cuda.mem_get_info(engine.device)
+        raise UserError(
+            f"a micro-batch of full length takes {missing / 2**30:.2f}GiB more of the GPU, and {free / 2**30:.2f} "
+            "are free",
+            rule="What the longest document takes is taken once before the first step.",
+            way_out="End what else computes on this GPU, allow less (--memory), or take a smaller --max-length.",
+        ) from None
+    torch.cuda.empty_cache()
 
 
 def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:

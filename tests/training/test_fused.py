@@ -1,0 +1,36 @@
+"""The room of the largest micro-batch is taken before the first step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from slimtune.errors import UserError
+from slimtune.training.fused import _take_room
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("free", [3, 1])
+def test_a_gpu_without_room_is_said_at_once(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def empty(size: int, **_: Any) -> None:
+        taken.append(size)
+        if size > free * GIB:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for name, value in (("memory_allocated", 5 * GIB), ("mem_get_info", (free * GIB, 8 * GIB)), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    engine: Any = SimpleNamespace(device=torch.device("cuda"), parts={"weights": 4 * GIB, "workspace": 3 * GIB})
+    if free > 2:
+        _take_room(engine)
+    else:
+        with pytest.raises(UserError, match=r"takes 2\.00GiB more of the GPU, and 1\.00 are free") as refused:
+            _take_room(engine)
+        assert "--memory" in (refused.value.way_out or "")
+    assert taken == [2 * GIB]
