@@ -50,6 +50,10 @@ class Card:
     memory_bytes: int
     capability: tuple[int, int]
     """Of CUDA: below 8.0 there is no bf16, and other kernels."""
+    tflops: float = 0.0
+    """10^12 operations a second of dense 16-bit products with sums in fp32, as its maker publishes them; 0: unknown."""
+    bandwidth: float = 0.0
+    """GB that its memory moves a second, published too."""
 
     @property
     def compute_dtype(self) -> DType:
@@ -57,22 +61,42 @@ class Card:
         return "bf16" if self.capability >= (8, 0) else "fp16"
 
 
-_SOLD = {
-    (7, 0): {"V100": 16, "V100 32GB": 32},
-    (7, 5): {"T4": 16, "RTX 2080 Ti": 11},
-    (8, 0): {"A100": 40, "A100 80GB": 80, "A30": 24},
-    (8, 6): {"A10": 24, "A10G": 24, "A40": 48, "A6000": 48, "RTX 3060": 12, "RTX 3080": 10, "RTX 3090": 24},
-    (8, 9): {"L4": 24, "L40S": 48, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12, "RTX 4080": 16, "RTX 4090": 24},
-    (9, 0): {"H100": 80, "H200": 141},
-    (10, 0): {"B200": 180},
-    (12, 0): {"RTX 5070 Ti": 16, "RTX 5080": 16, "RTX 5090": 32},
-}
-"""GB as they are sold, by compute capability."""
+_SOLD: dict[tuple[int, int], dict[str, tuple[int, float, float]]] = {
+    (7, 0): {"V100": (16, 125, 900), "V100 32GB": (32, 125, 900)},
+    (7, 5): {"T4": (16, 65, 320), "RTX 2080 Ti": (11, 53.8, 616)},
+    (8, 0): {"A100": (40, 312, 1555), "A100 80GB": (80, 312, 2039), "A30": (24, 165, 933)},
+    (8, 6): {
+        "A10": (24, 125, 600), "A10G": (24, 70, 600), "A40": (48, 149.7, 696), "A6000": (48, 154.8, 768),
+        "RTX 3060": (12, 25.5, 360), "RTX 3080": (10, 59.5, 760), "RTX 3090": (24, 71, 936),
+    },
+    (8, 9): {
+        "L4": (24, 121, 300), "L40S": (48, 362, 864), "RTX 4060": (8, 30.2, 272), "RTX 4060 Ti 16GB": (16, 44.1, 288),
+        "RTX 4070": (12, 58.3, 504), "RTX 4080": (16, 97.5, 717), "RTX 4090": (24, 165.2, 1008),
+    },
+    (9, 0): {"H100": (80, 989, 3350), "H100 PCIe": (80, 756, 2000), "H200": (141, 989, 4800)},
+    (10, 0): {"B200": (180, 2250, 8000)},
+    (12, 0): {"RTX 5070 Ti": (16, 87.9, 896), "RTX 5080": (16, 112.6, 960), "RTX 5090": (32, 209.5, 1792)},
+}  # fmt: skip
+"""GB as they are sold, TFLOP/s and GB/s (:class:`Card`), by compute capability."""
 CARDS = {
-    name: Card(name, size * 10**9 if size > 100 else size * 2**30, capability)
+    name: Card(name, size * 10**9 if size > 100 else size * 2**30, capability, tflops, bandwidth)
     for capability, cards in _SOLD.items()
-    for name, size in cards.items()
+    for name, (size, tflops, bandwidth) in cards.items()
 }
+
+
+_OTHERS = ("ti", "super", "laptop", "nvl", "ada", "d")
+"""What makes another card of a name: a 3080 Ti is no 3080."""
+
+
+def known_card(device: str) -> Card | None:
+    """The card that a device's name speaks of, as "NVIDIA H100 80GB HBM3" of the H100; None for others."""
+    name = _plain(device)
+    known = {_plain(each): card for each, card in CARDS.items()}
+    longest = max((each for each in known if name.startswith(each)), key=len, default=None)
+    if longest is None or name.removeprefix(longest).startswith(_OTHERS):
+        return None
+    return known[longest]
 
 
 def card_named(name: str) -> Card:

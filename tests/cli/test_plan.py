@@ -18,6 +18,8 @@ def test_the_table_says_what_a_card_takes(run_here: Callable[..., Done], tiny_mo
     assert "x 4,096 tokens" in lines[2]
     assert [line.split()[0] for line in lines[5:12]] == ["RTX", "8GiB", "12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
     assert all(" yes " in line for line in lines[5:12])
+    assert lines[4].endswith("a step")
+    assert all(line.endswith(" s") for line in lines[5:12])
 
 
 def test_json_adds_up_and_holds_what_the_data_would_do(
@@ -32,6 +34,9 @@ def test_json_adds_up_and_holds_what_the_data_would_do(
     assert asked["budget"] == 2**30
     assert asked["bytes"] == sum(asked["parts"].values()) <= 2**30
     assert told["steps"] > 0
+    assert asked["run_seconds"] == 0.0  # nobody knows the speed of "1GiB"
+    per_token = [card["run_seconds"] / told["tokens"] for card in told["cards"][1:]]
+    assert per_token[-1] < per_token[0]
     assert told["trainable_parameters"] > 0
     assert told["download_bytes"] < sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from slimtune.plan import (
     Choice,
     few_steps,
     memory_budget,
+    micro_batches_of_run,
     resolve_amount,
     resolve_held_out,
     resolve_machine,
@@ -40,7 +42,8 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     """Prove the data and plan the run, as :func:`slimtune.recipes.finetune` does before it loads the base.
 
     Returns:
-        The data's facts, the steps and the choices, as plain data.
+        The data's facts, the steps, the tokens that they take in all, a document's on average, and the choices, as
+        plain data.
 
     Raises:
         UserError: Training would be refused for its data, or for what the config names.
@@ -78,7 +81,12 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     if (budget := memory_budget(config)) is not None:
         _tell_memory(Forecaster(config), budget, config, screen)
     screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
-    return {"data": proof.facts, "steps": steps, "choices": [asdict(choice) for choice in choices]}
+    tokens = round(micro_batches_of_run(config, data.per_epoch) / data.per_epoch * proof.train.tokens)
+    mean = math.ceil(proof.train.tokens / len(proof.train))
+    return {
+        "data": proof.facts, "steps": steps, "tokens": tokens, "mean_length": mean,
+        "choices": [asdict(choice) for choice in choices],
+    }  # fmt: skip
 
 
 def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Screen) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-SIZES = (8, 12, 16, 24, 48, 80)
-"""GiB of the cards in the table."""
+SIZES = {8: "RTX 4060", 12: "RTX 4070", 16: "RTX 5080", 24: "RTX 4090", 48: "L40S", 80: "H100"}
+"""GiB of the cards in the table, and whose speed a size stands for."""
 NEEDED_MOST = ("gpu", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
 
 
@@ -49,34 +49,52 @@ def command(
     card = None if gpu is None else card_named(gpu)
     with upstream_to_log(None):
         rehearsed = dry_run(config, Screen(quiet=as_json)) if config.data else {}
-        forecaster = Forecaster(config)
+        forecaster = Forecaster(config, _lengths(config, rehearsed))
         rows = _rows(forecaster, config, card)
     if as_json:
-        click.echo(json.dumps(_facts(forecaster, rows) | rehearsed, ensure_ascii=False, indent=2))
+        click.echo(json.dumps(_facts(forecaster, rows, rehearsed) | rehearsed, ensure_ascii=False, indent=2))
     else:
-        click.echo("\n".join(_lines(forecaster, config, rows)))
+        click.echo("\n".join(_lines(forecaster, config, rows, rehearsed)))
+
+
+def _lengths(config: Config, rehearsed: dict[str, Any]) -> list[int] | None:
+    """As many of the data's documents as a micro-batch holds; without data, nothing is known of them."""
+    mean = rehearsed.get("mean_length")
+    return None if mean is None else [mean] * max(1, config.batch_tokens // mean)
+
+
+def _run_seconds(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> float:
+    """Of the whole run, evaluations and saves not counted; 0 where the card's speed or the data isn't known."""
+    tokens: int = rehearsed.get("tokens", 0)
+    return row.seconds * tokens / sum(forecaster.lengths)
 
 
 def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     """What was asked for first, then a card of each size."""
-    from slimtune.hardware import Card, detect
+    from slimtune.hardware import CARDS, Card, detect, known_card
     from slimtune.plan import memory_budget
 
     if forecaster.unfused is not None:
         return []
     here = detect()
     if card is None and here.device == "cuda":
-        card = Card(here.name, here.memory_bytes, here.capability)
-    capability, budget, asked = (8, 0) if card is None else card.capability, memory_budget(config), []
+        sold = known_card(here.name)
+        speed = (0.0, 0.0) if sold is None else (sold.tflops, sold.bandwidth)
+        card = Card(here.name, here.memory_bytes, here.capability, *speed)
+    budget, asked = memory_budget(config), []
     if budget is not None:
-        within = config.memory if card is None else f"{config.memory} of {card.name}"
-        asked = [forecaster.with_longest(Card(within, budget, capability), budget)]
+        within = Card(config.memory, budget, (8, 0))
+        if card is not None:
+            within = replace(card, name=f"{config.memory} of {card.name}", memory_bytes=budget)
+        asked = [forecaster.with_longest(within, budget)]
     elif card is not None:
         asked = [forecaster.with_longest(card)]
-    return asked + [forecaster.with_longest(Card(f"{size}GiB", size << 30, capability)) for size in SIZES]
+    sizes = [replace(CARDS[like], name=f"{size}GiB ({like})", memory_bytes=size << 30) for size, like in SIZES.items()]
+    return asked + [forecaster.with_longest(each) for each in sizes]
 
 
-def _facts(forecaster: Forecaster, rows: list[Forecast]) -> dict[str, Any]:
+def _facts(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> dict[str, Any]:
+    accumulation = forecaster.config.accumulation
     return {
         "model": forecaster.config.model,
         "download_bytes": forecaster.base.file_bytes,
@@ -84,12 +102,21 @@ def _facts(forecaster: Forecaster, rows: list[Forecast]) -> dict[str, Any]:
         "targets": list(forecaster.targets),
         "trainable_parameters": forecaster.adapter_parameters,
         "engine": "fused" if forecaster.unfused is None else f"plain: {forecaster.unfused}",
-        "cards": [asdict(row) | {"bytes": row.nbytes} for row in rows],
+        "cards": [
+            asdict(row)
+            | {
+                "bytes": row.nbytes,
+                "step_seconds": row.seconds * accumulation,
+                "run_seconds": _run_seconds(forecaster, row, rehearsed),
+            }
+            for row in rows
+        ],
     }
 
 
-def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast]) -> list[str]:
+def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
     from slimtune.training.forecast import gib
+    from slimtune.training.pace import MEASURED
 
     lines = [
         f"model     {config.model}: {forecaster.parameters / 1e6:,.1f} M parameters, "
@@ -105,20 +132,29 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast]) -> list
         ]
     batch = f"{config.micro_batch} x {config.max_length:,}"
     lines += [f"batch     {batch} tokens, or as many of its documents at once as there is room for", ""]
-    heads = ("card", "trains", "takes", "weights", "adapter", "activations", "workspace", "in RAM", "longest", "in RAM")
-    table = [heads, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
+    heads = ("card", "trains", "takes", "weights", "adapter", "activations", "workspace", "in RAM", "longest", "in RAM",
+             "a step", "this data")  # fmt: skip
+    table = [heads, *(_cells(forecaster, row, rehearsed) for row in rows)]
+    if not rehearsed:
+        table = [line[:-1] for line in table]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     return [
         *lines, "",
         "A card's tenth is left to CUDA and to what can't be allocated in one piece; longest: tokens of one document.",
+        f"A step and this data: as measured on one {MEASURED}; on other cards by the rates that their makers publish,",
+        "which is arithmetic. Saves and evaluations come on top.",
     ]  # fmt: skip
 
 
-def _cells(row: Forecast) -> tuple[str, ...]:
+def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> tuple[str, ...]:
+    from slimtune.run.screen import time_left
     from slimtune.training.forecast import gib
 
     parts = (gib(row.parts[part]) for part in ("weights", "adapter", "activations", "workspace"))
     longest = f"{row.longest:,}" if row.longest else "-"
     ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.locked_bytes, row.longest_ram))
-    return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram
+    seconds = row.seconds * forecaster.config.accumulation if row.trains else 0.0
+    whole = _run_seconds(forecaster, row, rehearsed) if row.trains else 0.0
+    times = (f"{seconds:.2g} s" if seconds else "-", time_left(whole) if whole else "-")
+    return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram, *times

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from slimtune.engine.attention import Way
@@ -68,6 +68,8 @@ class MemoryPlan:
     """What those take there."""
     spared_bytes: int = 0
     """What the device holds less for them: they, but for what the next two are brought to."""
+    added_seconds: float = 0.0
+    """What the cost model says that the plan adds to products that keep everything, on an H100."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,9 @@ def plan_memory(
         plans = [shape.filled(*size, budget, sparing=sparing, ram=room) for size in sizes]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:
-            return min(fitting, key=shape.added_seconds)
-    plans += shape.streaming(sizes, budget, ram)
-    fitting = [plan for plan in plans if plan.nbytes <= budget]
-    return min(fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
+            break
+    else:
+        plans += shape.streaming(sizes, budget, ram)
+        fitting = [plan for plan in plans if plan.nbytes <= budget]
+    best = min(fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
+    return replace(best, added_seconds=shape.added_seconds(best))

@@ -84,11 +84,15 @@ class Work:
             supervised: Supervised tokens; the head need see no others.
         """
         lengths = list(lengths)
-        squares = sum(
+        return 4.0 * self.linear * sum(lengths) + 4.0 * self.head * supervised + 7.0 * self.squares(lengths)
+
+    def squares(self, lengths: Iterable[int]) -> float:
+        """Of attention, one product over half of each document's square counting once: 2 operations a pair."""
+        lengths = list(lengths)
+        return sum(
             width * sum(n * n if window is None or n <= window else 2 * n * window - window * window for n in lengths)
             for window, width in self.attention.items()
         )
-        return 4.0 * self.linear * sum(lengths) + 4.0 * self.head * supervised + 7.0 * squares
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

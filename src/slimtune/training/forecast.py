@@ -1,4 +1,5 @@
-"""What a run will take on a card, before a weight is there: the engine's own memory plan, on the meta device.
+"""What a run will take on a card, before a weight is there: the engine's own memory plan, on the meta device; and how
+long.
 
 The plan that the engine makes of the loaded model is made here of its skeleton, by the same code. What lies beside it
 is counted: the base as it is loaded, the adapter with gradients and optimizer, the micro-batch's own tensors.
@@ -7,7 +8,7 @@ is counted: the base as it is loaded, the adapter with gradients and optimizer, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from slimtune.base.load import torch_dtype
 from slimtune.base.unloaded import Unloaded, unloaded_base
 from slimtune.config import Config
 from slimtune.engine.attention import Way, expected_way
-from slimtune.engine.blocks import MlpBlock
+from slimtune.engine.blocks import Keep, Memory, MlpBlock
 from slimtune.engine.decoder import LayerComputation, computations, per_layer_inputs
 from slimtune.engine.engine import WORKSPACES
 from slimtune.engine.inputs import Inputs
@@ -35,7 +36,9 @@ from slimtune.engine.weights import whole_bytes
 from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget
+from slimtune.training.floor import Work
 from slimtune.training.fused import why_unfused
+from slimtune.training.pace import Step
 
 __all__ = ["Forecast", "Forecaster", "check_ram", "gib"]
 
@@ -66,6 +69,8 @@ class Forecast:
     """Of RAM that are locked for layers' weights."""
     streamed_layers: int
     layers: int
+    seconds: float = 0.0
+    """Of a micro-batch; 0 where nobody knows the card's speed."""
     longest: int = 0
     """Tokens of the longest document that can be trained on; 0: none, or not asked."""
     longest_ram: int = 0
@@ -87,6 +92,7 @@ class Forecaster:
 
     Args:
         config: The run's; its model is looked at, by headers alone.
+        lengths: Tokens of the documents of a micro-batch, for its time; None: each as long as may be.
 
     Raises:
         UserError: As :func:`slimtune.base.unloaded.unloaded_base`; or the config names what the model hasn't.
@@ -98,7 +104,7 @@ class Forecaster:
         parameters: The base's.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, lengths: Sequence[int] | None = None) -> None:
         self._dtype = torch_dtype("bf16" if config.compute_dtype == "auto" else config.compute_dtype)
         self.base: Unloaded = unloaded_base(
             config.model,
@@ -118,6 +124,8 @@ class Forecaster:
         self.weights, self.parameters = self.base.nbytes, model.num_parameters()
         self._bulk = {id(each): self.base.bulk_of(name, each) for name, each in model.named_parameters()}
         self.unfused = why_unfused(config, model, adapted_names(lora, model))
+        self.lengths = lengths or [config.max_length] * max(1, config.batch_tokens // config.max_length)
+        self._work = Work.of(model)
         self._wrapped = None if self.unfused is not None else wrapped(self._as_loaded(), lora)
 
     def _as_loaded(self) -> PreTrainedModel:
@@ -169,7 +177,16 @@ class Forecaster:
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
             plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed), len(self._layers),
+            self._seconds(plan, card),
         )  # fmt: skip
+
+    def _seconds(self, plan: MemoryPlan, card: Card) -> float:
+        if self._work is None:
+            return 0.0
+        memory = Memory(plan.part_tokens, plan.mlp_tokens, self._ways(card), plan.padded_room, plan.sparing)
+        passed = sum(layer.kept_bytes(memory, Keep.ALL) for layer in self._layers)
+        parts = self.config.batch_tokens / plan.part_tokens
+        return Step(self._work, plan, round(passed * parts), self.adapter_parameters).seconds(self.lengths, card)
 
     def with_longest(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
         """As :meth:`forecast`, with the longest document too."""

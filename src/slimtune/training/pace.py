@@ -1,0 +1,52 @@
+"""How long a step takes on a card before one was made there: its work over rates, and what the memory plan adds.
+
+Five rates, fitted at once to twenty steps that were measured on one H200, of seven families, with and without a budget
+of memory (``benchmarks/pace.py`` has them, and how near each comes). Another card's are these by the ratio of what its
+maker publishes: arithmetic, and called so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slimtune.engine.blocks import Keep
+from slimtune.engine.memory import MemoryPlan
+from slimtune.hardware import CARDS, Card
+from slimtune.training.floor import Work
+
+__all__ = ["MEASURED", "Step"]
+
+MEASURED = "H200"
+"""The card of the rates. What is told of others is arithmetic."""
+_PRODUCTS = 563e12  # operations a second of frozen weights' products
+_ATTENTION = 542e12  # and of attention's
+_PASSES = 1.07e12  # bytes a second of what a layer can keep, for all that is done to it beside products
+_ADDED = 0.895  # of what the plan's own cost model says that it adds
+_PARAMETER = 2.66e-10  # seconds for each parameter that trains: its products, its gradient, its update
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one micro-batch's time follows from."""
+
+    work: Work
+    plan: MemoryPlan
+    passed: int
+    """Bytes that layers keep where they keep everything."""
+    trained: int
+    """Parameters that train."""
+
+    def seconds(self, lengths: Sequence[int], card: Card) -> float:
+        """Of a micro-batch of documents of these lengths, every token supervised; 0 where nobody knows the card."""
+        if not card.tflops or not card.bandwidth:
+            return 0.0
+        like = CARDS[MEASURED]
+        again = sum(keep == Keep.INPUT for keep in self.plan.keep) / max(1, len(self.plan.keep))
+        tokens = sum(lengths)
+        multiplied = 4.0 * (self.work.linear + self.work.head) * tokens / _PRODUCTS
+        # Seven products, and the forward's two again in layers that keep nothing of it.
+        attended = (7.0 + 2.0 * again) * self.work.squares(lengths) / _ATTENTION
+        moved = self.passed / _PASSES + self.trained * _PARAMETER
+        computed = multiplied + attended + _ADDED * self.plan.added_seconds
+        return computed * like.tflops / card.tflops + moved * like.bandwidth / card.bandwidth

@@ -1,0 +1,87 @@
+"""The plan's time for a step, against steps that were measured once (the others of them: ``benchmarks/pace.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config, Qwen3MoeConfig
+
+from slimtune.config import Config
+from slimtune.hardware import CARDS, Card, known_card
+from slimtune.training.forecast import Forecaster
+from tests.training.headers import headers
+
+QWEN_1_8B = Qwen2Config(
+    vocab_size=151936, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
+    num_key_value_heads=16, tie_word_embeddings=False,
+)  # fmt: skip
+SIX_OF_30B_A3B = Qwen3MoeConfig(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=6,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+    norm_topk_prob=True, tie_word_embeddings=False,
+)  # fmt: skip
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture
+def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
+    def made(config: Any, rows: int, lengths: list[int] | None = None) -> Forecaster:
+        tokens = rows * 2048
+        return Forecaster(
+            Config.make(
+                model=str(headers(tmp_path / "model", config)), max_length=2048, micro_batch=rows, pack_tokens=tokens,
+                targets=QKVO, lora_r=8,
+            ),
+            lengths,
+        )  # fmt: skip
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "steps"),
+    [(QWEN_1_8B, 8, {120.0: 210.6, 3.9: 287.0}), (SIX_OF_30B_A3B, 4, {120.0: 50.7, 7.3: 60.75})],
+    ids=["dense", "mixture"],
+)
+def test_within_15_percent_of_what_was_measured(
+    config: Any, rows: int, steps: dict[float, float], forecaster: Callable[..., Forecaster]
+) -> None:
+    of = forecaster(config, rows)
+    for gib, milliseconds in steps.items():
+        told = of.forecast(CARDS["H200"], int(gib * 2**30))
+        assert 1e3 * told.seconds == pytest.approx(milliseconds, rel=0.15)
+
+
+def test_a_slower_card_takes_longer_and_an_unknown_one_is_not_guessed(forecaster: Callable[..., Forecaster]) -> None:
+    of = forecaster(QWEN_1_8B, 8)
+    budget = 8 << 30
+    seconds = [of.forecast(CARDS[name], budget).seconds for name in ("H200", "H100", "RTX 4090", "T4")]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
+    assert of.forecast(Card("new", 80 << 30, (9, 0)), budget).seconds == 0.0
+
+
+def test_short_documents_attend_to_less(forecaster: Callable[..., Forecaster], tmp_path: Path) -> None:
+    long = forecaster(QWEN_1_8B, 8).forecast(CARDS["H200"]).seconds
+    (tmp_path / "model").rename(tmp_path / "other")
+    short = forecaster(QWEN_1_8B, 8, [128] * 128).forecast(CARDS["H200"]).seconds
+    assert 0.8 * long < short < long
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA GeForce RTX 4060 Ti", None),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA TITAN V", None),
+    ],
+)
+def test_a_device_s_name_says_which_card_it_is(device: str, card: str | None) -> None:
+    found = known_card(device)
+    assert (None if found is None else found.name) == card
