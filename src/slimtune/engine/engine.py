@@ -181,6 +181,15 @@ class Engine:
         finally:
             self._fp8.on = before
 
+    @contextmanager
+    def counting_lost(self) -> Iterator[Fp8]:
+        """While the body runs, what gradients lose in FP8 is counted; no graph may be recorded or replayed."""
+        self._fp8.counted = []
+        try:
+            yield self._fp8
+        finally:
+            self._fp8.counted = None
+
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
         embedding, head = self.decoder.model.get_input_embeddings(), self.decoder.model.get_output_embeddings()

@@ -20,7 +20,10 @@ from torch import Tensor
 from slimtune.engine.kernels import fp8
 from slimtune.engine.kernels.formats import Nf4Weight
 
-__all__ = ["Fp8", "Fp8Weight", "Lost", "pays"]
+__all__ = ["Fp8", "Fp8Weight", "Lost", "Rows", "pays"]
+
+Rows = tuple[Tensor, Tensor]
+"""Rows of e4m3, and their scales."""
 
 _BLOCK = 64
 """Weights to an NF4 scale: a row that is a whole number of them has its largest weight among its scales."""
@@ -51,7 +54,7 @@ class Fp8:
     counted: list[tuple[Tensor, Tensor]] | None = None
     """Where what gradients lose is counted, if it is."""
 
-    def quantize(self, dy: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, dy: Tensor, factors: Tensor) -> Rows:
         """A gradient's rows in e4m3 and their scales."""
         values, scales = fp8.quantize(dy, factors=factors)
         if self.counted is not None:

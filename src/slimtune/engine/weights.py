@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.fp8 import Fp8, Fp8Weight
+from slimtune.engine.fp8 import Fp8, Fp8Weight, Rows
 from slimtune.engine.kernels import fp8, grouped_lora, lora, mxfp4, nf4
 from slimtune.engine.kernels.formats import NestedScales, Nf4Weight, dynamic_map
 from slimtune.engine.kernels.routing import Routes
@@ -155,6 +155,11 @@ class Site:
     def in_fp8(self) -> Fp8Weight | None:
         """The weight that is multiplied in FP8 just now; None: in the compute dtype."""
         return self._fp8 if self._fp8 is not None and self._fp8.switch.on else None
+
+    @property
+    def fp8_columns(self) -> int:
+        """Bytes of one row of its product's gradient in FP8, where that is what the backward multiplies."""
+        return self.outputs if self.in_fp8 is not None else 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -319,16 +324,31 @@ class Site:
 
     # -- the product --------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """y [rows, outputs] of an input buffer [rows, inputs + extra]."""
+    def forward(self, x: Tensor | None, *, out: Tensor | None = None, eighths: Rows | None = None) -> Tensor:
+        """y [rows, outputs] of an input buffer [rows, inputs + extra].
+
+        Args:
+            x: The buffer; None only beside ``eighths``, where there are no extra columns.
+            out: [rows, outputs] that takes y.
+            eighths: x's first columns in FP8, where they are made already.
+        """
         eight = self.in_fp8
         if eight is None:
+            assert x is not None
             return torch.mm(x, self.weight().t()) if out is None else torch.mm(x, self.weight().t(), out=out)
         weight, beside = self._weight_in_fp8(eight, turned=False)
-        y = fp8.product(*fp8.quantize(x[:, : self.inputs]), weight, eight.scales, out=out)
-        return y.addmm_(x[:, self.inputs :], beside.t()) if self.extra else y
+        if eighths is None:
+            assert x is not None
+            eighths = fp8.quantize(x[:, : self.inputs])
+        y = fp8.product(*eighths, weight, eight.scales, out=out)
+        if self.extra:
+            assert x is not None
+            y.addmm_(x[:, self.inputs :], beside.t())
+        return y
 
-    def _backward(self, dy: Tensor, *, need_dx: bool, need_du: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _backward(
+        self, dy: Tensor, eighths: Rows | None, *, need_dx: bool, need_du: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """dx [rows, inputs] and du [rows, groups x rank] of dy [rows, outputs]."""
         eight, columns = self.in_fp8, self.groups * self.rank
         if eight is None:
@@ -339,7 +359,9 @@ class Site:
             du = product[:, self.inputs - first :][:, :columns] if need_du else None
             return product[:, : self.inputs] if need_dx else None, du
         turned, beside = self._weight_in_fp8(eight, turned=True)
-        dx = fp8.product(*eight.switch.quantize(dy, eight.scales), turned, eight.ones) if need_dx else None
+        dx = None
+        if need_dx:
+            dx = fp8.product(*(eighths or eight.switch.quantize(dy, eight.scales)), turned, eight.ones)
         return dx, torch.mm(dy, beside[:, :columns]) if need_du else None
 
     def backward(
@@ -352,6 +374,7 @@ class Site:
         chunk: int = 0,
         need_dx: bool = True,
         out: Tensor | None = None,
+        eighths: Rows | None = None,
     ) -> Tensor | None:
         """dx [rows, inputs], and the adapters' gradients added to ``gradients``.
 
@@ -363,16 +386,18 @@ class Site:
             chunk: The forward's.
             need_dx: Without it only the adapters' gradients are computed, and None is returned.
             out: [rows, inputs] that may take dx, where there are no extra columns.
+            eighths: dy times the weight's scales in FP8, where that is made already; without adapters dy isn't read
+                then.
         """
         if not self.groups:
             if not need_dx:
                 return None
             if out is not None and not self.extra and self.in_fp8 is None:
                 return torch.mm(dy, self.weight(), out=out)
-            return self._backward(dy, need_dx=True, need_du=False)[0]
+            return self._backward(dy, eighths, need_dx=True, need_du=False)[0]
         if x is None or gradients is None or self.a is None:
             raise ValueError("a projection with adapters needs its input and a place for its gradients")
-        dx, du = self._backward(dy, need_dx=need_dx, need_du=True)
+        dx, du = self._backward(dy, eighths, need_dx=need_dx, need_du=True)
         assert du is not None
         self._b_backward(dy, x[:, self.inputs : self.inputs + self.groups * self.rank], gradients)
         for rows, options in self._dropout(seed, chunk):
@@ -565,6 +590,7 @@ def dense(linear: Linear, dtype: torch.dtype) -> Tensor:
 
 def _nf4_weight(linear: Linear) -> Nf4Weight | None:
     """A linear layer's weight as it is stored; None where that isn't in 4 bits."""
+    unpack_for_training(linear)  # the model may have been run since
     weight: Any = linear.base.weight
     state = getattr(weight, "quant_state", None)
     if state is None:

@@ -25,6 +25,7 @@ from slimtune.engine.kernels import (
     grouped_lora,
     lora,
     mlp,
+    mlp_fp8,
     mxfp4,
     nf4,
     norm,
@@ -36,8 +37,8 @@ from slimtune.engine.kernels import (
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, attention, cross_entropy, delta, fp8, grouped, grouped_lora, lora, mlp, mxfp4, nf4, norm, rope, router,
-    routing, short_conv,
+    adamw8bit, attention, cross_entropy, delta, fp8, grouped, grouped_lora, lora, mlp, mlp_fp8, mxfp4, nf4, norm,
+    rope, router, routing, short_conv,
 )  # fmt: skip
 CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 
@@ -127,6 +128,10 @@ def launch_fp8() -> None:
             fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, out=out)
             fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, turned=out.t().contiguous())
         fp8.quantize(zeros(*shape), factors=zeros(columns, dtype=f32))
+        gates, factors = zeros(64, 2 * columns).chunk(2, dim=1), zeros(2 * columns, dtype=f32)
+        h = zeros(64, columns)
+        mlp_fp8.gated_forward(*gates, out=h)
+        mlp_fp8.gated_backward(h, *gates, factors, in_place=True)
 
 
 def launch_experts() -> None:

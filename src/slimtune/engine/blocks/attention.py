@@ -211,7 +211,8 @@ class AttentionBlock(TwoProjections):
         group = group * heads_at_once(tokens, part.heads, part.kv_heads) // part.kv_heads
         # do for all heads beside it, or dx once they are gone; the gradient's way back through norms isn't in place.
         columns = max(q + self.o.extra, self.columns) + qkv * self._normed
-        return group + tokens * (columns + (self.qkv.outputs + 2 * q) * part.gated) * size
+        columns += (self.qkv.outputs + 2 * q) * part.gated
+        return group + tokens * (columns * size + self.qkv.fp8_columns)
 
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""

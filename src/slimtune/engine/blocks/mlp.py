@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
-from slimtune.engine.kernels import mlp
+from slimtune.engine.fp8 import Rows
+from slimtune.engine.kernels import mlp, mlp_fp8
 from slimtune.engine.structure import GatedMlp
 from slimtune.engine.weights import Scratch, dense
 
@@ -33,14 +34,25 @@ class MlpBlock(TwoProjections):
         for number, rows in enumerate(on.chunks):
             self.gate_up.fill_extra(n[rows], on.seed, number)
             gates = self.gate_up.forward(n[rows], out=None if kept is None else kept[rows])
-            h = self.down.input_buffer(gates.shape[0])
-            mlp.gated_forward(*gates.chunk(2, dim=1), activation=self.part.activation, out=h[:, : self.down.inputs])
-            self.down.fill_extra(h, on.seed, number)
-            self.down.forward(h, out=y[rows])
+            h, eighths = self._hidden(gates, on, number)
+            self.down.forward(h, out=y[rows], eighths=eighths)
             weight = self._weight(n[rows])
             if weight is not None:
                 y[rows] *= weight
         return y, kept
+
+    def _hidden(self, gates: Tensor, on: Pass, number: int) -> tuple[Tensor | None, Rows | None]:
+        """down's input buffer, and its first columns in FP8; one of them where down reads no more."""
+        halves, activation = gates.chunk(2, dim=1), self.part.activation
+        if self.down.in_fp8 is not None and not self.down.extra:
+            return None, mlp_fp8.gated_forward(*halves, activation=activation)
+        h, eighths = self.down.input_buffer(gates.shape[0]), None
+        if self.down.in_fp8 is None:
+            mlp.gated_forward(*halves, activation=activation, out=h[:, : self.down.inputs])
+        else:
+            eighths = mlp_fp8.gated_forward(*halves, activation=activation, out=h[:, : self.down.inputs])
+        self.down.fill_extra(h, on.seed, number)
+        return h, eighths
 
     def _weight(self, n: Tensor) -> Tensor | None:
         """What each token's result is multiplied with, [rows, 1]."""
@@ -62,10 +74,10 @@ class MlpBlock(TwoProjections):
             else:
                 gates = kept[rows]
             weight = None if part is None else self._weight(part)
-            dlogit = self._gates_backward(dy[rows], gates, on, number, sinks, weight)
+            dlogit, eighths = self._gates_backward(dy[rows], gates, on, number, sinks, weight)
             out = None if dn is None else dn[rows]
             d = self.gate_up.backward(
-                gates, part, on.seed, sinks.get(self.gate_up), chunk=number, need_dx=need_dx, out=out
+                gates, part, on.seed, sinks.get(self.gate_up), chunk=number, need_dx=need_dx, out=out, eighths=eighths
             )
             if d is not None and dlogit is not None and self._weigher is not None:
                 d = torch.addmm(d, dlogit, self._weigher)
@@ -78,8 +90,10 @@ class MlpBlock(TwoProjections):
 
     def _gates_backward(
         self, dy: Tensor, gates: Tensor, on: Pass, number: int, sinks: Sinks, weight: Tensor | None
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Rows | None]:
         """Overwrite gates [rows, 2 F] with their gradient; that of the token's own weight before its sigmoid [rows, 1].
+
+        In FP8 the gates' gradient is given too, and gates take it only where gate_up reads them.
 
         The weight's is dy · y for the result y without it. That is h · dh, as dh is dy by the transpose of what makes
         y of h: so y isn't needed again.
@@ -99,8 +113,13 @@ class MlpBlock(TwoProjections):
             wide = torch.promote_types(self.dtype, torch.float32)
             dot = torch.linalg.vecdot(dh.to(wide), h[:, : self.down.inputs].to(wide))[:, None]
             dlogit = (dot * (1 - weight.to(wide))).to(self.dtype)
-        mlp.gated_backward_(dh, gate, up, activation=self.part.activation)
-        return dlogit
+        del h
+        eight, activation = self.gate_up.in_fp8, self.part.activation
+        if eight is None or eight.switch.counted is not None:
+            mlp.gated_backward_(dh, gate, up, activation=activation)
+            return dlogit, None
+        in_place = self.gate_up.groups > 0
+        return dlogit, mlp_fp8.gated_backward(dh, gate, up, eight.scales, activation=activation, in_place=in_place)
 
     @property
     def reads_input(self) -> bool:
@@ -117,10 +136,12 @@ class MlpBlock(TwoProjections):
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""
         rows, hidden = self.rows(memory), self.down.inputs + self.down.extra
-        # n, and where there are chunks dn; of a chunk gate and up, beside h and dh, or beside dx once they are gone.
+        # n, and where there are chunks dn; of a chunk gate and up, beside h and dh, or beside dx once they are gone;
+        # and what of the products' gradients is in FP8.
+        size, dy, dgates = self.dtype.itemsize, self.down.fp8_columns, self.gate_up.fp8_columns
         tokens = memory.tokens * (self.columns + (self.down.outputs if rows < memory.tokens else 0))
-        chunk = rows * (self.gate_up.outputs + max(2 * hidden, self.columns))
-        working = (tokens + chunk) * self.dtype.itemsize
+        chunk = rows * (self.gate_up.outputs * size + max(2 * hidden * size + dy, self.columns * size + dgates))
+        working = tokens * size + chunk
         if self._weigher is None:
             return working
         # dy once more; h beside dh, both in float32 where they are multiplied.

@@ -5,7 +5,7 @@ dy before that is quantised, so that the backward multiplies with the transpose 
 took, and a row of small weights counts as little in dy as it does in the sum.
 
 Layout: the product wants both operands' summed dimension contiguous. So the forward reads [out_features, in_features],
-the backward [in_features, out_features]; one pass over the 4 bits writes either or both. A program of the weight's
+the backward [in_features, out_features]; a pass over the 4 bits writes either. A program of the weight's
 takes a tile, one of the activations' a row, which stays in registers.
 
 Dtype traps: NF4's largest code is 1, so that a row's largest weight is its largest block scale, known without looking
@@ -22,9 +22,15 @@ from slimtune.engine.kernels._triton import cdiv, constant, jit, pow2, row_align
 from slimtune.engine.kernels.formats import NF4_CODE, NestedScales, table_of
 from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST, LEAST, row_scales
 
-__all__ = ["E4M3", "from_nf4", "product", "quantize", "row_scales"]
+__all__ = ["E4M3", "from_nf4", "product", "quantize", "row_scale", "row_scales"]
 
 _LARGEST, _LEAST = constant(LARGEST), constant(LEAST)
+
+
+@jit
+def row_scale(most: tl.tensor) -> tl.tensor:
+    """Of a row with this largest number."""
+    return tl.maximum(most, _LEAST) * (1.0 / _LARGEST)
 
 
 @jit
@@ -45,7 +51,7 @@ def _quantize(
     value = tl.load(x + tl.multiple_of(row * x_stride, ALIGN) + columns, mask=mask, other=0.0).to(tl.float32)
     if WITH_FACTORS:
         value *= tl.load(factors + columns, mask=mask, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0), _LEAST) * (1.0 / _LARGEST)
+    scale = row_scale(tl.max(tl.abs(value), axis=0))
     tl.store(scales + row, scale)
     value = value * tl.div_rn(1.0, scale)
     tl.store(out + row * size + columns, value.to(tl.float8e4nv), mask=mask)
@@ -61,16 +67,13 @@ def _from_nf4(
     nested_offset: tl.tensor,
     scales: tl.tensor,
     out: tl.tensor,
-    turned: tl.tensor,
     rows: int,
     row_words: int,
     out_stride: int,
-    turned_stride: int,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    WITH_OUT: tl.constexpr,
-    WITH_TURNED: tl.constexpr,
+    TURNED: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ) -> None:
@@ -96,18 +99,14 @@ def _from_nf4(
     tile = tl.reshape((values * scale[:, :, None]).to(tl.float8e4nv), (ROWS, WORDS * 8))
     column = tl.arange(0, WORDS * 8)
     inside_c = first_word * 8 + column < row_words * 8
-    if WITH_OUT:
+    if TURNED:
+        place = out + (first_word * 8).to(tl.int64) * out_stride + first_row
+        place += (column * out_stride)[:, None] + row[None, :]
+        tl.store(place, tl.trans(tile), mask=inside_c[:, None] & inside_r[None, :])
+    else:
         place = out + first_row.to(tl.int64) * out_stride + first_word * 8
-        tl.store(
-            place + (row * out_stride)[:, None] + column[None, :], tile, mask=inside_r[:, None] & inside_c[None, :]
-        )
-    if WITH_TURNED:
-        place = turned + (first_word * 8).to(tl.int64) * turned_stride + first_row
-        tl.store(
-            place + (column * turned_stride)[:, None] + row[None, :],
-            tl.trans(tile),
-            mask=inside_c[:, None] & inside_r[None, :],
-        )
+        place += (row * out_stride)[:, None] + column[None, :]
+        tl.store(place, tile, mask=inside_r[:, None] & inside_c[None, :])
 
 
 def quantize(x: Tensor, *, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -145,17 +144,19 @@ def from_nf4(
         return
     code, words = table_of(NF4_CODE, packed.device), packed.view(-1).view(torch.int32)
     rows, row_words = shape[0], shape[1] // 8
-    block_rows, block_words = (128, 8) if turned is not None else (16, 64)
-    _from_nf4[(cdiv(rows, block_rows), cdiv(row_words, block_words))](
-        words, absmax, code,
-        code if nested is None else nested.absmax, code if nested is None else nested.code,
-        code if nested is None else nested.offset,
-        scales, words if out is None else out, words if turned is None else turned, rows, row_words,
-        0 if out is None else out.stride(0), 0 if turned is None else turned.stride(0),
-        NESTED=nested is not None, NESTED_BLOCK=256 if nested is None else nested.blocksize,
-        BLOCK_WORDS=blocksize // 8, WITH_OUT=out is not None, WITH_TURNED=turned is not None,
-        ROWS=block_rows, WORDS=block_words, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    # A launch for each: Triton 3.6 wrote another transpose where a program stored its tile both ways.
+    for place, across, block_rows, block_words in ((out, False, 16, 64), (turned, True, 128, 8)):
+        if place is None:
+            continue
+        _from_nf4[(cdiv(rows, block_rows), cdiv(row_words, block_words))](
+            words, absmax, code,
+            code if nested is None else nested.absmax, code if nested is None else nested.code,
+            code if nested is None else nested.offset,
+            scales, place, rows, row_words, place.stride(0),
+            NESTED=nested is not None, NESTED_BLOCK=256 if nested is None else nested.blocksize,
+            BLOCK_WORDS=blocksize // 8, TURNED=across, ROWS=block_rows, WORDS=block_words, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -26,11 +26,11 @@ from slimtune.engine.kernels._triton import cdiv, jit, pow2, row_alignment, runs
 from slimtune.engine.kernels.reference_experts import Routes
 from slimtune.engine.kernels.reference_mlp import Activation, Clamped
 
-__all__ = ["Activation", "Clamped", "gated_backward_", "gated_forward"]
+__all__ = ["Activation", "Clamped", "activate", "factor", "gated_backward_", "gated_forward", "numbers"]
 
 
 @jit
-def _activate(g: tl.tensor, alpha: float, limit: float, KIND: tl.constexpr) -> tl.tensor:
+def activate(g: tl.tensor, alpha: float, limit: float, KIND: tl.constexpr) -> tl.tensor:
     """The activation of g and its slope."""
     if KIND == "clamped":
         inside = g < limit
@@ -53,7 +53,7 @@ def _activate(g: tl.tensor, alpha: float, limit: float, KIND: tl.constexpr) -> t
 
 
 @jit
-def _factor(u: tl.tensor, limit: float, KIND: tl.constexpr) -> tl.tensor:
+def factor(u: tl.tensor, limit: float, KIND: tl.constexpr) -> tl.tensor:
     """What of u multiplies the activation, and whether u has a gradient."""
     inside = u == u
     if KIND == "clamped":
@@ -99,8 +99,8 @@ def _forward(
     gate += tl.multiple_of(row * gate_stride, ALIGN)
     up += tl.multiple_of(row * up_stride, ALIGN)
     g, u = _load(gate, up, start, size, INTERLEAVED, BLOCK)
-    act, _ = _activate(g, alpha, limit, KIND)
-    u, _ = _factor(u, limit, KIND)
+    act, _ = activate(g, alpha, limit, KIND)
+    u, _ = factor(u, limit, KIND)
     columns = start + tl.arange(0, BLOCK)
     tl.store(h + tl.multiple_of(row * h_stride, ALIGN) + columns, act * u, mask=columns < size)
 
@@ -145,8 +145,8 @@ def _backward(
         mask = columns < size
         d = tl.load(dh + columns, mask=mask, other=0.0).to(tl.float32)
         g, u = _load(gate, up, start, size, INTERLEAVED, BLOCK)
-        act, slope = _activate(g, alpha, limit, KIND)
-        u, inside = _factor(u, limit, KIND)
+        act, slope = activate(g, alpha, limit, KIND)
+        u, inside = factor(u, limit, KIND)
         if WITH_DW:
             total += d * (act * u)
         if WEIGHTED:
@@ -170,7 +170,7 @@ def _block(size: int) -> int:
     return min(max(pow2(size), 512), 2048)
 
 
-def _numbers(activation: Activation) -> tuple[float, float, str]:
+def numbers(activation: Activation) -> tuple[float, float, str]:
     """Alpha, limit and the kind, as the kernels take them."""
     if isinstance(activation, Clamped):
         return activation.alpha, activation.limit, "clamped"
@@ -190,7 +190,7 @@ def gated_forward(gate: Tensor, up: Tensor, *, activation: Activation = "silu", 
     rows, size = gate.shape
     h = gate.new_empty(rows, size) if out is None else out
     block = _block(size)
-    alpha, limit, kind = _numbers(activation)
+    alpha, limit, kind = numbers(activation)
     _forward[(rows, cdiv(size, block))](
         gate, up, h, gate.stride(0), up.stride(0), h.stride(0), size, alpha, limit,
         KIND=kind, INTERLEAVED=_alternate(gate, up), BLOCK=block, ALIGN=row_alignment(gate, up, h),
@@ -219,7 +219,7 @@ def gated_backward_(
     rows, size = gate.shape
     place = dh if h is None else h
     block = _block(size)
-    alpha, limit, kind = _numbers(activation)
+    alpha, limit, kind = numbers(activation)
     span = block if dw is None else cdiv(size, block) * block
     _backward[(rows, cdiv(size, span))](
         dh, gate, up, place, dh if routes is None else routes.order,

@@ -1,0 +1,193 @@
+"""The gated MLP's elementwise part whose results go straight into FP8.
+
+The same numbers as :mod:`slimtune.engine.kernels.mlp` followed by :func:`slimtune.engine.kernels.fp8.quantize`, rounded
+between them as those are; but what is only multiplied in FP8 is never written in 16 bits, and nothing is read back.
+
+Layout: a program takes a row, and passes over it twice: for its largest number, and to write. The second time the row
+comes from the cache, so that a row of any length is read once from memory and needs few registers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import fp8, mlp
+from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels.fp8 import E4M3, row_scale
+from slimtune.engine.kernels.mlp import Activation, activate, factor, numbers
+
+__all__ = ["gated_backward", "gated_forward"]
+
+
+@jit
+def _hidden(
+    gate: tl.tensor, up: tl.tensor, start: int, size: int, alpha: float, limit: float, KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    columns = start + tl.arange(0, BLOCK)
+    g = tl.load(gate + columns, mask=columns < size, other=0.0)
+    u = tl.load(up + columns, mask=columns < size, other=0.0).to(tl.float32)
+    act, _ = activate(g.to(tl.float32), alpha, limit, KIND)
+    u, _ = factor(u, limit, KIND)
+    return tl.where(columns < size, act * u, 0.0).to(g.dtype)
+
+
+@jit
+def _forward(
+    gate: tl.tensor,
+    up: tl.tensor,
+    h: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    gate_stride: int,
+    up_stride: int,
+    h_stride: int,
+    size: int,
+    alpha: float,
+    limit: float,
+    KIND: tl.constexpr,
+    WITH_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    gate += tl.multiple_of(row * gate_stride, ALIGN)
+    up += tl.multiple_of(row * up_stride, ALIGN)
+    h += tl.multiple_of(row * h_stride, ALIGN)
+    lanes = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        value = _hidden(gate, up, start, size, alpha, limit, KIND, BLOCK)
+        most = tl.maximum(most, tl.abs(value.to(tl.float32)))
+    scale = row_scale(tl.max(most, axis=0))
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    for start in range(0, size, BLOCK):
+        value, mask = _hidden(gate, up, start, size, alpha, limit, KIND, BLOCK), start + lanes < size
+        if WITH_H:
+            tl.store(h + start + lanes, value, mask=mask)
+        tl.store(out + row * size + start + lanes, (value.to(tl.float32) * inverse).to(tl.float8e4nv), mask=mask)
+
+
+@jit
+def _gradients(
+    dh: tl.tensor, gate: tl.tensor, up: tl.tensor, start: int, size: int, alpha: float, limit: float,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    columns = start + tl.arange(0, BLOCK)
+    mask = columns < size
+    g = tl.load(gate + columns, mask=mask, other=0.0)
+    u = tl.load(up + columns, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(dh + columns, mask=mask, other=0.0).to(tl.float32)
+    act, slope = activate(g.to(tl.float32), alpha, limit, KIND)
+    u, inside = factor(u, limit, KIND)
+    dgate, dup = d * u * slope, tl.where(inside, d * act, 0.0)
+    return tl.where(mask, dgate, 0.0).to(g.dtype), tl.where(mask, dup, 0.0).to(g.dtype)
+
+
+@jit
+def _backward(
+    dh: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    factors: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    dh_stride: int,
+    gate_stride: int,
+    up_stride: int,
+    size: int,
+    alpha: float,
+    limit: float,
+    KIND: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    dh += tl.multiple_of(row * dh_stride, ALIGN)
+    gate += tl.multiple_of(row * gate_stride, ALIGN)
+    up += tl.multiple_of(row * up_stride, ALIGN)
+    out += row * 2 * size
+    lanes = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        dgate, dup = _gradients(dh, gate, up, start, size, alpha, limit, KIND, BLOCK)
+        place, mask = factors + start + lanes, start + lanes < size
+        most = tl.maximum(most, tl.abs(dgate.to(tl.float32) * tl.load(place, mask=mask, other=0.0)))
+        most = tl.maximum(most, tl.abs(dup.to(tl.float32) * tl.load(place + size, mask=mask, other=0.0)))
+    scale = row_scale(tl.max(most, axis=0))
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    for start in range(0, size, BLOCK):
+        dgate, dup = _gradients(dh, gate, up, start, size, alpha, limit, KIND, BLOCK)
+        place, mask = factors + start + lanes, start + lanes < size
+        if IN_PLACE:
+            tl.store(gate + start + lanes, dgate, mask=mask)
+            tl.store(up + start + lanes, dup, mask=mask)
+        dgate = dgate.to(tl.float32) * tl.load(place, mask=mask, other=0.0) * inverse
+        dup = dup.to(tl.float32) * tl.load(place + size, mask=mask, other=0.0) * inverse
+        tl.store(out + start + lanes, dgate.to(tl.float8e4nv), mask=mask)
+        tl.store(out + size + start + lanes, dup.to(tl.float8e4nv), mask=mask)
+
+
+def gated_forward(
+    gate: Tensor, up: Tensor, *, activation: Activation = "silu", out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h = act(gate) x up in e4m3 [T, F], and its rows' scales, float32 [T, 1].
+
+    Args:
+        gate: [T, F] with any row stride.
+        up: Likewise.
+        activation: As :func:`slimtune.engine.kernels.mlp.gated_forward` takes it.
+        out: [T, F] that takes h in gate's dtype too, with any row stride.
+    """
+    if not runs_on_triton(gate):
+        return fp8.quantize(mlp.gated_forward(gate, up, activation=activation, out=out))
+    rows, size = gate.shape
+    values = torch.empty(rows, size, dtype=E4M3, device=gate.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
+    alpha, limit, kind = numbers(activation)
+    block = _block(size)
+    _forward[(rows,)](
+        gate, up, gate if out is None else out, values, scales, gate.stride(0), up.stride(0),
+        0 if out is None else out.stride(0), size, alpha, limit, KIND=kind, WITH_H=out is not None, BLOCK=block,
+        ALIGN=row_alignment(gate, up, out), num_warps=block // 512, enable_fp_fusion=True,
+    )  # fmt: skip
+    return values, scales
+
+
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, factors: Tensor, *, activation: Activation = "silu", in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """[dgate | dup] · factors in e4m3 [T, 2 F], and its rows' scales, float32 [T, 1].
+
+    Args:
+        dh: The gradient of h, [T, F] with any row stride.
+        gate: Likewise.
+        up: Likewise.
+        factors: float32 [2 F], what the columns are multiplied with.
+        activation: As :func:`slimtune.engine.kernels.mlp.gated_backward_` takes it.
+        in_place: Overwrite gate and up with their gradients, without factors, too.
+    """
+    rows, size = gate.shape
+    if not runs_on_triton(gate):
+        gate, up = (gate, up) if in_place else (gate.clone(), up.clone())
+        mlp.gated_backward_(dh, gate, up, activation=activation)
+        return fp8.quantize(torch.cat((gate, up), dim=1), factors=factors)
+    values = torch.empty(rows, 2 * size, dtype=E4M3, device=gate.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
+    alpha, limit, kind = numbers(activation)
+    block = _block(size)
+    _backward[(rows,)](
+        dh, gate, up, factors, values, scales, dh.stride(0), gate.stride(0), up.stride(0), size, alpha, limit,
+        KIND=kind, IN_PLACE=in_place, BLOCK=block, ALIGN=row_alignment(dh, gate, up), num_warps=block // 512,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return values, scales
+
+
+def _block(size: int) -> int:
+    """Columns at a time: 16 to a thread."""
+    return min(max(pow2(size), 512), 2048)
