@@ -12,7 +12,7 @@ there and in float32 they are made of three such products.
 
 from __future__ import annotations
 
-from slimtune.engine.kernels._triton import jit, tl
+from slimtune.engine.kernels._triton import jit, jit_one_for_all, tl
 
 __all__ = ["gradients", "inverses", "lengths_back", "outputs", "states", "states_back", "through"]
 
@@ -95,7 +95,7 @@ def _decays(
     return total, e, gamma, first
 
 
-@jit
+@jit_one_for_all("tokens")
 def inverses(
     mixed: tl.tensor,
     g: tl.tensor,
@@ -181,7 +181,7 @@ def states(
         s = tl.exp(whole) * s + _product(tl.trans(onward), d, PRECISION)
 
 
-@jit
+@jit_one_for_all("tokens")
 def outputs(
     mixed: tl.tensor,
     g: tl.tensor,
@@ -222,7 +222,7 @@ def outputs(
     tl.store(out, result, mask=seen)
 
 
-@jit
+@jit_one_for_all("tokens")
 def through(
     do: tl.tensor,
     mixed: tl.tensor,
@@ -256,7 +256,7 @@ def through(
     tl.store(place, back, mask=inside[:, None] & (each < DIM)[None, :])
 
 
-@jit
+@jit_one_for_all("tokens")
 def states_back(
     do: tl.tensor,
     mixed: tl.tensor,
@@ -313,7 +313,7 @@ def states_back(
         ds -= _product(tl.trans(k * (e * b)[:, None]), tl.where(mine[:, None], x, 0.0), PRECISION)
 
 
-@jit
+@jit_one_for_all("tokens")
 def gradients(
     do: tl.tensor,
     mixed: tl.tensor,
@@ -411,7 +411,7 @@ def gradients(
     tl.store(dk + out, result, mask=seen)
 
 
-@jit
+@jit_one_for_all("tokens")
 def lengths_back(
     d: tl.tensor,
     mixed: tl.tensor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from slimtune.engine.kernels import reference_delta as reference
-from slimtune.engine.kernels._triton import cdiv, jit, row_alignment, runs_on_triton, tl
+from slimtune.engine.kernels._triton import cdiv, jit, jit_one_for_all, row_alignment, runs_on_triton, tl
 
 __all__ = ["conv_silu_backward", "conv_silu_forward"]
 
@@ -38,7 +38,7 @@ def _pre(
     return total
 
 
-@jit
+@jit_one_for_all("tokens")
 def _forward(
     x: tl.tensor,
     weight: tl.tensor,
@@ -64,7 +64,7 @@ def _forward(
     tl.store(place, pre * tl.sigmoid(pre), mask=inside[:, None] & (column < size)[None, :])
 
 
-@jit
+@jit_one_for_all("tokens")
 def _backward(
     dy: tl.tensor,
     x: tl.tensor,
