@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
 
-__all__ = ["Lang", "language", "set_language"]
+__all__ = ["LANGUAGES", "Lang", "language", "speak", "spoken"]
 
 Lang = Literal["en", "zh"]
+LANGUAGES: tuple[Lang, ...] = get_args(Lang)
 
 _LOCALES = ("LC_ALL", "LC_MESSAGES", "LANG")
 _asked: list[Lang] = []
-"""What ``--lang`` asks for, in the command's own process."""
+"""What ``--lang`` asks for; the last one holds."""
 
 
 def language() -> Lang:
@@ -22,6 +25,16 @@ def language() -> Lang:
     return "zh" if name.lower().startswith("zh") else "en"
 
 
-def set_language(lang: Lang | None) -> None:
-    """Speak this language from now on; None: the locale's."""
-    _asked[:] = [] if lang is None else [lang]
+def speak(lang: Lang) -> None:
+    """Speak this language from now on, in the command's own process."""
+    _asked.append(lang)
+
+
+@contextmanager
+def spoken(lang: Lang) -> Iterator[None]:
+    """Within this, this language is spoken."""
+    _asked.append(lang)
+    try:
+        yield
+    finally:
+        _asked.pop()

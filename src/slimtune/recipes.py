@@ -48,6 +48,7 @@ from slimtune.demo import DEMO_REPLY_TOKENS, DEMO_SETTINGS, Row, is_right, rows
 from slimtune.engine.structure import CannotFuse
 from slimtune.errors import GuardStop, UserError
 from slimtune.hardware import Hardware, detect
+from slimtune.language import language
 from slimtune.plan import (
     Choice,
     default_output,
@@ -259,7 +260,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             del trainer, ready  # the fresh base takes their room
             facts.verified, facts.verdict.general = _verify(config, hardware, job, data, watchdog)
             run.write_json(run.facts_file, facts.as_dict())
-            write_report(run)
+            write_report(run, language())
             job.screen.conclude(facts.as_dict())
             job.signals.finished = not config.export
 

@@ -53,7 +53,8 @@ def test_what_is_no_topic_is_told_with_the_nearest(run_here: RunHere) -> None:
 def test_wheels_hold_each_topic() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert included == {f"docs/{topic}.md": f"slimtune/docs/{topic}.md" for topic in TOPICS}
+    chinese = [f"{topic}.zh-CN" for topic in TOPICS if (ROOT / "docs" / f"{topic}.zh-CN.md").is_file()]
+    assert included == {f"docs/{name}.md": f"slimtune/docs/{name}.md" for name in [*TOPICS, *chinese]}
 
 
 def test_verbs_flags_topics_and_files_are_completed() -> None:

@@ -15,8 +15,11 @@ from typing import Any, NoReturn
 
 import click
 
+from slimtune.cli.formatting import Context, cells, folded, terminal_width
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
+from slimtune.language import LANGUAGES, Lang, speak, spoken
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
+from slimtune.words import told
 
 __all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]
 
@@ -46,8 +49,27 @@ VERBS = {
 }
 
 
+def _speak(ctx: click.Context, param: click.Parameter, lang: Lang | None) -> None:
+    if lang is not None:
+        ctx.with_resource(spoken(lang))
+
+
+def _lang_option() -> click.Option:
+    """``--lang``, which every verb has; :func:`main` has looked for it before, as mistakes are told in it too."""
+    return click.Option(
+        ["--lang"],
+        type=click.Choice(LANGUAGES),
+        help="The language that is spoken; the locale's unless given.",
+        callback=_speak,
+        expose_value=False,
+        is_eager=True,
+    )
+
+
 class _Verbs(click.Group):
     """A group that imports a verb's module only when the verb is called."""
+
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -56,6 +78,9 @@ class _Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"slimtune.cli.{cmd_name}").command
+        command.context_class = Context
+        if not any(param.name == "lang" for param in command.params):
+            command.params.append(_lang_option())
         return command
 
     def resolve_command(
@@ -76,6 +101,8 @@ class _Verbs(click.Group):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="slimtune", prog_name="slimtune")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--lang", type=click.Choice(LANGUAGES), callback=_speak, expose_value=False, is_eager=True,
+              help="The language that is spoken; the locale's unless given.")  # fmt: skip
 @click.pass_context
 def slimtune_command(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a chat model in 4 bits on your own GPU.
@@ -96,6 +123,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     # --debug is understood after the verb as well: people add it to the end of a line that failed.
     arguments = (["--debug"] if debug else []) + [word for word in sys.argv[1:] if word != "--debug"]
+    if (lang := _asked_language(arguments)) is not None:
+        speak(lang)
     try:
         for word in arguments:
             check_utf8("the argument", word)
@@ -106,13 +135,13 @@ def main() -> NoReturn:
     except SlimtuneError as error:
         end(error, debug=debug)
     except click.ClickException as error:
-        error.show()
+        _say_usage(error)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__context__, StopRequested):  # a second Ctrl-C, on the way here
             end(error.__context__, debug=debug)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # people press it twice; the process is on its way out
-        click.echo("\nslimtune: interrupted", err=True)
+        click.echo(f"\nslimtune: {told('interrupted')}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         nobody_reads()
@@ -127,7 +156,7 @@ def main() -> NoReturn:
             sys.exit(refused.exit_code)
         text = str(error).strip().splitlines() or [""]
         click.echo(coloured(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red"), err=True)
-        click.echo("This is a fault of slimtune's own. `--debug` shows where.", err=True)
+        click.echo(told("This is a fault of slimtune's own. `--debug` shows where."), err=True)
         sys.exit(1)
 
 
@@ -149,16 +178,39 @@ def nobody_reads() -> None:
 
 
 def say_error(error: SlimtuneError) -> None:
-    """Print an error, or a stop that was asked for: what, rule, way out, each on its own line."""
+    """Print an error, or a stop that was asked for: what, rule, way out, each on its own line, at the terminal's width
+    broken between words."""
     if isinstance(error, StopRequested):  # what the person asked for is no error
-        click.echo(coloured(error.what, fg="yellow", bold=True), err=True)
-        indent = "  "
+        label, indent, style = "", 2, {"fg": "yellow", "bold": True}
     else:
-        click.echo(coloured("error: ", fg="red", bold=True) + error.what, err=True)
-        indent = " " * 7
-    for line in (error.rule, error.way_out):
-        if line:
-            click.echo(indent + line, err=True)
+        label, style = told("error: "), {}
+        indent = cells(label)
+        click.echo(coloured(label, fg="red", bold=True), nl=False, err=True)
+    width = terminal_width()
+    for number, text in enumerate(filter(None, (error.what, error.rule, error.way_out))):
+        lines = told(text).split("\n") if width is None else folded(told(text), width - indent)
+        for at, line in enumerate(lines):
+            first = number == at == 0
+            click.echo(coloured(line, **style) if first else " " * indent + line, err=True)
+
+
+def _say_usage(error: click.ClickException) -> None:
+    """As click says that a line can't be understood."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+        click.echo(told(f"Try '{error.ctx.command_path} --help' for help."), err=True)
+        click.echo(err=True)
+    click.echo(coloured(told("error: "), fg="red", bold=True) + told(error.format_message()), err=True)
+
+
+def _asked_language(words: list[str]) -> Lang | None:
+    """What ``--lang`` asks for, wherever it stands, before anything is understood."""
+    for at, word in enumerate(words):
+        name, _, value = word.partition("=")
+        value = value or next(iter(words[at + 1 :]), "")
+        if name == "--lang" and value in LANGUAGES:
+            return value
+    return None
 
 
 def coloured(text: str, **style: Any) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from slimtune.words import told
+
 __all__ = ["counting"]
 
 
@@ -23,5 +25,5 @@ def counting(works: Mapping[str, str]) -> Iterator[Callable[[str, int, int], Non
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks = {name: progress.add_task(said, total=None, visible=False) for name, said in works.items()}
+        tasks = {name: progress.add_task(told(said), total=None, visible=False) for name, said in works.items()}
         yield lambda name, done, total: progress.update(tasks[name], completed=done, total=total, visible=True)

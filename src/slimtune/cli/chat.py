@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimtune.cli import say_error
 from slimtune.cli.early import check_target
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError, written_out
+from slimtune.words import told
 
 if TYPE_CHECKING:
     from slimtune.use.chat import ChatSession
@@ -78,7 +80,7 @@ def converse(session: ChatSession) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives input() line editing and history
 
-    click.echo(f"{session.model}: ready.\n{HELP}", err=True)
+    click.echo(told(f"{session.model}: ready.") + f"\n{told(HELP)}", err=True)
     while True:
         try:
             line = input("\n> ").strip()
@@ -86,7 +88,7 @@ def converse(session: ChatSession) -> None:
             click.echo()
             return
         except KeyboardInterrupt:
-            click.echo("\n(Ctrl-D or /exit leaves)", err=True)
+            click.echo("\n" + told("(Ctrl-D or /exit leaves)"), err=True)
             continue
         if line == "/exit":
             return
@@ -104,31 +106,31 @@ def _answer(session: ChatSession, line: str) -> None:
         session.reply(text, _show)
         click.echo()
     except KeyboardInterrupt:
-        click.echo("\n(stopped)", err=True)
+        click.echo("\n" + told("(stopped)"), err=True)
     except UserError as error:
-        click.echo(str(error), err=True)
+        say_error(error)
 
 
 def _command(session: ChatSession, line: str) -> None:
     word, _, rest = line.partition(" ")
     if word == "/reset":
         session.reset()
-        click.echo("(the conversation is forgotten)", err=True)
+        click.echo(told("(the conversation is forgotten)"), err=True)
     elif word in ("/base", "/tuned"):
         try:
             session.switch(base=word == "/base")
         except UserError as error:
-            click.echo(str(error), err=True)
+            say_error(error)
         else:
-            click.echo(f"({session.model} answers from here on, in a conversation of its own)", err=True)
+            click.echo(told(f"({session.model} answers from here on, in a conversation of its own)"), err=True)
     elif word == "/system" and rest.strip():
         session.system = rest.strip()
         session.reset()
-        click.echo("(system text set; the conversation starts anew)", err=True)
+        click.echo(told("(system text set; the conversation starts anew)"), err=True)
     elif word == "/system":
-        click.echo(f"(system text: {session.system or 'none'})", err=True)
+        click.echo(told(f"(system text: {session.system or 'none'})"), err=True)
     else:
-        click.echo(("" if word == "/help" else f"unknown command {word}\n") + HELP, err=True)
+        click.echo(("" if word == "/help" else told(f"unknown command {word}") + "\n") + told(HELP), err=True)
 
 
 def _show(text: str) -> None:

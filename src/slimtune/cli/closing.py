@@ -9,6 +9,7 @@ import click
 
 from slimtune.run.folder import RunFolder
 from slimtune.run.verdict import is_worse
+from slimtune.words import told
 
 __all__ = ["close"]
 
@@ -23,10 +24,10 @@ def close(run: RunFolder, *, as_json: bool) -> None:
     else:
         name = shlex.quote(str(run.path))
         lines = {
-            f"slimtune chat {name}": "talk to it",
-            f"slimtune compare {name}": "base against tuned",
-            f"slimtune explain {name}": "what was measured",
-            str(run.report_html): "the same, with curves",
+            f"slimtune chat {name}": told("talk to it"),
+            f"slimtune compare {name}": told("base against tuned"),
+            f"slimtune explain {name}": told("what was measured"),
+            str(run.report_html): told("the same, with curves"),
         }
         width = max(map(len, lines))
         click.echo("\n" + "\n".join(f"  {line:<{width}}  {what}" for line, what in lines.items()), err=True)

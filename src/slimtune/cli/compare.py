@@ -14,6 +14,7 @@ from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
 from slimtune.errors import UserError, written_out
 from slimtune.language import language
+from slimtune.words import told
 
 if TYPE_CHECKING:
     from slimtune.use.compare import Comparison
@@ -105,19 +106,19 @@ def _show(made: Comparison, page: Path) -> None:
     from slimtune.cli.page import Page
 
     screen = Page()
-    table = Table("", "base", "tuned", "change", box=SIMPLE)
+    table = Table("", told("base"), told("tuned"), told("change"), box=SIMPLE)
     for row in made.rows():
-        table.add_row(*row)
+        table.add_row(*(told(cell) for cell in row))
     screen.print(table)
     worse = made.worse()
     if worse:
-        lost = Table("got worse", "base", "tuned", box=SIMPLE, expand=True)
+        lost = Table(told("got worse"), told("base"), told("tuned"), box=SIMPLE, expand=True)
         for item in worse[:_SHOWN]:
             lost.add_row(*(Text(_short(text)) for text in (item.asked, item.base_reply, item.reply)))
         screen.print(lost)
     if len(worse) > _SHOWN:
-        click.echo(f"and {len(worse) - _SHOWN} more")
-    click.echo(f"every reply: {page}")
+        click.echo(told(f"and {len(worse) - _SHOWN} more"))
+    click.echo(told(f"every reply: {page}"))
 
 
 def _short(text: str) -> str:
@@ -132,5 +133,5 @@ def _held_out(opened: Opened) -> HeldOut | None:
     try:
         return held_out_of(opened)
     except UserError as error:
-        click.echo(f"no held-out rows: {error.what}", err=True)
+        click.echo(told(f"no held-out rows: {error.what}"), err=True)
         return None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
+from slimtune.cli.formatting import folded
 from slimtune.config import Config, read_yaml
 from slimtune.errors import UserError
 from slimtune.foreign import Line, recognised, translated
+from slimtune.words import told
 
 __all__ = ["command", "flow"]
 
@@ -109,10 +110,13 @@ def flow(value: Any) -> str:
 
 def documented_defaults() -> str:
     """The defaults as YAML, each key under its documentation."""
-    lines = ["# slimtune's defaults. Keys are the flags of `slimtune train` with _ for -; flags win over this file."]
+    lines = [
+        "# "
+        + told("slimtune's defaults. Keys are the flags of `slimtune train` with _ for -; flags win over this file.")
+    ]
     defaults: dict[str, Any] = Config().model_dump(mode="json")
     for name, field in Config.model_fields.items():
         description = " ".join((field.description or "").split())
-        lines += ["", *(f"# {line}" for line in textwrap.wrap(description, 110))]
+        lines += ["", *(f"# {line}" for line in folded(told(description), 110))]
         lines.append(f"{name}: {flow(defaults[name])}")
     return "\n".join(lines) + "\n"

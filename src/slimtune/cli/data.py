@@ -16,6 +16,7 @@ from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.options import config_from_flags, some_config_options
 from slimtune.errors import UserError, written_out
 from slimtune.run.durable import replace_file
+from slimtune.words import told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,10 +91,10 @@ def command(
         from slimtune.run.lines import steps_line
 
     errors, named = Console(stderr=True, highlight=False), config.data
-    with TemporaryDirectory() as folder, errors.status("  reading the tokenizer") as status:
+    with TemporaryDirectory() as folder, errors.status("  " + told("reading the tokenizer")) as status:
         config = keep_stdin(config, Path(folder))
         tokenizer = tokenizer_of(config)
-        proof = examine(config, tokenizer, on_progress=lambda rows: status.update(f"  {rows:,} rows"))
+        proof = examine(config, tokenizer, on_progress=lambda rows: status.update("  " + told(f"{rows:,} rows")))
         batches: MicroBatches | None = None
         amount: list[Choice] = []
         if len(proof.train):
@@ -107,15 +108,20 @@ def command(
         decided, _ = resolve_steps(config, batches.per_epoch, proof.eval_work)
         steps = steps_of_run(config, batches.per_epoch)
         lines.append(("steps", steps_line(steps, decided, evaluates=proof.eval is not None)))
-        lines += [("chosen", f"{choice.key} {choice.value:g}: {choice.reason}") for choice in amount]
+        lines += [("chosen", f"{choice.key} {choice.value:g}: {told(choice.reason)}") for choice in amount]
         if (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
             said.append(f"{line[0].upper()}{line[1:]}.")
     refusal = proof.refusal
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))
     if html_file is not None:
-        title = f"Data: {', '.join(named)}"
-        _write(html_file, page(title, None if refusal is None else str(refusal), lines, said, shown))
+        title = told(f"Data: {', '.join(named)}")
+        _write(
+            html_file,
+            page(
+                title, None if refusal is None else "\n".join(map(told, str(refusal).split("\n"))), lines, said, shown
+            ),
+        )
     if as_json:
         click.echo(json.dumps(summary(proof, batches, shown, said), ensure_ascii=False, indent=2))
     else:
@@ -150,22 +156,22 @@ def _show(
     grid.add_column(overflow="fold")
     styles = {"dropped": "yellow", "repaired": "cyan"}
     for label, text in lines:
-        grid.add_row(label, Text(written_out(text), style=styles.get(label.removeprefix("eval "), "")))
+        grid.add_row(told(label), Text(written_out(told(text)), style=styles.get(label.removeprefix("eval "), "")))
     console.print(Padding(grid, (0, 0, 0, 2)))
     for hint in said:
-        console.print(Text(f"  look: {written_out(hint)}", style="yellow"))
+        console.print(Text(f"  {told('look: ')}{written_out(told(hint))}", style="yellow"))
     if shown is None:
         return
     console.print()
-    legend = Text("One conversation, as the model sees it (")
-    legend.append(written_out(shown.place)).append("); ").append("what is learnt is green", style="bold green")
+    legend = Text(told(f"One conversation, as the model sees it ({written_out(shown.place)}); "))
+    legend.append(told("what is learnt is green"), style="bold green")
     console.print(legend)
     body = Text()
     for segment in shown.segments:
         body.append(written_out(_shortened(segment.text)), style="bold green" if segment.supervised else "dim")
     console.print(Padding(body, (0, 0, 0, 2)))
     if not refused:
-        console.print(Text("Every row is accounted for; training may begin.", style="green"))
+        console.print(Text(told("Every row is accounted for; training may begin."), style="green"))
 
 
 def _shortened(text: str) -> str:

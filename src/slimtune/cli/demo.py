@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from slimtune.cli.imports import fast_imports
+from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -47,15 +48,17 @@ def command(output: Path, seed: int, as_json: bool) -> None:
         ]
         click.echo(json.dumps(scores | {"replies": replies}, ensure_ascii=False, indent=2))
         return
-    table = Table(title="Requests that it was not trained on", title_justify="left", show_lines=True, expand=True)
-    table.add_column("request", ratio=3)
-    table.add_column(f"before: {sum(before)} of {len(before)} right", ratio=3)
-    table.add_column(f"after: {sum(after)} of {len(after)} right", ratio=4)
+    table = Table(title=told("Requests that it was not trained on"), title_justify="left", show_lines=True, expand=True)
+    table.add_column(told("request"), ratio=3)
+    table.add_column(told(f"before: {sum(before)} of {len(before)} right"), ratio=3)
+    table.add_column(told(f"after: {sum(after)} of {len(after)} right"), ratio=4)
     for row, was, now, right in zip(result.held_out, result.before, result.after, after, strict=True):
         table.add_row(row.request, _short(was), f"[{'green' if right else 'red'}]{_escaped(now)}[/]")
     Page().print(table)
     named = shlex.quote(str(output))
-    click.echo(f"\n  slimtune chat {named}      talk to it\n  slimtune explain {named}   what happened, measured")
+    lines = {f"slimtune chat {named}": "talk to it", f"slimtune explain {named}": "what was measured"}
+    width = max(map(len, lines))
+    click.echo("\n" + "\n".join(f"  {line:<{width}}  {told(what)}" for line, what in lines.items()))
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -34,6 +34,7 @@ from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
 from slimtune.use.rehearse import wanted
+from slimtune.words import told
 
 __all__ = ["dry_run"]
 
@@ -75,7 +76,7 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
             "rehearse", f"{count:,} general prompts at most, answered by the base first, and steps for them, more"
         )
     for choice in choices:
-        screen.say("chosen", f"{choice.key} {choice.value}: {choice.reason}")
+        screen.say("chosen", f"{choice.key} {choice.value}: {told(choice.reason)}")
     if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
         screen.warn(few)
     if (budget := memory_budget(config)) is not None:

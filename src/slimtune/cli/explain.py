@@ -11,6 +11,7 @@ import click
 
 from slimtune.cli.page import Page
 from slimtune.errors import UserError
+from slimtune.language import language
 from slimtune.run.explain import explain
 from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
@@ -23,10 +24,9 @@ NARROWEST, WIDEST = 60, 110
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="English or Chinese.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts and every statement with its verdict as JSON.")
 @click.pass_context
-def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
+def command(ctx: click.Context, run: Path, as_json: bool) -> None:
     """Tell what RUN did, from what it measured: the base in 4 bits, the adapter, the wrapping, the training.
 
     A statement that was checked is marked: proved, broken, or not measured. Ends with exit code 1 if one is broken.
@@ -40,7 +40,7 @@ def command(ctx: click.Context, run: Path, lang: str, as_json: bool) -> None:
             way_out=f"Go on with it: slimtune resume {shlex.quote(str(run))}",
         )
     with damage_told(folder.facts_file):
-        explanation = explain(facts, "zh" if lang == "zh" else "en")
+        explanation = explain(facts, language())
     if as_json:
         counts = {status: explanation.count(status) for status in ("proved", "broken", "unmeasured")}
         value = {"facts": facts, "counts": counts, **asdict(explanation)}

@@ -11,11 +11,14 @@ import click
 
 from slimtune.cli.page import Page
 from slimtune.errors import UserError
+from slimtune.language import language
+from slimtune.words import told
 
 __all__ = ["TOPICS", "command"]
 
 # topic: what its line in the list says. Its document is docs/<topic>.md.
 TOPICS = {
+    "guide": "Which settings: rows, epochs, learning rate, and what to do when it goes wrong.",
     "data": "What data may look like, and how it is proven.",
     "use": "After training: chat, generate, eval, compare, merge, export.",
     "serve": "Serving runs by the OpenAI API.",
@@ -42,10 +45,11 @@ def command(topic: str | None) -> None:
     Of a verb's flags `slimtune VERB --help` tells.
     """
     if topic is None:
-        formatter = click.HelpFormatter(width=80)
+        formatter = click.get_current_context().make_formatter()
         with formatter.section("Topics"):
             formatter.write_dl(list(TOPICS.items()))
-        click.echo(formatter.getvalue() + "\nslimtune help TOPIC shows one; slimtune VERB --help tells a verb's flags.")
+        more = told("slimtune help TOPIC shows one; slimtune VERB --help tells a verb's flags.")
+        click.echo(f"{formatter.getvalue()}\n{more}")
         return
     from slimtune.cli import VERBS
 
@@ -71,6 +75,7 @@ def _document(topic: str) -> Path:
     """In the installed package, or beside it in a clone."""
     package = Path(__file__).parents[1]
     for folder in (package / "docs", package.parents[1] / "docs"):
-        if (file := folder / f"{topic}.md").is_file():
-            return file
+        for name in (f"{topic}.zh-CN.md",) * (language() == "zh") + (f"{topic}.md",):
+            if (file := folder / name).is_file():
+                return file
     raise UserError(f"the document {topic}.md isn't where slimtune is installed", way_out="Install slimtune anew.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +16,17 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.named import check_name
 from slimtune.cli.config import flow
 from slimtune.cli.early import check_files
+from slimtune.cli.formatting import folded
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.run.durable import replace_file
+from slimtune.words import told
 
 __all__ = ["GOALS", "command", "models_here"]
 
 _MOST_MODELS = 6
 """Of those on this machine that are listed."""
-_FOLDED = textwrap.TextWrapper(
-    78, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-)
+_WIDTH = 76
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,19 @@ def command(output: Path, data: str | None, model: str | None, goal: str | None)
             rule=f"Without one, it is told: {' '.join(missing)}",
             way_out="Or begin with the documented defaults: slimtune config > run.yaml",
         )
-    data = _given(data, check_files) or _asked("What is it to learn from? A file, a folder, or a hub id.", check_files)
+    data = _given(data, check_files) or _asked(
+        told("What is it to learn from? A file, a folder, or a hub id."), check_files
+    )
     known = list(dict.fromkeys([*models_here(), EMBEDDED, Config().model]))
     model = _given(model, check_name) or _chosen(
-        "Which model? A number, a folder, or a hub id.", {name: _where(name) for name in known}, check_name
+        told("Which model? A number, a folder, or a hub id."), {name: _where(name) for name in known}, check_name
     )
-    goal = goal or _chosen("What for?", {name: each.title for name, each in GOALS.items()}, _refuse)
+    goal = goal or _chosen(told("What for?"), {name: told(each.title) for name, each in GOALS.items()}, _refuse)
     _write(output, {"model": model, "data": [data], **GOALS[goal].keys})
     command_line = f"slimtune train --config {shlex.quote(str(output))}"
-    lines = {f"{command_line} --dry-run": "what it would do", command_line: "train"}
+    lines = {f"{command_line} --dry-run": told("what it would do"), command_line: told("train")}
     width = max(map(len, lines))
-    click.echo(f"\n{output} is written.\n")
+    click.echo("\n" + told(f"{output} is written.") + "\n")
     click.echo("\n".join(f"  {line:<{width}}  {what}" for line, what in lines.items()))
 
 
@@ -121,7 +122,7 @@ def _refuse(answer: str) -> None:
 def _show(error: SlimtuneError) -> None:
     for line in (error.what, error.rule, error.way_out):
         if line:
-            click.echo(_FOLDED.fill(line))
+            click.echo("\n".join(f"  {part}" for part in folded(told(line), _WIDTH)))
 
 
 def models_here() -> list[str]:
@@ -136,15 +137,15 @@ def models_here() -> list[str]:
 
 def _where(name: str) -> str:
     if name == EMBEDDED:
-        return "135 M parameters, comes with a package: to try things out"
-    return "on this machine" if name in models_here() else "downloaded when it trains"
+        return told("135 M parameters, comes with a package: to try things out")
+    return told("on this machine") if name in models_here() else told("downloaded when it trains")
 
 
 def _write(output: Path, values: dict[str, Any]) -> None:
-    lines = ["# What `slimtune train --config` reads. `slimtune config` prints every key with its default."]
+    lines = ["# " + told("What `slimtune train --config` reads. `slimtune config` prints every key with its default.")]
     for key, value in Config.make(**values).model_dump(mode="json", include=set(values)).items():
         meaning = " ".join((Config.model_fields[key].description or "").split())
-        lines += ["", *textwrap.wrap(meaning, 110, initial_indent="# ", subsequent_indent="# ")]
+        lines += ["", *(f"# {line}" for line in folded(told(meaning), 110))]
         lines.append(f"{key}: {flow(value)}")
     try:
         replace_file(output, "\n".join(lines) + "\n")

@@ -18,6 +18,7 @@ from slimtune.run.folder import RunFolder
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
+from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -55,7 +56,7 @@ def command(
     folder = RunFolder.open(run)
     config = config_from_flags(config_file or folder.config_file, flags)
     if folder.is_finished(config):
-        click.echo(f"{run} is finished: nothing was changed", err=True)
+        click.echo(told(f"{run} is finished: nothing was changed"), err=True)
         close(folder, as_json=as_json)
         return
     fix_workspace(config)

@@ -13,6 +13,7 @@ from slimtune.errors import shown
 from slimtune.run.listing import SORTS, RunLine, list_runs
 from slimtune.run.screen import megabytes
 from slimtune.run.statement import counted
+from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -38,7 +39,7 @@ def command(folder: Path | None, sort: str, as_json: bool) -> None:
         click.echo(json.dumps([asdict(line) for line in lines], ensure_ascii=False, indent=2))
         return
     if not lines:
-        click.echo(f"no runs in {place.resolve()}", err=True)
+        click.echo(told(f"no runs in {place.resolve()}"), err=True)
         return
     from rich import box
     from rich.padding import Padding
@@ -57,10 +58,10 @@ def command(folder: Path | None, sort: str, as_json: bool) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("run", "model", "data"):
-        table.add_column(name, overflow="fold")
+        table.add_column(told(name), overflow="fold")
     for name in ("steps", "held-out loss", "adapter"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("began", no_wrap=True)
+        table.add_column(told(name), justify="right", no_wrap=True)
+    table.add_column(told("began"), no_wrap=True)
     for line in lines:
         table.add_row(Text(shown(line.path), _STYLES.get(line.state, "")), *map(Text, _cells(line)))
     page.print(table)
@@ -72,7 +73,7 @@ def _cells(line: RunLine) -> tuple[str, ...]:
         Path(shown(line.model or "")).name,
         shown(", ".join(Path(name).name or name for name in line.data)),
         "" if line.steps is None else f"{line.steps:,}",
-        losses if line.state == "done" else f"{losses} {line.state}".strip(),
+        losses if line.state == "done" else f"{losses} {told(line.state)}".strip(),
         "" if line.adapter_bytes is None else megabytes(line.adapter_bytes),
         "" if line.created is None else line.created[:10],
     )

@@ -6,6 +6,8 @@ import html
 
 from slimtune.data.view import Sample
 from slimtune.errors import written_out
+from slimtune.language import language
+from slimtune.words import told
 
 __all__ = ["POLICY", "page", "quoted"]
 
@@ -39,12 +41,12 @@ def quoted(text: str) -> str:
 def page(title: str, refusal: str | None, lines: list[tuple[str, str]], said: list[str], shown: Sample | None) -> str:
     """The page's HTML: verdict, table, hints, and the conversation with its supervised tokens marked."""
     verdict = (
-        '<p class="verdict good">Every row is accounted for; training may begin.</p>'
+        f'<p class="verdict good">{told("Every row is accounted for; training may begin.")}</p>'
         if refusal is None
-        else f'<p class="verdict bad">Training is refused: {quoted(refusal)}</p>'
+        else f'<p class="verdict bad">{told("Training is refused: ")}{quoted(refusal)}</p>'
     )
-    rows = "\n".join(f"<tr><th>{quoted(label)}</th><td>{quoted(text)}</td></tr>" for label, text in lines)
-    notes = "".join(f"<li>{quoted(hint)}</li>" for hint in said)
+    rows = "\n".join(f"<tr><th>{quoted(told(label))}</th><td>{quoted(told(text))}</td></tr>" for label, text in lines)
+    notes = "".join(f"<li>{quoted(told(hint))}</li>" for hint in said)
     parts = [verdict, f"<table>{rows}</table>", f"<ul>{notes}</ul>" if notes else ""]
     if shown is not None:
         text = "".join(
@@ -52,13 +54,13 @@ def page(title: str, refusal: str | None, lines: list[tuple[str, str]], said: li
             for segment in shown.segments
         )
         parts += [
-            f"<h2>One conversation, as the model sees it ({quoted(shown.place)})</h2>",
-            '<p class="legend">The <mark>marked</mark> tokens are learnt; the others are only read.</p>',
+            f"<h2>{quoted(told(f'One conversation, as the model sees it ({shown.place})'))}</h2>",
+            f'<p class="legend">{told("The <mark>marked</mark> tokens are learnt; the others are only read.")}</p>',
             f"<pre>{text}</pre>",
         ]
     body = "\n".join(part for part in parts if part)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{"zh-CN" if language() == "zh" else "en"}">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{POLICY}\n'
         f"<title>{quoted(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{quoted(title)}</h1>\n{body}\n</body>\n</html>\n"

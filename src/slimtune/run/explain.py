@@ -14,7 +14,6 @@ from typing import Any
 from slimtune.config import TARGET_WORDS
 from slimtune.errors import shown
 from slimtune.run.preparation import tell_base, tell_data
-from slimtune.run.reasons import reason_in_chinese
 from slimtune.run.screen import megabytes, time_left
 from slimtune.run.statement import (
     Bar,
@@ -35,6 +34,7 @@ from slimtune.run.statement import (
     value_text,
 )
 from slimtune.run.verdict import tell_verdict
+from slimtune.words import in_chinese
 
 __all__ = ["explain"]
 
@@ -187,7 +187,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
     tokens, supervised = training["tokens"], training["supervised_tokens"]
     engine = plain(training["engine"])
     kind, colon, reason = engine.partition(": ")
-    in_chinese = f"{kind}：{reason_in_chinese(reason)}" if colon else kind
+    engine_zh = f"{kind}：{in_chinese(reason)}" if colon else kind
     told = [
         Statement(
             say(
@@ -195,7 +195,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
                 f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
                 f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
                 f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
-                f"{time_left(training['seconds'])}（引擎：{in_chinese}）；处理 {tokens:,} 个词元，"
+                f"{time_left(training['seconds'])}（引擎：{engine_zh}）；处理 {tokens:,} 个词元，"
                 f"其中 {supervised:,} 个带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
             )
         ),
@@ -502,7 +502,7 @@ def _choices(facts: Facts, say: Say) -> Section | None:
         (
             code(choice["key"]),
             code(choice["value"]),
-            say(plain(choice["reason"]), reason_in_chinese(plain(choice["reason"]))),
+            say(plain(choice["reason"]), in_chinese(plain(choice["reason"]))),
         )
         for choice in choices
     )

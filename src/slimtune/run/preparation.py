@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from slimtune.run.reasons import reason_in_chinese
 from slimtune.run.screen import megabytes
 from slimtune.run.statement import (
     Bar,
@@ -19,6 +18,7 @@ from slimtune.run.statement import (
     sentence,
     share,
 )
+from slimtune.words import in_chinese
 
 __all__ = ["tell_base", "tell_data"]
 
@@ -220,7 +220,7 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
             Statement(
                 say(
                     f"Unpacked ({why}), one epoch is {counted(per_epoch, 'padded micro-batch', 'es')}{full_en}.",
-                    f"不打包（{reason_in_chinese(why)}），每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
+                    f"不打包（{in_chinese(why)}），每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
                 )
             )
         ]

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from slimtune.errors import written_out
+from slimtune.language import language
+from slimtune.run.statement import Say
 from slimtune.run.verdict import advice_text, general_text, verdict_text
+from slimtune.words import told
 
 __all__ = ["Screen", "megabytes", "time_left"]
 
@@ -41,7 +45,7 @@ class Screen:
     def working(self, text: str) -> Iterator[None]:
         """A spinner while something takes seconds."""
         if self.console.is_terminal:
-            with self.console.status(f"  {text}"):
+            with self.console.status(f"  {told(text)}"):
                 yield
         else:
             yield
@@ -53,7 +57,7 @@ class Screen:
             yield
             return
         columns = (
-            TextColumn("  [bold]training [/bold]"),
+            TextColumn(f"  [bold]{_padded(told('training'))}[/bold]"),
             BarColumn(bar_width=28),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[numbers]}"),
@@ -71,7 +75,7 @@ class Screen:
             self.say("held out", f"step {record['step']}: loss {record['eval_loss']:.4f}")
         if "loss" not in record:
             return
-        numbers = (
+        numbers = told(
             f"loss {record['loss']:.4f} · {record['tokens_per_second']:,.0f} tokens/s · "
             f"{megabytes(record['memory_bytes'])} · {time_left(record['seconds_left'])} left"
         )
@@ -85,18 +89,19 @@ class Screen:
         """Say what became of the model, by a run's facts; in red if it is worse than it was."""
         verdict = facts["verdict"]
         style = {"better": "bold green", "worse": "bold red"}.get(verdict["outcome"], "bold")
-        text = verdict_text(verdict, facts["training"], _english)
+        say = _say()
+        text = verdict_text(verdict, facts["training"], say)
         if verdict["outcome"] == "unmeasured":
-            text = f"not measured: {text}"
+            text = say("not measured: ", "未测量：") + text
         self._print("result", text, style, style.removeprefix("bold").strip())
-        for more in (advice_text(verdict, _english), general_text(verdict, _english)):
+        for more in (advice_text(verdict, say), general_text(verdict, say)):
             if more:
                 self._print("", more.replace("`", ""))
 
     def _print(self, label: str, text: str, style: str = "", text_style: str = "") -> None:
         """A label and its text: in a terminal broken between words, clear of the label; elsewhere one line."""
         # No markup: names of files may hold what Rich reads as such.
-        head, body = Text(f"  {label:<{_LABEL}}", style), Text(written_out(text), text_style)
+        head, body = Text("  " + _padded(told(label)), style), Text(written_out(told(text)), text_style)
         if not self.console.is_terminal:
             self.console.print(head + body)
             return
@@ -107,8 +112,12 @@ class Screen:
         self.console.print(grid, soft_wrap=False)
 
 
-def _english(english: str, chinese: str) -> str:
-    return english
+def _say() -> Say:
+    return lambda english, chinese: chinese if language() == "zh" else english
+
+
+def _padded(label: str) -> str:
+    return label + " " * (_LABEL - cell_len(label))
 
 
 def megabytes(count: float) -> str:

@@ -1,0 +1,98 @@
+"""What slimtune says, in the language that a person reads.
+
+The source says everything in English. Where it is shown, :func:`told` looks it up in ``locale/zh.po``, in gettext's
+format, whose ids are the English texts with ``{}`` for what they name. So no place that says something knows of
+languages, and what has no translation is shown in English (``tests/test_words.py`` counts those).
+"""
+
+from __future__ import annotations
+
+import ast
+import gettext
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slimtune.language import language
+
+__all__ = ["CATALOGUE", "Catalogue", "catalogue", "in_chinese", "told"]
+
+CATALOGUE = Path(__file__).parent / "locale" / "zh.po"
+_STRING = re.compile(r'(?:(msgctxt|msgid|msgstr) )?("(?:[^"\\]|\\.)*")')
+_JOINTS = {"; ": "；", ", ": "，", " · ": " · "}
+"""What stands between the parts of a line, and what stands there in Chinese."""
+PART = "part"
+"""The context of what is a part of other texts: a short word that may be somebody's file or folder too."""
+
+
+def told(text: str) -> str:
+    """``text`` as it is shown: in Chinese where that is spoken and the catalogue knows it."""
+    return in_chinese(text) if language() == "zh" else text
+
+
+def in_chinese(text: str) -> str:
+    """``text`` in Chinese, or as it is if the catalogue doesn't know it."""
+    return catalogue().told(text) or text
+
+
+class Catalogue(gettext.NullTranslations):
+    """The texts of a .po file: whole ones, and those that name something."""
+
+    def __init__(self, fp: Any = None) -> None:
+        self.whole: dict[str, str] = {}
+        self.parts: dict[str, str] = {}
+        self._patterns: list[tuple[str, str]] = []
+        super().__init__(fp)
+        for name, text in {**self.whole, **self.parts}.items():
+            if "{}" in name:
+                self._patterns.append((name, text))
+        # The most that is known first: "{}: {}" fits nearly everything.
+        self._patterns.sort(key=lambda pair: -len(pair[0].replace("{}", "")))
+        self._longest = [max(map(_plain, name.split("{}")), key=len) for name, _ in self._patterns]
+
+    def _parse(self, fp: Any) -> None:
+        """Read a .po file, as :mod:`gettext` has it done by who brings a format of files."""
+        entry: dict[str, str] = {}
+        key = ""
+        for line in [*fp, "\n"]:
+            found = _STRING.fullmatch(line.strip())
+            if found is None:
+                if entry.get("msgid") and entry.get("msgstr"):
+                    (self.parts if entry.get("msgctxt") == PART else self.whole)[entry["msgid"]] = entry["msgstr"]
+                entry = {}
+                continue
+            key = found[1] or key
+            entry[key] = entry.get(key, "") + ast.literal_eval(found[2])
+
+    def told(self, text: str, *, part: bool = False) -> str | None:
+        """The translation of ``text``; None if there is none. ``part``: it stands in another text."""
+        exact = self.parts.get(text) or (None if part else self.whole.get(text))
+        if exact is not None:
+            return exact
+        for joint, in_its_place in _JOINTS.items():
+            pieces = text.split(joint)
+            if len(pieces) > 1:
+                made = [self.told(piece, part=True) for piece in pieces]
+                if None not in made:
+                    return in_its_place.join(map(str, made))
+        for (name, translation), longest in zip(self._patterns, self._longest, strict=True):
+            if longest in text and (found := _pattern(name).fullmatch(text)) is not None:
+                return translation.format(*(self.told(group, part=True) or group for group in found.groups()))
+        return None
+
+
+def _plain(text: str) -> str:
+    return text.replace("{{", "{").replace("}}", "}")
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile("(.*?)".join(re.escape(_plain(piece)) for piece in name.split("{}")), re.DOTALL)
+
+
+@cache
+def catalogue() -> Catalogue:
+    """The Chinese one."""
+    with CATALOGUE.open(encoding="utf-8") as file:
+        return Catalogue(file)

@@ -1,0 +1,138 @@
+"""Chinese for what slimtune says: it is there, holds what the English names, and is shown where Chinese is read."""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from slimtune import hardware
+from slimtune.config import Config
+from slimtune.errors import UserError
+from slimtune.hardware import Hardware, detect
+from slimtune.language import language, spoken
+from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_rate, resolve_steps
+from slimtune.run.lines import data_line, in_ram_line, steps_line
+from slimtune.words import CATALOGUE, Catalogue, catalogue, in_chinese, told
+from tests import wording
+from tests.test_plan import documents_of
+
+MOST_ERRORS_IN_ENGLISH = 270
+"""Texts of errors without Chinese: rare ones, of adapters from elsewhere, templates, GGUF and the like. 255 of 634 on
+2026-11-29. With this reached, translate what a newcomer meets."""
+SAME = {"LoRA", "score<0.9, general_change<-0.05, …"}
+"""Help that is the same in both, besides commands."""
+
+
+def _in_the_source() -> dict[str, str]:
+    """The catalogue's ids that are one text of the source each, with their Chinese."""
+    found: dict[str, str] = {}
+    for block in CATALOGUE.read_text(encoding="utf-8").split("\n\n"):
+        made = Catalogue(block.splitlines())  # type: ignore[arg-type]
+        found |= {} if "msgctxt" in block else made.whole
+    return found
+
+
+def test_each_translation_names_what_the_english_names() -> None:
+    entries = {**catalogue().whole, **catalogue().parts}
+    assert len(entries) > 700
+    for english, chinese in entries.items():
+        count = english.count("{}")
+        fields = [name for _, name, _, _ in string.Formatter().parse(chinese) if name is not None] if count else []
+        used = set(range(len(fields))) if "" in fields else {int(name) for name in fields}
+        assert used == set(range(count)), english
+
+
+def test_each_text_of_the_catalogue_is_one_of_the_source() -> None:
+    said = wording.everything() | wording.of_help()
+    assert [text for text in _in_the_source() if text not in said] == []
+
+
+def test_help_and_screens_are_translated_and_most_of_what_errors_say() -> None:
+    known = catalogue().told
+    commands = ("echo '", "slimtune completion")
+    assert {text for text in wording.of_help() if known(text) is None and not text.startswith(commands)} <= SAME
+    assert [text for text in wording.of_screens() if known(text) is None] == []
+    missing = [text for text in wording.of_errors() if known(text) is None]
+    assert len(missing) <= MOST_ERRORS_IN_ENGLISH, missing
+
+
+def _machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
+    """What detect() finds on two CPUs and two GPUs."""
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(hardware, "_cpu_has_bf16_gemm", lambda native=native: native)
+        found.append(detect.__wrapped__())
+    card = SimpleNamespace(major=7, minor=5, name="Some GPU", total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        found.append(detect.__wrapped__())
+    return found
+
+
+def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines: set[str | None] = set()
+    few = documents_of(tmp_path / "few", 40)
+    for machine in _machines(monkeypatch):
+        config, choices = resolve_machine(Config.make(data="rows.jsonl", eval_share=0.1), machine)
+        choices += resolve_steps(config, 1000)[1] + resolve_steps(Config.make(epochs=0.3), 8)[1]
+        for held in ((Config.make(), 0.2, 40), (Config.make(), 0.0, 12), (Config.make(eval="rows.jsonl"), 0.0, 0)):
+            choices += resolve_held_out(*held)[1]
+        choices += resolve_amount(Config.make(), few, None)[1] + resolve_rate(Config.make(), 134_515_008)[1]
+        choices += resolve_amount(Config.make(), documents_of(tmp_path / "one", 1), None)[1]
+        lines |= {choice.reason for choice in choices}
+    facts = {"rows": 40, "rows_dropped": 2, "tokens": 1850, "supervised_tokens": 222}
+    config = Config.make(save_steps=6, eval_steps=1, gradient_accumulation=1, epochs=3)
+    lines |= {
+        data_line({**facts, "held_out": {"documents": 8}}), data_line({**facts, "rows_dropped": 0}),
+        steps_line(160, config, evaluates=True), steps_line(1, config, evaluates=False),
+        in_ram_line(range(31), 32, 31 << 29), few_steps(config, 5, few), few_steps(Config.make(epochs=1), 1, few),
+    }  # fmt: skip
+    assert len(lines) >= 16
+    for line in filter(None, lines):
+        chinese = in_chinese(line)
+        assert re.search("[\u4e00-\u9fff]", chinese), line
+        assert not re.search(r"\b(the|of|and|every|steps?)\b", chinese), chinese
+        # The figures and names in it are kept.
+        figures = [re.findall(r"\d[\d,.]*\d%?|\d%?", text) for text in (line, chinese)]
+        assert set(figures[0]) == set(figures[1]), line
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("data a {b}.jsonl does not exist", "数据 a {b}.jsonl 不存在"),
+        ("the base of r1: unknown model 'x'", "r1 的基座：没有模型 'x'"),  # what one text names may be another
+        ("data/adapter (3.7 MB)", "data/adapter (3.7 MB)"),  # a folder's name is no label
+        ("because of \\1 and {}", "because of \\1 and {}"),
+        ("data", "数据"),
+    ],
+)
+def test_texts_that_name_something(english: str, chinese: str) -> None:
+    assert in_chinese(english) == chinese
+
+
+def test_an_entry_may_go_over_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.po"
+    file.write_text('msgid ""\n"two "\n"lines"\nmsgstr "两"\n"行"\n#, fuzzy\nmsgid "open"\nmsgstr ""\n', "utf-8")
+    with file.open(encoding="utf-8") as lines:
+        assert Catalogue(lines).whole == {"two lines": "两行"}
+
+
+def test_the_locale_decides_unless_a_language_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    assert language() == "en"
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert (language(), told("data")) == ("zh", "数据")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert language() == "en"
+    with spoken("zh"):
+        assert told("talk to it") == "与它对话"
+    assert str(UserError("no data given")) == "no data given"  # what programs read stays English

@@ -1,0 +1,103 @@
+"""What slimtune says, found in its source: the texts that :func:`slimtune.words.told` is given."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+
+SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
+ERRORS = {"UserError", "GuardStop", "StopRequested", "SlimtuneError"}
+_ARGUMENTS = ("rule", "way_out")
+
+
+def texts(node: ast.expr) -> list[str]:
+    """The texts that an expression may be, with {} for what isn't known; none where all of it isn't."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr():
+            made = "".join(
+                str(part.value).replace("{", "{{").replace("}", "}}") if isinstance(part, ast.Constant) else "{}"
+                for part in node.values
+            )
+            return [made.replace("{}{}", "{}")]
+        case ast.IfExp():
+            return [*texts(node.body), *texts(node.orelse)]
+        case ast.BinOp(op=ast.Add()):
+            sides = [texts(node.left) or ["{}"], texts(node.right) or ["{}"]]
+            return [(left + right).replace("{}{}", "{}") for left in sides[0] for right in sides[1]]
+    return []
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The source, parsed."""
+    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SOURCE.rglob("*.py"))}
+
+
+def everything() -> set[str]:
+    """Every text of the source."""
+    return {text for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.expr)
+            for text in texts(node)}  # fmt: skip
+
+
+def _calls() -> Iterator[tuple[Path, ast.Call, str]]:
+    for file, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                yield file, node, name
+
+
+def of_errors() -> dict[str, Path]:
+    """What errors say, and the file."""
+    found: dict[str, Path] = {}
+    for file, call, name in _calls():
+        if name in ERRORS:
+            given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
+            found |= {text: file for each in given for text in texts(each)}
+    return {text: file for text, file in found.items() if any(map(str.isalpha, text.replace("{}", "")))}
+
+
+def of_screens() -> set[str]:
+    """What a run's screen says, labels and texts, and what verbs say of themselves by ``told``."""
+    found: set[str] = set()
+    for _, call, name in _calls():
+        if name in ("say", "warn", "working") and isinstance(call.func, ast.Attribute):
+            of = ast.unparse(call.func.value)
+            if of.endswith(("screen", "self")):
+                found |= {text for each in call.args for text in texts(each)}
+        elif name in ("told", "in_chinese"):
+            found |= {text for each in call.args[:1] for text in texts(each)}
+    return {text for text in found if any(map(str.isalpha, text.replace("{}", "")))}
+
+
+def of_help() -> set[str]:
+    """What ``--help`` of every verb says: its paragraphs, and its flags' lines."""
+    from slimtune.cli import VERBS, slimtune_command
+    from slimtune.cli.help import TOPICS
+    from slimtune.cli.options import _GROUPS
+
+    found = {*VERBS.values(), *TOPICS.values(), *_GROUPS.values()}
+    commands = [slimtune_command, *(importlib.import_module(f"slimtune.cli.{verb}").command for verb in VERBS)]
+    for command in commands:
+        found |= set(paragraphs(command.help or ""))
+        found |= {param.help for param in command.params if isinstance(param, click.Option) and param.help}
+    return {re.sub(r"(  \[[^\]]*\])+$", "", text) for text in found}
+
+
+def paragraphs(text: str) -> list[str]:
+    """Of a help text, each on one line; of lines that \\b keeps the last column."""
+    made = []
+    for part in text.strip().split("\n\n"):
+        if part.strip().startswith("\b"):
+            made += [re.split(r"\s{2,}", line.strip(), maxsplit=1)[-1] for line in part.strip().splitlines()[1:]]
+        else:
+            made.append(" ".join(part.split()))
+    return made
