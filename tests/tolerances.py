@@ -52,3 +52,6 @@ FAMILY_GRADIENT = 1e-4
 router that takes its experts by a near tie, or a state that is summed in another order, ten times that."""
 FAMILY_LOGITS = 1e-5
 """A logit of the same adapter on the same base in fp32, read by slimtune and by plain PEFT."""
+SUM_OF_RANKS = 1e-6
+"""A step's gradient in fp32 summed by three ranks against one process, of the largest of it: six terms in another
+order."""

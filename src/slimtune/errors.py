@@ -56,6 +56,8 @@ class SlimtuneError(Exception):
     """
 
     exit_code = 1
+    told = False
+    """Another rank of the run shows it to the person."""
 
     def __init__(self, what: str, *, rule: str = "", way_out: str = "") -> None:
         self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from slimtune.config import Config
 from slimtune.data.packing import micro_batches
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from slimtune.ranks.group import Ranks
+from slimtune.ranks.share import accumulation_for, check_even
 from slimtune.run.statement import counted
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Choice",
+    "agreed",
     "default_output",
     "few_steps",
     "memory_budget",
@@ -30,6 +33,7 @@ __all__ = [
     "resolve_amount",
     "resolve_held_out",
     "resolve_machine",
+    "resolve_ranks",
     "resolve_rate",
     "resolve_steps",
     "resolved",
@@ -71,6 +75,21 @@ def default_output(model: str, now: datetime) -> Path:
     return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{name}"
 
 
+def agreed(config: Config, ranks: Ranks, versions: dict[str, str]) -> Config:
+    """Rank 0's config, with its folder and date, once it is seen that all ranks were given the same.
+
+    Raises:
+        UserError: One was given another config, or has other versions; or all are to read standard input.
+    """
+    ranks.check_same(versions, "All ranks compute with the same versions.")
+    given = config.model_dump(mode="json", exclude={"output", "date"})
+    ranks.check_same(given, "All ranks are given the same config.")
+    if not ranks.alone and "-" in config.data:
+        raise UserError("several ranks can't read standard input", way_out="Write it to a file, and give that.")
+    output = config.output or default_output(config.model, datetime.now())
+    return ranks.from_first(lambda: config.model_copy(update={"output": output, "date": config.date or date.today()}))
+
+
 def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Choice]]:
     """Decide what depends on the machine: dtype, optimizer, memory."""
     choices: list[Choice] = []
@@ -91,6 +110,20 @@ def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Ch
         share = f"{hardware.memory_bytes * MEMORY_SHARE / 2**30:.2f}GiB"
         choices.append(Choice("memory", share, f"{MEMORY_SHARE:.0%} of what {hardware.name} has"))
     return resolved(config, choices), choices
+
+
+def resolve_ranks(config: Config, count: int) -> tuple[Config, list[Choice]]:
+    """Decide what depends on how many processes share a step.
+
+    Raises:
+        UserError: They can't share it evenly.
+    """
+    if count > 1 and config.gradient_accumulation == "auto":
+        chosen = accumulation_for(config.accumulation, count)
+        choice = Choice("gradient_accumulation", chosen, f"{count} ranks, each of which takes as many of a step")
+        return resolved(config, [choice]), [choice]
+    check_even(config.accumulation, count)
+    return config, []
 
 
 def memory_budget(config: Config) -> int | None:

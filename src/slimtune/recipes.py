@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import date, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
-from slimtune.adapter.state import adapter_to_start_from, start_from
+from slimtune.adapter.state import start_from
 from slimtune.adapter.targets import Targets, default_targets, find_targets
 from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
@@ -51,30 +51,32 @@ from slimtune.hardware import Hardware, detect
 from slimtune.language import language
 from slimtune.plan import (
     Choice,
-    default_output,
+    agreed,
     few_steps,
     micro_batches_of_run,
     resolve_amount,
     resolve_held_out,
     resolve_machine,
+    resolve_ranks,
     resolve_rate,
     resolve_steps,
     resolved,
     steps_of_run,
 )
+from slimtune.ranks.group import ALONE, Ranks, together
 from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.judge import judge
 from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line, steps_line
-from slimtune.run.lock import lock_run
 from slimtune.run.quiet import upstream_to_log
-from slimtune.run.replaced import check_adapter, tell_stranded
+from slimtune.run.ranked import new_folder, old_folder
 from slimtune.run.report import write_report
 from slimtune.run.samples import read_samples
 from slimtune.run.screen import Screen, megabytes
-from slimtune.training.arguments import check_alone, check_arguments, check_model, sft_arguments
+from slimtune.training.arguments import check_arguments, check_model, check_start, sft_arguments
+from slimtune.training.checkpoint import share_newest
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.forecast import check_ram
@@ -120,17 +122,20 @@ def finetune(
         GuardStop: A guard stopped the training.
         StopRequested: The run was asked to stop, and can be resumed.
     """
-    screen = screen or Screen(quiet=True)
-    check_alone()
-    _check_inputs(config)
-    config, choices = resolve_machine(config, detect())
-    output = config.output or default_output(config.model, datetime.now())
-    config = config.model_copy(update={"output": output, "date": config.date or date.today()})
-    with StopSignals() as signals, RunFolder.create(output, overwrite=config.overwrite) as run:
-        config = keep_stdin(config, run.path / "stdin")
-        _train(config, choices, _Job(run, signals, screen, formatting_func, observe))
-    export_run(config, run, screen)
-    return run
+    with together(detect, config.watchdog) as ranks:
+        screen = screen if screen is not None and ranks.first else Screen(quiet=True)
+        _check_inputs(config)
+        config = agreed(config, ranks, library_versions())
+        with StopSignals() as signals, new_folder(ranks, config) as run:
+            config = keep_stdin(config, run.path / "stdin")
+            config, choices = resolve_machine(config, detect())
+            config, for_ranks = resolve_ranks(config, ranks.count)
+            job = _Job(run, signals, screen, formatting_func, observe, ranks=ranks)
+            _train(config, [*choices, *for_ranks], job)
+    if ranks.first:
+        export_run(config, run, screen)
+    assert config.output is not None
+    return RunFolder(config.output)
 
 
 def resume(
@@ -157,28 +162,32 @@ def resume(
         GuardStop: A guard stopped the training.
         StopRequested: The run was asked to stop, and can be resumed.
     """
-    screen = screen or Screen(quiet=True)
-    check_alone()
-    run = RunFolder.open(path)
-    with StopSignals(path) as signals, lock_run(path):
-        check_adapter(run.adapter)
-        config = (config or run.config()).model_copy(update={"output": path})
-        if run.is_finished(config):
-            screen.say("finished", f"{path}: nothing was changed")
-            return run
-        if config.trust_remote_code and not trust_remote_code:
-            raise UserError(
-                f"run {path} ran code that comes with its model",
-                rule="slimtune runs no code that comes with a model unless told to.",
-                way_out="Read that code, then pass --trust-remote-code.",
-            )
-        config, _ = resolve_machine(config, detect())  # a file that lacks what was decided
-        with damage_told(run.facts_file):
-            choices = [Choice(**choice) for choice in run.facts().get("choices", [])]
-        _train(config, choices, _Job(run, signals, screen, formatting_func, accept_changes=accept_changes))
-        run.drop_replaced()
-    export_run(config, run, screen)
-    return run
+    seconds = Config.model_fields["watchdog"].default if config is None else config.watchdog
+    with together(detect, seconds) as ranks:
+        screen = screen if screen is not None and ranks.first else Screen(quiet=True)
+        with StopSignals(path) as signals, old_folder(ranks, path) as run:
+            config = ranks.from_first(run.config if config is None else config.model_copy)
+            config = config.model_copy(update={"output": path})
+            if ranks.from_first(partial(run.is_finished, config)):
+                screen.say("finished", f"{path}: nothing was changed")
+                return RunFolder(path)
+            if config.trust_remote_code and not trust_remote_code:
+                raise UserError(
+                    f"run {path} ran code that comes with its model",
+                    rule="slimtune runs no code that comes with a model unless told to.",
+                    way_out="Read that code, then pass --trust-remote-code.",
+                )
+            config, _ = resolve_machine(config, detect())  # a file that lacks what was decided
+            config, _ = resolve_ranks(config, ranks.count)
+            with damage_told(run.facts_file):
+                choices = [Choice(**choice) for choice in run.facts().get("choices", [])]
+            share_newest(ranks, run.checkpoints, screen.warn)
+            job = _Job(run, signals, screen, formatting_func, accept_changes=accept_changes, ranks=ranks)
+            _train(config, choices, job)
+            run.drop_replaced()
+    if ranks.first:
+        export_run(config, run, screen)
+    return RunFolder(path)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,7 @@ class _Job:
     formatting_func: FormattingFunc | None = None
     observe: Observer | None = None
     accept_changes: bool = False
+    ranks: Ranks = ALONE
 
     def observed(self, trainer: SlimTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
         """Show the model to who asked for it."""
@@ -227,19 +237,24 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         ready = _prepare(config, choices, job, hardware, watchdog)
         config, tokenizer = ready.config, ready.tokenizer
         facts, safety = _begin(ready, job, hardware, watchdog)
-        job.signals.run = watchdog.run = run.path  # from here on it can be resumed
+        job.signals.run = watchdog.run = config.output  # from here on it can be resumed
+        job.ranks.goes_on_by(job.signals.resume)
 
         # 3. SFTTrainer, which wraps the model by itself. The engine then runs its steps, where it knows the model.
         trainer = _trainer(ready, job, hardware, safety)
         documents = ready.data.documents
         texts = [documents[at][0] for at in range(min(3, len(documents)))]
         own_head = prove_step(trainer, texts, config, job.screen.say)
+        job.ranks.check_same({"loss": own_head or "TRL's"}, "All ranks have found the same way to compute it.")
         adapter = facts.adapter = _wrapped(ready, trainer, facts, job.screen)
 
         # 4. Train, and save the adapter alone.
         job.observed(trainer, tokenizer)
         with job.screen.training():
             trainer.fit()
+        job.ranks.leave()
+        if not job.ranks.first:
+            return
         if trainer.samples_told:
             job.screen.say("samples", trainer.samples_told)
         job.observed(trainer, tokenizer)
@@ -302,8 +317,11 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     if config.rehearse:
         activity, answers = "answering general prompts", job.run.rehearsed_file
         with screen.working(activity), watchdog.watching(activity):
-            beat = partial(watchdog.beat, activity)
-            line = rehearse(proof, config, base.model, tokenizer, answers, beat)
+            if not job.ranks.first:
+                answers.write_bytes(job.ranks.from_first(bytes))
+            line = rehearse(proof, config, base.model, tokenizer, answers, partial(watchdog.beat, activity))
+            if job.ranks.first:
+                job.ranks.from_first(answers.read_bytes)
         screen.say("rehearse", line)
     check_names(config, base.model)
     check_model(config, base.model)
@@ -333,7 +351,8 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     screen.say("packs", packs_line(ready.data, config, facts.data["unpacked"]))
     steps = steps_of_run(config, ready.data.per_epoch)
     screen.say("steps", steps_line(steps, config, evaluates=ready.held_out is not None))
-    identity = identity_of(config, facts.base.fingerprint_before, ready.tokenizer)
+    identity = identity_of(config, facts.base.fingerprint_before, ready.tokenizer, run)
+    job.ranks.check_same(identity.in_words(), "All ranks compute the same model on the same data.")
     safety = make_safety(
         config, run, identity, ready.data, job.signals, watchdog, screen, accept_changes=job.accept_changes
     )
@@ -358,6 +377,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
             steps=steps_of_run(config, data.per_epoch),
             fused=ready.unfused is None,
             recompute=base.model.supports_gradient_checkpointing,
+            ranks=job.ranks.count,
         ),
         data=data,
         micro_batches=total,
@@ -365,9 +385,10 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
         tokenizer=ready.tokenizer,
         lora=ready.lora,
         callbacks=[metrics],
+        ranks=job.ranks,
     )
     trainer.safety = safety
-    held_out = ready.proof.eval
+    held_out = ready.proof.eval if job.ranks.first else None
     if held_out is not None and (asked := choose(held_out, ready.tokenizer, config.samples, config.seed)):
         answer = Samples(asked, ready.tokenizer, Manner.of(config))
         trainer.sample_by(SamplesCallback(answer, metrics, safety, job.run.append_samples))
@@ -494,9 +515,7 @@ def demo(output: Path, *, seed: int = 42, overwrite: bool = False, screen: Scree
 
 
 def _check_inputs(config: Config) -> None:
-    if config.start_from is not None:
-        tell_stranded(config.start_from)
-        _check_start(adapter_to_start_from(config.start_from), config)
+    check_start(config)
     check_arguments(config)
     if config.engine == "fused" and (folder := Path(model_source(config.model))).is_dir():
         why_unfused(config, skeleton(folder, trust_remote_code=config.trust_remote_code))
@@ -505,15 +524,6 @@ def _check_inputs(config: Config) -> None:
         init = None if config.lora_init == "default" else config.lora_init
         check_exportable(Found(config.model, base, None, None, config.trust_remote_code), config.export, init)
     check_sources(config)
-
-
-def _check_start(adapter: Path, config: Config) -> None:
-    if config.overwrite and config.output and adapter.resolve().is_relative_to(config.output.resolve()):
-        raise UserError(
-            f"{config.output} can't be replaced by a run that starts from it",
-            rule="--overwrite puts the old run aside before the new one begins.",
-            way_out="Choose another folder (-o).",
-        )
 
 
 def _read(

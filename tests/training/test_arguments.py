@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from slimtune.config import Config
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware, detect
-from slimtune.training.arguments import check_alone, check_model, sft_arguments
+from slimtune.training.arguments import check_model, sft_arguments
 from tests.training.tiny import tiny
 
 
@@ -46,24 +45,3 @@ def test_the_head_takes_no_adapter() -> None:
     check_model(resolved(targets=("q_proj", "embed_tokens")), tiny("llama"))
     with pytest.raises(UserError, match="lm_head"):
         check_model(resolved(targets="lm_head"), tiny("llama", tie_word_embeddings=False))
-
-
-@pytest.mark.parametrize(
-    ("environment", "is_refused"),
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"LOCAL_RANK": "0"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
-        ({"WORLD_SIZE": "many"}, True),
-        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, False),
-        ({"LOCAL_RANK": "-1", "WORLD_SIZE": ""}, False),
-        ({}, False),
-    ],
-)
-def test_one_of_several_processes_is_refused_at_once(
-    environment: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="one of several") if is_refused else nullcontext():
-        check_alone()

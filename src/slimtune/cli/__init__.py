@@ -168,7 +168,8 @@ def end(error: SlimtuneError, *, debug: bool) -> NoReturn:
         end_anyway()
     if debug:
         traceback.print_exc()
-    say_error(error)
+    if not error.told:
+        say_error(error)
     sys.exit(error.exit_code)
 
 

@@ -14,6 +14,7 @@ from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
 from slimtune.config import FREE_KEYS, Config
+from slimtune.ranks.place import take_card, this_place
 from slimtune.run.folder import RunFolder
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
@@ -50,25 +51,32 @@ def command(
     (--save-steps, --logging-steps, --watchdog, --on-nonfinite and the like). Without a checkpoint it begins at the
     first step.
     """
+    place = this_place()
     check_targets(notify)
     if watch:
         check_page()
-    folder = RunFolder.open(run)
-    config = config_from_flags(config_file or folder.config_file, flags)
-    if folder.is_finished(config):
-        click.echo(told(f"{run} is finished: nothing was changed"), err=True)
-        close(folder, as_json=as_json)
-        return
-    fix_workspace(config)
+    config: Config | None = None
+    if place.rank == 0:  # whose disk the run is on
+        folder = RunFolder.open(run)
+        config = config_from_flags(config_file or folder.config_file, flags)
+        if place.alone and folder.is_finished(config):
+            click.echo(told(f"{run} is finished: nothing was changed"), err=True)
+            close(folder, as_json=as_json)
+            return
+    elif RunFolder(run).config_file.is_file():
+        config = config_from_flags(config_file or RunFolder(run).config_file, flags)
+    if config is not None:
+        fix_workspace(config)
     growing_segments()
+    take_card(place)
 
-    with notifying(notify, lambda: run), StopSignals(run):
+    with notifying(notify if place.rank == 0 else (), lambda: run), StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
             from slimtune.recipes import resume
             from slimtune.run.screen import Screen
 
-        with beside(run if watch else None):
+        with beside(run if watch and place.rank == 0 else None):
             folder = resume(
                 run,
                 config,
@@ -76,4 +84,5 @@ def command(
                 trust_remote_code=bool(flags["trust_remote_code"]),
                 screen=Screen(quiet=as_json),
             )
-    close(folder, as_json=as_json)
+    if place.rank == 0:
+        close(folder, as_json=as_json)

@@ -17,6 +17,7 @@ from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
+from slimtune.ranks.place import take_card, this_place
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
@@ -55,14 +56,16 @@ def command(
     (json, jsonl, csv, tsv, txt, parquet, arrow), folders, patterns, hub ids, or - for standard input.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+    place = this_place()
     check_targets(notify)
     if watch:
         check_page()
-    check_training(config)
+    check_training(config if place.rank == 0 else config.model_copy(update={"output": None}))
     fix_workspace(config)
     growing_segments()
+    others = take_card(place)
 
-    with notifying(() if dry_run else notify, lambda: config.output), StopSignals():
+    with notifying(notify if place.rank == 0 and not dry_run else (), lambda: config.output), StopSignals():
         # Here, as it loads torch, and --help is to answer at once.
         with fast_imports():
             from slimtune.cli.dry_run import dry_run as rehearse
@@ -75,8 +78,12 @@ def command(
             if as_json:
                 click.echo(json.dumps(planned, ensure_ascii=False, indent=2))
             return
-        if config.output is None:
+        if config.output is None and place.alone:
             config = config.model_copy(update={"output": default_output(config.model, datetime.now())})
-        with beside(config.output if watch else None):
-            run = finetune(config, screen=Screen(quiet=as_json))
-    close(run, as_json=as_json)
+        screen = Screen(quiet=as_json)
+        if others > 0:
+            screen.say("device", f"1 of {others + 1} GPUs")
+        with beside(config.output if watch and place.rank == 0 else None):
+            run = finetune(config, screen=screen)
+    if place.rank == 0:
+        close(run, as_json=as_json)

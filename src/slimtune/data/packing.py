@@ -86,20 +86,28 @@ class MicroBatches(ABC):
         """Where the rows in the micro-batch at ``position`` stand."""
         return [self.documents.place(int(at)) for at in self.members(position)]
 
+    def supervised(self, position: int) -> int:
+        """Tokens that the micro-batch at ``position`` is supervised on."""
+        return sum(int(self.documents[int(member)][1][1:].sum()) for member in self.members(position))
+
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A data collator: one example, ``{"position": p}``, to its micro-batch."""
         (example,) = examples
         return self.batch(int(example["position"]))
 
-    def dataset(self, positions: int | None = None) -> Any:
+    def dataset(self, positions: int | npt.NDArray[np.int64] | None = None) -> Any:
         """A ``datasets.Dataset`` of one column, ``position``, for trainers that insist on one.
 
         Args:
-            positions: How many micro-batches the run has in all epochs; one epoch if None.
+            positions: How many micro-batches the run has in all epochs, or which of them; one epoch if None.
         """
         import datasets
 
-        return datasets.Dataset.from_dict({"position": np.arange(positions or self.per_epoch)})
+        if positions is None:
+            positions = self.per_epoch
+        return datasets.Dataset.from_dict(
+            {"position": np.arange(positions) if isinstance(positions, int) else positions}
+        )
 
 
 class FilledBatches(MicroBatches):

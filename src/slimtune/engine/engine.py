@@ -496,8 +496,13 @@ class Engine:
             total.copy_(stacked_sum)
 
     def _add(self) -> None:
-        """Scale the sums, and add them to the flat gradient."""
-        self.flat.grad.addcmul_(self._sums, self._inverse)
+        """Scale the sums, and add them to the flat gradient.
+
+        Rounded before they are added, which one operation for both may not do: so two ranks' sum is to the bit what one
+        process adds up.
+        """
+        self._sums.mul_(self._inverse)
+        self.flat.grad.add_(self._sums)
 
     def _record(self, micro: MicroBatch, key: ShapeKey) -> _Recorded:
         """Two graphs for micro-batches of this key. Recording computes nothing."""

@@ -50,6 +50,14 @@ class Identity:
         """What :meth:`to_bytes` wrote. Raises ValueError or TypeError if it is something else."""
         return cls(**json.loads(data))
 
+    def in_words(self) -> dict[str, str]:
+        """Each part by what it is called; but for the config's free keys, which no number follows from."""
+        parts = [("config", self.config), ("data", self.data), ("version of", self.versions)]
+        named = {f"{kind} {key}": value for kind, values in parts for key, value in values.items()}
+        named |= {called: getattr(self, name) for name, called in _HOW_TO_NAME.items()}
+        free = {f"config {key}" for key in FREE_KEYS}
+        return {name: _short(value) for name, value in named.items() if name not in free}
+
     def changes(self, now: Identity) -> list[Change]:
         """What differs from this identity in ``now``, except for :data:`slimtune.config.FREE_KEYS`."""
         found = [

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from slimtune.adapter.state import adapter_to_start_from
 from slimtune.config import Config, did_you_mean
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from slimtune.run.replaced import tell_stranded
 
-__all__ = ["check_alone", "check_arguments", "check_model", "sft_arguments"]
-
-
-_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes they have started; accelerate waits for all of them (1.14, ``state.py``)."""
-
-
-def check_alone() -> None:
-    """See that this process wasn't started as one of several, for the others would be waited for.
-
-    Raises:
-        UserError: It was.
-    """
-    told = {name: os.environ[name] for name in (*_PROCESSES, "LOCAL_RANK") if os.environ.get(name, "")}
-    if told.get("WORLD_SIZE") == "1" or told.get("LOCAL_RANK") == "-1":
-        told.pop("LOCAL_RANK", None)
-    several = [f"{name}={value}" for name, value in told.items() if name == "LOCAL_RANK" or value != "1"]
-    if several:
-        raise UserError(
-            f"this process was started as one of several ({', '.join(several)})",
-            rule="A run of slimtune takes one process and one GPU.",
-            way_out="Start it without torchrun, accelerate launch or mpirun; "
-            f"or take it out of their environment: env -u {several[0].partition('=')[0]} slimtune …",
-        )
+__all__ = ["check_arguments", "check_model", "check_start", "sft_arguments"]
 
 
 def check_arguments(config: Config) -> None:
@@ -57,6 +35,24 @@ def check_arguments(config: Config) -> None:
     for logger in config.report_to:
         if importlib.util.find_spec(logger) is None:
             raise UserError(f"report_to {logger}: it is not installed", way_out=f"pip install {logger}")
+
+
+def check_start(config: Config) -> None:
+    """See that there is an adapter where ``config`` says that the new one starts, and that it stays there.
+
+    Raises:
+        UserError: There is none, or the new run would take its place.
+    """
+    if config.start_from is None:
+        return
+    tell_stranded(config.start_from)
+    adapter = adapter_to_start_from(config.start_from)
+    if config.overwrite and config.output and adapter.resolve().is_relative_to(config.output.resolve()):
+        raise UserError(
+            f"{config.output} can't be replaced by a run that starts from it",
+            rule="--overwrite puts the old run aside before the new one begins.",
+            way_out="Choose another folder (-o).",
+        )
 
 
 def check_model(config: Config, model: Any) -> None:
@@ -83,7 +79,7 @@ def check_model(config: Config, model: Any) -> None:
 
 
 def sft_arguments(
-    config: Config, hardware: Hardware, output: Path, *, steps: int, fused: bool, recompute: bool = True
+    config: Config, hardware: Hardware, output: Path, *, steps: int, fused: bool, recompute: bool = True, ranks: int = 1
 ) -> SFTConfig:
     """The arguments of one run. ``config`` is resolved: it holds no ``auto`` any more.
 
@@ -93,6 +89,7 @@ def sft_arguments(
         output: The folder of the checkpoints.
         steps: Optimizer steps of the whole run.
         fused: The steps run on slimtune's engine, which has its own mixed precision and recomputation.
+        ranks: Processes that share each step's micro-batches.
         recompute: On a GPU the plain stack computes activations again in the backward pass; not every class can.
     """
     plain_on_gpu = hardware.device == "cuda" and not fused
@@ -102,7 +99,7 @@ def sft_arguments(
         # One item of the dataset is one whole micro-batch; all epochs together are one pass over the items.
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.accumulation // ranks,
         num_train_epochs=1,
         learning_rate=config.rate,
         lr_scheduler_type=config.lr_scheduler,

@@ -32,17 +32,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from slimtune.ranks.group import Ranks
 from slimtune.run.durable import (
     DamagedError,
     atomic_folder,
     discard,
     free_bytes,
+    listed,
     remove_leftovers,
     verify,
     write_file,
 )
 
-__all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoint", "to_plain"]
+__all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoint", "share_newest", "to_plain"]
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -266,6 +268,23 @@ class Checkpoints:
             self.last_saved = step
             return path
         return None
+
+
+def share_newest(ranks: Ranks, folder: Path, tell: Callable[[str], None]) -> None:
+    """Give the other ranks, in their ``folder``, the newest whole checkpoint that rank 0 has in its own."""
+
+    def newest() -> tuple[str, dict[str, bytes]] | None:
+        path = Checkpoints(folder, tell=tell).newest_valid()
+        return None if path is None else (path.name, {name: (path / name).read_bytes() for name in listed(path)})
+
+    found = None if ranks.alone else ranks.from_first(newest)
+    if found is None or ranks.first:
+        return
+    name, files = found
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder / name) as copy:
+        for file, data in files.items():
+            write_file(copy / file, data)
 
 
 def read_checkpoint(path: Path) -> Snapshot:

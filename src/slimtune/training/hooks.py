@@ -79,8 +79,11 @@ class Hooks(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _stop_is_asked(self) -> bool:
-        """By a signal, or by the file in the run's folder, which counts as one."""
+        """By a signal, or by the file in the run's folder, which counts as one; of several ranks, by what all heard."""
         signals = self.trainer.safety.signals
+        if not self.trainer.ranks.alone:
+            signals.requested = signals.requested if self.trainer.stop_agreed is None else self.trainer.stop_agreed
+            return self.trainer.stop_agreed is not None
         if signals.requested is None and self.trainer.safety.stop_file():
             signals.requested = "the run's stop file"
         return signals.requested is not None

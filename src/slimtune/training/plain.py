@@ -79,6 +79,10 @@ class PlainTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated.append((total.detach(), supervised))
         return total / max(1, supervised), None, None
 
+    def everyones(self, evaluated: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
+        """What an evaluation came to, if others have computed parts of it (:mod:`slimtune.training.ranked`)."""
+        return evaluated
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -92,6 +96,7 @@ class PlainTrainer(SFTTrainer):  # type: ignore[misc]
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        self._evaluated = self.everyones(self._evaluated)
         tokens = sum(supervised for _, supervised in self._evaluated)
         if output.metrics is not None and tokens:
             total = torch.stack([total.double() for total, _ in self._evaluated]).sum()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapter
 from slimtune.config import Config
@@ -29,6 +28,7 @@ from slimtune.training.guard import DivergenceGuard, find_nonfinite
 from slimtune.training.hooks import EvaluationStoppedError, Hooks, reason_of
 from slimtune.training.pieces import largest_piece, split_micro_batch
 from slimtune.training.proof import LOOK_AGAIN, is_expert, named, without_gradient
+from slimtune.training.ranked import RankedTrainer
 from slimtune.training.rng import RandomState, rng_preserved
 from slimtune.training.saving import Moment, Trained, snapshot
 from slimtune.training.stop import StopSignals, Watchdog
@@ -37,6 +37,10 @@ __all__ = ["Progress", "ResumableTrainer", "Safety"]
 
 PATIENCE = 60.0
 """Seconds that the end of a run waits for room to save in."""
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Odd, so that the seeds of 2**64 positions differ."""
+PARTS_BITS = 16
+"""A micro-batch runs in fewer than 2**16 parts, each of which draws once."""
 SMALLER = "Give a smaller --max-length, or a GPU with more memory."
 
 
@@ -81,12 +85,13 @@ class Progress:
     stopped_early: bool = False
     silent: list[str] | None = None
     """Adapters that have had no gradient yet; None: not looked at."""
+    ranks: int = 1
     divergence: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
     """What the Trainer has added up since the last line of the log."""
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(RankedTrainer):
     """The mixin. ``safety`` must be set before :meth:`fit`."""
 
     safety: Safety
@@ -97,7 +102,6 @@ class ResumableTrainer(Trainer):
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     train_dataset: Sized
     eval_dataset: Any
-    engine: Any
     saved_step: int
     """After :meth:`fit`: the optimizer step whose adapter the model has."""
 
@@ -126,12 +130,18 @@ class ResumableTrainer(Trainer):
             self._restored = read_checkpoint(checkpoint)
             self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
             safety.checkpoints.best_step = self.progress.best_step
+            if self.progress.ranks != self.ranks.count:
+                before, now = counted(self.progress.ranks, "rank"), counted(self.ranks.count, "rank")
+                safety.warn(f"{before} until here, {now} from here: the same documents, but sums round differently")
+        self.progress.ranks = self.ranks.count
+        self.begin_alike()
         self.add_callback(Hooks(self))
         with safety.watchdog.watching("step"), safety.signals.deferrable():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 self._evaluate_last()
                 self._secure()
+                self.check_alike()
             except GuardStop:
                 self._save_before_step()
                 raise
@@ -141,7 +151,7 @@ class ResumableTrainer(Trainer):
                 self._hand_over()
                 safety.checkpoints.wait()
         self.saved_step = self.state.global_step
-        if safety.config.early_stopping and self.progress.best_step is not None:
+        if self.ranks.first and safety.config.early_stopping and self.progress.best_step is not None:
             self._take_best()
             self.saved_step = self.progress.best_step
 
@@ -149,6 +159,9 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
+        if not self.ranks.first:  # rank 0 writes it
+            self.safety.checkpoints.last_saved = self.state.global_step
+            return
         self.safety.checkpoints.best_step = self.progress.best_step
         self._hand_over()
         self.safety.checkpoints.wait()
@@ -228,7 +241,12 @@ class ResumableTrainer(Trainer):
         length = math.ceil(len(self.train_dataset) / self.args.train_batch_size)
         accumulation = self.args.gradient_accumulation_steps
         epoch, updates = divmod(self.state.global_step, max(1, math.ceil(length / accumulation)))
-        return epoch * length + updates * accumulation
+        own: int = epoch * length + updates * accumulation
+        return own if self.ranks.alone else min(own * self.ranks.count, self.share.total)
+
+    def _position_of(self, place: int) -> int | None:
+        """That of a micro-batch of this step by its place in it; None if the run has no more, but other ranks do."""
+        return self._position() + place if self.ranks.alone else self.share.position(self._position(), place)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A finished run that is resumed has no step left, even in the middle of an epoch."""
@@ -279,7 +297,10 @@ class ResumableTrainer(Trainer):
     def _evaluate_last(self) -> None:
         """What is saved was evaluated, whatever the intervals; a run that was asked to stop goes on with that."""
         is_done = self.progress.evaluated_step == self.state.global_step
-        if self.eval_dataset is not None and not is_done and self.safety.signals.requested is None:
+        signals = self.safety.signals
+        if self.ranks.any(signals.requested is not None) and signals.requested is None:
+            signals.requested = "a request to another rank"
+        if self.eval_dataset is not None and not is_done and signals.requested is None:
             self.evaluate()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -302,8 +323,10 @@ class ResumableTrainer(Trainer):
     ) -> Tensor:
         """As the Trainer's; when memory runs out, the step so far is run again in smaller pieces."""
         self._step_inputs.append(inputs)
+        if self._given_up is not None:
+            return self._nothing()
         try:
-            loss = self._run_pieces(model, inputs, num_items_in_batch)
+            loss = self._run_pieces(model, len(self._step_inputs) - 1, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         else:
@@ -311,12 +334,32 @@ class ResumableTrainer(Trainer):
             self._hand_over()
             return loss
         # Outside the except block, so that the failed pass's tensors aren't held by the exception.
-        return self._run_again(model, num_items_in_batch, reason)
+        try:
+            return self._run_again(model, num_items_in_batch, reason)
+        except GuardStop as stop:
+            if self.ranks.alone:
+                raise
+            self._given_up = stop  # the others are told when they come together
+            return self._nothing()
 
-    def _run_pieces(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
-        pieces = split_micro_batch(inputs, self.progress.pieces)
+    def _nothing(self) -> Tensor:
+        return torch.zeros((), device=self.args.device)
+
+    def _run_pieces(self, model: nn.Module, place: int, items: Tensor | int | None) -> Tensor:
+        position = self._position_of(place)
+        if position is None:
+            return self._nothing()
+        self._draw_at(position)
+        pieces = split_micro_batch(self._step_inputs[place], self.progress.pieces)
         losses: list[Tensor] = [super(ResumableTrainer, self).training_step(model, piece, items) for piece in pieces]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _draw_at(self, position: int) -> None:
+        """Dropout follows from (seed, position), so that it is the same on whichever rank a micro-batch runs."""
+        if self.engine is None:
+            torch.manual_seed((self.args.seed + (position + 1) * SEED_STRIDE) % 2**63)
+        else:
+            self.engine.draws = position << PARTS_BITS
 
     def _run_again(self, model: nn.Module, items: Tensor | int | None, reason: str) -> Tensor:
         """Roll the step back and run its micro-batches so far in twice as many pieces, until they fit."""
@@ -336,7 +379,7 @@ class ResumableTrainer(Trainer):
             self.safety.warn(f"out of memory in step {step}: micro-batches now run in {self.progress.pieces} pieces")
             self.safety.record({"event": "out_of_memory", "step": step, "pieces": self.progress.pieces})
             try:
-                losses = [self._run_pieces(model, inputs, items) for inputs in self._step_inputs]
+                losses = [self._run_pieces(model, place, items) for place in range(len(self._step_inputs))]
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
                 continue

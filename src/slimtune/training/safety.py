@@ -27,17 +27,18 @@ from slimtune.training.stop import StopSignals, Watchdog
 __all__ = ["disk_told", "identity_of", "make_safety", "results_written"]
 
 
-def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase) -> Identity:
+def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> Identity:
     """What this run's numbers follow from.
 
     Args:
         config: Resolved.
         base: The loaded base's fingerprint.
         tokenizer: With the run's chat template.
+        run: Its folder.
     """
     data = {text: content_hash(parse_source(text)) for text in (*config.data, *config.eval)}
-    if config.rehearse and config.output is not None:
-        answers = RunFolder(config.output).rehearsed_file
+    if config.rehearse:
+        answers = run.rehearsed_file
         data[answers.name] = content_hash(parse_source(str(answers)))
     return Identity(
         config=config.model_dump(mode="json"),

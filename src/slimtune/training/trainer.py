@@ -21,6 +21,8 @@ from slimtune.adapter.lora import Coverage
 from slimtune.base.tokenizer import save_tokenizer
 from slimtune.config import Config
 from slimtune.data.packing import MicroBatches
+from slimtune.ranks.group import ALONE, Ranks
+from slimtune.ranks.share import Share
 from slimtune.run.facts import AdapterFacts
 from slimtune.training.fused import FusedTrainer
 from slimtune.training.layout import LayoutTrainer
@@ -59,6 +61,7 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
         lora: PEFT's ``LoraConfig``; SFTTrainer wraps the model with it.
         evaluation: Held-out data as micro-batches, or none.
         callbacks: The Trainer's callbacks.
+        ranks: This process among those that train together; ``args`` are this rank's.
     """
 
     _samples: SamplesCallback | None = None
@@ -73,16 +76,19 @@ class SlimTrainer(ResumableTrainer, FusedTrainer, LayoutTrainer):
         lora: Any,
         evaluation: MicroBatches | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.data, self.evaluation = data, evaluation
+        self.data, self.evaluation, self.ranks = data, evaluation, ranks
+        step = ranks.count * args.gradient_accumulation_steps
+        self.share = Share(ranks.rank, ranks.count, step, micro_batches)
         self.data_collator: Any
         class_before = type(model).__name__
         base_parameters = _count(model)
         super().__init__(  # type: ignore[call-arg] # SFTTrainer's, which is untyped
             model=model,
             args=args,
-            train_dataset=data.dataset(micro_batches),
-            eval_dataset=None if evaluation is None else evaluation.dataset(),
+            train_dataset=data.dataset(self.share.positions()),
+            eval_dataset=None if evaluation is None else evaluation.dataset(self.share.of(evaluation.per_epoch)),
             data_collator=data.collate,
             processing_class=tokenizer,
             peft_config=lora,

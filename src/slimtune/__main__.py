@@ -1,0 +1,5 @@
+"""``python -m slimtune``: the command line."""
+
+from slimtune.cli import main
+
+main()

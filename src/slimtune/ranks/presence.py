@@ -1,0 +1,147 @@
+"""Knows when another rank's process ends, however it does: nobody waits for one that is no more.
+
+Each rank holds a connection to rank 0, which the kernel closes with the process. A rank that stops says why first, and
+rank 0 tells the others. Whoever is then in a sum that can't come to its end (a GPU's can't be broken off from outside)
+ends a few seconds later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError
+
+__all__ = ["Presence"]
+
+_GRACE = 10.0
+"""Seconds that this process has to end by itself once another is gone."""
+_KINDS = {kind.exit_code: kind for kind in (UserError, GuardStop, StopRequested)}
+
+
+class Presence:
+    """One rank's connections.
+
+    Args:
+        rank: This process's.
+        count: Of all.
+        address: Rank 0's host, as the others reach it.
+        share: Gives every rank what it is given at rank 0.
+    """
+
+    def __init__(self, rank: int, count: int, address: str, share: Callable[[Any], Any]) -> None:
+        self.rank = rank
+        self.resume = ""
+        """How to go on; makes the message."""
+        self.lost: dict[str, Any] | None = None
+        self._known = threading.Event()
+        self._left = False
+        self._peers: dict[Connection, int] = {}
+        key = secrets.token_hex(16) if rank == 0 else ""
+        if rank == 0:
+            with Listener((address, 0), backlog=count, authkey=key.encode()) as door:
+                share((door.address[1], key))
+                for _ in range(count - 1):
+                    peer = door.accept()
+                    self._peers[peer] = int(peer.recv_bytes(16))
+        else:
+            port, key = share(None)
+            self._peers[Client((address, port), authkey=key.encode())] = 0
+            next(iter(self._peers)).send_bytes(str(rank).encode())
+        for peer in self._peers:
+            _keep_alive(peer)
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def leave(self) -> None:
+        """This rank is done, and nobody is to wait for it."""
+        self._left = True
+        self._tell({"done": True})
+
+    def fail(self, error: BaseException) -> None:
+        """This rank ends, and so must the others."""
+        self._left = True
+        said = error if isinstance(error, SlimtuneError) else None
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if said is None else said.what
+        rest = {} if said is None else {"rule": said.rule, "way_out": said.way_out, "code": said.exit_code}
+        self._tell({"rank": self.rank, "what": what, **rest})
+
+    def check(self) -> None:
+        """Stop here if another rank is gone.
+
+        Raises:
+            SlimtuneError: It is; with what it said, and its kind.
+        """
+        if self.lost is not None:
+            raise self.error()
+
+    def learn(self, seconds: float = 3.0) -> bool:
+        """Whether another rank is known to be gone, waiting for that a moment: something was cut off."""
+        return self._known.wait(seconds)
+
+    def error(self) -> SlimtuneError:
+        """What became of the rank that is gone."""
+        assert self.lost is not None
+        kind = _KINDS.get(self.lost.get("code", 0), StopRequested)
+        what, rule = f"rank {self.lost['rank']}: {self.lost['what']}", self.lost.get("rule", "")
+        return kind(what, rule=rule, way_out=self.lost.get("way_out", "") or self.resume)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in list(self._peers):
+            try:
+                peer.send_bytes(json.dumps(message).encode())
+            except OSError:
+                continue  # it is gone itself
+
+    def _watch(self) -> None:
+        while self._peers and self.lost is None:
+            for peer in wait(list(self._peers)):
+                assert isinstance(peer, Connection)
+                message = self._heard(peer)
+                if message.get("done"):
+                    del self._peers[peer]
+                elif not self._left:
+                    self.lost = message
+                    del self._peers[peer]
+                    break
+                else:
+                    del self._peers[peer]
+        if self.lost is None:
+            return
+        self._tell(self.lost)
+        self._known.set()
+        time.sleep(_GRACE)
+        if self._left:
+            return
+        error = self.error()
+        if self.rank == 0:
+            sys.stderr.write(f"slimtune: {error.what}. {error.way_out}\n")
+            sys.stderr.flush()
+        os._exit(error.exit_code)
+
+    def _heard(self, peer: Connection) -> dict[str, Any]:
+        """What a rank says; a connection that ends says that its process did."""
+        rank = self._peers[peer]
+        try:
+            message: dict[str, Any] = json.loads(peer.recv_bytes(1 << 20))
+        except (EOFError, OSError):
+            return {"rank": rank, "what": "its process is gone"}
+        return message
+
+
+def _keep_alive(peer: Connection) -> None:
+    """A host that lost its power closes no connection: ask it every few seconds."""
+    with socket.socket(fileno=os.dup(peer.fileno())) as same:
+        if same.family == socket.AF_UNIX:
+            return
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                same.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)

@@ -1,0 +1,169 @@
+"""A Trainer that is one rank of several: each computes its micro-batches of a step, and what they come to is summed.
+
+Once a step, before the gradient is clipped, the ranks sum it and tell each other a few numbers: the losses of their
+micro-batches, a sum over the adapter's bits, whether a stop was asked for, whether one of them had to give up. From
+there on every rank sees the same and decides alike. Alone it is the Trainer as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from slimtune.errors import GuardStop
+from slimtune.ranks.group import ALONE, Ranks
+from slimtune.ranks.share import Share
+
+__all__ = ["RankedTrainer"]
+
+_BITS = 2**52 - 1
+"""What float64 holds of an integer, exactly."""
+_FACTS = 4
+"""Numbers that a rank tells beside its losses: the adapter's sum, stop, pieces, given up."""
+
+
+class RankedTrainer(Trainer):
+    """The mixin; :attr:`ranks` and :attr:`share` are set before training."""
+
+    ranks: Ranks = ALONE
+    share: Share
+    data: Any
+    evaluation: Any
+    engine: Any = None
+    model: Any
+    safety: Any
+    progress: Any
+    state: Any
+    _step_losses: list[Tensor]
+    _step_logs: dict[str, Any]
+    _tr_loss: Tensor
+    _given_up: GuardStop | None = None
+    stop_agreed: str | None = None
+    """What asked for a stop, once all ranks have heard of it."""
+
+    # -- before the pass: the tokens that a step's loss is the mean of
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        """This rank's micro-batches of a step, and the supervised tokens of all ranks'."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if self.ranks.alone or not samples:
+            return samples, items
+        begins = self.state.global_step * self.share.step
+        ends = min(begins + self.share.step, self.share.total)
+        supervised = sum(self.data.supervised(position) for position in range(begins, ends))
+        return samples, torch.tensor(supervised)  # on the host, where nothing has to be waited for
+
+    # -- after it
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """The norm of all ranks' gradient."""
+        if not self.ranks.alone:
+            self._come_together()
+        norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return norm
+
+    def _come_together(self) -> None:
+        """Sum the gradient, and take in what the other ranks tell."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        flat = None if self.engine is None else self.engine.flat
+        weights = torch.cat([each.detach().reshape(-1) for each in trained]) if flat is None else flat.data
+        mine = self._to_tell(weights)
+        if flat is None:
+            self._sum_gradients(trained)
+        else:
+            self.ranks.sum_(flat.grad)
+        told = self.ranks.gathered(mine)
+        self._step_losses = list(told[:, :-_FACTS].reshape(-1).float())
+        self._tr_loss.copy_(self._step_logs["loss"] + torch.stack(self._step_losses).sum())
+        self._take_in([[int(number) for number in row] for row in told[:, -_FACTS:].tolist()])
+
+    def _to_tell(self, weights: Tensor) -> Tensor:
+        """float64 [own micro-batches + 4]."""
+        told = torch.zeros(self.share.own + _FACTS, dtype=torch.float64, device=weights.device)
+        if self._step_losses:
+            told[: len(self._step_losses)] = torch.stack([loss.detach() for loss in self._step_losses])
+        bits = weights.view(torch.int64 if weights.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
+        told[self.share.own] = bits & _BITS
+        asked = self.safety.signals.requested is not None or self.safety.stop_file()
+        facts = torch.tensor([asked, self.progress.pieces, self._given_up is not None], dtype=torch.float64)
+        told[self.share.own + 1 :] = facts.to(weights.device, non_blocking=True)
+        return told
+
+    def _sum_gradients(self, trained: list[nn.Parameter]) -> None:
+        """As one tensor; a parameter that no rank has a gradient for stays without one."""
+        marks = torch.tensor([parameter.grad is not None for parameter in trained], device=self.args.device)
+        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+        flat = torch.cat([*(part.reshape(-1) for part in parts), marks.to(parts[0].dtype)])
+        self.ranks.sum_(flat)
+        *summed, marks = torch.split(flat, [*(each.numel() for each in trained), len(trained)])
+        for parameter, part, marked in zip(trained, summed, marks.tolist(), strict=True):
+            parameter.grad = part.view_as(parameter) if marked else None
+
+    def _take_in(self, told: list[list[int]]) -> None:
+        """
+        Raises:
+            GuardStop: A rank gave up, or its adapter isn't the others'.
+        """
+        step = self.state.global_step + 1
+        if any(given_up for _, _, _, given_up in told):
+            reasons = self.ranks.told("" if self._given_up is None else self._given_up.what)
+            rank, what = next((rank, what) for rank, what in enumerate(reasons) if what)
+            raise self._given_up or GuardStop(f"rank {rank}: {what}", rule="Nothing of this step was applied.")
+        for rank, (bits, asked, pieces, _) in enumerate(told):
+            if bits != told[0][0]:
+                raise GuardStop(
+                    f"the adapter of rank {rank} isn't rank 0's before step {step}",
+                    rule="All ranks apply the same gradient to the same weights; nothing of this step was applied.",
+                    way_out="A card or its memory may be faulty: go on without it from the last checkpoint.",
+                )
+            if asked and self.stop_agreed is None:
+                self.stop_agreed = self.safety.signals.requested or f"a request to rank {rank}"
+            if pieces > self.progress.pieces:
+                self.progress.pieces = pieces
+                self.safety.warn(f"rank {rank} ran out of memory: micro-batches now run in {pieces} pieces")
+
+    # -- evaluation
+
+    def everyones(self, evaluated: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
+        """(sum of losses, supervised tokens) of all held-out micro-batches in their order, from this rank's."""
+        if self.ranks.alone:
+            return evaluated
+        units, count = self.evaluation.per_epoch, self.ranks.count
+        evaluated = evaluated[: len(range(self.ranks.rank, units, count))]
+        mine = torch.zeros(2, -(-units // count), dtype=torch.float64, device=self.args.device)
+        if evaluated:
+            mine[0, : len(evaluated)] = torch.stack([total.double() for total, _ in evaluated])
+        mine[1, : len(evaluated)] = torch.tensor([float(supervised) for _, supervised in evaluated])
+        sums, supervised = self.ranks.gathered(mine.reshape(-1)).view(count, 2, -1).unbind(1)
+        at = [(unit % count, unit // count) for unit in range(units)]
+        return [(sums[place], int(supervised[place])) for place in at]
+
+    # -- the beginning and the end
+
+    def begin_alike(self) -> None:
+        """All ranks begin with rank 0's adapter, however it was drawn."""
+        self.ranks.share_([parameter.data for parameter in self.model.parameters() if parameter.requires_grad])
+
+    def check_alike(self) -> None:
+        """See that all ranks end with the same adapter.
+
+        Raises:
+            GuardStop: One doesn't.
+        """
+        if self.ranks.alone:
+            return
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for rank, other in enumerate(digests := self.ranks.told(digest.hexdigest())):
+            if other != digests[0]:
+                raise GuardStop(
+                    f"the adapter of rank {rank} isn't rank 0's after the last step",
+                    rule="All ranks apply the same gradients to the same weights. Nothing was saved of it.",
+                    way_out="A card or its memory may be faulty: go on without it from the last checkpoint.",
+                )

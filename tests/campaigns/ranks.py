@@ -1,0 +1,74 @@
+"""Several processes as the ranks of one run, each told by its environment as torchrun would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.campaigns.campaign import Process
+
+
+def as_rank(rank: int, count: int, port: int) -> None:
+    """Called in a rank's process before its command."""
+    told = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"})
+
+
+def as_rank_with(rank: int, count: int, port: int, odd: list[str]) -> None:
+    """As :func:`as_rank`; the last rank's command has ``odd`` behind it."""
+    from slimtune import cli
+
+    as_rank(rank, count, port)
+    if rank == count - 1:
+        plain = cli.slimtune_command.main
+
+        def main(args: list[str], **rest: Any) -> Any:
+            return plain(args=[*args, *odd], **rest)
+
+        cli.slimtune_command.main = main  # type: ignore[method-assign]
+
+
+def noting(rank: int, count: int, port: int, file: str) -> None:
+    """As :func:`as_rank`; rank 0 notes each step's gradient, summed up and not clipped yet."""
+    import torch
+
+    from slimtune.training.fused import FusedTrainer
+
+    if count > 1:
+        as_rank(rank, count, port)
+    plain, noted = FusedTrainer._clip_grad_norm, []
+
+    def clip(trainer: Any, model: Any) -> Any:
+        noted.append(trainer.engine.flat.grad.clone())
+        if rank == 0:
+            torch.save(torch.stack(noted), file)
+        return plain(trainer, model)
+
+    FusedTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
+
+
+class Ranks:
+    """``count`` processes of one command."""
+
+    def __init__(self, count: int, arguments: list[str], log: Path, before: str = "as_rank", **values: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            Process(
+                arguments, log.with_suffix(f".{rank}.log"), f"tests.campaigns.ranks:{before}", rank=rank, count=count,
+                port=port, **values,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+
+    def wait(self, seconds: float = 120.0) -> list[int]:
+        """Their exit codes."""
+        until = time.monotonic() + seconds
+        return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+
+    def output(self) -> str:
+        return "".join(f"rank {rank}:\n{each.output()}" for rank, each in enumerate(self.processes))
