@@ -45,3 +45,10 @@ def test_the_head_takes_no_adapter() -> None:
     check_model(resolved(targets=("q_proj", "embed_tokens")), tiny("llama"))
     with pytest.raises(UserError, match="lm_head"):
         check_model(resolved(targets="lm_head"), tiny("llama", tie_word_embeddings=False))
+
+
+def test_each_rank_takes_its_share_of_a_step(tmp_path: Path) -> None:
+    config = resolved(gradient_accumulation=6)
+    for ranks, own in ((1, 6), (2, 3), (3, 2)):
+        made = sft_arguments(config, detect(), tmp_path, steps=3, fused=False, ranks=ranks)
+        assert made.gradient_accumulation_steps == own
