@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -139,10 +139,11 @@ def steps(engine: Engine, batch: dict[str, Tensor], count: int) -> float:
     return min(times)
 
 
-def begin_at_once(self: CopiesBeside, target: Tensor, source: Tensor) -> torch.cuda.Event:
+def begin_at_once(self: CopiesBeside, pairs: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
     """What is wrong: a copy that doesn't wait for who still reads its target, or writes its source."""
     with torch.cuda.stream(self._stream):
-        target.copy_(source, non_blocking=True)
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(self._stream)
     return copied

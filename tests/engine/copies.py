@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,21 @@ class LateCopies:
     def __init__(self) -> None:
         self.begun, self.done = 0, 0
 
-    def begin(self, target: Tensor, source: Tensor) -> _Copy:
-        before = source.clone()
-        target.fill_(math.nan if target.is_floating_point() else 255)
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Copy]:
+        copies = []
+        for target, source in pairs:
+            before = source.clone()
+            target.fill_(math.nan if target.is_floating_point() else 255)
+            storages = StorageWeakRef(target.untyped_storage()), StorageWeakRef(source.untyped_storage())
+            copies.append(_Copy(weakref.ref(target), weakref.ref(source), storages, before))
         self.begun += 1
-        storages = StorageWeakRef(target.untyped_storage()), StorageWeakRef(source.untyped_storage())
-        return _Copy(weakref.ref(target), weakref.ref(source), storages, before)
+        return copies
 
-    def wait(self, copied: _Copy) -> None:
-        assert not any(memory.expired() for memory in copied.memory), "given away under a copy"
-        target, source = copied.target(), copied.source()
-        assert source is None or torch.equal(source, copied.before), "written under a copy"
-        if target is not None:  # else nobody will read it: its pass broke off
-            target.copy_(copied.before)
+    def wait(self, copied: list[_Copy]) -> None:
+        for each in copied:
+            assert not any(memory.expired() for memory in each.memory), "given away under a copy"
+            target, source = each.target(), each.source()
+            assert source is None or torch.equal(source, each.before), "written under a copy"
+            if target is not None:  # else nobody will read it: its pass broke off
+                target.copy_(each.before)
         self.done += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,8 +13,7 @@ from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine.decoder import Saved
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam, pinned
-from slimtune.errors import UserError
+from slimtune.engine.offload import InputsInRam
 from tests.engine import models
 from tests.engine.copies import LateCopies
 
@@ -89,7 +87,7 @@ def test_the_copies_see_what_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatc
     def put(self: InputsInRam, layer: int, saved: Saved) -> None:
         first = saved.branches[0]
         place = self._places[layer][: first.s.shape[0]]
-        copied = self.copies.begin(place, first.s)
+        copied = self.copies.begin([(place, first.s)])
         first.s = place
         if fault == "let go":
             self._leaving.append((place, copied))
@@ -117,13 +115,3 @@ def test_its_bytes_are_exactly_the_inputs() -> None:
     assert store.nbytes == 3 * 1000 * 24 * 2
     assert 2 in store
     assert 1 not in store
-
-
-def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaGetErrorString=lambda _: "out of memory")
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(UserError, match=r"0\.00GiB of RAM can't be locked .*out of memory") as refused:
-        pinned(4096, "layers' inputs")
-    assert "--max-length" in (refused.value.way_out or "")
-    with pytest.raises(UserError, match="GiB of RAM can't be locked"):
-        pinned(1 << 62, "layers' inputs")

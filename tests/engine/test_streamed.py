@@ -13,7 +13,7 @@ from slimtune.base.quantize import keep_trainable_layout
 from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.streamed import StreamedWeights
+from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram
 from tests.engine import models
 from tests.engine.copies import LateCopies
 
@@ -99,19 +99,20 @@ def test_the_layers_own_forward_finds_its_weights() -> None:
     assert torch.equal(two_steps(engine), first)
 
 
-def test_a_streamed_layer_looks_like_itself_and_stays_in_ram() -> None:
+def test_a_streamed_layers_tensors_are_whole_and_come_back() -> None:
     model = make("qwen3")
-    layer = model.get_submodule("base_model.model.model.layers.1")
-    kind, weight = type(layer), layer.mlp.down_proj.base_layer.weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     engine = engine_of(model, 1 << 30)
-    assert isinstance(layer, kind)
-    assert (type(layer).__name__, type(layer).__module__) == (kind.__name__, kind.__module__)
-    home = weight.data_ptr()
-    model.to("cpu", torch.float64)
-    assert weight.data_ptr() == home
-    assert engine.plan.streamed_bytes == engine._streamed.nbytes == sum(x.stored_bytes for x in engine.layers)  # type: ignore[union-attr]
+    engine.forward_backward(models.pack(), 40)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    embedding = model.get_input_embeddings().weight
+    assert engine.plan.embedding_bytes == embedding.nbytes
+    assert in_ram(embedding_places(engine.decoder)) == embedding.nbytes
+    assert engine.plan.streamed_bytes == sum(layer.stored_bytes for layer in engine.layers)
+    assert sum(in_ram(layer.places) for layer in engine.layers) > 0
     engine_of(model, 0)
-    assert type(layer) is kind
+    assert not any(in_ram(places) for places in (embedding_places(engine.decoder), *(x.places for x in engine.layers)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("fault", ["not waited for", "one buffer"])
@@ -125,7 +126,7 @@ def test_the_copies_see_what_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatc
         fetch = StreamedWeights._fetch
 
         def into_the_one_that_is_read(self: StreamedWeights, layer: int, computing: int | None) -> None:
-            with mock.patch.object(StreamedWeights, "restore"):
+            with mock.patch.object(StreamedWeights, "_put"):
                 fetch(self, layer, None)
 
         monkeypatch.setattr(StreamedWeights, "_fetch", into_the_one_that_is_read)

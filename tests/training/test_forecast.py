@@ -23,6 +23,7 @@ from slimtune.engine import Engine
 from slimtune.engine import attention as attention_module
 from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.optimizer import FusedAdamW8bit, adapter_bytes
+from slimtune.engine.streamed import embedding_places
 from slimtune.errors import UserError
 from slimtune.hardware import CARDS, Card, Hardware
 from slimtune.plan import memory_budget
@@ -69,6 +70,7 @@ def test_sizes_are_those_of_the_loaded_model(
             assert ours.working_bytes(memory) == theirs.working_bytes(memory)
             assert [block.weight_bytes for block in ours.blocks] == [block.weight_bytes for block in theirs.blocks]
     assert forecaster._stored == [layer.stored_bytes for layer in engine.layers]
+    assert forecaster._embedding == sum(place.tensor.nbytes for place in embedding_places(engine.decoder))
     inputs = (engine._inputs._fixed, engine._inputs._boundaries)
     assert engine._inputs.nbytes_of(64) == sum(tensor.nbytes for tensor in inputs)
 
@@ -137,7 +139,8 @@ def test_a_step_takes_no_more_than_its_plan(
     if engine._away is not None:
         before += engine._away._places.values()
     if engine._streamed is not None:
-        before += [*engine._streamed._homes.values(), *engine._streamed._buffers]
+        before += [x for homes in engine._streamed._homes.values() for x in homes]
+        before += engine._streamed._buffers
     with Counted(before) as counted:
         engine.forward_backward(batch, tokens)
     # Vectors of a number a token, and an adapter's own stacks, are in no plan: here a hundredth, in a large model none.

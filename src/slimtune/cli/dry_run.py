@@ -29,7 +29,15 @@ from slimtune.plan import (
     resolve_steps,
     steps_of_run,
 )
-from slimtune.run.lines import data_line, in_ram_line, memory_line, packs_line, steps_line, streamed_line
+from slimtune.run.lines import (
+    data_line,
+    embedding_line,
+    in_ram_line,
+    memory_line,
+    packs_line,
+    steps_line,
+    streamed_line,
+)
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
@@ -99,6 +107,8 @@ def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Sc
     screen.say("memory", memory_line(planned.parts, config.memory))
     if planned.ram_layers:
         screen.say("memory", in_ram_line(range(planned.ram_layers), planned.layers, planned.ram_bytes))
+    if planned.embedding_bytes:
+        screen.say("memory", embedding_line(planned.embedding_bytes))
     if planned.streamed_layers:
         screen.say("memory", streamed_line(planned.streamed_layers, planned.layers, planned.streamed_bytes))
     if not planned.trains:

@@ -31,11 +31,12 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam, ram_to_lock
+from slimtune.engine.offload import InputsInRam
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
+from slimtune.engine.ram import LockedRam, ram_to_lock
 from slimtune.engine.read import check_values, read_decoder
-from slimtune.engine.streamed import StreamedWeights, make_resident
+from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram, make_resident, move_to_ram
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
 
@@ -144,7 +145,9 @@ class Engine:
             per_layer=self._per_layer,
             ram=self._ram() if ram is None else ram,
             stored=[layer.stored_bytes for layer in self.layers],
+            embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
         )
+        self._embedding_ram = self._embedding_in_ram()
         self._streamed = self._streamed_weights()
         self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
@@ -271,11 +274,18 @@ class Engine:
         plan, hidden = self.plan, self.layers[0].hidden
         return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
 
+    def _embedding_in_ram(self) -> LockedRam | None:
+        places = embedding_places(self.decoder)
+        if self.plan.embedding_bytes:
+            return move_to_ram(places, self.device, "embedding")
+        make_resident(places)
+        return None
+
     def _streamed_weights(self) -> StreamedWeights | None:
         streamed = set(self.plan.streamed)
         for index, layer in enumerate(self.layers):
             if index not in streamed:
-                make_resident(layer, self.device)
+                make_resident(layer.places)
         layers = {index: self.layers[index] for index in self.plan.streamed}
         return StreamedWeights(layers, self.device) if layers else None
 
@@ -283,9 +293,8 @@ class Engine:
         """Bytes on the device besides the plan's, if all weights lay there; the optimizer's state, to come, too."""
         if self.device.type != "cuda":
             return 0
-        places = (place for layer in self.layers for place in layer.places)
-        in_ram = sum(place.tensor.nbytes for place in places if place.tensor.device.type != self.device.type)
-        allocated = torch.cuda.memory_allocated(self.device) + in_ram
+        allocated = torch.cuda.memory_allocated(self.device) + sum(in_ram(layer.places) for layer in self.layers)
+        allocated += in_ram(embedding_places(self.decoder))
         return allocated + WORKSPACES + state_bytes(self.flat.data.numel())
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------
@@ -442,8 +451,6 @@ class Engine:
         saved = []
         if self._away is not None:
             self._away.begin()
-        if self._streamed is not None:
-            self._streamed.begin()
         for index, layer in enumerate(self.layers):
             # Nothing below the lowest adapter has a backward.
             wanted = None if keep is None or index < lowest else keep[index]

@@ -66,10 +66,17 @@ class MemoryPlan:
     """Layers whose frozen weights are in RAM, and come a layer ahead. No graph is recorded then."""
     streamed_bytes: int = 0
     """What those take there."""
+    embedding_bytes: int = 0
+    """Of the embedding, where it is in RAM: the device reads a row a token there."""
     spared_bytes: int = 0
-    """What the device holds less for them: they, but for what the next two are brought to."""
+    """What the device holds less for both: they, but for what the next two layers are brought to."""
     added_seconds: float = 0.0
     """What the cost model says that the plan adds to products that keep everything, on an H100."""
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of RAM, for all of it."""
+        return self.ram_bytes + self.streamed_bytes + self.embedding_bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class _Shape:
     per_layer: PerLayerComputation | None = None
     stored: Sequence[int] = ()
     """Bytes of each layer's frozen weights as they lie; none: they stay where they are."""
+    embedding: int = 0
+    """Bytes of the embedding; 0: it stays where it is."""
 
     @cached_property
     def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
@@ -149,6 +158,8 @@ class _Shape:
             # Both ways; the layers are spread, so that a copy has those before it to run beside.
             copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
             added += parts * 2 * max(0.02 * copy, copy - work)
+        if plan.embedding_bytes:
+            added += self.tokens * hidden * self.layers[0].dtype.itemsize / _LINK
         unrecorded = plan.in_ram or plan.streamed or ("efficient" in self.ways.values() and not plan.padded_room)
         if unrecorded:  # the device may wait for the host
             added += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added)
@@ -164,14 +175,17 @@ class _Shape:
         *,
         sparing: bool = False,
         ram: int = 0,
+        embedding: int = 0,
         streamed: int = 0,
     ) -> MemoryPlan:
         """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes.
 
-        The weights of ``streamed`` layers go there first, and no layer's are held in the compute dtype beside that.
+        The embedding of so many bytes and the weights of ``streamed`` layers go there first, and no layer's are held in
+        the compute dtype beside that.
         """
         stream_from, streamed_bytes, spared = self._streamed(streamed)
-        budget, ram = budget + spared, ram - streamed_bytes
+        spared += embedding
+        budget, ram = budget + spared, ram - streamed_bytes - embedding
         count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room, sparing)
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
@@ -214,7 +228,7 @@ class _Shape:
             nbytes = max(nbytes, begun) + self.per_layer.kept_bytes(memory)
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
-            in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, spared,
+            in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
         )  # fmt: skip
 
     def _streamed(self, count: int) -> tuple[tuple[int, ...], int, int]:
@@ -232,14 +246,15 @@ class _Shape:
     def streaming(self, sizes: Iterable[tuple[int, int, int, int]], budget: float, ram: int) -> list[MemoryPlan]:
         """Plans that stream as few layers as fit, and all of them: what is spared may keep more."""
         plans: list[MemoryPlan] = []
-        fitting = {count for count in range(1, len(self.stored) + 1) if self._streamed(count)[1] <= ram}
+        beside, counts = self.embedding, range(1, len(self.stored) + 1)
+        fitting = {count for count in counts if self._streamed(count)[1] + beside <= ram}
         for size in sizes if len(fitting) > _STAGED else ():
-            for sparing, room in dict.fromkeys(((False, False), (True, False), (True, True))):
-                least = self.filled(*size, 0.0, sparing=sparing, ram=ram if room else 0)
+            for sparing, room in ((False, False), (True, False), (True, True)):
+                least = self.filled(*size, 0.0, sparing=sparing, ram=ram if room else beside, embedding=beside)
                 for count in {self.fewest_streamed(least.nbytes - budget), max(fitting)} & fitting:
-                    streamed = self._streamed(count)[1]
+                    most = ram if room else self._streamed(count)[1] + beside
                     plans.append(
-                        self.filled(*size, budget, sparing=sparing, ram=ram if room else streamed, streamed=count)
+                        self.filled(*size, budget, sparing=sparing, ram=most, embedding=beside, streamed=count)
                     )
         return plans
 
@@ -288,6 +303,7 @@ def plan_memory(
     per_layer: PerLayerComputation | None = None,
     ram: int = 0,
     stored: Sequence[int] = (),
+    embedding: int = 0,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -301,15 +317,20 @@ def plan_memory(
         per_layer: What makes the layers' inputs beside the stream.
         ram: Bytes of RAM that layers' inputs and weights may take, where nothing fits without.
         stored: Bytes of each layer's frozen weights as they lie on the device; none: they stay there.
+        embedding: Bytes of the embedding, if that may go to RAM too: a tied one is the head.
     """
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored)
+    embedding = embedding if embedding <= ram else 0
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
     sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
     plans: list[MemoryPlan] = []
-    for sparing, room in dict.fromkeys(((False, 0), (True, 0), (True, ram))):
-        plans = [shape.filled(*size, budget, sparing=sparing, ram=room) for size in sizes]
+    means = ((False, 0, 0), (True, 0, 0), (True, 0, embedding), (True, ram, embedding))
+    for sparing, room, beside in dict.fromkeys(means):
+        plans = [
+            shape.filled(*size, budget, sparing=sparing, ram=max(room, beside), embedding=beside) for size in sizes
+        ]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:
             break

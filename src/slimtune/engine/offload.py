@@ -10,33 +10,27 @@ one that is read and the next.
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from slimtune.engine.decoder import Saved
-from slimtune.errors import UserError
-from slimtune.hardware import free_ram
+from slimtune.engine.ram import LockedRam
 
-__all__ = [
-    "Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "copies_on", "pinned", "ram_slab", "ram_to_lock",
-]  # fmt: skip
-
-_RAM_SHARE = 0.7
-"""Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
+__all__ = ["Copies", "CopiesBeside", "CopiesInTurn", "InputsInRam", "copies_on"]
 
 
 class Copies(Protocol):
     """Copies beside what computes."""
 
-    def begin(self, target: Tensor, source: Tensor) -> Any:
-        """Copy once what was given to compute so far is done; gives what :meth:`wait` takes. Both stay until then."""
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Copy (target, source) once what was given to compute so far is done; gives what :meth:`wait` takes.
+
+        All of them stay until then.
+        """
 
     def wait(self, copied: Any) -> None:
         """What is given to compute from now on begins after this copy."""
@@ -49,11 +43,12 @@ class CopiesBeside:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def begin(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
         """See :meth:`Copies.begin`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(self._stream)
         return copied
@@ -66,9 +61,10 @@ class CopiesBeside:
 class CopiesInTurn:
     """Where one thing is done after the other anyway: a CPU."""
 
-    def begin(self, target: Tensor, source: Tensor) -> None:
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """See :meth:`Copies.begin`."""
-        target.copy_(source)
+        for target, source in pairs:
+            target.copy_(source)
 
     def wait(self, copied: None) -> None:
         """See :meth:`Copies.wait`."""
@@ -100,8 +96,8 @@ class InputsInRam:
         self._device = device
         self.nbytes = len(numbers) * tokens * hidden * dtype.itemsize
         """That are locked."""
-        slab = ram_slab(self, self.nbytes, device, "layers' inputs")
-        self._places = dict(zip(numbers, slab.view(dtype).view(len(numbers), tokens, hidden), strict=True))
+        self._ram = LockedRam(self.nbytes, device, "layers' inputs")
+        self._places = dict(zip(numbers, self._ram.host.view(dtype).view(len(numbers), tokens, hidden), strict=True))
         self.copies: Copies = copies_on(device)
         self._leaving: deque[tuple[Tensor, Any]] = deque()
         self._coming: dict[int, tuple[Tensor, Any]] = {}
@@ -120,7 +116,7 @@ class InputsInRam:
         """Send a layer's input to its place, once the layer's forward was given to compute."""
         first = saved.branches[0]
         place = self._places[layer][: first.s.shape[0]]
-        copied = self.copies.begin(place, first.s)
+        copied = self.copies.begin([(place, first.s)])
         self._settle(most=0)
         # Another tensor may lie where the input does once nobody holds it: only a copy that is done lets go of it.
         self._leaving.append((first.s, copied))
@@ -155,60 +151,4 @@ class InputsInRam:
     def _fetch(self, layer: int, saved: Saved) -> None:
         first = saved.branches[0]
         place, first.s = first.s, torch.empty(first.s.shape, dtype=first.s.dtype, device=self._device)
-        self._coming[layer] = first.s, self.copies.begin(first.s, place)
-
-
-def ram_to_lock() -> int:
-    """Most bytes of this machine's RAM that layers' inputs and weights may take now."""
-    return int(_RAM_SHARE * free_ram())
-
-
-def ram_slab(owner: object, nbytes: int, device: torch.device, what: str) -> Tensor:
-    """uint8 [nbytes] of RAM, locked as long as its owner lives; beside a CPU there is nothing to lock it for.
-
-    Raises:
-        UserError: The system refuses it.
-    """
-    if device.type != "cuda":
-        return torch.empty(nbytes, dtype=torch.uint8)
-    slab = pinned(nbytes, what)
-    unlocked = weakref.finalize(owner, _unlock, slab)
-    unlocked.atexit = False  # with the process all of it goes anyway
-    return slab
-
-
-def pinned(nbytes: int, what: str) -> Tensor:
-    """uint8 [nbytes] of page-locked RAM, and not a byte more: torch's own are rounded up to powers of two.
-
-    It is unlocked by whoever asked for it; ``what`` it is for.
-
-    Raises:
-        UserError: The system refuses it.
-    """
-    refused = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the {what}"
-    way_out = "Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed."
-    try:
-        # Not torch's, whose allocator would keep the memory. Private, as shared memory has small pages.
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"{refused}: {error}", way_out=way_out) from None
-    # Large pages are locked in a fraction of the time; a process that is forked would be given a copy of locked ones.
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        with suppress(AttributeError, OSError):  # a system that has no such thing
-            pages.madvise(getattr(mmap, advice))
-    slab = torch.frombuffer(pages, dtype=torch.uint8)
-    slab.zero_()  # by all threads; the driver would ask for page after page
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)
-    if int(status) != 0:
-        raise UserError(
-            f"{refused}: {runtime.cudaGetErrorString(status)}",
-            rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
-            way_out=way_out,
-        )
-    return slab
-
-
-def _unlock(slab: Tensor) -> None:
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    runtime.cudaHostUnregister(slab.data_ptr())
+        self._coming[layer] = first.s, self.copies.begin([(first.s, place)])

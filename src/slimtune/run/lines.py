@@ -15,6 +15,7 @@ __all__ = [
     "adapter_line",
     "base_line",
     "data_line",
+    "embedding_line",
     "experts_line",
     "in_ram_line",
     "memory_line",
@@ -68,6 +69,11 @@ def in_ram_line(away: Sequence[int], layers: int, nbytes: int) -> str:
         f"the inputs of {len(away)} of {layers} layers wait in RAM for their backward ({nbytes / 2**30:.2f}GiB locked)"
         f": {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch of full length, beside the layers' work"
     )
+
+
+def embedding_line(nbytes: int) -> str:
+    """Where the embedding is."""
+    return f"the embedding is in RAM ({nbytes / 2**30:.2f}GiB locked): the GPU reads a row a token there"
 
 
 def streamed_line(streamed: int, layers: int, nbytes: int) -> str:

@@ -28,9 +28,10 @@ from slimtune.engine.decoder import LayerComputation, computations, per_layer_in
 from slimtune.engine.engine import WORKSPACES
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import ram_to_lock
 from slimtune.engine.optimizer import adapter_bytes
+from slimtune.engine.ram import ram_to_lock
 from slimtune.engine.read import read_decoder
+from slimtune.engine.streamed import embedding_places
 from slimtune.engine.structure import ScoresKind
 from slimtune.engine.weights import whole_bytes
 from slimtune.errors import UserError
@@ -68,6 +69,8 @@ class Forecast:
     streamed_bytes: int
     """Of RAM that are locked for layers' weights."""
     streamed_layers: int
+    embedding_bytes: int
+    """Of RAM that are locked for the embedding."""
     layers: int
     seconds: float = 0.0
     """Of a micro-batch; 0 where nobody knows the card's speed."""
@@ -79,7 +82,7 @@ class Forecast:
     @property
     def locked_bytes(self) -> int:
         """All of it in RAM."""
-        return self.ram_bytes + self.streamed_bytes
+        return self.ram_bytes + self.streamed_bytes + self.embedding_bytes
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +145,11 @@ class Forecaster:
         return [x for x in computations(self._decoder, self._dtype, torch.device("meta")) if x is not None]
 
     @cached_property
+    def _embedding(self) -> int:
+        """Bytes of the embedding, where it may go to RAM."""
+        return sum(self._bulk[id(place.owner)][0] for place in embedding_places(self._decoder))
+
+    @cached_property
     def _stored(self) -> list[int]:
         """Bytes of each layer's frozen weights, as they are loaded."""
         return [sum(whole_bytes(size) for each in x.weights for size in self._bulk[id(each)]) for x in self._layers]
@@ -176,8 +184,8 @@ class Forecaster:
         parts = {**beside, "weights": weights, "activations": plan.kept_bytes, "workspace": workspace}
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
-            plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed), len(self._layers),
-            self._seconds(plan, card),
+            plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed),
+            plan.embedding_bytes, len(self._layers), self._seconds(plan, card),
         )  # fmt: skip
 
     def _seconds(self, plan: MemoryPlan, card: Card) -> float:
@@ -218,6 +226,7 @@ class Forecaster:
             per_layer=self._per_layer,
             ram=1 << 62 if ram is None else ram,
             stored=self._stored,
+            embedding=self._embedding,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
@@ -245,7 +254,7 @@ class Forecaster:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
         plan = least(low * _STEP) if low else None
-        return low * _STEP, 0 if plan is None else plan.ram_bytes + plan.streamed_bytes
+        return low * _STEP, 0 if plan is None else plan.locked_bytes
 
 
 def check_ram(config: Config, hardware: Hardware) -> None:

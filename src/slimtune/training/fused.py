@@ -20,7 +20,7 @@ from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
-from slimtune.run.lines import in_ram_line, memory_line, streamed_line
+from slimtune.run.lines import embedding_line, in_ram_line, memory_line, streamed_line
 from slimtune.run.screen import Screen
 from slimtune.training.plain import PlainTrainer
 
@@ -178,6 +178,8 @@ def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
         screen.say("memory", f"per-layer embeddings live in RAM ({gib:.2f}GiB): a row a token is copied")
     if engine.plan.in_ram:
         screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
+    if engine.plan.embedding_bytes:
+        screen.say("memory", embedding_line(engine.plan.embedding_bytes))
     if engine.plan.streamed:
         screen.say("memory", streamed_line(len(engine.plan.streamed), len(engine.layers), engine.plan.streamed_bytes))
     if engine.least_memory is not None:

@@ -1,0 +1,37 @@
+"""Locked RAM: exact sizes, found by its tensors, and a refusal that says the way out."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from slimtune.engine.ram import LockedRam, locked_ram_of
+from slimtune.errors import UserError
+
+
+def test_tensors_over_it_tell_it() -> None:
+    ram = LockedRam(4096, torch.device("cpu"), "tests")
+    part = ram.on_device()[1024:2048].view(torch.float32)
+    part.fill_(3.0)
+    assert locked_ram_of(part) is ram
+    assert ram.host.nbytes == 4096
+    assert torch.equal(ram.host[1024:2048].view(torch.float32), part)
+    assert locked_ram_of(torch.zeros(4096)) is None
+    interface = ram.__cuda_array_interface__
+    assert (interface["shape"], interface["data"]) == ((4096,), (ram.host.data_ptr(), False))
+    del ram
+    gc.collect()
+    assert locked_ram_of(part) is None
+
+
+def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaGetErrorString=lambda _: "out of memory")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with pytest.raises(UserError, match=r"0\.00GiB of RAM can't be locked .*out of memory") as refused:
+        LockedRam(4096, torch.device("cuda"), "layers' inputs")
+    assert "--max-length" in (refused.value.way_out or "")
+    with pytest.raises(UserError, match="GiB of RAM can't be locked"):
+        LockedRam(1 << 62, torch.device("cuda"), "layers' inputs")
