@@ -8,23 +8,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slimtune.engine.ram import LockedRam, locked_ram_of
+from slimtune.engine import ram as ram_module
+from slimtune.engine.ram import LockedRam, host_of
 from slimtune.errors import UserError
 
 
-def test_tensors_over_it_tell_it() -> None:
+def test_it_lives_as_long_as_a_tensor_over_it() -> None:
     ram = LockedRam(4096, torch.device("cpu"), "tests")
     part = ram.on_device()[1024:2048].view(torch.float32)
     part.fill_(3.0)
-    assert locked_ram_of(part) is ram
     assert ram.host.nbytes == 4096
-    assert torch.equal(ram.host[1024:2048].view(torch.float32), part)
-    assert locked_ram_of(torch.zeros(4096)) is None
     interface = ram.__cuda_array_interface__
     assert (interface["shape"], interface["data"]) == ((4096,), (ram.host.data_ptr(), False))
     del ram
     gc.collect()
-    assert locked_ram_of(part) is None
+    host = host_of(part)
+    assert host is not None
+    assert (host.data_ptr(), host.dtype, host.shape) == (part.data_ptr(), part.dtype, part.shape)
+    assert host_of(torch.zeros(4096)) is None
+    start = part.data_ptr() - 1024
+    assert start in ram_module._STARTS
+    del part, host
+    gc.collect()
+    assert start not in ram_module._STARTS
 
 
 def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

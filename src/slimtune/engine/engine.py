@@ -34,7 +34,7 @@ from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.offload import InputsInRam
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
-from slimtune.engine.ram import LockedRam, ram_to_lock
+from slimtune.engine.ram import ram_to_lock
 from slimtune.engine.read import check_values, read_decoder
 from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram, make_resident, move_to_ram
 from slimtune.engine.structure import CannotFuse, Decoder
@@ -147,7 +147,7 @@ class Engine:
             stored=[layer.stored_bytes for layer in self.layers],
             embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
         )
-        self._embedding_ram = self._embedding_in_ram()
+        self._place_embedding()
         self._streamed = self._streamed_weights()
         self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
@@ -274,12 +274,11 @@ class Engine:
         plan, hidden = self.plan, self.layers[0].hidden
         return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
 
-    def _embedding_in_ram(self) -> LockedRam | None:
-        places = embedding_places(self.decoder)
+    def _place_embedding(self) -> None:
         if self.plan.embedding_bytes:
-            return move_to_ram(places, self.device, "embedding")
-        make_resident(places)
-        return None
+            move_to_ram(embedding_places(self.decoder), self.device, "embedding")
+        else:
+            make_resident(embedding_places(self.decoder))
 
     def _streamed_weights(self) -> StreamedWeights | None:
         streamed = set(self.plan.streamed)

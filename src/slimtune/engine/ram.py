@@ -7,28 +7,34 @@ rate. That suits what is read a row a token, and whatever has to work and needn'
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import weakref
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimtune.errors import UserError
 from slimtune.hardware import free_ram
 
-__all__ = ["LockedRam", "locked_ram_of", "ram_to_lock"]
+__all__ = ["LockedRam", "host_of", "ram_to_lock"]
 
 _RAM_SHARE = 0.7
 """Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
-_ALL: weakref.WeakSet[LockedRam] = weakref.WeakSet()
+_STARTS: list[int] = []
+_PAGES: dict[int, weakref.ref[Any]] = {}
+"""All that is locked, by where it starts; the starts in order."""
+
+
+class _Pages(np.ndarray):
+    """Whose end is that of the last tensor over it."""
 
 
 class LockedRam:
-    """RAM that is locked as long as this object lives, which tensors of the device over it hold.
-
-    Beside a CPU it is RAM like any other.
+    """RAM that is locked as long as there is a tensor over it. Beside a CPU it is RAM like any other.
 
     Args:
         nbytes: Of it, not a byte more.
@@ -43,34 +49,39 @@ class LockedRam:
     """
 
     def __init__(self, nbytes: int, device: torch.device, what: str) -> None:
-        self._device, cuda = device, device.type == "cuda"
-        self.host: Tensor = _locked(nbytes, what) if cuda else torch.empty(nbytes, dtype=torch.uint8)
-        if cuda:
-            unlocked = weakref.finalize(self, _unlock, self.host)
-            unlocked.atexit = False  # with the process all of it goes anyway
-        _ALL.add(self)
+        self._device = device
+        pages = _asked_for(nbytes, what)
+        array = np.frombuffer(pages, dtype=np.uint8).view(_Pages)
+        self.host: Tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            _lock(self.host, what)
+        start = self.host.data_ptr()
+        bisect.insort(_STARTS, start)
+        _PAGES[start] = weakref.ref(array)
+        ended = weakref.finalize(array, _end, start, pages, locked=device.type == "cuda")
+        ended.atexit = False  # with the process all of it goes anyway
 
     def on_device(self) -> Tensor:
-        """uint8 [nbytes] of the device, over the same memory; it holds this object."""
+        """uint8 [nbytes] of the device, over the same memory."""
         return torch.as_tensor(self, device=self._device) if self._device.type == "cuda" else self.host
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """By which torch makes a tensor of it, that holds this object."""
+        """By which torch makes a tensor of it, which holds this object."""
         return {
             "shape": (self.host.numel(),), "typestr": "|u1", "data": (self.host.data_ptr(), False), "strides": None,
             "version": 3,
         }  # fmt: skip
 
-    def holds(self, address: int) -> bool:
-        """Whether it lies at this address."""
-        return 0 <= address - self.host.data_ptr() < self.host.numel()
 
-
-def locked_ram_of(tensor: Tensor) -> LockedRam | None:
-    """What a tensor lies over; None if that is other memory."""
-    address = tensor.data_ptr()
-    return next((ram for ram in _ALL if ram.holds(address)), None)
+def host_of(tensor: Tensor) -> Tensor | None:
+    """A tensor over locked RAM as the host has it; None if it lies elsewhere."""
+    at = bisect.bisect_right(_STARTS, tensor.data_ptr()) - 1
+    array = _PAGES[_STARTS[at]]() if at >= 0 else None
+    start = 0 if array is None else tensor.data_ptr() - _STARTS[at]
+    if array is None or start >= array.nbytes:
+        return None
+    return torch.from_numpy(array)[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def ram_to_lock() -> int:
@@ -78,31 +89,39 @@ def ram_to_lock() -> int:
     return int(_RAM_SHARE * free_ram())
 
 
-def _locked(nbytes: int, what: str) -> Tensor:
-    refused = f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the {what}"
-    way_out = "Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed."
+def _asked_for(nbytes: int, what: str) -> mmap.mmap:
     try:
         # Not torch's, whose allocator would keep the memory. Private, as shared memory has small pages.
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UserError(f"{refused}: {error}", way_out=way_out) from None
+        raise _refusal(nbytes, what, str(error)) from None
     # Large pages are locked in a fraction of the time; a process that is forked would be given a copy of locked ones.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with suppress(AttributeError, OSError):  # a system that has no such thing
             pages.madvise(getattr(mmap, advice))
-    slab = torch.frombuffer(pages, dtype=torch.uint8)
-    slab.zero_()  # by all threads; the driver would ask for page after page
+    return pages
+
+
+def _lock(host: Tensor, what: str) -> None:
+    host.zero_()  # by all threads; the driver would ask for page after page
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)
+    status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
     if int(status) != 0:
-        raise UserError(
-            f"{refused}: {runtime.cudaGetErrorString(status)}",
-            rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
-            way_out=way_out,
-        )
-    return slab
+        raise _refusal(host.nbytes, what, str(runtime.cudaGetErrorString(status)))
 
 
-def _unlock(slab: Tensor) -> None:
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    runtime.cudaHostUnregister(slab.data_ptr())
+def _refusal(nbytes: int, what: str, why: str) -> UserError:
+    return UserError(
+        f"{nbytes / 2**30:.2f}GiB of RAM can't be locked for the {what}: {why}",
+        rule="What doesn't fit the GPU beside the rest goes to RAM: layers' inputs and weights, the embedding.",
+        way_out="Free RAM, or take a smaller --max-length; with more GPU memory (--memory) less of it is needed.",
+    )
+
+
+def _end(start: int, pages: mmap.mmap, *, locked: bool) -> None:
+    """The last tensor is gone; the pages go when this is done."""
+    _STARTS.remove(start)
+    del _PAGES[start], pages
+    if locked:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime.cudaHostUnregister(start)

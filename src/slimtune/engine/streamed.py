@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimtune.engine.decoder import LayerComputation
 from slimtune.engine.offload import Copies, copies_on
-from slimtune.engine.ram import LockedRam, locked_ram_of
+from slimtune.engine.ram import LockedRam, host_of
 from slimtune.engine.structure import Decoder
 from slimtune.engine.weights import Place, whole_bytes
 
@@ -50,11 +50,10 @@ class StreamedWeights:
         self._at_home: dict[int, list[Tensor]] = {}
         self._homes: dict[int, list[Tensor]] = {}
         self._in_buffer: dict[int, list[list[Tensor]]] = {}
-        self._ram: list[LockedRam | None] = []
         for number, places in self._places.items():
-            self._ram.append(move_to_ram(places, device, "layers' weights"))
+            move_to_ram(places, device, "layers' weights")
             self._at_home[number] = [place.tensor for place in places]
-            self._homes[number] = [_host(tensor) for tensor in self._at_home[number]]
+            self._homes[number] = [home for each in self._at_home[number] if (home := host_of(each)) is not None]
             self._in_buffer[number] = [_views(buffer, self._at_home[number]) for buffer in self._buffers]
         self._holds: list[int | None] = [None] * _BUFFERS
         self._coming: dict[int, Any] = {}
@@ -116,39 +115,31 @@ def embedding_places(decoder: Decoder) -> list[Place]:
 
 def in_ram(places: Sequence[Place]) -> int:
     """Bytes of what is held there that lie in locked RAM."""
-    return sum(place.tensor.nbytes for place in places if locked_ram_of(place.tensor) is not None)
+    return sum(place.tensor.nbytes for place in places if host_of(place.tensor) is not None)
 
 
-def move_to_ram(places: Sequence[Place], device: torch.device, what: str) -> LockedRam | None:
-    """Move what is held there to locked RAM, one tensor behind the other, unless it is there already; gives that RAM.
+def move_to_ram(places: Sequence[Place], device: torch.device, what: str) -> None:
+    """Move what is held there to locked RAM, one tensor behind the other, unless it is there already.
 
     Raises:
         UserError: The system gives no such memory, or doesn't lock it.
     """
     tensors = [place.tensor for place in places]
-    if all(locked_ram_of(tensor) is not None for tensor in tensors):
-        return None
+    if all(host_of(tensor) is not None for tensor in tensors):
+        return
     ram = LockedRam(sum(whole_bytes(tensor.nbytes) for tensor in tensors), device, what)
-    for place, tensor, home in zip(places, tensors, _views(ram.on_device(), tensors), strict=True):
-        _host(home).copy_(tensor)
+    homes = _views(ram.host, tensors), _views(ram.on_device(), tensors)
+    for place, tensor, host, home in zip(places, tensors, *homes, strict=True):
+        host.copy_(tensor)
         place.put(home)
-    return ram
 
 
 def make_resident(places: Sequence[Place]) -> None:
     """Bring to the device for good what an engine before this one left in RAM, or in a buffer of its own."""
     for place in places:
         tensor = place.tensor
-        if locked_ram_of(tensor) is not None or any(store.holds(tensor.data_ptr()) for store in _STORES):
+        if host_of(tensor) is not None or any(store.holds(tensor.data_ptr()) for store in _STORES):
             place.put(tensor.clone())
-
-
-def _host(tensor: Tensor) -> Tensor:
-    """A tensor over locked RAM as the host has it."""
-    ram = locked_ram_of(tensor)
-    assert ram is not None
-    start = tensor.data_ptr() - ram.host.data_ptr()
-    return ram.host[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def _views(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
