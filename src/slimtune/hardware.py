@@ -37,6 +37,16 @@ class Hardware:
         """CUDA's, of the device here; without one that of a card with bf16."""
         return torch.cuda.get_device_capability(0) if self.device == "cuda" else (8, 0)
 
+    @property
+    def without_fp8(self) -> str | None:
+        """Why nothing can be multiplied in FP8 here; None if it can."""
+        if self.device != "cuda" or torch.version.hip is not None:
+            return "FP8 is multiplied on an NVIDIA GPU, and here is none"
+        if self.capability < (8, 9):
+            major, minor = self.capability
+            return f"{self.name} (compute capability {major}.{minor}) multiplies no FP8: that begins with 8.9"
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``environment.json``."""
         return asdict(self)

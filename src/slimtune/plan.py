@@ -109,7 +109,26 @@ def resolve_machine(config: Config, hardware: Hardware) -> tuple[Config, list[Ch
     if config.memory == "auto" and hardware.device == "cuda":
         share = f"{hardware.memory_bytes * MEMORY_SHARE / 2**30:.2f}GiB"
         choices.append(Choice("memory", share, f"{MEMORY_SHARE:.0%} of what {hardware.name} has"))
-    return resolved(config, choices), choices
+    return _with_precision(resolved(config, choices), hardware), choices
+
+
+def _with_precision(config: Config, hardware: Hardware) -> Config:
+    """What is multiplied in, decided: never FP8 unless it was asked for.
+
+    Raises:
+        UserError: It was, or bf16, and this machine computes in something else.
+    """
+    if config.precision == "auto":
+        return config.model_copy(update={"precision": "bf16"}) if config.compute_dtype == "bf16" else config
+    reason = hardware.without_fp8 if config.precision == "fp8" else None
+    if reason is None and config.compute_dtype != "bf16":
+        reason = f"this machine computes in {config.compute_dtype}: {hardware.compute_dtype_reason}"
+    if reason is not None:
+        raise UserError(
+            f"precision: {config.precision} can't be had: {reason}",
+            way_out="Leave precision at auto: as compute_dtype.",
+        )
+    return config
 
 
 def resolve_ranks(config: Config, count: int) -> tuple[Config, list[Choice]]:

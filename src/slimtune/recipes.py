@@ -80,7 +80,7 @@ from slimtune.training.checkpoint import share_newest
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
 from slimtune.training.forecast import check_ram
-from slimtune.training.fused import make_engine, tell_memory, why_unfused
+from slimtune.training.fused import make_engine, tell_memory, why_unfused, without_engine
 from slimtune.training.isolation import lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
@@ -219,6 +219,8 @@ def _train(config: Config, choices: list[Choice], job: _Job) -> None:
     except CannotFuse as error:
         if config.engine != "auto":
             raise
+        if config.precision == "fp8":
+            raise without_engine(error.what) from error
         unfit = Choice("engine", "plain", error.what)
     job.screen.warn(f"{unfit.reason} → from the start on the plain stack")
     gc.collect()  # the base that isn't needed any more
@@ -263,7 +265,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             job.screen.say("saved", f"{run.adapter} ({megabytes(adapter.file_bytes)})")
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
             with damage_told(run.metrics_file):
-                engine = "fused" if ready.unfused is None else f"plain: {ready.unfused}"
+                engine = trainer.engine_told if ready.unfused is None else f"plain: {ready.unfused}"
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
                 facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram

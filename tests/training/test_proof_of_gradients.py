@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from slimtune.engine import CannotFuse, Engine
+from slimtune.engine import engine as engine_module
 from slimtune.engine.blocks import attention, delta, experts, mlp
+from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels import delta as rule
 from slimtune.engine.kernels import lora, norm, short_conv
+from slimtune.errors import UserError
 from slimtune.training import proof_of_gradients
 from slimtune.training.proof import beside_others, prove_loss, text_of
-from slimtune.training.proof_of_gradients import prove_gradients
+from slimtune.training.proof_of_gradients import prove_gradients, prove_precision
 from tests.engine import models
 
 TOKENS = np.random.default_rng(0).integers(3, models.VOCABULARY, 30)
 HOW = torch.float32, 256, 128
+PACK = beside_others(text_of(TOKENS, 128), 256)
 
 
 class Trainer(SimpleNamespace):
@@ -200,3 +204,51 @@ def test_a_document_and_those_beside_it_fit(room: int, longest: int) -> None:
     batch = beside_others(text, room)
     assert batch["input_ids"].shape[1] <= room
     assert int((batch["labels"] != -100).sum()) == len(text) - 1
+
+
+@pytest.fixture
+def in_fp8(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A trainer whose engine multiplies in FP8, by the kernels' reference."""
+    monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
+    model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True), target_modules="all-linear")
+    engine = Engine(model, dtype=torch.bfloat16, tokens=256, fp8=True)
+    return Trainer(model=model, engine=engine, _metrics={"eval": {}})
+
+
+def test_fp8_is_proven_beside_bf16_and_nothing_stays(in_fp8: Trainer) -> None:
+    before = in_fp8.engine.flat.data.clone()
+    how = torch.bfloat16, *HOW[1:]
+    assert prove_gradients(in_fp8, [TOKENS], *how) is None
+    told = prove_precision(in_fp8, PACK)
+    assert told.startswith("100% of the layers' products are in FP8")
+    apart = float(told.split("gradients are ")[1].split()[0])
+    assert 0.01 < apart < 0.3
+    assert torch.equal(in_fp8.engine.flat.data, before)
+    assert not in_fp8.engine.flat.grad.any()
+    assert in_fp8.engine.state_dict()["draws"] == 0
+
+
+def test_a_backward_that_multiplies_with_other_numbers_is_found(
+    in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights' scales forgotten in dy: the proof in bf16 doesn't see it."""
+    quantize = Fp8.quantize
+    monkeypatch.setattr(Fp8, "quantize", lambda self, dy, factors: quantize(self, dy, torch.ones_like(factors)))
+    assert prove_gradients(in_fp8, [TOKENS], torch.bfloat16, *HOW[1:]) is None
+    with pytest.raises(UserError, match=r"precision: fp8 can't be had: the gradient of .* from bf16's"):
+        prove_precision(in_fp8, PACK)
+
+
+def test_a_device_that_cannot_multiply_so_is_told(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_product(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Rowwise scaling is not currently supported on your device")
+
+    monkeypatch.setattr("slimtune.engine.kernels.fp8.product", no_such_product)
+    with pytest.raises(UserError, match=r"this device can't \(RuntimeError: Rowwise scaling"):
+        prove_precision(in_fp8, PACK)
+
+
+def test_small_products_are_left_in_bf16_and_that_is_said() -> None:
+    model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True))
+    made = Trainer(model=model, engine=Engine(model, dtype=torch.bfloat16, tokens=256, fp8=True), _metrics={"eval": {}})
+    assert prove_precision(made, PACK).startswith("no product of this run is large enough for FP8")

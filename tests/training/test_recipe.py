@@ -16,11 +16,14 @@ import torch
 import yaml
 
 from slimtune import recipes
+from slimtune.adapter.passport import read_passport
 from slimtune.config import Config
 from slimtune.errors import GuardStop, StopRequested, UserError
+from slimtune.hardware import Hardware
 from slimtune.recipes import finetune, resume
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import ask_to_stop, lock_run
+from slimtune.run.screen import Screen
 from slimtune.training.resumable import ResumableTrainer
 from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
@@ -74,6 +77,49 @@ def test_the_real_model_goes_on_bit_by_bit(rows: Path, tmp_path: Path, stop_in_s
     assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
     verified = run.read_json(run.facts_file)["verified"]
     assert (verified["keys_match"], verified["all_finite"], verified["outputs_differ"]) == (True, True, True)
+
+
+def test_a_run_in_fp8_goes_on_bit_by_bit_and_says_so(
+    small: Path, rows: Path, tmp_path: Path, stop_in_step: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On the kernels' reference: a CPU has no FP8, and this model's products are too small for it."""
+    monkeypatch.setattr(Hardware, "without_fp8", None)
+    monkeypatch.setattr("slimtune.engine.engine.pays", lambda *shape: True)
+    asked = {"precision": "fp8", "compute_dtype": "bf16", "targets": "all-linear", "samples": 0, "save_steps": 1}
+    whole = finetune(config(str(small), rows, tmp_path / "whole", **asked), screen=Screen())
+    assert "100% of the layers' products are in FP8" in capsys.readouterr().err
+    facts = whole.read_json(whole.facts_file)
+    assert facts["training"]["engine"] == "fused, 100% of the layers' products in FP8"
+    assert whole.config().precision == "fp8"
+    assert all(0 <= record["eval_fp8_lost"] < 0.05 for record in whole.metrics() if "eval_loss" in record)
+    assert read_passport(whole.adapter).config["precision"] == "fp8"
+    stop_in_step(2)
+    with pytest.raises(StopRequested):
+        finetune(config(str(small), rows, tmp_path / "run", **asked))
+    assert campaign.trajectory(resume(tmp_path / "run").path) == campaign.trajectory(whole.path)
+    assert campaign.adapter_sha256(tmp_path / "run") == campaign.adapter_sha256(whole.path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"compute_dtype": "bf16"}, "FP8 is multiplied on an NVIDIA GPU, and here is none"),
+        ({"compute_dtype": "bf16", "engine": "plain"}, "precision: fp8 is the engine's own"),
+        ({"compute_dtype": "fp32"}, "precision: fp8 goes with compute_dtype: bf16, not fp32"),
+        ({"compute_dtype": "bf16", "quantization": "none"}, "precision: fp8 is for weights of 4 bits"),
+        ({"compute_dtype": "bf16", "dora": True}, "precision: fp8 can't be had: the engine has nothing for DoRA"),
+    ],
+    ids=lambda given: "+".join(given) if isinstance(given, dict) else "",
+)
+def test_fp8_that_cannot_be_had_is_refused_with_the_reason(
+    small: Path, rows: Path, tmp_path: Path, asked: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "dora" in asked:
+        monkeypatch.setattr(Hardware, "without_fp8", None)
+    with pytest.raises(UserError, match=what):
+        finetune(config(str(small), rows, tmp_path / "run", precision="fp8", **asked))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_run_elsewhere_and_watched_otherwise_gives_the_same_file(

@@ -44,6 +44,11 @@ class Lost(NamedTuple):
     lost: int
     of: int
 
+    @property
+    def share(self) -> float:
+        """Of the numbers."""
+        return self.lost / max(1, self.of)
+
 
 @dataclass
 class Fp8:

@@ -21,6 +21,8 @@ from slimtune.words import told
 __all__ = ["Screen", "megabytes", "time_left"]
 
 _LINES_WITHOUT_TERMINAL = 20
+_LOST = 0.05
+"""Of the gradients' numbers that may become zero in FP8 without a word: they are the smallest of their rows."""
 _LABEL = 9
 """Characters of a label with the room behind it."""
 
@@ -73,6 +75,8 @@ class Screen:
         """Show one record of the trainer (see :class:`slimtune.training.progress.MetricsCallback`)."""
         if "eval_loss" in record:
             self.say("held out", f"step {record['step']}: loss {record['eval_loss']:.4f}")
+        if (lost := record.get("eval_fp8_lost", 0.0)) > _LOST:
+            self.warn(f"{lost:.0%} of what flows back is too small for FP8 by now: precision: bf16 loses none of it")
         if "loss" not in record:
             return
         numbers = told(

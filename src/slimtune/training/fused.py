@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
 from slimtune.base.load import torch_dtype
 from slimtune.batch import IGNORED
@@ -24,13 +25,15 @@ from slimtune.run.lines import embedding_line, in_ram_line, memory_line, streame
 from slimtune.run.screen import Screen
 from slimtune.training.plain import PlainTrainer
 
-__all__ = ["FusedTrainer", "make_engine", "tell_memory", "why_unfused"]
+__all__ = ["FusedTrainer", "make_engine", "tell_memory", "why_unfused", "without_engine"]
 
 
 class FusedTrainer(PlainTrainer):
     """Call :meth:`use_engine` between construction and training."""
 
     engine: Engine | None = None
+    fp8_pack: dict[str, Any] | None = None
+    """A small pack whose gradients are looked at after every evaluation, where products are in FP8."""
     optimizer: Any
 
     def use_engine(self, engine: Engine) -> None:
@@ -38,6 +41,12 @@ class FusedTrainer(PlainTrainer):
         self.engine = engine
         # The Trainer's zero_grad walks over all of the model's modules at every step; the engine's is one launch.
         self.model.zero_grad = lambda set_to_none=True: engine.flat.grad.zero_()
+
+    @property
+    def engine_told(self) -> str:
+        """fused, and how much of its products is in FP8 if any is."""
+        share = 0.0 if self.engine is None else self.engine.fp8_share
+        return f"fused, {share:.0%} of the layers' products in FP8" if share else "fused"
 
     @property
     def in_ram(self) -> tuple[int, int]:
@@ -95,6 +104,15 @@ class FusedTrainer(PlainTrainer):
             return super().evaluation_sum(model, inputs)
         return self.engine.evaluate(inputs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's; in FP8 with the share of what flows back that is too small for it by now."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.engine is not None and self.engine.fp8_share and self.fp8_pack is not None and output.metrics:
+            with self.engine.counting_lost() as fp8:
+                self.engine.upper_gradients(self.fp8_pack)
+                output.metrics["eval_fp8_lost"] = fp8.lost().share
+        return output
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, FusedAdamW8bit):
@@ -127,9 +145,16 @@ def why_unfused(config: Config, model: nn.Module, adapted: Collection[str] | Non
     if config.engine == "plain":
         return "asked for"
     reason = fits(config, model, adapted)
+    if reason is not None and config.precision == "fp8":
+        raise without_engine(reason)
     if reason is not None and config.engine == "fused":
         raise UserError(f"engine: fused can't be had: {reason}", way_out="Leave engine at auto: it trains unfused.")
     return reason
+
+
+def without_engine(reason: str) -> UserError:
+    """FP8 was asked for, and the engine doesn't take the run."""
+    return UserError(f"precision: fp8 can't be had: {reason}", way_out="Leave precision at auto: it trains unfused.")
 
 
 def make_engine(config: Config, model: nn.Module) -> Engine:
@@ -145,6 +170,7 @@ def make_engine(config: Config, model: nn.Module) -> Engine:
         longest=min(config.max_length, config.batch_tokens),
         memory=memory_budget(config),
         seed=config.seed,
+        fp8=config.precision == "fp8",
     )
     _take_room(engine)
     return engine

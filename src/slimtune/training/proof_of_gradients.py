@@ -22,11 +22,12 @@ from slimtune.base.load import torch_dtype
 from slimtune.config import Config
 from slimtune.engine import Engine
 from slimtune.engine.structure import CannotFuse
+from slimtune.errors import UserError
 from slimtune.training.plain import own_loss
 from slimtune.training.proof import Tokens, beside_others, prove_loss, text_of
 from slimtune.training.rng import rng_preserved
 
-__all__ = ["prove_gradients", "prove_step"]
+__all__ = ["prove_gradients", "prove_precision", "prove_step"]
 
 _B = 0.05
 """Over a root of the rank: what B is filled with."""
@@ -35,6 +36,9 @@ _APART = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.6, torch.f
 0.01 to 0.1 apart, and 0.4 where a router's choice turns; in 32 bits 1e-6 to 1e-4."""
 _OFF = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
 """How far they may be from autograd's size along its direction, where rounding cancels: 0.1 at most in 16 bits."""
+_FP8_APART = 0.6
+"""How far gradients with products in FP8 may be from those in bf16: a rounding to e4m3 is 2.6 % of a number, and a few
+layers make 0.05 to 0.2 of it; a product that is another one makes 1."""
 _NOISE = 3.0
 """Or so many times what a rounding of the embedding makes of the unfused model's own."""
 _FLOOR = {torch.float32: 0.01, torch.float64: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -63,6 +67,10 @@ def prove_step(trainer: Any, texts: Sequence[Tokens], config: Config, say: Calla
         say("loss", own_head)
     elif trainer.engine is not None and (why := prove_gradients(trainer, texts, *how)) is not None:
         say("gradients", why)
+    if trainer.engine is not None and config.precision == "fp8":
+        _, room, longest = how
+        trainer.fp8_pack = beside_others(text_of(texts[0], min(room, longest)), room)
+        say("fp8", prove_precision(trainer, trainer.fp8_pack))
     return own_head
 
 
@@ -106,6 +114,53 @@ def prove_gradients(trainer: Any, texts: Sequence[Tokens], dtype: torch.dtype, r
     )
 
 
+def prove_precision(trainer: Any, pack: dict[str, Any]) -> str:
+    """Compare gradients with products in FP8 to those in bf16, on one small pack; nothing of it shows after.
+
+    Rows of numbers are scaled by their largest, so that none is too large for FP8; what is too small beside it becomes
+    zero, and is counted in the gradients that flow back.
+
+    Args:
+        trainer: As :func:`prove_gradients` takes it; its engine multiplies in FP8.
+        pack: What :func:`slimtune.batch.MicroBatch.of` reads.
+
+    Returns:
+        How much is in FP8, how far the gradients are apart, and how much of them is lost.
+
+    Raises:
+        UserError: They are far apart, or this device can't multiply so.
+    """
+    engine, model, training = trainer.engine, trainer.model, trainer.model.training
+    if not engine.fp8_share:
+        return "no product of this run is large enough for FP8: all are in bf16"
+    model.eval()
+    try:
+        with rng_preserved(), _begun(engine):
+            with engine.in_16_bits():
+                parameters, expected = zip(*engine.upper_gradients(pack), strict=True)
+            with engine.counting_lost() as fp8:
+                _, found = zip(*engine.upper_gradients(pack), strict=True)
+                lost = fp8.lost()
+    except CANT_TAKE as error:
+        raise _unfit(f"this device can't ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
+    finally:
+        model.train(training)
+    floor = _FLOOR[torch.bfloat16]
+    apart = {kind: each for kind, (each, _) in _differences(_kinds(model, parameters), found, expected, floor).items()}
+    furthest = max(apart, key=lambda kind: apart[kind])
+    if not apart[furthest] <= _FP8_APART:
+        raise _unfit(f"the gradient of {furthest} is {apart[furthest]:.2g} of its size from bf16's")
+    mean, share = sum(apart.values()) / len(apart), lost.share
+    return (
+        f"{engine.fp8_share:.0%} of the layers' products are in FP8: gradients are {mean:.2g} of their size from "
+        f"bf16's, and {share:.2%} of what flows back is too small for it"
+    )
+
+
+def _unfit(reason: str) -> UserError:
+    return UserError(f"precision: fp8 can't be had: {reason}", way_out="Leave precision at auto: it trains in bf16.")
+
+
 class _NoneToCompare(Exception):
     """The unfused model has no gradients here."""
 
@@ -113,7 +168,8 @@ class _NoneToCompare(Exception):
 def _wrong(trainer: Any, text: Tokens, pack: dict[str, Any], dtype: torch.dtype) -> str:
     """The first kind of matrix whose gradient is another one, in words; empty if there is none."""
     engine: Engine = trainer.engine
-    parameters, found = zip(*engine.upper_gradients(pack), strict=True)
+    with engine.in_16_bits():  # what FP8 is apart from that, prove_precision says
+        parameters, found = zip(*engine.upper_gradients(pack), strict=True)
     try:
         expected = _autograd(trainer, parameters, torch.from_numpy(text)[None])
     except torch.OutOfMemoryError:
