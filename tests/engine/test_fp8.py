@@ -12,7 +12,8 @@ from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine.fp8 import Fp8Weight, pays
 from slimtune.engine.kernels import fp8
-from slimtune.engine.weights import Gradients, Site, dense
+from slimtune.engine.stored import dense
+from slimtune.engine.weights import Gradients, Site
 from tests.engine import models
 
 COUNT = 40

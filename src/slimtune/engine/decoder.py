@@ -36,6 +36,7 @@ from slimtune.engine.blocks import (
     Sinks,
 )
 from slimtune.engine.per_layer import PerLayerComputation
+from slimtune.engine.stored import Place, places_of, whole_bytes
 from slimtune.engine.structure import (
     Branch,
     Decoder,
@@ -47,7 +48,7 @@ from slimtune.engine.structure import (
     Rotary,
     SelfAttention,
 )
-from slimtune.engine.weights import Place, Scratch, places_of, whole_bytes
+from slimtune.engine.weights import Scratch
 
 __all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
 

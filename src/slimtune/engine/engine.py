@@ -36,9 +36,10 @@ from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.ram import ram_to_lock
 from slimtune.engine.read import check_values, read_decoder
+from slimtune.engine.stored import unpack_for_training
 from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram, make_resident, move_to_ram
 from slimtune.engine.structure import CannotFuse, Decoder
-from slimtune.engine.weights import Gradients, Site, Stack, unpack_for_training
+from slimtune.engine.weights import Gradients, Site, Stack
 
 __all__ = ["WORKSPACES", "Engine"]
 

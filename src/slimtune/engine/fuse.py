@@ -39,8 +39,9 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.loss import token_log_probs
 from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.read import check_values, read_decoder
+from slimtune.engine.stored import unpack_for_training
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
-from slimtune.engine.weights import Gradients, unpack_for_training
+from slimtune.engine.weights import Gradients
 
 __all__ = ["Fusion", "fuse"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from slimtune.engine.decoder import LayerComputation
 from slimtune.engine.offload import Copies, copies_on
 from slimtune.engine.ram import LockedRam, host_of
+from slimtune.engine.stored import Place, whole_bytes
 from slimtune.engine.structure import Decoder
-from slimtune.engine.weights import Place, whole_bytes
 
 __all__ = ["StreamedWeights", "embedding_places", "in_ram", "make_resident", "move_to_ram"]
 

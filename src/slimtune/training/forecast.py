@@ -31,9 +31,9 @@ from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import adapter_bytes
 from slimtune.engine.ram import ram_to_lock
 from slimtune.engine.read import read_decoder
+from slimtune.engine.stored import whole_bytes
 from slimtune.engine.streamed import embedding_places
 from slimtune.engine.structure import ScoresKind
-from slimtune.engine.weights import whole_bytes
 from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget

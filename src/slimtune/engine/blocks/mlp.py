@@ -10,8 +10,9 @@ from torch import Tensor
 from slimtune.engine.blocks.block import Keep, Memory, Pass, Sinks, TwoProjections
 from slimtune.engine.fp8 import Rows
 from slimtune.engine.kernels import mlp, mlp_fp8
+from slimtune.engine.stored import dense
 from slimtune.engine.structure import GatedMlp
-from slimtune.engine.weights import Scratch, dense
+from slimtune.engine.weights import Scratch
 
 __all__ = ["MlpBlock"]
 
