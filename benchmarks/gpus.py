@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,47 +258,50 @@ def say(results: list[dict[str, Any]], result: dict[str, Any]) -> None:
 
 
 def kills(folders: Path, count: int, wanted: int, until: float) -> list[dict[str, Any]]:
-    """Kill a rank in the middle of a run: the others end by themselves, and the run goes on to the same adapter."""
+    """Kill a rank in the middle of a run, all runs at once: the others end by themselves, and each run goes on to the
+    uninterrupted one's adapter."""
     from hashlib import sha256
 
     from peers import as_messages, make_folder
 
-    results: list[dict[str, Any]] = []
     make_folder("tiny", folders / "tiny")
     rng = random.Random(7)
     data = folders / "kills.jsonl"
     rows = [as_messages([rng.randrange(1000) for _ in range(60)]) for _ in range(96)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--max-length", "64", "--micro-batch", "2", "--gradient-accumulation", str(count), "--max-steps", "400",
+    options = ["--max-length", "64", "--micro-batch", "2", "--gradient-accumulation", str(count), "--max-steps", "600",
                "--save-steps", "10", "--eval-share", "0", "--deterministic", "--train-on", "all"]  # fmt: skip
 
     def command(run: Path) -> list[str]:
         return ["-m", "slimtune", "train", str(folders / "tiny"), str(data), "-o", str(run), *options]
 
-    def digest(run: Path) -> str:
-        return sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-    whole = folders / "whole"
-    if not launch(count, *command(whole), seconds=until - time.monotonic()):
-        say(results, {"kind": "kill", "error": "the uninterrupted run failed"})
-        return results
-    for number in range(wanted):
-        if time.monotonic() > until - 30:
-            break
+    def killed(number: int) -> dict[str, Any]:
         run, victim = folders / f"killed-{number}", number % count
         process = subprocess.Popen([*LAUNCH, "--nproc-per-node", str(count), *command(run)], start_new_session=True)
-        metrics = run / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"loss"') > 15):
+        metrics, wait = run / "metrics.jsonl", random.Random(number).uniform(0.0, 1.0)
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("step_seconds") > 15):
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(wait)
         os.kill(_worker(process.pid, victim), signal.SIGKILL)
         began = time.monotonic()
-        code = process.wait(60)
-        ended = time.monotonic() - began
-        resumed = launch(count, "-m", "slimtune", "resume", str(run), seconds=max(20.0, until - time.monotonic()))
-        equal = resumed and digest(run) == digest(whole)
-        say(results, {"kind": "kill", "victim": victim, "ranks": count, "code": code, "ended_s": round(ended, 1),
-                      "resumed": resumed, "equal": equal})  # fmt: skip
+        made = {"kind": "kill", "victim": victim, "ranks": count, "code": process.wait(90)}
+        made["ended_s"] = round(time.monotonic() - began, 1)
+        left = max(20.0, until - time.monotonic())
+        return made | {"resumed": launch(count, "-m", "slimtune", "resume", str(run), seconds=left)}
+
+    def digest(run: Path) -> str:
+        file = run / "adapter" / "adapter_model.safetensors"
+        return sha256(file.read_bytes()).hexdigest() if file.exists() else "none"
+
+    results: list[dict[str, Any]] = []
+    whole = folders / "whole"
+    with ThreadPoolExecutor(wanted + 1) as pool:
+        uninterrupted = pool.submit(launch, count, *command(whole), seconds=max(20.0, until - time.monotonic()))
+        trials = [pool.submit(killed, number) for number in range(wanted)]
+        for number, trial in enumerate(trials):
+            made = trial.result()
+            equal = uninterrupted.result() and digest(folders / f"killed-{number}") == digest(whole)
+            say(results, made | {"equal": equal})
     return results
 
 

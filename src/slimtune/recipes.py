@@ -126,7 +126,7 @@ def finetune(
         screen = screen if screen is not None and ranks.first else Screen(quiet=True)
         _check_inputs(config)
         config = agreed(config, ranks, library_versions())
-        with StopSignals() as signals, new_folder(ranks, config) as run:
+        with StopSignals(silent=not ranks.first) as signals, new_folder(ranks, config) as run:
             config = keep_stdin(config, run.path / "stdin")
             config, choices = resolve_machine(config, detect())
             config, for_ranks = resolve_ranks(config, ranks.count)
@@ -165,7 +165,7 @@ def resume(
     seconds = Config.model_fields["watchdog"].default if config is None else config.watchdog
     with together(detect, seconds) as ranks:
         screen = screen if screen is not None and ranks.first else Screen(quiet=True)
-        with StopSignals(path) as signals, old_folder(ranks, path) as run:
+        with StopSignals(path, silent=not ranks.first) as signals, old_folder(ranks, path) as run:
             config = ranks.from_first(run.config if config is None else config.model_copy)
             config = config.model_copy(update={"output": path})
             if ranks.from_first(partial(run.is_finished, config)):

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from slimtune.cli.closing import close
+from slimtune.cli.gpus import option as gpus_option
+from slimtune.cli.gpus import spread
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
@@ -32,6 +34,7 @@ __all__ = ["command"]
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--accept-changes", is_flag=True, help="Go on although something changed since the checkpoint; recorded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@gpus_option
 @notify_option
 @click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
@@ -39,6 +42,7 @@ def command(
     run: Path,
     accept_changes: bool,
     as_json: bool,
+    gpus: str | None,
     notify: tuple[str, ...],
     watch: bool,
     config_file: Path | None,
@@ -63,6 +67,7 @@ def command(
             click.echo(told(f"{run} is finished: nothing was changed"), err=True)
             close(folder, as_json=as_json)
             return
+        spread(gpus, place)
     elif RunFolder(run).config_file.is_file():
         config = config_from_flags(config_file or RunFolder(run).config_file, flags)
     if config is not None:

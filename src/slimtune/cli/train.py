@@ -11,6 +11,8 @@ import click
 
 from slimtune.cli.closing import close
 from slimtune.cli.early import check_training
+from slimtune.cli.gpus import option as gpus_option
+from slimtune.cli.gpus import spread
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.notify import check_targets, notifying
@@ -26,7 +28,7 @@ __all__ = ["command"]
 
 NEEDED_MOST = (
     "output", "epochs", "max_steps", "learning_rate", "lora_r", "targets", "max_length", "micro_batch", "eval",
-    "config_file",
+    "gpus", "config_file",
 )  # fmt: skip
 
 
@@ -37,6 +39,7 @@ NEEDED_MOST = (
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
+@gpus_option
 @notify_option
 @click.option("--watch", is_flag=True, help="Show the run on a live page meanwhile; its address is printed.")
 @config_options
@@ -45,6 +48,7 @@ def command(
     data: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
+    gpus: str | None,
     notify: tuple[str, ...],
     watch: bool,
     config_file: Path | None,
@@ -61,6 +65,8 @@ def command(
     if watch:
         check_page()
     check_training(config if place.rank == 0 else config.model_copy(update={"output": None}))
+    if not dry_run:
+        spread(gpus, place)
     fix_workspace(config)
     growing_segments()
     others = take_card(place)
@@ -82,7 +88,7 @@ def command(
             config = config.model_copy(update={"output": default_output(config.model, datetime.now())})
         screen = Screen(quiet=as_json)
         if others > 0:
-            screen.say("device", f"1 of {others + 1} GPUs")
+            screen.say("device", f"1 of {others + 1} GPUs; --gpus all takes all of them")
         with beside(config.output if watch and place.rank == 0 else None):
             run = finetune(config, screen=screen)
     if place.rank == 0:

@@ -48,12 +48,16 @@ class StopSignals:
 
     Outside the main thread, where Python allows no handlers, it does nothing.
 
+    Args:
+        run: See :attr:`run`.
+        silent: Another rank says that a signal was heard.
+
     Raises:
         StopRequested: A signal came, and the body didn't end well by itself.
     """
 
-    def __init__(self, run: Path | None = None) -> None:
-        self.run = run
+    def __init__(self, run: Path | None = None, *, silent: bool = False) -> None:
+        self.run, self.silent = run, silent
         """The run's folder once there is something to go on from; it makes the message."""
         self.finished = False
         """Whether all that the run is for lies on the disk: then there is nothing to go on with."""
@@ -165,7 +169,7 @@ class StopSignals:
                 if not data:
                     break
                 before, seen = seen, seen + sum(number in STOP_SIGNALS for number in data)
-                if seen == 1 and not before and self._deferred:
+                if seen == 1 and not before and self._deferred and not self.silent:
                     sys.stderr.write("slimtune: stopping: the step is ended and saved first; again ends at once\n")
                     sys.stderr.flush()
             elif not self._deferred:
