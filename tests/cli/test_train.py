@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.config import Config
 from slimtune.data.packing import micro_batches
@@ -61,3 +63,23 @@ def test_a_dry_run_says_what_would_be_done_and_needs_no_weights(
     assert f"{planned['steps']} optimizer steps of 2 micro-batches, 3 epochs" in done.stderr
     assert {choice["key"]: choice["value"] for choice in planned["choices"]}["eval_share"] == 0.05
     assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_measures_steps_and_leaves_nothing(
+    run_here: Callable[..., Done],
+    tiny_model: Path,
+    requests_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    words = ("train", str(tiny_model), str(requests_file), "--max-length", "128", "--max-steps", "40", "--probe")
+    assert "--probe goes with --dry-run" in run_here(*words).stderr
+    done = run_here(*words, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(done.stdout)
+    often = {choice["key"]: choice["value"] for choice in planned["choices"]}["eval_steps"]
+    took = planned["seconds"]
+    assert took["step"] > 0 < took["evaluation"]
+    assert took["run"] == pytest.approx(40 * took["step"] + (1 + 40 // often) * took["evaluation"])
+    assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
+from slimtune.errors import UserError
 from slimtune.ranks.place import take_card, this_place
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
@@ -38,6 +39,7 @@ NEEDED_MOST = (
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder  [runs/<time>-<model>]")
 @click.option("--from", "start_from", type=click.Path(path_type=Path), help="Start from the adapter of this run.")
 @click.option("--dry-run", is_flag=True, help="Prove the data and say what would be done; load no weights.")
+@click.option("--probe", is_flag=True, help="With --dry-run: load the weights, measure three steps, say the minutes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's facts as JSON at the end, and nothing else.")
 @gpus_option
 @notify_option
@@ -47,6 +49,7 @@ def command(
     model: str | None,
     data: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     as_json: bool,
     gpus: str | None,
     notify: tuple[str, ...],
@@ -59,6 +62,8 @@ def command(
     MODEL is a hub id, a local folder, or smollm2-135m (it comes with a package). DATA is one or more files
     (json, jsonl, csv, tsv, txt, parquet, arrow), folders, patterns, hub ids, or - for standard input.
     """
+    if probe and not dry_run:
+        raise UserError("--probe goes with --dry-run", way_out="Add --dry-run, or leave --probe out.")
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     place = this_place()
     check_targets(notify)
@@ -79,14 +84,20 @@ def command(
             from slimtune.recipes import finetune
             from slimtune.run.screen import Screen
 
+        screen = Screen(quiet=as_json)
         if dry_run:
-            planned = rehearse(config, Screen(quiet=as_json))
+            planned = rehearse(config, screen)
+            if probe:
+                from slimtune.cli.probe import probe as measure
+
+                planned["seconds"] = measure(config, planned, screen)
+            else:
+                screen.say("time", "not measured: --probe loads the weights and takes three steps")
             if as_json:
                 click.echo(json.dumps(planned, ensure_ascii=False, indent=2))
             return
         if config.output is None and place.alone:
             config = config.model_copy(update={"output": default_output(config.model, datetime.now())})
-        screen = Screen(quiet=as_json)
         if others > 0:
             screen.say("device", f"1 of {others + 1} GPUs; --gpus all takes all of them")
         with beside(config.output if watch and place.rank == 0 else None):
