@@ -79,7 +79,7 @@ from slimtune.training.arguments import check_arguments, check_model, check_star
 from slimtune.training.checkpoint import share_newest
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
-from slimtune.training.forecast import check_ram
+from slimtune.training.forecast import names_in_ram
 from slimtune.training.fused import make_engine, tell_memory, why_unfused, without_engine
 from slimtune.training.isolation import lay_out
 from slimtune.training.layout import Layout
@@ -313,7 +313,6 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     screen.say("data", data_line(proof.facts))
     config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
     config, for_amount = resolve_amount(config, proof.train, proof.eval)
-    check_ram(config, hardware)
     with screen.working("loading the base"):
         base = _load(config, hardware, watchdog)
     if config.rehearse:
@@ -555,6 +554,7 @@ def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
             revision=config.revision,
             template=config.template,
             trust_remote_code=config.trust_remote_code,
+            in_ram=names_in_ram(config, hardware),
         )
         if config.add_tokens is not None:
             base.new_tokens = add_tokens(base.tokenizer, config.add_tokens)

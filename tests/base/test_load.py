@@ -12,8 +12,13 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from slimtune.base.load import Base, load_base
+from slimtune.base.packed import PackedTensor
+from slimtune.base.quantize import fingerprint
+from slimtune.engine.ram import host_of
+from slimtune.engine.weights import places_of
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from tests.engine import models
 
 
 def test_every_linear_but_the_head_is_nf4_with_double_quantisation(base: Base) -> None:
@@ -108,3 +113,25 @@ def test_a_soft_cap_is_never_left_out(tmp_path: Path, model_folder: Path, hardwa
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, expected.eval()(ids).logits)
+
+
+def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(
+    tmp_path: Path, model_folder: Path, hardware: Hardware
+) -> None:
+    """As each is read: one layer's matrices in 4 bits, experts among them, and the embedding as it is."""
+    for file in model_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / file.name)
+    models.make_base("qwen3_moe").save_pretrained(tmp_path)
+    base, asked = load_base(str(tmp_path), hardware, compute_dtype="fp32"), set()
+    for name, parameter in base.model.named_parameters():
+        if name == "model.embed_tokens.weight" or (".layers.1." in name and parameter.dtype == torch.uint8):
+            asked.add(name)
+        if ".layers.1." in name and isinstance(parameter, PackedTensor):
+            asked.add(name)
+    loaded = load_base(str(tmp_path), hardware, compute_dtype="fp32", in_ram=asked)
+    assert len(asked) == 1 + 4 + 2
+    for name, parameter in loaded.model.named_parameters():
+        assert all((host_of(place.tensor) is not None) == (name in asked) for place in places_of(parameter)), name
+    assert fingerprint(loaded.model) == fingerprint(base.model)
+    ids = torch.tensor([[1, 40, 98, 7]])
+    assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)

@@ -28,7 +28,7 @@ from slimtune.errors import UserError
 from slimtune.hardware import CARDS, Card, Hardware
 from slimtune.plan import memory_budget
 from slimtune.training import forecast as forecast_module
-from slimtune.training.forecast import Forecaster, check_ram
+from slimtune.training.forecast import Forecaster, names_in_ram
 from tests.engine import models
 
 GIB = 1 << 30
@@ -187,9 +187,12 @@ def test_too_little_ram_is_said_before_anything_is_loaded(
     assert needed.trains
     assert needed.ram_bytes > 0
     monkeypatch.setattr(forecast_module, "ram_to_lock", lambda: needed.locked_bytes)
-    check_ram(config, card)
+    streamed = names_in_ram(config, card)
+    assert len(streamed) == 7 * needed.streamed_layers + bool(needed.embedding_bytes)
+    assert all(forecaster.base.model.get_parameter(name).dim() == 2 for name in streamed)
     monkeypatch.setattr(forecast_module, "ram_to_lock", lambda: needed.locked_bytes // 4)
     with pytest.raises(UserError, match=r"documents of 65,536 tokens take \d+MiB of RAM beside \d+MiB") as refused:
-        check_ram(config, card)
+        names_in_ram(config, card)
     assert "--max-length" in (refused.value.way_out or "")
-    check_ram(config.model_copy(update={"max_length": 2048}), card)
+    short = config.model_copy(update={"max_length": 2048, "memory": "1GiB"})
+    assert names_in_ram(short, card) == frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,12 @@ def load_base(
     revision: str | None = None,
     template: Path | None = None,
     trust_remote_code: bool = False,
+    in_ram: Collection[str] = (),
 ) -> Base:
     """Load the base, quantised while it is read, so that its 16-bit weights never lie in memory whole.
+
+    Parameters of the names ``in_ram`` go to locked RAM, each as it is read and quantised, where there is anything to
+    quantise: the GPU never holds more than one of them.
 
     Raises:
         UserError: The model is unknown, can't be reached, isn't a causal language model, or can't be read right in 4
@@ -90,8 +95,11 @@ def load_base(
         _check_stored_experts(model, already, auto)
     if stored == "mxfp4" or (quantization == "nf4" and stored == "plain"):
         options["quantization_config"] = four_bit_config(
-            double_quant=double_quant, compute_dtype=dtype, mxfp4=stored == "mxfp4", linears=quantization == "nf4"
-        )
+            double_quant=double_quant, compute_dtype=dtype, mxfp4=stored == "mxfp4", linears=quantization == "nf4",
+            in_ram=in_ram,
+        )  # fmt: skip
+        if in_ram and hardware.device == "cuda":
+            options["device_map"] = {"": 0}  # of what is on no device it would take layers for too large for this one
     loaded: PreTrainedModel
     loaded, loading = from_pretrained(
         auto,

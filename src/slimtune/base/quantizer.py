@@ -8,11 +8,12 @@ them too (:mod:`slimtune.base.packed`), and what it can't pack it names with its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
@@ -25,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from slimtune.base.finite import is_finite
 from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, PackedTensor, misreads_partial_blocks
+from slimtune.engine.streamed import move_to_ram
+from slimtune.engine.weights import places_of
 from slimtune.errors import UserError
 from slimtune.families import read_family
 
@@ -162,17 +165,25 @@ class FourBitConfig(BitsAndBytesConfig):
     Args:
         mxfp4: The files hold expert stacks in MXFP4, which stay what they are.
         linears: Pack the linear layers; off, only stacks that are packed in the files stay so.
+        in_ram: Names of parameters whose bytes go to locked RAM as each is read: the device never holds them together.
         options: As ``BitsAndBytesConfig`` takes them.
     """
 
-    def __init__(self, *, mxfp4: bool = False, linears: bool = True, **options: Any) -> None:
+    def __init__(
+        self, *, mxfp4: bool = False, linears: bool = True, in_ram: Collection[str] = (), **options: Any
+    ) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.mxfp4, self.linears = mxfp4, linears
+        self.mxfp4, self.linears, self.in_ram = mxfp4, linears, sorted(in_ram)
         self.quant_method = _METHOD  # type: ignore[assignment]  # a string is what the registry takes
 
 
 def four_bit_config(
-    *, double_quant: bool, compute_dtype: torch.dtype, mxfp4: bool = False, linears: bool = True
+    *,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    mxfp4: bool = False,
+    linears: bool = True,
+    in_ram: Collection[str] = (),
 ) -> FourBitConfig:
     """NF4 as QLoRA has it (arXiv:2305.14314): 4-bit NormalFloat, scales quantised again if ``double_quant``.
 
@@ -183,6 +194,7 @@ def four_bit_config(
     return FourBitConfig(
         mxfp4=mxfp4,
         linears=linears,
+        in_ram=in_ram,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
@@ -195,11 +207,13 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
     quantization_config: FourBitConfig
     policy: Policy
+    in_ram: frozenset[str] = frozenset()
     not_finite: list[str]
     """What held a NaN or an infinity when it was read; an error raised there would be the loader's own."""
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:  # type: ignore[override]
         self.policy, self.not_finite = policy_of(model), []
+        self.in_ram = frozenset(self.quantization_config.in_ram)
         if not self.quantization_config.linears:
             self.policy = replace(self.policy, linears=frozenset())
             return
@@ -215,12 +229,18 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         # To PEFT, TRL and the Trainer it is a model of bitsandbytes'.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+        self.quantization_config.in_ram = []  # of this load, not of the model
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **options)
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Whether ``param_name`` is to be packed once it is read."""
-        return param_name in self.policy.packed or bool(super().param_needs_quantization(model, param_name, **options))
+        mine = param_name in self.policy.packed or param_name in self.in_ram
+        return mine or bool(super().param_needs_quantization(model, param_name, **options))
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Bytes a weight for which Transformers makes room on the device beforehand."""
+        return 0.0 if param_name in self.in_ram else float(super().param_element_size(model, param_name, param))
 
     def get_quantize_ops(self) -> ConversionOps:
         """What packs a tensor that was read."""
@@ -252,17 +272,23 @@ class _Pack(Bnb4bitQuantize):
         made: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if isinstance(tensor, PackedTensor):
-                made[name] = nn.Parameter(tensor, requires_grad=False)
-                continue
-            if not is_finite(tensor):
-                self.hf_quantizer.not_finite.append(name)
-            if name in policy.packed:
-                packed = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
-                made[name] = nn.Parameter(packed, requires_grad=False)
-            else:
-                made |= super().convert({name: tensor}, **options)
+            if not isinstance(tensor, PackedTensor):
+                if not is_finite(tensor):
+                    self.hf_quantizer.not_finite.append(name)
+                if name in policy.packed:
+                    tensor = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
+                elif not self._stays(name, options):
+                    made |= super().convert({name: tensor}, **options)
+            made.setdefault(name, nn.Parameter(tensor, requires_grad=False))
+            if name in self.hf_quantizer.in_ram:
+                move_to_ram(places_of(made[name]), tensor.device, "base's weights")
         return made
+
+    def _stays(self, name: str, options: dict[str, Any]) -> bool:
+        """Whether a parameter is no linear layer's: it is here to go to RAM as it is."""
+        return name in self.hf_quantizer.in_ram and not isinstance(
+            options["model"].get_submodule(name.rpartition(".")[0]), Linear4bit
+        )
 
 
 def _goes_one_by_one(conversion: Any) -> bool:

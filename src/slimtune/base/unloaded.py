@@ -86,8 +86,11 @@ def unloaded_base(
     double_quant: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    headers: bool = True,
 ) -> Unloaded:
     """The base that :func:`slimtune.base.load.load_base` would load, without a weight read.
+
+    Without ``headers`` the config alone is looked at, which may be there when the hub can't be reached.
 
     Raises:
         UserError: The model is unknown or can't be reached, its files have no index or hold something else than its
@@ -99,20 +102,24 @@ def unloaded_base(
     )
     stored = stored_format(model, config)
     made = skeleton(source, revision=local_revision(source, revision), trust_remote_code=trust_remote_code)
-    tensors = _local_tensors(Path(source)) if Path(source).is_dir() else _hub_tensors(source, revision)
+    tensors = _tensors(source, revision) if headers else []
     policy = policy_of(made)
     four_bit = (policy.linears | policy.packed) if quantization == "nf4" or stored == "bitsandbytes" else frozenset()
     if stored == "mxfp4":
         four_bit |= {name for name in policy.packed if made.get_parameter(name).dim() == 3}
     weights = sum(parameter.numel() for parameter in made.parameters())
     in_files = sum(count for count, _ in tensors)
-    if stored == "plain" and in_files < _WHOLE * weights:
+    if headers and stored == "plain" and in_files < _WHOLE * weights:
         raise UserError(
             f"the files of {model} hold {in_files:,} weights, and its config names {weights:,}",
             rule="A model is made of what its files hold.",
             way_out="Check that the download is whole.",
         )
     return Unloaded(made, source, stored, sum(size for _, size in tensors), four_bit, dtype, double_quant)
+
+
+def _tensors(source: str, revision: str | None) -> list[tuple[int, int]]:
+    return _local_tensors(Path(source)) if Path(source).is_dir() else _hub_tensors(source, revision)
 
 
 def _local_tensors(folder: Path) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from slimtune.adapter.lora import lora_config, wrapped
 from slimtune.adapter.matched import adapted_names
 from slimtune.adapter.targets import default_targets, find_targets
 from slimtune.base.load import torch_dtype
+from slimtune.base.named import model_source
 from slimtune.base.unloaded import Unloaded, unloaded_base
 from slimtune.config import Config
 from slimtune.engine.attention import Way, expected_way
@@ -41,13 +43,13 @@ from slimtune.training.floor import Work
 from slimtune.training.fused import why_unfused
 from slimtune.training.pace import Step
 
-__all__ = ["Forecast", "Forecaster", "check_ram", "gib"]
+__all__ = ["Forecast", "Forecaster", "gib", "names_in_ram"]
 
 _STEP = 1024
 """Tokens to which the longest document is told."""
-_LONG, _SMALL = 8192, 24 << 30
-"""Tokens of a document, or bytes of a budget, from and to which a run is looked at before its base is loaded: others
-send next to nothing to RAM."""
+_LONG = 8192
+"""Tokens of a document from which a run is looked at before its base is loaded, whatever the base: shorter ones send
+nothing to RAM that is worth it."""
 _MOST_ELEMENTS = 1 << 31
 """Of one tensor: longer documents, whose tensors have more, nothing was tried with."""
 
@@ -96,6 +98,7 @@ class Forecaster:
     Args:
         config: The run's; its model is looked at, by headers alone.
         lengths: Tokens of the documents of a micro-batch, for its time; None: each as long as may be.
+        headers: As :func:`slimtune.base.unloaded.unloaded_base` has it.
 
     Raises:
         UserError: As :func:`slimtune.base.unloaded.unloaded_base`; or the config names what the model hasn't.
@@ -107,7 +110,7 @@ class Forecaster:
         parameters: The base's.
     """
 
-    def __init__(self, config: Config, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, config: Config, lengths: Sequence[int] | None = None, *, headers: bool = True) -> None:
         self._dtype = torch_dtype("bf16" if config.compute_dtype == "auto" else config.compute_dtype)
         self.base: Unloaded = unloaded_base(
             config.model,
@@ -116,6 +119,7 @@ class Forecaster:
             double_quant=config.double_quant,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            headers=headers,
         )
         model = self.base.model
         if config.targets == "auto":
@@ -125,6 +129,7 @@ class Forecaster:
         self.targets = (*targets.modules, *targets.parameters)
         lora = lora_config(config, targets)
         self.weights, self.parameters = self.base.nbytes, model.num_parameters()
+        self._names = {id(each): name for name, each in model.named_parameters()}
         self._bulk = {id(each): self.base.bulk_of(name, each) for name, each in model.named_parameters()}
         self.unfused = why_unfused(config, model, adapted_names(lora, model))
         self.lengths = lengths or [config.max_length] * max(1, config.batch_tokens // config.max_length)
@@ -196,6 +201,14 @@ class Forecaster:
         parts = self.config.batch_tokens / plan.part_tokens
         return Step(self._work, plan, round(passed * parts), self.adapter_parameters).seconds(self.lengths, card)
 
+    def names_in_ram(self, card: Card, budget: int, ram: int) -> frozenset[str]:
+        """Names of the parameters whose bytes are in RAM in what :meth:`forecast` says."""
+        plan = self._plan(card, self.config.batch_tokens, self.config.max_length, budget, ram)
+        weights = [weight for index in plan.streamed for weight in self._layers[index].weights]
+        if plan.embedding_bytes:
+            weights += [place.owner for place in embedding_places(self._decoder)]
+        return frozenset(self._names[id(weight)] for weight in weights)
+
     def with_longest(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
         """As :meth:`forecast`, with the longest document too."""
         told = self.forecast(card, budget, ram)
@@ -257,26 +270,34 @@ class Forecaster:
         return low * _STEP, 0 if plan is None else plan.locked_bytes
 
 
-def check_ram(config: Config, hardware: Hardware) -> None:
-    """See that there is RAM for what doesn't fit the GPU, before anything is loaded.
+def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
+    """Which of the base's parameters go to RAM, known before any is loaded; and that there is RAM for all that must.
 
     Raises:
         UserError: The run fits the GPU with more RAM than there is, and not without.
     """
     budget = memory_budget(config)
-    if hardware.device != "cuda" or budget is None or (config.max_length < _LONG and budget > _SMALL):
-        return
-    forecaster, card = Forecaster(config), Card(hardware.name, hardware.memory_bytes, hardware.capability)
-    if forecaster.unfused is not None or forecaster.forecast(card, budget, ram_to_lock()).trains:
-        return
+    if hardware.device != "cuda" or budget is None or (config.max_length < _LONG and _fits_in_16_bits(config, budget)):
+        return frozenset()
+    forecaster = Forecaster(config, headers=False)
+    card, ram = Card(hardware.name, hardware.memory_bytes, hardware.capability), ram_to_lock()
+    if forecaster.unfused is not None:
+        return frozenset()
     needed = forecaster.forecast(card, budget)
-    if needed.trains:
+    if needed.trains and not forecaster.forecast(card, budget, ram).trains:
         raise UserError(
             f"documents of {config.max_length:,} tokens take {gib(needed.locked_bytes)} of RAM beside {config.memory} "
-            f"of the GPU, and {gib(ram_to_lock())} can be locked",
+            f"of the GPU, and {gib(ram)} can be locked",
             rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
             way_out="Free RAM, take a smaller --max-length, or allow more of the GPU: --memory",
         )
+    return forecaster.names_in_ram(card, budget, ram)
+
+
+def _fits_in_16_bits(config: Config, budget: int) -> bool:
+    """Whether the files of a local base are smaller than the budget: in 4 bits a third of that is left for the rest."""
+    files = Path(model_source(config.model)).glob("*.safetensors")
+    return 0 < sum(file.stat().st_size for file in files) <= budget
 
 
 def gib(nbytes: float) -> str:
