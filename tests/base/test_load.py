@@ -15,7 +15,7 @@ from slimtune.base.load import Base, load_base
 from slimtune.base.packed import PackedTensor
 from slimtune.base.quantize import fingerprint
 from slimtune.engine.ram import host_of
-from slimtune.engine.weights import places_of
+from slimtune.engine.stored import places_of
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 from tests.engine import models

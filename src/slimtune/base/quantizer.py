@@ -26,8 +26,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from slimtune.base.finite import is_finite
 from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, PackedTensor, misreads_partial_blocks
+from slimtune.engine.stored import places_of
 from slimtune.engine.streamed import move_to_ram
-from slimtune.engine.weights import places_of
 from slimtune.errors import UserError
 from slimtune.families import read_family
 
