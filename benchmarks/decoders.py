@@ -12,6 +12,7 @@ gpt-oss-20b, experts in MXFP4 as it is published; in 16 bits for the others), ``
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
 - ``slimtune@7.3``: within so many GiB. ``slimtune-plain``: without the engine. ``…-16bit``: nothing quantised.
 - ``whole``: the layers repeated to 48, one row of 2,048 tokens, by the engine alone: what it takes in all.
+  ``whole-rows``: four such rows. ``…@8``: within so many GiB, weights in RAM where they don't fit.
 - ``slimtune-skewed``: a router that sends nearly all tokens to a few experts, and none to many.
 - ``load``: the base in 4 bits from its files: seconds, the most bytes while loading, and those that stay.
 - ``profile``: where slimtune's step goes, by kernel.
@@ -190,7 +191,7 @@ def load(folder: Path) -> dict[str, Any]:
     }
 
 
-def whole(folder: Path, *, layers: int = 48) -> dict[str, Any]:
+def whole(folder: Path, *, layers: int = 48, rows: int = 1, gib: float = 18.0) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     from slimtune.base.load import load_base
@@ -205,19 +206,23 @@ def whole(folder: Path, *, layers: int = 48) -> dict[str, Any]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    length, rows = (2048 if CUDA else 64), random.Random(0)
-    ids = torch.tensor([[rows.randrange(6, 1000) for _ in range(length)]])
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)[None]}
+    length, drawn = (2048 if CUDA else 64), random.Random(0)
+    ids = torch.tensor([[drawn.randrange(6, 1000) for _ in range(rows * length)]])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length).repeat(rows)[None]}
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-    engine = Engine(model, dtype=torch.bfloat16, tokens=length, memory=int(18.0 * 2**30) if CUDA else None)
+    memory = int(gib * 2**30) if CUDA else None
+    engine = Engine(model, dtype=torch.bfloat16, tokens=rows * length, longest=length, memory=memory)
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     optimizer = FusedAdamW8bit(engine.flat, lr=2e-4)
     times = []
     for _ in range(8):
         begin = time.perf_counter()
-        loss = engine.forward_backward(batch, length)
+        loss = engine.forward_backward(batch, rows * length)
         optimizer.clip_(1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -230,6 +235,10 @@ def whole(folder: Path, *, layers: int = 48) -> dict[str, Any]:
         "keep": "".join(str(int(level)) for level in engine.plan.keep),
         "mlp_tokens": engine.plan.mlp_tokens,
         "least_memory": engine.least_memory,
+        "streamed": len(engine.plan.streamed),
+        "inputs_in_ram": len(engine.plan.in_ram),
+        "locked_gib": engine.plan.locked_bytes / 2**30,
+        "planned_gib": sum(engine.parts.values()) / 2**30,
         **({"base_gib": base / 2**30, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if CUDA else {}),
     }  # fmt: skip
@@ -262,6 +271,7 @@ def train(folder: Path, workload: Workload, *, profile: bool = False, **options:
         "floor_share": statistics.median(record.get("floor_share", math.nan) for record in timed),
         "losses": [records[0]["loss"], records[-1]["loss"]],
         "engine": facts["training"]["engine"],
+        "streamed": facts["training"]["streamed_layers"],
         "trained": facts["adapter"]["trainable_parameters"],
         "base_gib": facts["base"]["bytes_now"] / 2**30,
         **({"profile": table} if table is not None and CUDA else {}),
@@ -305,7 +315,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     if stack == "load":
         return load(folder)
     if stack == "whole":
-        return whole(folder)
+        return whole(folder, rows=4 if kind == "rows" else 1, gib=float(memory or 18.0))
     options: dict[str, Any] = {"memory": f"{memory}GiB"} if memory else {}
     if kind == "skewed":
         folder = skewed(folder)

@@ -309,6 +309,13 @@ def fits(case: str, tokens: int, gib: float) -> None:
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         say(case, ok=False, error=str(error)[:300], **peaks())
+        if CUDA:
+            segments = torch.cuda.memory_snapshot()
+            say(
+                case, what="held", segments=len(segments),
+                growing=sum(1 for segment in segments if segment["is_expandable"]),
+                free_in_segments_gib=sum(s["total_size"] - s["active_size"] for s in segments) / GIB,
+            )  # fmt: skip
     finally:
         if CUDA:
             torch.cuda.set_per_process_memory_fraction(1.0)
