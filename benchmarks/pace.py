@@ -91,13 +91,14 @@ def forecaster_of(point: Point, folder: Path) -> Forecaster:
         Config.make(
             model=str(headers(folder, config_of(point))), max_length=point.length, micro_batch=point.rows,
             pack_tokens=point.rows * point.length, targets=point.targets, lora_r=point.r, train_on="all",
+            gradient_accumulation=1,
         )
     )  # fmt: skip
 
 
 def seconds(point: Point, forecaster: Forecaster) -> float:
     """The plan's, on the card that was measured."""
-    return forecaster.forecast(CARDS[pace.MEASURED], int((point.memory or 120) * 2**30)).seconds
+    return forecaster.forecast(CARDS[pace.MEASURED], int((point.memory or 120) * 2**30)).step_seconds
 
 
 def fitted(points: tuple[Point, ...], folder: Path) -> dict[str, float]:

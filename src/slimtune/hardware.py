@@ -64,6 +64,8 @@ class Card:
     """10^12 operations a second of dense 16-bit products with sums in fp32, as its maker publishes them; 0: unknown."""
     bandwidth: float = 0.0
     """GB that its memory moves a second, published too."""
+    link: float = 25.0
+    """GB that it sends a second to a card beside it: by NVLink, as published, or the bus, PCIe 4.0 of 16 lanes."""
 
     @property
     def compute_dtype(self) -> DType:
@@ -88,8 +90,24 @@ _SOLD: dict[tuple[int, int], dict[str, tuple[int, float, float]]] = {
     (12, 0): {"RTX 5070 Ti": (16, 87.9, 896), "RTX 5080": (16, 112.6, 960), "RTX 5090": (32, 209.5, 1792)},
 }  # fmt: skip
 """GB as they are sold, TFLOP/s and GB/s (:class:`Card`), by compute capability."""
+_LINKED = {
+    "V100": 150.0,
+    "V100 32GB": 150.0,
+    "A100": 300.0,
+    "A100 80GB": 300.0,
+    "H100": 450.0,
+    "H200": 450.0,
+    "B200": 900.0,
+}
 CARDS = {
-    name: Card(name, size * 10**9 if size > 100 else size * 2**30, capability, tflops, bandwidth)
+    name: Card(
+        name,
+        size * 10**9 if size > 100 else size * 2**30,
+        capability,
+        tflops,
+        bandwidth,
+        _LINKED.get(name, Card.link),
+    )
     for capability, cards in _SOLD.items()
     for name, (size, tflops, bandwidth) in cards.items()
 }

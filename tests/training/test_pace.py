@@ -28,14 +28,17 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture
 def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
-    def made(config: Any, rows: int, lengths: list[int] | None = None) -> Forecaster:
+    def made(
+        config: Any, rows: int, lengths: list[int] | None = None, cards: int = 1, accumulation: int = 1
+    ) -> Forecaster:
         tokens = rows * 2048
         return Forecaster(
             Config.make(
                 model=str(headers(tmp_path / "model", config)), max_length=2048, micro_batch=rows, pack_tokens=tokens,
-                targets=QKVO, lora_r=8,
+                targets=QKVO, lora_r=8, gradient_accumulation=accumulation,
             ),
             lengths,
+            cards,
         )  # fmt: skip
 
     return made
@@ -52,21 +55,21 @@ def test_within_15_percent_of_what_was_measured(
     of = forecaster(config, rows)
     for gib, milliseconds in steps.items():
         told = of.forecast(CARDS["H200"], int(gib * 2**30))
-        assert 1e3 * told.seconds == pytest.approx(milliseconds, rel=0.15)
+        assert 1e3 * told.step_seconds == pytest.approx(milliseconds, rel=0.15)
 
 
 def test_a_slower_card_takes_longer_and_an_unknown_one_is_not_guessed(forecaster: Callable[..., Forecaster]) -> None:
     of = forecaster(QWEN_1_8B, 8)
     budget = 8 << 30
-    seconds = [of.forecast(CARDS[name], budget).seconds for name in ("H200", "H100", "RTX 4090", "T4")]
+    seconds = [of.forecast(CARDS[name], budget).step_seconds for name in ("H200", "H100", "RTX 4090", "T4")]
     assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
-    assert of.forecast(Card("new", 80 << 30, (9, 0)), budget).seconds == 0.0
+    assert of.forecast(Card("new", 80 << 30, (9, 0)), budget).step_seconds == 0.0
 
 
 def test_short_documents_attend_to_less(forecaster: Callable[..., Forecaster], tmp_path: Path) -> None:
-    long = forecaster(QWEN_1_8B, 8).forecast(CARDS["H200"]).seconds
+    long = forecaster(QWEN_1_8B, 8).forecast(CARDS["H200"]).step_seconds
     (tmp_path / "model").rename(tmp_path / "other")
-    short = forecaster(QWEN_1_8B, 8, [128] * 128).forecast(CARDS["H200"]).seconds
+    short = forecaster(QWEN_1_8B, 8, [128] * 128).forecast(CARDS["H200"]).step_seconds
     assert 0.8 * long < short < long
 
 
@@ -85,3 +88,17 @@ def test_short_documents_attend_to_less(forecaster: Callable[..., Forecaster], t
 def test_a_device_s_name_says_which_card_it_is(device: str, card: str | None) -> None:
     found = known_card(device)
     assert (None if found is None else found.name) == card
+
+
+def test_several_cards_share_a_step_and_add_up_their_gradients(
+    forecaster: Callable[..., Forecaster], tmp_path: Path
+) -> None:
+    one = forecaster(QWEN_1_8B, 8, accumulation=16).forecast(CARDS["RTX 4090"])
+    (tmp_path / "model").rename(tmp_path / "other")
+    of_16 = forecaster(QWEN_1_8B, 8, cards=16, accumulation=16)
+    eight = of_16.forecast(CARDS["RTX 4090"])
+    nbytes = 4 * of_16.adapter_parameters
+    # In a host of eight 2 * 7/8 of the gradient over the bus, then the whole of it between two hosts at 100 Gb/s.
+    assert eight.sum_seconds == pytest.approx(nbytes * (1.75 / 25e9 + 1 / 12.5e9))
+    assert eight.step_seconds == pytest.approx(one.step_seconds / 16 + eight.sum_seconds)
+    assert one.sum_seconds == 0.0

@@ -21,17 +21,26 @@ __all__ = ["command"]
 
 SIZES = {8: "RTX 4060", 12: "RTX 4070", 16: "RTX 5080", 24: "RTX 4090", 48: "L40S", 80: "H100"}
 """GiB of the cards in the table, and whose speed a size stands for."""
-NEEDED_MOST = ("gpu", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
+NEEDED_MOST = ("gpu", "gpus", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
 
 
 @click.command(cls=grouped_command("Needed most", *NEEDED_MOST))
 @click.argument("model", required=False)
 @click.argument("data", nargs=-1)
 @click.option("--gpu", metavar="NAME", help="Plan for this card, as RTX 4090 or H100.")
+@click.option(
+    "--gpus", type=click.IntRange(1), default=1, metavar="N", help="So many of them share a step, eight to a host."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
 @config_options
 def command(
-    model: str | None, data: tuple[str, ...], gpu: str | None, as_json: bool, config_file: Path | None, **flags: Any
+    model: str | None,
+    data: tuple[str, ...],
+    gpu: str | None,
+    gpus: int,
+    as_json: bool,
+    config_file: Path | None,
+    **flags: Any,
 ) -> None:
     """Say whether MODEL trains on a card and what it takes there; only its config and its files' headers are read.
 
@@ -49,7 +58,7 @@ def command(
     card = None if gpu is None else card_named(gpu)
     with upstream_to_log(None):
         rehearsed = dry_run(config, Screen(quiet=as_json)) if config.data else {}
-        forecaster = Forecaster(config, _lengths(config, rehearsed))
+        forecaster = Forecaster(config, _lengths(config, rehearsed), gpus)
         rows = _rows(forecaster, config, card)
     if as_json:
         click.echo(json.dumps(_facts(forecaster, rows, rehearsed) | rehearsed, ensure_ascii=False, indent=2))
@@ -66,7 +75,7 @@ def _lengths(config: Config, rehearsed: dict[str, Any]) -> list[int] | None:
 def _run_seconds(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> float:
     """Of the whole run, evaluations and saves not counted; 0 where the card's speed or the data isn't known."""
     tokens: int = rehearsed.get("tokens", 0)
-    return row.seconds * tokens / sum(forecaster.lengths)
+    return row.step_seconds * tokens / forecaster.step_tokens
 
 
 def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
@@ -79,8 +88,8 @@ def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     here = detect()
     if card is None and here.device == "cuda":
         sold = known_card(here.name)
-        speed = (0.0, 0.0) if sold is None else (sold.tflops, sold.bandwidth)
-        card = Card(here.name, here.memory_bytes, here.capability, *speed)
+        card = Card(here.name, here.memory_bytes, here.capability)
+        card = card if sold is None else replace(sold, name=here.name, memory_bytes=here.memory_bytes)
     budget, asked = memory_budget(config), []
     if budget is not None:
         within = Card(config.memory, budget, (8, 0))
@@ -94,7 +103,6 @@ def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
 
 
 def _facts(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> dict[str, Any]:
-    accumulation = forecaster.config.accumulation
     return {
         "model": forecaster.config.model,
         "download_bytes": forecaster.base.file_bytes,
@@ -103,20 +111,14 @@ def _facts(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, An
         "trainable_parameters": forecaster.adapter_parameters,
         "engine": "fused" if forecaster.unfused is None else f"plain: {forecaster.unfused}",
         "cards": [
-            asdict(row)
-            | {
-                "bytes": row.nbytes,
-                "step_seconds": row.seconds * accumulation,
-                "run_seconds": _run_seconds(forecaster, row, rehearsed),
-            }
-            for row in rows
+            asdict(row) | {"bytes": row.nbytes, "run_seconds": _run_seconds(forecaster, row, rehearsed)} for row in rows
         ],
     }
 
 
 def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
     from slimtune.training.forecast import gib
-    from slimtune.training.pace import MEASURED
+    from slimtune.training.pace import HOST_CARDS, HOST_LINK, MEASURED
 
     lines = [
         f"model     {config.model}: {forecaster.parameters / 1e6:,.1f} M parameters, "
@@ -137,13 +139,21 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
     table = [heads, *(_cells(forecaster, row, rehearsed) for row in rows)]
     if not rehearsed:
         table = [line[:-1] for line in table]
+    shared = []
+    if forecaster.cards > 1:
+        most = max((row.sum_seconds for row in rows), default=0.0)
+        step = f"{forecaster.config.accumulation} micro-batches of a step are shared by {forecaster.cards} GPUs"
+        shared = [
+            f"{step}; to add up their gradients takes {most * 1e3:.2g} ms at most of these,",
+            f"in rings of {HOST_CARDS} in a host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic, too.",
+        ]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     return [
         *lines, "",
         "A card's tenth is left to CUDA and to what can't be allocated in one piece; longest: tokens of one document.",
         f"A step and this data: as measured on one {MEASURED}; on other cards by the rates that their makers publish,",
-        "which is arithmetic. Saves and evaluations come on top.",
+        "which is arithmetic. Saves and evaluations come on top.", *shared,
     ]  # fmt: skip
 
 
@@ -154,7 +164,7 @@ def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> 
     parts = (gib(row.parts[part]) for part in ("weights", "adapter", "activations", "workspace"))
     longest = f"{row.longest:,}" if row.longest else "-"
     ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.locked_bytes, row.longest_ram))
-    seconds = row.seconds * forecaster.config.accumulation if row.trains else 0.0
+    seconds = row.step_seconds if row.trains else 0.0
     whole = _run_seconds(forecaster, row, rehearsed) if row.trains else 0.0
     times = (f"{seconds:.2g} s" if seconds else "-", time_left(whole) if whole else "-")
     return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram, *times

@@ -38,10 +38,10 @@ from slimtune.engine.streamed import embedding_places
 from slimtune.engine.structure import ScoresKind
 from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
-from slimtune.plan import MEMORY_SHARE, memory_budget
+from slimtune.plan import MEMORY_SHARE, memory_budget, resolve_ranks
 from slimtune.training.floor import Work
 from slimtune.training.fused import why_unfused
-from slimtune.training.pace import Step
+from slimtune.training.pace import Step, sum_seconds
 
 __all__ = ["Forecast", "Forecaster", "gib", "names_in_ram"]
 
@@ -74,8 +74,10 @@ class Forecast:
     embedding_bytes: int
     """Of RAM that are locked for the embedding."""
     layers: int
-    seconds: float = 0.0
-    """Of a micro-batch; 0 where nobody knows the card's speed."""
+    step_seconds: float = 0.0
+    """Of an optimizer step; 0 where nobody knows the card's speed."""
+    sum_seconds: float = 0.0
+    """Of these: to add up the gradients of several cards."""
     longest: int = 0
     """Tokens of the longest document that can be trained on; 0: none, or not asked."""
     longest_ram: int = 0
@@ -98,6 +100,7 @@ class Forecaster:
     Args:
         config: The run's; its model is looked at, by headers alone.
         lengths: Tokens of the documents of a micro-batch, for its time; None: each as long as may be.
+        cards: How many share each step.
         headers: As :func:`slimtune.base.unloaded.unloaded_base` has it.
 
     Raises:
@@ -110,7 +113,11 @@ class Forecaster:
         parameters: The base's.
     """
 
-    def __init__(self, config: Config, lengths: Sequence[int] | None = None, *, headers: bool = True) -> None:
+    def __init__(
+        self, config: Config, lengths: Sequence[int] | None = None, cards: int = 1, *, headers: bool = True
+    ) -> None:
+        config, _ = resolve_ranks(config, cards)
+        self.cards = cards
         self._dtype = torch_dtype("bf16" if config.compute_dtype == "auto" else config.compute_dtype)
         self.base: Unloaded = unloaded_base(
             config.model,
@@ -190,16 +197,25 @@ class Forecaster:
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
             plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed),
-            plan.embedding_bytes, len(self._layers), self._seconds(plan, card),
+            plan.embedding_bytes, len(self._layers), *self._seconds(plan, card),
         )  # fmt: skip
 
-    def _seconds(self, plan: MemoryPlan, card: Card) -> float:
+    def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float]:
+        """Of a step, and of it to add up gradients."""
         if self._work is None:
-            return 0.0
+            return 0.0, 0.0
         memory = Memory(plan.part_tokens, plan.mlp_tokens, self._ways(card), plan.padded_room, plan.sparing)
         passed = sum(layer.kept_bytes(memory, Keep.ALL) for layer in self._layers)
         parts = self.config.batch_tokens / plan.part_tokens
-        return Step(self._work, plan, round(passed * parts), self.adapter_parameters).seconds(self.lengths, card)
+        step = Step(self._work, plan, round(passed * parts), self.adapter_parameters)
+        computed = self.config.accumulation // self.cards * step.seconds(self.lengths, card)
+        summed = sum_seconds(self.adapter_parameters, self.cards, card) if computed else 0.0
+        return computed + summed, summed
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step, over all cards."""
+        return self.config.accumulation * sum(self.lengths)
 
     def names_in_ram(self, card: Card, budget: int, ram: int) -> frozenset[str]:
         """Names of the parameters whose bytes are in RAM in what :meth:`forecast` says."""

@@ -15,7 +15,7 @@ from slimtune.engine.memory import MemoryPlan
 from slimtune.hardware import CARDS, Card
 from slimtune.training.floor import Work
 
-__all__ = ["MEASURED", "Step"]
+__all__ = ["MEASURED", "Step", "sum_seconds"]
 
 MEASURED = "H200"
 """The card of the rates. What is told of others is arithmetic."""
@@ -24,6 +24,8 @@ _ATTENTION = 542e12  # and of attention's
 _PASSES = 1.07e12  # bytes a second of what a layer can keep, for all that is done to it beside products
 _ADDED = 0.895  # of what the plan's own cost model says that it adds
 _PARAMETER = 2.66e-10  # seconds for each parameter that trains: its products, its gradient, its update
+HOST_CARDS, HOST_LINK = 8, 12.5
+"""Cards of one host, and GB a second between hosts: 100 Gb/s."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,14 @@ class Step:
         moved = self.passed / _PASSES + self.trained * _PARAMETER
         computed = multiplied + attended + _ADDED * self.plan.added_seconds
         return computed * like.tflops / card.tflops + moved * like.bandwidth / card.bandwidth
+
+
+def sum_seconds(trained: int, count: int, card: Card) -> float:
+    """To add up the gradient of ``trained`` parameters, in fp32, over ``count`` cards: in a ring within hosts of eight,
+    then in a ring of hosts. Arithmetic: nothing waits for anything else, and no byte goes twice."""
+    nbytes = 4.0 * trained
+
+    def ring(members: int, rate: float) -> float:
+        return 2.0 * (members - 1) / members * nbytes / (1e9 * rate)
+
+    return ring(min(count, HOST_CARDS), card.link) + ring(-(-count // HOST_CARDS), HOST_LINK)
