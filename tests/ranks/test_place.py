@@ -43,9 +43,10 @@ def test_one_of_several_that_isnt_told_which_is_refused(environment: dict[str, s
 
 
 def test_a_process_sees_its_own_card_alone(tmp_path: Path) -> None:
-    for card in "ab":
-        (tmp_path / "proc/driver/nvidia/gpus" / card).mkdir(parents=True)
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / "dev" / name).mkdir(parents=True)
     assert cards_here({}, tmp_path) == ["0", "1"]
+    assert cards_here({}, tmp_path / "dev") == []
     environment = {"CUDA_VISIBLE_DEVICES": "5, 7"}
     assert take_card(this_place(TOLD), environment) == 0
     assert environment == {"CUDA_VISIBLE_DEVICES": "7"}

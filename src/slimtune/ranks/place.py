@@ -71,11 +71,13 @@ def this_place(environment: MutableMapping[str, str] = os.environ) -> Place:
 
 
 def cards_here(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
-    """The names by which CUDA can be told of each GPU that this process may use; looks at no driver."""
+    """The names by which CUDA can be told of each GPU that this process may use; asks no driver.
+
+    In a container ``/dev`` has those that it was given. Empty where nothing is known.
+    """
     if VISIBLE in environment:
         return [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
-    known = root / "proc/driver/nvidia/gpus"
-    return [str(number) for number in range(len(list(known.iterdir())))] if known.is_dir() else []
+    return [str(number) for number in range(len(list((root / "dev").glob("nvidia[0-9]*"))))]
 
 
 def take_card(place: Place, environment: MutableMapping[str, str] = os.environ) -> int:
@@ -87,13 +89,11 @@ def take_card(place: Place, environment: MutableMapping[str, str] = os.environ) 
         UserError: There are more processes on this host than GPUs.
     """
     cards = cards_here(environment)
-    if len(cards) < 2:
-        if cards and place.local_count > 1 and VISIBLE not in environment:
-            raise UserError(
-                f"rank {place.rank} has no GPU: {place.local_count} processes were started on a host with one",
-                rule="One process takes one GPU.",
-                way_out="Start as many processes as there are GPUs.",
-            )
+    if not cards:  # none, or of another kind; whether all have the same is looked at later
+        if not place.alone:
+            environment.setdefault(VISIBLE, str(place.local))
+        return 0
+    if len(cards) == 1 and VISIBLE in environment:
         return 0
     if place.local >= len(cards):
         raise UserError(
