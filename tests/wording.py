@@ -83,12 +83,14 @@ def of_help() -> set[str]:
     from slimtune.cli import VERBS, slimtune_command
     from slimtune.cli.help import TOPICS
     from slimtune.cli.options import _GROUPS
+    from slimtune.config import Config
 
     found = {*VERBS.values(), *TOPICS.values(), *_GROUPS.values()}
     commands = [slimtune_command, *(importlib.import_module(f"slimtune.cli.{verb}").command for verb in VERBS)]
     for command in commands:
         found |= set(paragraphs(command.help or ""))
         found |= {param.help for param in command.params if isinstance(param, click.Option) and param.help}
+    found |= {" ".join((field.description or "").split()) for field in Config.model_fields.values()}
     return {re.sub(r"(  \[[^\]]*\])+$", "", text) for text in found}
 
 

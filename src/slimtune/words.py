@@ -22,6 +22,8 @@ CATALOGUE = Path(__file__).parent / "locale" / "zh.po"
 _STRING = re.compile(r'(?:(msgctxt|msgid|msgstr) )?("(?:[^"\\]|\\.)*")')
 _JOINTS = {"; ": "；", ", ": "，", " · ": " · "}
 """What stands between the parts of a line, and what stands there in Chinese."""
+_SHORT = {16: " ", 30: ". "}
+"""A text shorter than this tells little, so it names nothing that holds that: no words, no sentences."""
 PART = "part"
 """The context of what is a part of other texts: a short word that may be somebody's file or folder too."""
 
@@ -78,6 +80,8 @@ class Catalogue(gettext.NullTranslations):
                     return in_its_place.join(map(str, made))
         for (name, translation), longest in zip(self._patterns, self._longest, strict=True):
             if longest in text and (found := _pattern(name).fullmatch(text)) is not None:
+                if any(mark in group for most, mark in _SHORT.items() if len(name) < most for group in found.groups()):
+                    continue
                 return translation.format(*(self.told(group, part=True) or group for group in found.groups()))
         return None
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import click
@@ -181,14 +182,19 @@ def nobody_reads() -> None:
 def say_error(error: SlimtuneError) -> None:
     """Print an error, or a stop that was asked for: what, rule, way out, each on its own line, at the terminal's width
     broken between words."""
+    texts = [error.what, error.rule, error.way_out]
     if isinstance(error, StopRequested):  # what the person asked for is no error
-        label, indent, style = "", 2, {"fg": "yellow", "bold": True}
+        _say("", texts, 2, fg="yellow", bold=True)
     else:
-        label, style = told("error: "), {}
-        indent = cells(label)
-        click.echo(coloured(label, fg="red", bold=True), nl=False, err=True)
+        _say(told("error: "), texts)
+
+
+def _say(label: str, texts: Iterable[str], indent: int | None = None, **style: Any) -> None:
+    """A label and texts clear of it, each on lines of its own."""
+    indent = cells(label) if indent is None else indent
+    click.echo(coloured(label, fg="red", bold=True), nl=False, err=True)
     width = terminal_width()
-    for number, text in enumerate(filter(None, (error.what, error.rule, error.way_out))):
+    for number, text in enumerate(filter(None, texts)):
         lines = told(text).split("\n") if width is None else folded(told(text), width - indent)
         for at, line in enumerate(lines):
             first = number == at == 0
@@ -201,7 +207,7 @@ def _say_usage(error: click.ClickException) -> None:
         click.echo(error.ctx.get_usage(), err=True)
         click.echo(told(f"Try '{error.ctx.command_path} --help' for help."), err=True)
         click.echo(err=True)
-    click.echo(coloured(told("error: "), fg="red", bold=True) + told(error.format_message()), err=True)
+    _say(told("error: "), [error.format_message()])
 
 
 def _asked_language(words: list[str]) -> Lang | None:

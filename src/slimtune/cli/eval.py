@@ -44,13 +44,13 @@ def command(
     A run is asked with the template variables and the date that it was trained with, a bare model with its
     template's defaults.
     """
+    check_target(target)
+    check_files(*data)
     remembered = not data and not tasks
     if remembered and RunFolder(Path(target)).held_out() is None:
         raise UserError(
             "nothing to evaluate on", rule=f"{target} held no rows out.", way_out="Give DATA, or --tasks NAMES."
         )
-    check_target(target)
-    check_files(*data)
     with fast_imports():
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.evaluate import documents_of, losses, run_tasks

@@ -15,7 +15,8 @@ from slimtune.words import told
 __all__ = ["Context", "TranslatedHelp", "cells", "folded", "terminal_width"]
 
 _CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
-_UNIT = re.compile(f"[^\\s{_CHINESE}]+\\s*|[（“「《]*[{_CHINESE}][，。、；：！？）”」》…]*\\s*|\\s+")
+_OPENING, _CLOSING = "（“「《", "，。、；：！？）”」》…"
+_UNIT = re.compile(f"[{_OPENING}]*(?:[^\\s{_CHINESE}{_OPENING}{_CLOSING}]+|[{_CHINESE}])[{_CLOSING}]*\\s*|\\s+|.")
 """What no line break may cut: a word, or a Chinese character with the signs that cling to it."""
 _FLAGS_WIDTH = 30
 _EXTRA = re.compile(r"(.*?)((?:  \[[^\]]*\])*)", re.DOTALL)

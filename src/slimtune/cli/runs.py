@@ -53,7 +53,7 @@ def command(folder: Path | None, sort: str, as_json: bool) -> None:
         for line in lines:
             page.print(Text(shown(line.path), f"bold {_STYLES.get(line.state, '')}"))
             model, data, steps, *rest = _cells(line)
-            cells = [model, data, steps and counted(int(line.steps or 0), "step"), *rest]
+            cells = [model, data, steps and told(counted(int(line.steps or 0), "step")), *rest]
             page.print(Padding(Text(" · ".join(cell for cell in cells if cell)), (0, 0, 0, 2)))
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
