@@ -29,13 +29,14 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 @pytest.fixture
 def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
     def made(
-        config: Any, rows: int, lengths: list[int] | None = None, cards: int = 1, accumulation: int = 1
-    ) -> Forecaster:
+        config: Any, rows: int, lengths: list[int] | None = None, cards: int = 1, accumulation: int = 1,
+        precision: Any = "auto",
+    ) -> Forecaster:  # fmt: skip
         tokens = rows * 2048
         return Forecaster(
             Config.make(
                 model=str(headers(tmp_path / "model", config)), max_length=2048, micro_batch=rows, pack_tokens=tokens,
-                targets=QKVO, lora_r=8, gradient_accumulation=accumulation,
+                targets=QKVO, lora_r=8, gradient_accumulation=accumulation, precision=precision,
             ),
             lengths,
             cards,
@@ -56,6 +57,13 @@ def test_within_15_percent_of_what_was_measured(
     for gib, milliseconds in steps.items():
         told = of.forecast(CARDS["H200"], int(gib * 2**30))
         assert 1e3 * told.step_seconds == pytest.approx(milliseconds, rel=0.15)
+
+
+def test_fp8_takes_what_was_measured_and_only_where_a_card_has_it(forecaster: Callable[..., Forecaster]) -> None:
+    of = forecaster(QWEN_1_8B, 8, precision="fp8")
+    assert 1e3 * of.forecast(CARDS["H200"]).step_seconds == pytest.approx(168.4, rel=0.15)
+    assert of._in_fp8(CARDS["A100"]) == 0.0
+    assert of.forecast(CARDS["A100"]).step_seconds > 2 * of.forecast(CARDS["H200"]).step_seconds
 
 
 def test_a_slower_card_takes_longer_and_an_unknown_one_is_not_guessed(forecaster: Callable[..., Forecaster]) -> None:

@@ -28,6 +28,7 @@ from slimtune.engine.attention import Way, expected_way
 from slimtune.engine.blocks import Keep, Memory, MlpBlock
 from slimtune.engine.decoder import LayerComputation, computations, per_layer_inputs
 from slimtune.engine.engine import WORKSPACES
+from slimtune.engine.fp8 import pays
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import adapter_bytes
@@ -207,10 +208,18 @@ class Forecaster:
         memory = Memory(plan.part_tokens, plan.mlp_tokens, self._ways(card), plan.padded_room, plan.sparing)
         passed = sum(layer.kept_bytes(memory, Keep.ALL) for layer in self._layers)
         parts = self.config.batch_tokens / plan.part_tokens
-        step = Step(self._work, plan, round(passed * parts), self.adapter_parameters)
+        step = Step(self._work, plan, round(passed * parts), self.adapter_parameters, self._in_fp8(card))
         computed = self.config.accumulation // self.cards * step.seconds(self.lengths, card)
         summed = sum_seconds(self.adapter_parameters, self.cards, card) if computed else 0.0
         return computed + summed, summed
+
+    def _in_fp8(self, card: Card) -> float:
+        """Of the layers' products the share that the run asks to have in FP8, and this card has so."""
+        if self.config.precision != "fp8" or card.capability < (8, 9):
+            return 0.0
+        sites = (site for layer in self._layers for site in layer.sites)
+        taken = sum(x.inputs * x.outputs for x in sites if pays(self.config.batch_tokens, x.inputs, x.outputs))
+        return taken / sum(block.products for layer in self._layers for block in layer.blocks)
 
     @property
     def step_tokens(self) -> int:

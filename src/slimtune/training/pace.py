@@ -20,6 +20,7 @@ __all__ = ["MEASURED", "Step", "sum_seconds"]
 MEASURED = "H200"
 """The card of the rates. What is told of others is arithmetic."""
 _PRODUCTS = 563e12  # operations a second of frozen weights' products
+_IN_FP8 = 900e12  # and of those in FP8, with all that they need beside them
 _ATTENTION = 542e12  # and of attention's
 _PASSES = 1.07e12  # bytes a second of what a layer can keep, for all that is done to it beside products
 _ADDED = 0.895  # of what the plan's own cost model says that it adds
@@ -38,6 +39,8 @@ class Step:
     """Bytes that layers keep where they keep everything."""
     trained: int
     """Parameters that train."""
+    in_fp8: float = 0.0
+    """Of the frozen weights' products the share in FP8."""
 
     def seconds(self, lengths: Sequence[int], card: Card) -> float:
         """Of a micro-batch of documents of these lengths, every token supervised; 0 where nobody knows the card."""
@@ -46,7 +49,8 @@ class Step:
         like = CARDS[MEASURED]
         again = sum(keep == Keep.INPUT for keep in self.plan.keep) / max(1, len(self.plan.keep))
         tokens = sum(lengths)
-        multiplied = 4.0 * (self.work.linear + self.work.head) * tokens / _PRODUCTS
+        eighths = self.in_fp8 * self.work.linear
+        multiplied = 4.0 * tokens * ((self.work.linear - eighths + self.work.head) / _PRODUCTS + eighths / _IN_FP8)
         # Seven products, and the forward's two again in layers that keep nothing of it.
         attended = (7.0 + 2.0 * again) * self.work.squares(lengths) / _ATTENTION
         moved = self.passed / _PASSES + self.trained * _PARAMETER
