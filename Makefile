@@ -10,6 +10,7 @@ UV := 0.13.9
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
+	@test "$$(command -v slimtune)" || echo "\n  slimtune isn't on the PATH yet:  . $(VENV)/bin/activate"
 
 test: lint types imports unit
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from slimtune.cli.options import config_from_flags
+
 RunHere = Callable[..., Any]
 GOOD = [{"instruction": f"Say {n} & <more>", "output": f"It is {n}."} for n in range(3)]
 
@@ -81,3 +83,10 @@ def test_mistakes_are_one_message(run_here: RunHere, rows: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_several_columns_may_stand_in_one_map() -> None:
+    flags = {"map": ("instruction=frage,output=antwort, lang", "input=kontext"), "lora_r": None}
+    assert config_from_flags(None, flags).map == {
+        "instruction": "frage", "output": "antwort, lang", "input": "kontext"
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from slimtune.errors import UserError
 __all__ = ["config_from_flags", "config_options", "grouped_command", "some_config_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_SEVERAL = re.compile(r",(?=[\w-]+=)")
+"""Between a=b and c=d; a column's name may hold a comma."""
 # Given as arguments or by a verb itself, not as flags made here.
 _NOT_FLAGS = {"model", "data", "output", "start_from"}
 
@@ -87,7 +90,8 @@ def config_from_flags(config_file: Path | None, flags: dict[str, Any]) -> Config
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name in ("map", "rank_pattern", "alpha_pattern"):
         if name in given:
-            given[name] = dict(_pair(name, text) for text in given[name])
+            parts = (part for text in given[name] for part in (_SEVERAL.split(text) if name == "map" else [text]))
+            given[name] = dict(_pair(name, part) for part in parts)
     if "template_vars" in given:
         given["template_vars"] = {k: _json(v) for k, v in (_pair("template_vars", t) for t in given["template_vars"])}
     return load_config(config_file, **given)
