@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # What installs the lock. It decides on no version that a run sees, but a new one may read the lock otherwise.
 UV := 0.13.9
 
-.PHONY: demo test lint types imports unit campaigns families tokenizers templates newest floors trl-tests lock clean data-campaign folders
+.PHONY: demo test lint types imports unit campaigns ranks families tokenizers templates newest floors trl-tests lock clean data-campaign folders
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -31,6 +31,10 @@ unit: $(STAMP)
 # The reliability campaigns with their full counts (an hour on 2 free cores); figures go to benchmarks/results.
 campaigns: $(STAMP)
 	CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns --timeout 20000
+
+# Ranks killed at random moments, 50 of them, each run resumed and compared (ten minutes on 2 free cores).
+ranks: $(STAMP)
+	CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/pytest tests/campaigns/test_ranks.py --timeout 20000
 
 # Config files of adapters, models and runs, each with one thing changed (an hour on 2 free cores): make folders FILES=2400
 FILES ?= 2400

@@ -23,6 +23,7 @@ TOPICS = {
     "use": "After training: chat, generate, eval, compare, merge, export.",
     "serve": "Serving runs by the OpenAI API.",
     "models": "Which models train, and what the engine computes.",
+    "several-gpus": "One run on several GPUs and hosts.",
     "reliability": "Runs that can't be lost: stops, resume, guards.",
     "security": "What slimtune trusts, and the limits that hold.",
     "fuse": "The engine in a script of your own.",
