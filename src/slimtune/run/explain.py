@@ -187,7 +187,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
     tokens, supervised = training["tokens"], training["supervised_tokens"]
     engine = plain(training["engine"])
     kind, colon, reason = engine.partition(": ")
-    engine_zh = f"{kind}：{in_chinese(reason)}" if colon else kind
+    engine_zh = f"{kind}：{in_chinese(reason)}" if colon else in_chinese(kind)
     told = [
         Statement(
             say(
