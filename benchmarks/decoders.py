@@ -201,6 +201,7 @@ def whole(folder: Path, *, layers: int = 48, rows: int = 1, gib: float = 18.0) -
     model: Any = load_base(str(folder), detect(), compute_dtype="bf16").model
     own = model.model.layers
     own.extend([copy.deepcopy(own[index % len(own)]) for index in range(layers - len(own))])
+    model.config.num_hidden_layers = len(own)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(ROWS.targets), task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
     for parameter in model.parameters():
