@@ -120,11 +120,26 @@ def make_model(
             setattr(module, part, nn.Parameter(value, requires_grad=False))
         if nf4 and isinstance(module, nn.Linear) and name != "lm_head":
             _quantize(model, name, module, dtype)
+    if nf4:
+        _side_by_side(model)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)
     model.is_loaded_in_4bit = nf4
     model.config.use_cache = False
     return model
+
+
+def _side_by_side(model: nn.Module) -> None:
+    """As slimtune's loader leaves the weights: each layer's in a block of its own."""
+    from slimtune.base.shelves import Shelves
+    from slimtune.engine.stored import places_of
+
+    packed = {name: each for name, each in model.named_parameters() if hasattr(each, "quant_state")}
+    shelves = Shelves({name: [x.tensor.nbytes for x in places_of(each)] for name, each in packed.items()})
+    for name, each in packed.items():
+        shelves.place(name, each)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _quantize(model: nn.Module, name: str, module: nn.Linear, dtype: torch.dtype) -> None:

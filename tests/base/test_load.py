@@ -15,7 +15,7 @@ from slimtune.base.load import Base, load_base
 from slimtune.base.packed import PackedTensor
 from slimtune.base.quantize import fingerprint
 from slimtune.engine.ram import host_of
-from slimtune.engine.stored import places_of
+from slimtune.engine.stored import places_of, whole_bytes
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 from tests.engine import models
@@ -118,7 +118,10 @@ def test_a_soft_cap_is_never_left_out(tmp_path: Path, model_folder: Path, hardwa
 def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(
     tmp_path: Path, model_folder: Path, hardware: Hardware
 ) -> None:
-    """As each is read: one layer's matrices in 4 bits, experts among them, and the embedding as it is."""
+    """As each is read: one layer's matrices in 4 bits, experts among them, and the embedding as it is.
+
+    What stays on the device lies side by side, a layer in a block of its own.
+    """
     for file in model_folder.glob("tokenizer*"):
         shutil.copy(file, tmp_path / file.name)
     models.make_base("qwen3_moe").save_pretrained(tmp_path)
@@ -133,5 +136,16 @@ def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(
     for name, parameter in loaded.model.named_parameters():
         assert all((host_of(place.tensor) is not None) == (name in asked) for place in places_of(parameter)), name
     assert fingerprint(loaded.model) == fingerprint(base.model)
+    for layer, moved in ((0, False), (1, True), (2, False)):
+        tensors = [
+            place.tensor
+            for name, parameter in loaded.model.named_parameters()
+            if f".layers.{layer}." in name and (parameter.dtype == torch.uint8 or isinstance(parameter, PackedTensor))
+            for place in places_of(parameter)
+        ]
+        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        assert (len(memory) == 1) == (not moved)
+        if not moved:
+            assert tensors[0].untyped_storage().nbytes() == sum(whole_bytes(tensor.nbytes) for tensor in tensors)
     ids = torch.tensor([[1, 40, 98, 7]])
     assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)

@@ -110,6 +110,8 @@ def load_base(
         output_loading_info=True,
         **options,
     )
+    if hardware.device == "cuda":
+        torch.cuda.empty_cache()  # what the weights passed through in 16 bits
     check_whole(model, loaded, loading["missing_keys"])
     misshapen = misshapen_weight(loaded)
     if misshapen is not None:

@@ -13,6 +13,7 @@ Microscaling Formats 1.0, section 5.2). The packed bytes are never written to.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -32,7 +33,7 @@ from torch.utils import _pytree as pytree
 from slimtune.engine.kernels import reference_mxfp4 as mxfp4
 from slimtune.engine.kernels.formats import MXFP4_BLOCK
 
-__all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "misreads_partial_blocks", "unpack_"]
+__all__ = ["NF4_BLOCK", "Mxfp4Tensor", "Nf4Tensor", "PackedTensor", "bulk_bytes", "misreads_partial_blocks", "unpack_"]
 
 NF4_BLOCK = 64
 """Weights to one scale (QLoRA, section 3)."""
@@ -40,6 +41,16 @@ _SCALE_BLOCK = 256
 """Scales to one scale of scales, where these are quantised again."""
 
 aten = torch.ops.aten
+
+
+def bulk_bytes(shape: Sequence[int], *, double_quant: bool, mxfp4: bool = False) -> tuple[int, int]:
+    """Bytes of the two tensors that hold most of a weight of this shape, NF4 or MXFP4: codes, and scales of blocks."""
+    matrices = shape[0] if len(shape) == 3 else 1
+    weights = math.prod(shape) // matrices
+    if mxfp4:
+        return matrices * weights // 2, matrices * weights // MXFP4_BLOCK
+    blocks = math.ceil(weights / NF4_BLOCK)
+    return matrices * blocks * NF4_BLOCK // 2, matrices * blocks * (1 if double_quant else 4)
 
 
 class PackedTensor(Tensor):

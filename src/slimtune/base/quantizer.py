@@ -25,7 +25,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from slimtune.base.finite import is_finite
-from slimtune.base.packed import NF4_BLOCK, Mxfp4Tensor, Nf4Tensor, PackedTensor, misreads_partial_blocks
+from slimtune.base.packed import (
+    NF4_BLOCK,
+    Mxfp4Tensor,
+    Nf4Tensor,
+    PackedTensor,
+    bulk_bytes,
+    misreads_partial_blocks,
+)
+from slimtune.base.shelves import Shelves
 from slimtune.engine.stored import places_of
 from slimtune.engine.streamed import move_to_ram
 from slimtune.errors import UserError
@@ -81,6 +89,10 @@ class Policy:
                 plain = re.sub(r"\.\d+\.", ".*.", name)
                 sums[plain] = sums.get(plain, 0) + size
         return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def _on_one_device(device_map: Any) -> bool:
+    return torch.cuda.device_count() <= 1 or (isinstance(device_map, dict) and len(set(device_map.values())) == 1)
 
 
 def _on_cpu(device_map: Any) -> bool:
@@ -208,12 +220,14 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     quantization_config: FourBitConfig
     policy: Policy
     in_ram: frozenset[str] = frozenset()
+    shelves: Shelves | None = None
     not_finite: list[str]
     """What held a NaN or an infinity when it was read; an error raised there would be the loader's own."""
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:  # type: ignore[override]
         self.policy, self.not_finite = policy_of(model), []
         self.in_ram = frozenset(self.quantization_config.in_ram)
+        self.shelves = self._make_shelves(model) if _on_one_device(options.get("device_map")) else None
         if not self.quantization_config.linears:
             self.policy = replace(self.policy, linears=frozenset())
             return
@@ -225,6 +239,18 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
             *_output_names(model), *sorted(self.policy.left), *sorted(mine),
         ]  # fmt: skip
         super()._process_model_before_weight_loading(model, **options)
+
+    def _make_shelves(self, model: Any) -> Shelves:
+        config, parameters = self.quantization_config, dict(model.named_parameters())
+        packed = {name for name in self.policy.packed if config.linears or parameters[name].dim() == 3}
+        names = ((self.policy.linears if config.linears else frozenset()) | packed) - self.in_ram
+        double = config.bnb_4bit_use_double_quant
+        return Shelves({
+            name: bulk_bytes(
+                parameters[name].shape, double_quant=double, mxfp4=config.mxfp4 and parameters[name].dim() == 3
+            )
+            for name in names
+        })  # fmt: skip
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         # To PEFT, TRL and the Trainer it is a model of bitsandbytes'.
@@ -282,6 +308,8 @@ class _Pack(Bnb4bitQuantize):
             made.setdefault(name, nn.Parameter(tensor, requires_grad=False))
             if name in self.hf_quantizer.in_ram:
                 move_to_ram(places_of(made[name]), tensor.device, "base's weights")
+            elif self.hf_quantizer.shelves is not None:
+                self.hf_quantizer.shelves.place(name, made[name])
         return made
 
     def _stays(self, name: str, options: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from slimtune.base.classes import skeleton
 from slimtune.base.named import model_source
-from slimtune.base.packed import NF4_BLOCK
+from slimtune.base.packed import NF4_BLOCK, bulk_bytes
 from slimtune.base.quantizer import policy_of
 from slimtune.base.source import from_pretrained, local_revision, upstream_errors
 from slimtune.base.stored import Stored, stored_format
@@ -65,12 +65,8 @@ class Unloaded:
         """Bytes of each of the tensors that hold most of a parameter, as it is loaded."""
         if name not in self.four_bit:
             return (self.bytes_of(name, parameter),)
-        matrices = parameter.shape[0] if parameter.dim() == 3 else 1
-        weights = parameter.numel() // matrices
-        if self.stored == "mxfp4" and parameter.dim() == 3:
-            return matrices * weights // 2, matrices * weights // 32
-        blocks = math.ceil(weights / NF4_BLOCK)
-        return matrices * blocks * NF4_BLOCK // 2, matrices * blocks * (1 if self.double_quant else 4)
+        in_mxfp4 = self.stored == "mxfp4" and parameter.dim() == 3
+        return bulk_bytes(parameter.shape, double_quant=self.double_quant, mxfp4=in_mxfp4)
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,16 @@ from slimtune.engine.kernels import nf4
 from slimtune.engine.kernels.formats import NestedScales, Nf4Weight
 from slimtune.engine.structure import Linear
 
-__all__ = ["Place", "dense", "nf4_weight", "places_of", "unpack_for_training", "whole_bytes", "write_weight"]
+__all__ = [
+    "Place",
+    "dense",
+    "nf4_weight",
+    "places_of",
+    "unpack_for_training",
+    "views_over",
+    "whole_bytes",
+    "write_weight",
+]
 
 _ADDRESSES = 256  # bytes: tensors in one memory start at multiples, as torch's allocator lets them
 _BULK = ("codes", "absmax", "blocks", "exponents")  # of a packed weight's parts; the others are a thousandth of these
@@ -40,6 +50,15 @@ class Place(NamedTuple):
 def whole_bytes(nbytes: int) -> int:
     """Bytes to where the next tensor may begin behind one of so many."""
     return -(-nbytes // _ADDRESSES) * _ADDRESSES
+
+
+def views_over(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as these over uint8 memory, one behind the other."""
+    made, at = [], 0
+    for tensor in like:
+        made.append(memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        at += whole_bytes(tensor.nbytes)
+    return made
 
 
 def places_of(weight: Any) -> list[Place]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from slimtune.engine.decoder import LayerComputation
 from slimtune.engine.offload import Copies, copies_on
 from slimtune.engine.ram import LockedRam, host_of
-from slimtune.engine.stored import Place, whole_bytes
+from slimtune.engine.stored import Place, views_over, whole_bytes
 from slimtune.engine.structure import Decoder
 
 __all__ = ["StreamedWeights", "embedding_places", "in_ram", "make_resident", "move_to_ram"]
@@ -54,7 +54,7 @@ class StreamedWeights:
             move_to_ram(places, device, "layers' weights")
             self._at_home[number] = [place.tensor for place in places]
             self._homes[number] = [home for each in self._at_home[number] if (home := host_of(each)) is not None]
-            self._in_buffer[number] = [_views(buffer, self._at_home[number]) for buffer in self._buffers]
+            self._in_buffer[number] = [views_over(buffer, self._at_home[number]) for buffer in self._buffers]
         self._holds: list[int | None] = [None] * _BUFFERS
         self._coming: dict[int, Any] = {}
         self.copies: Copies = copies_on(device)
@@ -128,7 +128,7 @@ def move_to_ram(places: Sequence[Place], device: torch.device, what: str) -> Non
     if all(host_of(tensor) is not None for tensor in tensors):
         return
     ram = LockedRam(sum(whole_bytes(tensor.nbytes) for tensor in tensors), device, what)
-    homes = _views(ram.host, tensors), _views(ram.on_device(), tensors)
+    homes = views_over(ram.host, tensors), views_over(ram.on_device(), tensors)
     for place, tensor, host, home in zip(places, tensors, *homes, strict=True):
         host.copy_(tensor)
         place.put(home)
@@ -140,12 +140,3 @@ def make_resident(places: Sequence[Place]) -> None:
         tensor = place.tensor
         if host_of(tensor) is not None or any(store.holds(tensor.data_ptr()) for store in _STORES):
             place.put(tensor.clone())
-
-
-def _views(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors as these over uint8 memory, one behind the other."""
-    made, at = [], 0
-    for tensor in like:
-        made.append(memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-        at += whole_bytes(tensor.nbytes)
-    return made
