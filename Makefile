@@ -10,7 +10,7 @@ UV := 0.13.9
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
-	@test "$$(command -v slimtune)" || echo "\n  slimtune isn't on the PATH yet:  . $(VENV)/bin/activate"
+	@command -v slimtune > /dev/null || printf '\n  slimtune is on the PATH after:  . %s/bin/activate\n' $(VENV)
 
 test: lint types imports unit
 

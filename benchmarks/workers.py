@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,14 +31,26 @@ def _worker(work: Any, done: Any, do: Callable[[Job], Job], until: float) -> Non
         done.put(None)
 
 
-def results_of(jobs: Iterable[Job], do: Callable[[Job], Job], *, workers: int, seconds: float) -> list[Job]:
+_GRACE = 5.0
+"""Seconds beyond their time after which workers are ended in the middle of what they do."""
+
+
+def results_of(
+    jobs: Iterable[Job],
+    do: Callable[[Job], Job],
+    *,
+    workers: int,
+    seconds: float,
+    keep: Callable[[list[Job]], None] = lambda results: None,
+) -> list[Job]:
     """What ``do`` makes of each job, in the order of the jobs' ends; each is printed as a line of JSON.
 
     Args:
         jobs: In the order in which they begin.
         do: A function of a module's own; it gets its process's imports.
         workers: Processes.
-        seconds: No job begins that would end later, by the longest so far.
+        seconds: No job begins that would end later, by the longest so far; what isn't done then is ended.
+        keep: Called with all results after each of them, so that nothing is lost if this process is ended.
     """
     until = time.time() + seconds
     context = multiprocessing.get_context("spawn")
@@ -49,12 +62,18 @@ def results_of(jobs: Iterable[Job], do: Callable[[Job], Job], *, workers: int, s
         process.start()
     results, busy = [], workers
     while busy:
-        result = done.get()
+        try:
+            result = done.get(timeout=max(0.1, until + _GRACE - time.time()))
+        except queue.Empty:
+            break
         if result is None:
             busy -= 1
             continue
         results.append(result)
         print(json.dumps(result), flush=True)
+        keep(results)
+    for process in processes:
+        process.kill()  # a training would save first when it is asked to end
     return results
 
 
@@ -80,12 +99,18 @@ def measure(
 
     model_source(options.model)  # the embedded one is converted once, not by each worker
     do = functools.partial(trained, base=options.model, tiny=options.tiny)
-    results = results_of(jobs, do, workers=options.workers, seconds=options.seconds)
-    lines = list(summary(results))
-    for line in lines:
-        print(json.dumps(line), flush=True)
-    print(f"{len(results)} of {len(jobs)} trainings", flush=True)
+    header: Job = {}
     if options.out is not None:
         from peers import machine
 
-        options.out.write_text(json.dumps({**machine(), "summary": lines, "results": results}, indent=1) + "\n")
+        header = machine()
+
+    def keep(results: list[Job]) -> None:
+        if options.out is not None:
+            made = {**header, "summary": list(summary(results)), "results": results}
+            options.out.write_text(json.dumps(made, indent=1) + "\n")
+
+    results = results_of(jobs, do, workers=options.workers, seconds=options.seconds, keep=keep)
+    for line in summary(results):
+        print(json.dumps(line), flush=True)
+    print(f"{len(results)} of {len(jobs)} trainings", flush=True)
