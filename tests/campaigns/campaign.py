@@ -64,8 +64,8 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, hidden: int = 64) -> Path:
-    """A random two-layer Llama over bytes, so that a run starts, trains and is compared in a second or two."""
+def make_model(folder: Path, hidden: int = 64, *, layers: int = 2, tied: bool = True) -> Path:
+    """A random Llama over bytes, so that a run starts, trains and is compared in a second or two."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -83,8 +83,8 @@ def make_model(folder: Path, hidden: int = 64) -> Path:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     architecture = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(architecture).bfloat16().save_pretrained(folder)
