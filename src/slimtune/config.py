@@ -214,8 +214,8 @@ class Config(BaseModel):
     """fused: slimtune's own engine; plain: Transformers and PEFT as they are; auto: fused where it fits the model
     and its loss on a document is the model's own."""
     memory: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?\s?(GiB|MiB|GB|MB))$")] = "auto"
-    """Most GPU memory that training may take, as 4GiB; it decides how much is recomputed, and what of a long document
-    waits in RAM. auto: what the card has, less a margin."""
+    """Most GPU memory that training may take, as 4GiB; it decides how much is recomputed, and what goes to RAM: of
+    long documents, and of a base that doesn't fit. auto: what the card has, less a margin."""
 
     # -- saving, watching, stopping -----------------------------------------------------------------------------------
     save_steps: Count | Literal["auto"] = "auto"
