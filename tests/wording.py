@@ -68,12 +68,12 @@ def of_errors() -> dict[str, Path]:
 def of_screens() -> set[str]:
     """What a run's screen says, labels and texts, and what verbs say of themselves by ``told``."""
     found: set[str] = set()
-    for _, call, name in _calls():
+    for file, call, name in _calls():
         if name in ("say", "warn", "working") and isinstance(call.func, ast.Attribute):
             of = ast.unparse(call.func.value)
             if of.endswith(("screen", "self")):
                 found |= {text for each in call.args for text in texts(each)}
-        elif name in ("told", "in_chinese"):
+        elif name in ("told", "in_chinese") or (name == "say" and file.parent.name == "cli"):
             found |= {text for each in call.args[:1] for text in texts(each)}
     return {text for text in found if any(map(str.isalpha, text.replace("{}", "")))}
 

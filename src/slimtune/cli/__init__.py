@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from slimtune.cli.formatting import Context, cells, folded, terminal_width
+from slimtune.cli.formatting import Context, cells, folded, say, terminal_width
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.language import LANGUAGES, Lang, speak, spoken
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
@@ -157,7 +157,7 @@ def main() -> NoReturn:
             sys.exit(refused.exit_code)
         text = str(error).strip().splitlines() or [""]
         click.echo(coloured(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red"), err=True)
-        click.echo(told("This is a fault of slimtune's own. `--debug` shows where."), err=True)
+        say("This is a fault of slimtune's own. `--debug` shows where.", err=True)
         sys.exit(1)
 
 
@@ -205,7 +205,7 @@ def _say_usage(error: click.ClickException) -> None:
     """As click says that a line can't be understood."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
         click.echo(error.ctx.get_usage(), err=True)
-        click.echo(told(f"Try '{error.ctx.command_path} --help' for help."), err=True)
+        say(f"Try '{error.ctx.command_path} --help' for help.", err=True)
         click.echo(err=True)
     _say(told("error: "), [error.format_message()])
 

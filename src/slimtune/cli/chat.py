@@ -9,6 +9,7 @@ import click
 
 from slimtune.cli import say_error
 from slimtune.cli.early import check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
@@ -115,20 +116,20 @@ def _command(session: ChatSession, line: str) -> None:
     word, _, rest = line.partition(" ")
     if word == "/reset":
         session.reset()
-        click.echo(told("(the conversation is forgotten)"), err=True)
+        say("(the conversation is forgotten)", err=True)
     elif word in ("/base", "/tuned"):
         try:
             session.switch(base=word == "/base")
         except UserError as error:
             say_error(error)
         else:
-            click.echo(told(f"({session.model} answers from here on, in a conversation of its own)"), err=True)
+            say(f"({session.model} answers from here on, in a conversation of its own)", err=True)
     elif word == "/system" and rest.strip():
         session.system = rest.strip()
         session.reset()
-        click.echo(told("(system text set; the conversation starts anew)"), err=True)
+        say("(system text set; the conversation starts anew)", err=True)
     elif word == "/system":
-        click.echo(told(f"(system text: {session.system or 'none'})"), err=True)
+        say(f"(system text: {session.system or 'none'})", err=True)
     else:
         click.echo(("" if word == "/help" else told(f"unknown command {word}") + "\n") + told(HELP), err=True)
 

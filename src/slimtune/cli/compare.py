@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slimtune.cli.early import check_files, check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
@@ -117,8 +118,8 @@ def _show(made: Comparison, page: Path) -> None:
             lost.add_row(*(Text(_short(text)) for text in (item.asked, item.base_reply, item.reply)))
         screen.print(lost)
     if len(worse) > _SHOWN:
-        click.echo(told(f"and {len(worse) - _SHOWN} more"))
-    click.echo(told(f"every reply: {page}"))
+        say(f"and {len(worse) - _SHOWN} more")
+    say(f"every reply: {page}")
 
 
 def _short(text: str) -> str:
@@ -133,5 +134,5 @@ def _held_out(opened: Opened) -> HeldOut | None:
     try:
         return held_out_of(opened)
     except UserError as error:
-        click.echo(told(f"no held-out rows: {error.what}"), err=True)
+        say(f"no held-out rows: {error.what}", err=True)
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from slimtune.cli.early import check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.run.durable import check_new
@@ -49,8 +50,8 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
     with upstream_to_log(None):
         certificate = export_gguf(find(target, base=base), output, kind, parity=parity)
     if certificate is not None:
-        click.echo(certificate.line())
-    click.echo(f"exported to {output}; with Ollama: ollama create {output.name} -f {output / 'Modelfile'}")
+        say(certificate.line())
+    say(f"exported to {output}; with Ollama: ollama create {output.name} -f {output / 'Modelfile'}")
 
 
 def _command(target: str, base: str | None, kind: str) -> str:

@@ -12,7 +12,7 @@ import click
 from slimtune.language import language
 from slimtune.words import told
 
-__all__ = ["Context", "TranslatedHelp", "cells", "folded", "terminal_width"]
+__all__ = ["Context", "TranslatedHelp", "cells", "folded", "say", "terminal_width"]
 
 _CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
 _OPENING, _CLOSING = "（“「《", "，。、；：！？）”」》…"
@@ -51,6 +51,14 @@ def folded(text: str, width: int) -> list[str]:
 def terminal_width() -> int | None:
     """Columns of the terminal that standard error is; None where it is none."""
     return shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """A line for people: in the language that is spoken, in a terminal broken between words."""
+    text = told(text)
+    if (sys.stderr if err else sys.stdout).isatty():
+        text = "\n".join(folded(text, shutil.get_terminal_size().columns))
+    click.echo(text, err=err)
 
 
 class TranslatedHelp(click.HelpFormatter):

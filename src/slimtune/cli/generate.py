@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from slimtune.cli.early import check_files, check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
-from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -74,4 +74,4 @@ def command(
                 on_progress=lambda done, total: tell("replies", done, total),
             )
     kept = f" ({already} replies were there already)" if already else ""
-    click.echo(told(f"{len(questions)} prompts answered in {output}{kept}"))
+    say(f"{len(questions)} prompts answered in {output}{kept}")

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from slimtune.cli.early import check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.run.durable import check_new
-from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -38,6 +38,6 @@ def command(target: str, output: Path, base: str | None, parity: bool, trust_rem
     with upstream_to_log(None):
         found = find(target, base=base, trust_remote_code=trust_remote_code)
         certificate = merge(found, output, prove=prove_merged if parity else None)
-    click.echo(told(f"merged into {output}"))
+    say(f"merged into {output}")
     if certificate is not None:
-        click.echo(certificate.line())
+        say(certificate.line())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from slimtune.cli.early import check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 
@@ -29,4 +30,4 @@ def command(target: str, repository: str, base: str | None, public: bool) -> Non
 
     with upstream_to_log(None):
         where = push(find(target, base=base), repository, private=not public)
-    click.echo(f"published: {where}")
+    say(f"published: {where}")

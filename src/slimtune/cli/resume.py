@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from slimtune.cli.closing import close
+from slimtune.cli.formatting import say
 from slimtune.cli.gpus import option as gpus_option
 from slimtune.cli.gpus import spread
 from slimtune.cli.imports import fast_imports
@@ -21,7 +22,6 @@ from slimtune.run.folder import RunFolder
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
 from slimtune.training.stop import StopSignals
-from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -64,7 +64,7 @@ def command(
         folder = RunFolder.open(run)
         config = config_from_flags(config_file or folder.config_file, flags)
         if place.alone and folder.is_finished(config):
-            click.echo(told(f"{run} is finished: nothing was changed"), err=True)
+            say(f"{run} is finished: nothing was changed", err=True)
             close(folder, as_json=as_json)
             return
         spread(gpus, place)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from slimtune.cli.formatting import say
 from slimtune.cli.page import Page
 from slimtune.errors import shown
 from slimtune.run.listing import SORTS, RunLine, list_runs
@@ -39,7 +40,7 @@ def command(folder: Path | None, sort: str, as_json: bool) -> None:
         click.echo(json.dumps([asdict(line) for line in lines], ensure_ascii=False, indent=2))
         return
     if not lines:
-        click.echo(told(f"no runs in {place.resolve()}"), err=True)
+        say(f"no runs in {place.resolve()}", err=True)
         return
     from rich import box
     from rich.padding import Padding

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from slimtune.cli.early import check_target
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options
@@ -98,7 +99,7 @@ def command(
         computing = CallingThread()
         api = Api(models, bounds, computing, key)
         if api.slow is not None:
-            click.echo(api.slow, err=True)
+            say(api.slow, err=True)
         with any_length(), seldom():
             own = bool(click.get_current_context().find_root().obj.get("own_process"))
             said = f"serving {', '.join(models)} on"

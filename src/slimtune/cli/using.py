@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from slimtune.cli.formatting import say
+
 if TYPE_CHECKING:
     from slimtune.use.load import Opened
 
@@ -56,4 +58,4 @@ def say_if_slow(opened: Opened) -> None:
 
     slow = way_of(opened).slow
     if slow is not None:
-        click.echo(slow, err=True)
+        say(slow, err=True)

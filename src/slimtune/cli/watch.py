@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimtune.cli.formatting import say
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
-from slimtune.words import told
 
 if TYPE_CHECKING:
     from slimtune.serve.server import WebServer
@@ -59,7 +59,7 @@ def command(runs: tuple[Path, ...], port: int | None, descriptor: int | None) ->
 
         def ready() -> None:
             if descriptor is None:
-                click.echo(told(f"watching {said} on {_url(listening, token)}"))
+                say(f"watching {said} on {_url(listening, token)}")
 
         web = WebServer(watching, ready)
         if descriptor is not None:
