@@ -33,6 +33,15 @@ def test_it_lives_as_long_as_a_tensor_over_it() -> None:
     assert start not in ram_module._STARTS
 
 
+def test_ranks_of_one_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ram_module, "free_ram", lambda: 1000)
+    assert ram_module.ram_to_lock() == 700
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert ram_module.ram_to_lock() == 350
+
+
 def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaGetErrorString=lambda _: "out of memory")
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
