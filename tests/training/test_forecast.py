@@ -28,7 +28,7 @@ from slimtune.errors import UserError
 from slimtune.hardware import CARDS, Card, Hardware
 from slimtune.plan import memory_budget
 from slimtune.training import forecast as forecast_module
-from slimtune.training.forecast import Forecaster, names_in_ram
+from slimtune.training.forecast import Forecaster, _fits_in_16_bits, names_in_ram
 from tests.engine import models
 
 GIB = 1 << 30
@@ -165,6 +165,30 @@ def test_an_old_card_computes_in_fp16_by_another_kernel(folder_of: Callable[[str
     forecaster = Forecaster(Config.make(model=str(folder_of("qwen3"))))
     assert set(forecaster._ways(CARDS["T4"]).values()) == {"efficient"}
     assert set(forecaster._ways(CARDS["H100"]).values()) == {"varlen"}
+
+
+def test_an_adapter_that_begins_with_parts_of_the_base_has_its_size(folder_of: Callable[[str], Path]) -> None:
+    config = Config.make(model=str(folder_of("qwen3")), quantization="none", lora_init="pissa")
+    plain = config.model_copy(update={"lora_init": "default"})
+    assert Forecaster(config).adapter_parameters == Forecaster(plain).adapter_parameters > 0
+
+
+def test_a_base_that_fits_as_it_is_is_not_looked_at(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor one of the hub that was downloaded; of one that wasn't nobody knows."""
+    local = Config.make(model=str(folder_of("qwen3")))
+    size = sum(file.stat().st_size for file in Path(local.model).glob("*.safetensors"))
+    assert _fits_in_16_bits(local, size)
+    assert not _fits_in_16_bits(local, size - 1)
+    monkeypatch.setattr(forecast_module, "HF_HUB_CACHE", str(tmp_path))
+    hub = Config.make(model="somebody/a-model")
+    assert not _fits_in_16_bits(hub, 1 << 40)
+    blobs = tmp_path / "models--somebody--a-model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "weights").write_bytes(b"x" * 100)
+    assert _fits_in_16_bits(hub, 100)
+    assert not _fits_in_16_bits(hub, 99)
 
 
 def test_what_the_engine_doesnt_take_is_said(folder_of: Callable[[str], Path]) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 
 from slimtune.adapter.lora import lora_config, wrapped
@@ -135,7 +137,8 @@ class Forecaster:
         self.config = config
         targets = find_targets(config, model)
         self.targets = (*targets.modules, *targets.parameters)
-        lora = lora_config(config, targets)
+        # Of its size whatever its values: some are made of the base's, which has none here.
+        lora = lora_config(config.model_copy(update={"lora_init": "default"}), targets)
         self.weights, self.parameters = self.base.nbytes, model.num_parameters()
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._bulk = {id(each): self.base.bulk_of(name, each) for name, each in model.named_parameters()}
@@ -320,8 +323,12 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
 
 
 def _fits_in_16_bits(config: Config, budget: int) -> bool:
-    """Whether the files of a local base are smaller than the budget: in 4 bits a third of that is left for the rest."""
-    files = Path(model_source(config.model)).glob("*.safetensors")
+    """Whether the base's files, where they are here, are smaller than the budget: in 4 bits most of it is left."""
+    source = model_source(config.model)
+    if Path(source).is_dir():
+        files = Path(source).glob("*.safetensors")
+    else:
+        files = (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "blobs").glob("*")
     return 0 < sum(file.stat().st_size for file in files) <= budget
 
 
