@@ -1,6 +1,7 @@
 """python ray_trainer.py MODEL DATA RUN WORKERS: a run whose ranks are Ray's workers (ray[train]).
 
-Ray gives each worker its GPU and joins the workers itself; slimtune needs their environment alone.
+Ray gives each worker its GPU, and its host and port to meet at; slimtune needs no more. With CPU=1 in the environment
+the workers take a CPU each.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
         rank,
         train_loop_config={"words": [model, data, "-o", run, *sys.argv[5:]]},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=int(workers), use_gpu="CPU" not in os.environ),
+        scaling_config=ScalingConfig(num_workers=int(workers), use_gpu=os.environ.get("CPU") != "1"),
     )
     trainer.fit()
 

@@ -268,6 +268,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 engine = trainer.engine_told if ready.unfused is None else f"plain: {ready.unfused}"
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
+                facts.training.ranks = job.ranks.count
                 facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram
                 facts.training.streamed_layers, facts.training.streamed_bytes = trainer.streamed
                 step, held_out, sampled = trainer.saved_step, facts.data.get("held_out"), read_samples(run.samples())
@@ -368,7 +369,8 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
     config, base, data = ready.config, ready.base, ready.data
     total = micro_batches_of_run(config, data.per_epoch)
     floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
-    metrics = MetricsCallback(data, total, config.accumulation, floor, job.run.append_metrics, job.screen.record)
+    sinks, ranks = (job.run.append_metrics, job.screen.record), job.ranks
+    metrics = MetricsCallback(data, total, config.accumulation, floor, *sinks, ranks=ranks.count)
     trainer = SlimTrainer(
         model=base.model,
         args=sft_arguments(
@@ -378,7 +380,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
             steps=steps_of_run(config, data.per_epoch),
             fused=ready.unfused is None,
             recompute=base.model.supports_gradient_checkpointing,
-            ranks=job.ranks.count,
+            ranks=ranks.count,
         ),
         data=data,
         micro_batches=total,
@@ -386,7 +388,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
         tokenizer=ready.tokenizer,
         lora=ready.lora,
         callbacks=[metrics],
-        ranks=job.ranks,
+        ranks=ranks,
     )
     trainer.safety = safety
     held_out = ready.proof.eval if job.ranks.first else None

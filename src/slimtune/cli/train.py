@@ -96,7 +96,7 @@ def command(
             if as_json:
                 click.echo(json.dumps(planned, ensure_ascii=False, indent=2))
             return
-        if config.output is None and place.alone:
+        if config.output is None and place.rank == 0:
             config = config.model_copy(update={"output": default_output(config.model, datetime.now())})
         if others > 0:
             screen.say("device", f"1 of {others + 1} GPUs; --gpus all takes all of them")

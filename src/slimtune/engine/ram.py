@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slimtune.errors import UserError
 from slimtune.hardware import free_ram
-from slimtune.ranks.place import this_place
+from slimtune.ranks.place import processes_here
 
 __all__ = ["LockedRam", "host_of", "ram_to_lock"]
 
@@ -86,8 +86,8 @@ def host_of(tensor: Tensor) -> Tensor | None:
 
 
 def ram_to_lock() -> int:
-    """Most bytes of this machine's RAM that this process may lock now: as much as each rank beside it."""
-    return int(_RAM_SHARE * free_ram()) // this_place().local_count
+    """Most bytes of this machine's RAM that this process may lock now, beside the others of its run."""
+    return int(_RAM_SHARE * free_ram() / processes_here())
 
 
 def _asked_for(nbytes: int, what: str) -> mmap.mmap:

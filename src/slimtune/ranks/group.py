@@ -156,7 +156,7 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
     """
     place = this_place()
     if place.alone:
-        with unheard_of():
+        with unheard_of(place):
             yield ALONE
         return
     device = hardware()
@@ -166,17 +166,15 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
             rule="A rank takes one GPU and sees no other; the slimtune command sees to it.",
             way_out="Before Python starts: export CUDA_VISIBLE_DEVICES=$LOCAL_RANK",
         )
-    _join(place, device.device, seconds)
-    with unheard_of():
-        ranks: Ranks | None = None
+    ranks = _joined(place, device.device, seconds)
+    with unheard_of(place):
         try:
-            ranks = Ranks(place, _presence(place))
             memory = f"{device.memory_bytes / 2**30:.0f} GiB"
             ranks.check_same({"device": f"{device.name} ({memory})"}, "A step takes as long as its slowest rank.")
             yield ranks
         except BaseException as error:
             # The group stays: a GPU in a sum with a rank that is gone would be waited for.
-            if ranks is not None and ranks._presence is not None:
+            if ranks._presence is not None:
                 ranks._presence.fail(error)
                 if ranks.rank and isinstance(error, SlimtuneError):
                     error.told = True
@@ -185,7 +183,7 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
             ranks.leave()
 
 
-def _join(place: Place, device: str, seconds: float) -> None:
+def _joined(place: Place, device: str, seconds: float) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     limit = timedelta(seconds=max(JOIN_SECONDS, 2 * seconds) if seconds else 7 * 24 * 3600)
     try:
@@ -193,7 +191,8 @@ def _join(place: Place, device: str, seconds: float) -> None:
         # A process may train twice, and the store remembers what the first group wrote into it.
         store = dist.PrefixStore(f"slimtune-{next(_JOINED)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        return Ranks(place, _presence(place))
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"rank {place.rank} does not find the others: {(str(error).splitlines() or [''])[0]}",
             rule=f"All {place.count} ranks meet at MASTER_ADDR:MASTER_PORT within {JOIN_SECONDS:.0f} s.",
@@ -207,4 +206,4 @@ def _presence(place: Place) -> Presence:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    return Presence(place.rank, place.count, os.environ.get("MASTER_ADDR", "127.0.0.1"), share)
+    return Presence(place.rank, place.count, os.environ["MASTER_ADDR"], share, JOIN_SECONDS)

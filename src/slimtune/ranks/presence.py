@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError
@@ -35,9 +35,13 @@ class Presence:
         count: Of all.
         address: Rank 0's host, as the others reach it.
         share: Gives every rank what it is given at rank 0.
+        seconds: That the others have to come.
+
+    Raises:
+        OSError: One didn't.
     """
 
-    def __init__(self, rank: int, count: int, address: str, share: Callable[[Any], Any]) -> None:
+    def __init__(self, rank: int, count: int, address: str, share: Callable[[Any], Any], seconds: float) -> None:
         self.rank = rank
         self.resume = ""
         """How to go on; makes the message."""
@@ -45,17 +49,23 @@ class Presence:
         self._known = threading.Event()
         self._left = False
         self._peers: dict[Connection, int] = {}
-        key = secrets.token_hex(16) if rank == 0 else ""
         if rank == 0:
-            with Listener((address, 0), backlog=count, authkey=key.encode()) as door:
-                share((door.address[1], key))
-                for _ in range(count - 1):
-                    peer = door.accept()
-                    self._peers[peer] = int(peer.recv_bytes(16))
+            with _door(address, count) as door:
+                key = secrets.token_hex(16)
+                share((door.getsockname()[1], key))
+                door.settimeout(seconds)
+                while len(self._peers) < count - 1:
+                    peer = Connection(door.accept()[0].detach())
+                    given, _, number = peer.recv_bytes(64).partition(b" ")
+                    if secrets.compare_digest(given, key.encode()):
+                        self._peers[peer] = int(number)
         else:
             port, key = share(None)
-            self._peers[Client((address, port), authkey=key.encode())] = 0
-            next(iter(self._peers)).send_bytes(str(rank).encode())
+            opened = socket.create_connection((address, port), seconds)
+            opened.settimeout(None)
+            peer = Connection(opened.detach())
+            peer.send_bytes(f"{key} {rank}".encode())
+            self._peers[peer] = 0
         for peer in self._peers:
             _keep_alive(peer)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
@@ -136,11 +146,17 @@ class Presence:
         return message
 
 
+def _door(address: str, count: int) -> socket.socket:
+    """Where the other ranks come in: at the name that they know this host by, or at all of its if that isn't one."""
+    try:
+        return socket.create_server((address, 0), backlog=count)
+    except OSError:
+        return socket.create_server(("", 0), backlog=count)
+
+
 def _keep_alive(peer: Connection) -> None:
     """A host that lost its power closes no connection: ask it every few seconds."""
     with socket.socket(fileno=os.dup(peer.fileno())) as same:
-        if same.family == socket.AF_UNIX:
-            return
         same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):

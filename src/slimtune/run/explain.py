@@ -211,6 +211,13 @@ def _training(facts: Facts, say: Say) -> Section | None:
             "训练速度离本机极限有多远，因为从这个模型的模块数不出每个词元的运算量。",
         )
         told.append(Statement(text, "unmeasured"))
+    if (ranks := training.get("ranks", 1)) > 1:
+        text = say(
+            f"{ranks} processes trained it together, each a share of every step's micro-batches; at each step their "
+            "adapters were compared and were the same.",
+            f"由 {ranks} 个进程一起训练，每一步的微批次由它们分担；每一步都核对过，各进程的适配器一致。",
+        )
+        told.append(Statement(text, "proved"))
     if "repeats" in training:
         told.append(Statement(_repeats(training["repeats"], say)))
     if not facts.get("verdict"):  # which says it otherwise

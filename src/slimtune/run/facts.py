@@ -136,6 +136,8 @@ class TrainingFacts:
     peak_memory_bytes: int
     memory_kind: str
     """"gpu peak allocated" or "process resident"."""
+    ranks: int = 1
+    """Processes that trained it together; what is told of memory is rank 0's."""
     ram_layers: int = 0
     """Layers whose inputs waited in RAM for their backward."""
     ram_bytes: int = 0

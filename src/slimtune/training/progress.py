@@ -37,10 +37,11 @@ class MetricsCallback(TrainerCallback):
         gradient_accumulation: int,
         floor: Floor | None,
         *sinks: Callable[[dict[str, Any]], None],
+        ranks: int = 1,
     ) -> None:
         self.data, self.accumulation, self.floor = data, gradient_accumulation, floor
         self.micro_batches = micro_batches  # of the whole run: its last step may have fewer than the others
-        self.sinks = sinks
+        self.sinks, self.ranks = sinks, ranks
         self.started = self.last_time = time.monotonic()
         self.last_step = 0
         self.first_step = 0
@@ -75,7 +76,9 @@ class MetricsCallback(TrainerCallback):
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
             if self.floor is not None:
                 record["model_flops"] = self.floor.work.flops(lengths, supervised)
-                record["floor_share"] = round(self.floor.seconds(lengths, supervised) / max(elapsed, 1e-9), 4)
+                record["floor_share"] = round(
+                    self.floor.seconds(lengths, supervised) / self.ranks / max(elapsed, 1e-9), 4
+                )
             done = state.global_step - self.first_step
             record["seconds"] = round(now - self.started, 3)
             record["logged_steps"] = steps
