@@ -43,7 +43,7 @@ def test_each_translation_names_what_the_english_names() -> None:
     for english, chinese in entries.items():
         count = english.count("{}")
         fields = [name for _, name, _, _ in string.Formatter().parse(chinese) if name is not None] if count else []
-        assert chinese.format(*"abcdefgh") or not count, english  # numbers for all, or for none
+        assert not count or chinese.format(*string.ascii_letters), english  # numbers for all, or for none
         used = set(range(len(fields))) if "" in fields else {int(name) for name in fields}
         assert used == set(range(count)), english
 
