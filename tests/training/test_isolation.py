@@ -15,11 +15,11 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from slimtune.config import Config
 from slimtune.errors import UserError
-from slimtune.run.reasons import reason_in_chinese
 from slimtune.training.isolation import find_layout, lay_out
 from slimtune.training.layout import Layout
 from slimtune.training.packs import DocumentAttention
 from slimtune.training.rng import RandomState
+from slimtune.words import in_chinese
 from tests.families.tiny import made
 from tests.tolerances import GRADIENT, GRADIENT_16_BIT
 from tests.training import families
@@ -198,7 +198,7 @@ def test_what_mixes_is_found(mixes: str, kind: str, seen: dict[str, str]) -> Non
     assert found.reasons.keys() == seen.keys()
     for name, words in seen.items():
         assert words in found.reasons[name]
-        assert re.search("[\u4e00-\u9fff]", reason_in_chinese(found.reasons[name]))
+        assert re.search("[\u4e00-\u9fff]", in_chinese(found.reasons[name]))
 
 
 def test_documents_that_are_apart_and_not_as_alone_go_unpacked() -> None:
@@ -208,7 +208,7 @@ def test_documents_that_are_apart_and_not_as_alone_go_unpacked() -> None:
     assert found.layout.kind == "padded"
     [reason] = found.reasons.values()
     assert reason == "a document's logits in a pack are not those of the document alone"
-    assert "单独" in reason_in_chinese(reason)
+    assert "单独" in in_chinese(reason)
 
 
 def test_layers_that_mix_more_than_a_proof_shows_go_unpacked() -> None:
@@ -217,7 +217,7 @@ def test_layers_that_mix_more_than_a_proof_shows_go_unpacked() -> None:
     found = find_layout(model)
     assert found.layout.kind == "padded"
     assert "compressed_sparse_attention" in found.reasons["packed"]
-    assert "看不出" in reason_in_chinese(found.reasons["packed"])
+    assert "看不出" in in_chinese(found.reasons["packed"])
 
 
 def test_nothing_shows_afterwards() -> None:
@@ -245,7 +245,7 @@ def test_the_choice_is_recorded_with_its_reason() -> None:
     assert [(choice.key, choice.value) for choice in choices] == [("layout", "padded")]
     # Transformers before 5.20 takes the boundaries, does nothing with them, and is found out.
     assert re.search("can't keep packed sequences apart|neighbours in a pack", choices[0].reason)
-    assert re.search("无法隔开|相邻文档", reason_in_chinese(choices[0].reason))
+    assert re.search("无法隔开|相邻文档", in_chinese(choices[0].reason))
     # what a resumed run is told is taken as it is
     again, none = lay_out(config(layout="padded"), families.make("lfm2"), fused=False)
     assert again is not None

@@ -25,8 +25,8 @@ from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.errors import UserError
 from slimtune.recipes import finetune
 from slimtune.run.folder import RunFolder
-from slimtune.run.reasons import reason_in_chinese
 from slimtune.training.resumable import Progress
+from slimtune.words import in_chinese
 from tests.families.tiny import save
 from tests.tolerances import relative_error
 from tests.training.tiny import saved
@@ -276,7 +276,7 @@ def test_an_engine_that_isnt_the_model_is_found_before_the_first_step_and_the_pl
     assert choice["reason"] == facts["training"]["engine"].removeprefix("plain: ")
     assert facts["verified"]["keys_match"]
     assert facts["verified"]["outputs_differ"]
-    assert all(choice["reason"] != reason_in_chinese(choice["reason"]) for choice in facts["choices"])
+    assert all(choice["reason"] != in_chinese(choice["reason"]) for choice in facts["choices"])
     ours, asked = (load_file(one.adapter / "adapter_model.safetensors") for one in (fallen, plain))
     assert all(torch.equal(ours[name], asked[name]) for name in asked)
 
