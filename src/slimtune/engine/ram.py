@@ -124,5 +124,6 @@ def _end(start: int, pages: mmap.mmap, *, locked: bool) -> None:
     _STARTS.remove(start)
     del _PAGES[start], pages
     if locked:
+        torch.cuda.synchronize()  # a copy that was begun for nobody may still read it
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         runtime.cudaHostUnregister(start)
