@@ -1,0 +1,90 @@
+"""Ranks that find each other, or don't."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+import pytest
+import torch
+
+from slimtune.errors import GuardStop, StopRequested, UserError
+from slimtune.hardware import detect
+from slimtune.ranks import group, presence
+from slimtune.ranks.group import ALONE, together
+from slimtune.ranks.presence import Presence
+
+
+def test_alone_everything_is_its_own() -> None:
+    tensor = torch.arange(3.0)
+    ALONE.sum_(tensor)
+    assert tensor.tolist() == [0.0, 1.0, 2.0]
+    assert ALONE.gathered(tensor).tolist() == [[0.0, 1.0, 2.0]]
+    assert (ALONE.told("a"), ALONE.from_first(lambda: 7), ALONE.any(True)) == (["a"], 7, True)
+    ALONE.check_same({"data": "x"}, "")
+    ALONE.leave()
+
+
+def test_a_rank_that_never_comes_is_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(group, "JOIN_SECONDS", 1.0)
+    with pytest.raises(UserError, match="rank 0 does not find the others"), together(detect, 60.0):
+        pass
+
+
+def pair() -> tuple[Presence, Presence]:
+    """Ranks 0 and 1, in one process."""
+    shared: list[object] = []
+    ready = threading.Event()
+
+    def at_first(value: object) -> object:
+        shared.append(value)
+        ready.set()
+        return value
+
+    def elsewhere(_: object) -> object:
+        ready.wait()
+        return shared[0]
+
+    made: list[Presence] = []
+    first = threading.Thread(target=lambda: made.append(Presence(0, 2, "127.0.0.1", at_first, 10.0)))
+    first.start()
+    other = Presence(1, 2, "127.0.0.1", elsewhere, 10.0)
+    first.join()
+    return made[0], other
+
+
+def test_a_rank_that_stops_says_why_and_one_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "_GRACE", 3600.0)  # this process is not to end
+    first, other = pair()
+    other.fail(GuardStop("loss is nan", rule="Nothing was applied.", way_out="Look at the rows."))
+    assert first.learn()
+    with pytest.raises(GuardStop, match="rank 1: loss is nan"):
+        first.check()
+    first.leave()
+
+    first, other = pair()
+    first.resume = "Go on: slimtune resume RUN"
+    (peer,) = other._peers
+    with socket.socket(fileno=os.dup(peer.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)  # what the kernel does when a process ends
+    assert first.learn()
+    assert other.learn()
+    with pytest.raises(StopRequested, match="rank 1: its process is gone") as stopped:
+        first.check()
+    assert stopped.value.way_out == "Go on: slimtune resume RUN"
+    first.leave()
+    other.leave()
+
+
+def test_a_rank_that_is_done_is_not_missed() -> None:
+    first, other = pair()
+    other.leave()
+    assert not first.learn(0.3)
+    first.check()
