@@ -93,8 +93,8 @@ class TranslatedHelp(click.HelpFormatter):
         margin = self.current_indent
         for name, text in rows:
             said, extra = _EXTRA.fullmatch(text).groups()  # type: ignore[union-attr]
-            lines = folded(told(said) + extra.replace("[default: ", "[默认：").replace("required]", "必填]"),
-                           max(self.width - margin - width, 10))  # fmt: skip
+            extra = re.sub(r"\[([^\]]*)\]", lambda found: f"[{told(found[1])}]", extra)
+            lines = folded(told(said) + extra, max(self.width - margin - width, 10))
             if cells(name) > width - col_spacing:
                 self.write(f"{'':{margin}}{name}\n")
             else:
