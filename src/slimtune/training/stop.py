@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from slimtune.errors import GuardStop, StopRequested
 from slimtune.training.backstop import Backstop, Unheard
+from slimtune.words import told
 
 __all__ = ["STOP_SIGNALS", "StopSignals", "Watchdog", "end_anyway"]
 
@@ -170,7 +171,8 @@ class StopSignals:
                     break
                 before, seen = seen, seen + sum(number in STOP_SIGNALS for number in data)
                 if seen == 1 and not before and self._deferred and not self.silent:
-                    sys.stderr.write("slimtune: stopping: the step is ended and saved first; again ends at once\n")
+                    line = told("slimtune: stopping: the step is ended and saved first; again ends at once")
+                    sys.stderr.write(f"{line}\n")
                     sys.stderr.flush()
             elif not self._deferred:
                 waited += _LOOK
