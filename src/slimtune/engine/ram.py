@@ -119,10 +119,10 @@ def _refusal(nbytes: int, what: str, why: str) -> UserError:
     )
 
 
-def _end(start: int, pages: mmap.mmap, *, locked: bool) -> None:
-    """The last tensor is gone; the pages go when this is done."""
+def _end(start: int, _: mmap.mmap, *, locked: bool) -> None:
+    """The last tensor is gone; the pages, which this holds, go when it is done."""
     _STARTS.remove(start)
-    del _PAGES[start], pages
+    del _PAGES[start]
     if locked:
         torch.cuda.synchronize()  # a copy that was begun for nobody may still read it
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
