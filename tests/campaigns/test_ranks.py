@@ -67,7 +67,7 @@ def test_killed_ranks_keep_nobody_and_the_run_goes_on_to_the_bit(
 ) -> None:
     chance = random.Random(20261129)
     kills, slowest, began = 0, 0.0, time.monotonic()
-    wanted = campaign.count(50, 2)
+    wanted = campaign.count(50, 1)
     for number in range(wanted):
         run, engine = tmp_path / f"run{number}", ("fused", "plain")[number % 2]
         ranks = Ranks(2, train(run, *TWO, "--engine", engine), tmp_path / f"log{number}")
@@ -93,7 +93,7 @@ def test_killed_ranks_keep_nobody_and_the_run_goes_on_to_the_bit(
         assert not any(goes_on.wait()), goes_on.output()
         assert campaign.trajectory(run) == campaign.trajectory(alone(engine)), f"{run}: another trajectory"
         assert campaign.adapter_sha256(run) == campaign.adapter_sha256(alone(engine)), f"{run}: another adapter"
-    assert kills >= wanted // 2
+    assert kills > wanted // 2
     seconds = round(time.monotonic() - began)
     campaign.record("ranks", {"kills": kills, "slowest_end_s": round(slowest, 1), "seconds": seconds})
 
