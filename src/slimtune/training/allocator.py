@@ -1,8 +1,8 @@
 """How torch keeps the GPU's memory in a command's own process: in segments that grow.
 
-By default torch's allocator asks the driver for a block of each size that it hasn't, and keeps it. A step of long
-documents, whose tensors are of many sizes, then held 13.7 GiB of which 10.6 were in use, and ran out of memory within
-its budget. A segment that grows is one range of addresses, whose free pages serve any size or go back to the driver.
+By default torch's allocator asks the driver for a block of each size that it hasn't, and keeps it. A segment that grows
+is one range of addresses, whose free pages serve any size or go back to the driver. It is half of what a step within a
+budget needs: pages that hold a little of the base stay, which is what :mod:`slimtune.base.shelves` is for.
 Source: docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
 """
 
