@@ -100,8 +100,8 @@ class Config(BaseModel):
     CPU what is fastest there."""
     precision: Literal["auto", "bf16", "fp8"] = "auto"
     """What the 4-bit weights are multiplied in while training. fp8: 8 bits where that is faster, by slimtune's engine,
-    on a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell; tried on Hopper). Adapters, attention, head and
-    every evaluation stay in bf16. auto: as compute_dtype."""
+    on a GPU of compute capability 8.9 or more; an experiment, as no whole run's loss was compared on a card yet.
+    Adapters, attention, head and every evaluation stay in bf16. auto: as compute_dtype."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless asked for; nothing ever prompts for it."""
 

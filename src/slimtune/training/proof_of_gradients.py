@@ -155,8 +155,8 @@ def prove_precision(trainer: Any, pack: dict[str, Any]) -> str:
             )
     mean, share = sum(apart for apart, _ in differences.values()) / len(differences), lost.share
     return (
-        f"{engine.fp8_share:.0%} of the layers' products are in FP8: gradients are {mean:.2g} of their size from "
-        f"bf16's, and {share:.2%} of what flows back is too small for it"
+        f"an experiment: {engine.fp8_share:.0%} of the layers' products are in FP8; gradients are {mean:.2g} of their "
+        f"size from bf16's, and {share:.2%} of what flows back is too small for it"
     )
 
 
