@@ -14,6 +14,7 @@ from slimtune.cli import slimtune_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = [page for page in PAGES if page.name.endswith(".zh-CN.md")]
 
 
 def commands(page: Path) -> list[str]:
@@ -59,10 +60,27 @@ def test_python_blocks_compile_and_use_names_that_exist(page: Path) -> None:
                 assert hasattr(slimtune, node.attr), node.attr
 
 
-def test_both_readmes_show_the_same_commands() -> None:
-    english = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.md")]
-    chinese = [line.removesuffix(" --lang zh") for line in commands(ROOT / "README.zh-CN.md")]
-    assert english == chinese
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        there = page.parent / target if target else page
+        headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), flags=re.M)
+        # As GitHub makes them: lower case, no marks, hyphens for spaces.
+        assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_shows_what_the_english_one_shows(chinese: Path) -> None:
+    english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
+    shown, tables = [], []
+    for page in (english, chinese):
+        text = page.read_text(encoding="utf-8")
+        shown.append([line.removesuffix(" --lang zh") for line in commands(page)])
+        tables.append([line.count("|") for line in text.splitlines() if line.startswith("|")])
+    assert shown[0] == shown[1]
+    assert tables[0] == tables[1]
+    assert f"]({chinese.name})" in english.read_text(encoding="utf-8")
+    assert f"]({english.name})" in chinese.read_text(encoding="utf-8")
 
 
 def test_the_glossary_points_at_modules_that_exist() -> None:
