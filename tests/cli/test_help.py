@@ -42,6 +42,16 @@ def test_each_topic_is_shown_without_links_that_lead_nowhere(topic: str, run_her
     assert not any(len(line) > 100 for line in shown.stdout.splitlines())
 
 
+@pytest.mark.parametrize("topic", TOPICS)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_each_topic_is_shown_whole(topic: str, language: str, run_here: RunHere) -> None:
+    chinese = ROOT / "docs" / f"{topic}.zh-CN.md"
+    document = chinese if language == "zh" and chinese.is_file() else ROOT / "docs" / f"{topic}.md"
+    shown = run_here("help", topic, "--lang", language)
+    # Rich cuts what is wider than a table's column, and puts this character there.
+    assert shown.stdout.count("…") == document.read_text(encoding="utf-8").count("…")
+
+
 def test_what_is_no_topic_is_told_with_the_nearest(run_here: RunHere) -> None:
     assert "Did you mean 'reliability'?" in run_here("help", "relability").stderr
     assert "slimtune train --help" in run_here("help", "train").stderr

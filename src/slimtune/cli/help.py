@@ -60,11 +60,11 @@ def command(topic: str | None) -> None:
         near = difflib.get_close_matches(topic, TOPICS, n=1)
         way_out = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(TOPICS)}."
         raise UserError(f"there is no topic {topic!r}", way_out=way_out)
-    from rich.markdown import Markdown
+    from slimtune.cli.document import Document
 
     page = Page()
     page.width = min(page.width, _WIDEST)
-    text = Markdown(_LINK_INSIDE.sub(r"\1", _document(topic).read_text(encoding="utf-8")))
+    text = Document(_LINK_INSIDE.sub(r"\1", _document(topic).read_text(encoding="utf-8")))
     if page.is_terminal and sys.stdin.isatty():
         with page.pager(styles=not page.no_color):
             page.print(text)
