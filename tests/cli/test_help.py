@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from slimtune.cli.help import TOPICS
+from slimtune.language import LANGUAGES, Lang, spoken
 
 RunHere = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -43,11 +44,12 @@ def test_each_topic_is_shown_without_links_that_lead_nowhere(topic: str, run_her
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_each_topic_is_shown_whole(topic: str, language: str, run_here: RunHere) -> None:
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_topic_is_shown_whole(topic: str, language: Lang, run_here: RunHere) -> None:
     chinese = ROOT / "docs" / f"{topic}.zh-CN.md"
     document = chinese if language == "zh" and chinese.is_file() else ROOT / "docs" / f"{topic}.md"
-    shown = run_here("help", topic, "--lang", language)
+    with spoken(language):  # --lang would hold for the rest of this process
+        shown = run_here("help", topic)
     # Rich cuts what is wider than a table's column, and puts this character there.
     assert shown.stdout.count("…") == document.read_text(encoding="utf-8").count("…")
 
