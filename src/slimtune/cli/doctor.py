@@ -9,8 +9,10 @@ import shutil
 from dataclasses import asdict, dataclass
 
 import click
+from rich.cells import cell_len
 
 from slimtune.cli import coloured
+from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -38,9 +40,10 @@ def command(as_json: bool) -> None:
     else:
         for finding in findings:
             mark = coloured("ok ", fg="green") if finding.well else coloured("no ", fg="red", bold=True)
-            click.echo(f"{mark} {finding.what:<16} {finding.found}")
+            what = told(finding.what)
+            click.echo(f"{mark} {what}{' ' * (16 - cell_len(what))} {told(finding.found)}")
             if not finding.well:
-                click.echo(f"    {finding.way_out}")
+                click.echo(f"    {told(finding.way_out)}")
     if not all(finding.well for finding in findings):
         raise click.exceptions.Exit(2)
 

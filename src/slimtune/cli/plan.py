@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.cells import cell_len
 
 from slimtune.base.named import check_name
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.config import Config
+from slimtune.words import told
 
 if TYPE_CHECKING:
     from slimtune.training.forecast import Forecast, Forecaster
@@ -120,41 +122,56 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
     from slimtune.training.forecast import gib
     from slimtune.training.pace import HOST_CARDS, HOST_LINK, MEASURED
 
+    parameters = f"{forecaster.parameters / 1e6:,.1f} M"
+    loads = told(f"{gib(forecaster.base.file_bytes)} to download, {gib(forecaster.weights)} as loaded")
+    trained = told(f"{forecaster.adapter_parameters:,} parameters train")
     lines = [
-        f"model     {config.model}: {forecaster.parameters / 1e6:,.1f} M parameters, "
-        f"{gib(forecaster.base.file_bytes)} to download, {gib(forecaster.weights)} as loaded",
-        f"adapter   r={config.lora_r} on {', '.join(forecaster.targets)}: "
-        f"{forecaster.adapter_parameters:,} parameters train",
+        _line(told("model"), f"{config.model} · {told(f'{parameters} parameters')} · {loads}"),
+        _line(told("adapter"), f"r={config.lora_r} · {', '.join(forecaster.targets)} · {trained}"),
     ]
     if forecaster.unfused is not None:
-        return [
-            *lines,
-            f"engine    plain: {forecaster.unfused}",
-            "memory    the plain stack's activations come on top of the weights, and nothing plans them",
-        ]
+        unplanned = told("the plain stack's activations come on top of the weights, and nothing plans them")
+        plain = told(f"plain: {forecaster.unfused}")
+        return [*lines, _line(told("engine"), plain), _line(told("memory"), unplanned)]
     batch = f"{config.micro_batch} x {config.max_length:,}"
-    lines += [f"batch     {batch} tokens, or as many of its documents at once as there is room for", ""]
-    heads = ("card", "trains", "takes", "weights", "adapter", "activations", "workspace", "in RAM", "longest", "in RAM",
-             "a step", "this data")  # fmt: skip
+    room = told(f"{batch} tokens, or as many of its documents at once as there is room for")
+    said = [
+        told("A card's tenth is left to CUDA and to what can't be allocated in one piece."),
+        told("Longest: tokens of one document."),
+        told(f"A step and this data: as measured on one {MEASURED}."),
+        told("Other cards: by the rates that their makers publish, which is arithmetic."),
+        told("Saves and evaluations come on top."),
+    ]
+    if forecaster.cards > 1:
+        most = max((row.sum_seconds for row in rows), default=0.0)
+        said += [
+            told(f"{forecaster.config.accumulation} micro-batches of a step are shared by {forecaster.cards} GPUs."),
+            told(
+                f"To add up their gradients takes {most * 1e3:.2g} ms at most of these, in rings of {HOST_CARDS} in a "
+                f"host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic too."
+            ),
+        ]
+    return [*lines, _line(told("batch"), room), "", *_table(forecaster, rows, rehearsed), "", *said]
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label}{' ' * (10 - cell_len(label))}{text}"
+
+
+def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
+    """The cards' lines under their heads, each column as wide as its widest cell on the screen."""
+    heads = (
+        told("card"), told("trains"), told("takes"), told("weights"), told("adapter"), told("activations"),
+        told("workspace"), told("in RAM"), told("longest"), told("in RAM"), told("a step"), told("this data"),
+    )  # fmt: skip
     table = [heads, *(_cells(forecaster, row, rehearsed) for row in rows)]
     if not rehearsed:
         table = [line[:-1] for line in table]
-    shared = []
-    if forecaster.cards > 1:
-        most = max((row.sum_seconds for row in rows), default=0.0)
-        step = f"{forecaster.config.accumulation} micro-batches of a step are shared by {forecaster.cards} GPUs"
-        shared = [
-            f"{step}; to add up their gradients takes {most * 1e3:.2g} ms at most of these,",
-            f"in rings of {HOST_CARDS} in a host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic, too.",
-        ]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    widths = [max(cell_len(line[column]) for line in table) for column in range(len(table[0]))]
     return [
-        *lines, "",
-        "A card's tenth is left to CUDA and to what can't be allocated in one piece; longest: tokens of one document.",
-        f"A step and this data: as measured on one {MEASURED}; on other cards by the rates that their makers publish,",
-        "which is arithmetic. Saves and evaluations come on top.", *shared,
-    ]  # fmt: skip
+        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
 
 
 def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> tuple[str, ...]:
@@ -167,4 +184,13 @@ def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> 
     seconds = row.step_seconds if row.trains else 0.0
     whole = _run_seconds(forecaster, row, rehearsed) if row.trains else 0.0
     times = (f"{seconds:.2g} s" if seconds else "-", time_left(whole) if whole else "-")
-    return row.card, "yes" if row.trains else "no", gib(row.nbytes), *parts, ram, longest, longest_ram, *times
+    return (
+        row.card,
+        told("yes") if row.trains else told("no"),
+        gib(row.nbytes),
+        *parts,
+        ram,
+        longest,
+        longest_ram,
+        *times,
+    )
