@@ -21,7 +21,7 @@ from tests.campaigns import campaign
 from tests.campaigns.campaign import Process
 from tests.campaigns.mutations import mutate
 
-COUNT = int(os.environ.get("FOLDERS_CAMPAIGN", "24"))
+COUNT = int(os.environ.get("FOLDERS_CAMPAIGN", "12"))
 SEED = int(os.environ.get("FOLDERS_SEED", "16"))
 TRIALS = [int(number) for number in os.environ.get("FOLDERS_TRIALS", "").split(",") if number] or list(range(COUNT))
 ROOM = 12 << 30

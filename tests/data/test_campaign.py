@@ -28,7 +28,7 @@ from slimtune.config import Config
 from slimtune.data.preflight import Proof, examine
 from slimtune.errors import UserError
 
-COUNT = int(os.environ.get("DATA_CAMPAIGN", "120"))
+COUNT = int(os.environ.get("DATA_CAMPAIGN", "60"))
 many = settings(
     max_examples=COUNT,
     deadline=None,
