@@ -2,7 +2,8 @@
 
 The steps are those of other benchmarks on one H200 (their files beside each), the forecasts made without a card, from a
 config and a file of a header alone. ``--fit`` prints the five rates that suit them best, for
-``src/slimtune/training/pace.py``: least squares of the relative errors.
+``src/slimtune/training/pace.py``: least squares of the relative errors; and how far each step is off by rates that were
+fitted to the others alone.
 """
 
 from __future__ import annotations
@@ -101,24 +102,36 @@ def seconds(point: Point, forecaster: Forecaster) -> float:
     return forecaster.forecast(CARDS[pace.MEASURED], int((point.memory or 120) * 2**30)).step_seconds
 
 
-def fitted(points: tuple[Point, ...], folder: Path) -> dict[str, float]:
-    """The rates. A forecast is a sum of five terms: each is told alone, its factor 1 and the others' 0."""
+def terms(points: tuple[Point, ...], folder: Path) -> torch.Tensor:
+    """[points, rates]: the terms that each forecast is a sum of, over what was measured; told one by one, its factor 1
+    and the others' 0."""
     before = {name: getattr(pace, name) for name in RATES}
     forecasters = [forecaster_of(point, folder / str(number)) for number, point in enumerate(points)]
-    terms = torch.empty(len(points), len(RATES), dtype=torch.float64)
+    found = torch.empty(len(points), len(RATES), dtype=torch.float64)
     try:
         for column, name in enumerate(RATES):
             for other in RATES:
                 setattr(pace, other, 1.0 if other == name else 0.0 if other in FACTORS else float("inf"))
             for row, (point, forecaster) in enumerate(zip(points, forecasters, strict=True)):
-                terms[row, column] = seconds(point, forecaster) / point.milliseconds * 1e3
+                found[row, column] = seconds(point, forecaster) / point.milliseconds * 1e3
     finally:
         for name, value in before.items():
             setattr(pace, name, value)
-    scale = terms.amax(0)
-    ones = torch.ones(len(points), 1, dtype=torch.float64)
-    found = (torch.linalg.lstsq(terms / scale, ones).solution[:, 0] / scale).tolist()
-    return {name: value if name in FACTORS else 1 / value for name, value in zip(RATES, found, strict=True)}
+    return found
+
+
+def fitted(found: torch.Tensor) -> torch.Tensor:
+    """What each term is to be multiplied with."""
+    scale = found.amax(0)
+    ones = torch.ones(len(found), 1, dtype=torch.float64)
+    return torch.linalg.lstsq(found / scale, ones).solution[:, 0] / scale
+
+
+def left_out(found: torch.Tensor) -> list[float]:
+    """The error of each step by rates that were fitted to the others alone."""
+    numbers = range(len(found))
+    others = [torch.tensor([other != number for other in numbers]) for number in numbers]
+    return [float(found[number] @ fitted(found[kept])) - 1 for number, kept in zip(numbers, others, strict=True)]
 
 
 def main() -> None:
@@ -129,7 +142,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         if options.fit:
-            print(json.dumps(fitted(POINTS, Path(scratch) / "fit")))
+            found = terms(POINTS, Path(scratch) / "fit")
+            rates = zip(RATES, fitted(found).tolist(), strict=True)
+            print(json.dumps({name: value if name in FACTORS else 1 / value for name, value in rates}))
+            errors = left_out(found)
+            print(json.dumps({"left_out": [round(error, 4) for error in errors]}))
+            print(f"worst of steps left out of the fit {max(map(abs, errors)):.1%}")
         for number, point in enumerate(POINTS):
             forecast_ms = 1e3 * seconds(point, forecaster_of(point, Path(scratch) / str(number)))
             case = f"{point.rows} x {point.length}, r={point.r}" + (f" within {point.memory}" if point.memory else "")

@@ -112,7 +112,7 @@ def test_the_flags_that_are_needed_most_stand_first_and_none_is_missing() -> Non
         "After training", "Other",
     ]  # fmt: skip
     most = shown.split("Needed most:")[1].split("What:")[0]
-    assert len(re.findall(r"^  -", most, flags=re.M)) == 11
+    assert len(re.findall(r"^  -", most, flags=re.M)) == 10
     asked = {name for name in Config.model_fields if name not in ("model", "data", "start_from")}
     assert all(len(re.findall(rf"(^|[ ,])--{name.replace('_', '-')}[ \n]", shown, flags=re.M)) for name in asked)
     assert "May change" in slimtune("resume", "--help").stdout

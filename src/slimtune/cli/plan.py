@@ -138,7 +138,7 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
     said = [
         told("A card's tenth is left to CUDA and to what can't be allocated in one piece."),
         told("Longest: tokens of one document."),
-        told(f"A step and this data: as measured on one {MEASURED}."),
+        told(f"A step and this data: by rates fitted to steps of one {MEASURED}."),
         told("Other cards: by the rates that their makers publish, which is arithmetic."),
         told("Saves and evaluations come on top."),
     ]

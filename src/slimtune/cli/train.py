@@ -28,8 +28,8 @@ from slimtune.training.stop import StopSignals
 __all__ = ["command"]
 
 NEEDED_MOST = (
-    "output", "epochs", "max_steps", "learning_rate", "lora_r", "targets", "max_length", "micro_batch", "eval",
-    "gpus", "config_file",
+    "output", "epochs", "learning_rate", "lora_r", "targets", "max_length", "micro_batch", "eval", "gpus",
+    "config_file",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """How long a step takes on a card before one was made there: its work over rates, and what the memory plan adds.
 
 Five rates, fitted at once to twenty steps that were measured on one H200, of seven families, with and without a budget
-of memory (``benchmarks/pace.py`` has them, and how near each comes). Another card's are these by the ratio of what its
-maker publishes: arithmetic, and called so.
+of memory (``benchmarks/pace.py`` has them, how near each comes, and how near by rates of the others). Another card's
+are these by the ratio of what its maker publishes: arithmetic, and called so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["MEASURED", "Step", "sum_seconds"]
 MEASURED = "H200"
 """The card of the rates. What is told of others is arithmetic."""
 _PRODUCTS = 563e12  # operations a second of frozen weights' products
-_IN_FP8 = 900e12  # and of those in FP8, with all that they need beside them
+_IN_FP8 = 900e12  # and of those in FP8; set by hand after one call, not fitted
 _ATTENTION = 542e12  # and of attention's
 _PASSES = 1.07e12  # bytes a second of what a layer can keep, for all that is done to it beside products
 _ADDED = 0.895  # of what the plan's own cost model says that it adds
