@@ -64,7 +64,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, hidden: int = 64, *, layers: int = 2, tied: bool = True) -> Path:
+def make_model(folder: Path, hidden: int = 64, *, layers: int = 2, tied: bool = True, seed: int = 0) -> Path:
     """A random Llama over bytes, so that a run starts, trains and is compared in a second or two."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -81,7 +81,7 @@ def make_model(folder: Path, hidden: int = 64, *, layers: int = 2, tied: bool = 
         additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     architecture = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=tokenizer.pad_token_id,

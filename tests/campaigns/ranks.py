@@ -50,6 +50,62 @@ def noting(rank: int, count: int, port: int, file: str) -> None:
     FusedTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
 
 
+def at_last(rank: int, count: int, port: int, fault: str, values: dict[str, Any], folder: str = ".") -> None:
+    """As :func:`as_rank`, in ``folder``; the last rank's process has a fault of :mod:`tests.campaigns.faults` or of
+    this module."""
+    from tests.campaigns import faults
+
+    as_rank(rank, count, port)
+    os.chdir(folder)
+    if rank == count - 1:
+        (globals().get(fault) or getattr(faults, fault))(**values)
+
+
+def spoil(where: str, step: int) -> None:
+    """In one step, before the ranks come together, a NaN in this one's loss or gradient; or a bit of its adapter."""
+    from slimtune.training.ranked import RankedTrainer
+
+    original = RankedTrainer._come_together
+
+    def come_together(self: RankedTrainer) -> None:
+        if self.state.global_step + 1 == step:
+            parameter = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            if where == "loss":
+                self._step_losses[0] = self._step_losses[0] * float("nan")
+            elif where == "gradient":
+                parameter.grad.view(-1)[0] = float("nan")
+            else:
+                parameter.data.view(-1)[0].mul_(-1.0)
+        original(self)
+
+    RankedTrainer._come_together = come_together  # type: ignore[method-assign]
+
+
+def unlike(what: str, **values: Any) -> None:
+    """This process's host is another: its card, its versions, the files that it has under the same names, or its
+    card's free memory."""
+    import dataclasses
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from slimtune import recipes
+
+    detect, library_versions = recipes.detect, recipes.library_versions
+
+    def without_room(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if what == "card":
+        recipes.detect = lambda: dataclasses.replace(detect(), name="another card", memory_bytes=24 << 30)
+    elif what == "versions":
+        recipes.library_versions = lambda: library_versions() | {"peft": "0.21.1"}
+    elif what == "files":
+        os.chdir(values["folder"])
+    else:
+        PreTrainedModel.from_pretrained = without_room
+
+
 class Ranks:
     """``count`` processes of one command."""
 

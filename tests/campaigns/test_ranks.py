@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -112,6 +113,35 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     assert campaign.adapter_sha256(run) == campaign.adapter_sha256(alone("fused"))
 
 
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_what_happens_to_one_rank_is_everyones(engine: str, train: Command, tmp_path: Path) -> None:
+    """A NaN, a bit that turned, memory that ran out: all ranks end with one code and one message, or all go on."""
+    nan, turned, little = ({"where": "gradient", "step": 3}, {"where": "parameter", "step": 3}, {"step": 3})
+    stops = {
+        "gradient": ("spoil", nan, [], "is nan in step 3 on rank 1", 2),
+        "loss": ("spoil", nan | {"where": "loss"}, [], "loss is nan in step 3 on rank 1", 2),
+        "parameter": ("spoil", turned, [], "the adapter of rank 1 isn't rank 0's before step 3", 2),
+        "memory": ("refuse_large", little | {"tokens": 0}, [], "rank 1: out of memory in step 3 even with one", 2),
+        "skipped": ("spoil", nan, ["--on-nonfinite", "skip"], "is nan in step 3 on rank 1: batch skipped", None),
+        "pieces": ("refuse_large", little | {"tokens": 100}, [], "rank 1 ran out of memory: micro-batches now", None),
+    }
+    for name in stops if campaign.FULL else ("gradient", "memory", "pieces"):
+        fault, values, more, what, last = stops[name]
+        run = tmp_path / name
+        ranks = Ranks(
+            2, train(run, *TWO, *more, "--save-steps", "100", "--engine", engine), run.with_suffix(".log"), "at_last",
+            fault=fault, values=values,
+        )  # fmt: skip
+        code = 0 if last is None else 3
+        assert ranks.wait(60) == [code, code], f"{name}:\n{ranks.output()}"
+        first, other = (process.output() for process in ranks.processes)
+        assert what in first, f"{name}:\n{first}"
+        assert first.count(what) == 1, first
+        assert "step 3" not in other, f"{name}: the other rank has nothing to say\n{other}"
+        steps = campaign.trajectory(run)
+        assert max(steps) == (last or max(steps)), f"{name}: a step of it was applied"
+
+
 def test_ranks_that_arent_alike_are_refused_by_name(train: Command, parts: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = train(run, *TWO)
@@ -119,3 +149,33 @@ def test_ranks_that_arent_alike_are_refused_by_name(train: Command, parts: tuple
     assert ranks.wait(60) == [2, 2], ranks.output()
     assert "rank 1 has another lora_r: 4; rank 0 has 8" in ranks.processes[0].output()
     assert not run.exists()
+
+
+def test_hosts_that_arent_alike_are_refused_by_rank(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is one line at rank 0, and nothing at the other; each rank has its own files under the same names."""
+    here, odd_base, odd_data = (tmp_path / name for name in ("here", "odd-base", "odd-data"))
+    for folder in (here, odd_base, odd_data):
+        shutil.copytree(parts[0], folder / "model")
+        shutil.copy(parts[1], folder / "rows.jsonl")
+    campaign.make_model(odd_base / "model", seed=1)
+    campaign.make_rows(odd_data / "rows.jsonl", 35)
+    odd = {
+        "rank 1 has another device: another card (24 GiB); rank 0 has": {"what": "card"},
+        "rank 1 has another peft: 0.21.1; rank 0 has": {"what": "versions"},
+        "rank 1 has another base weights: ": {"what": "files", "folder": str(odd_base)},
+        "rank 1 has another data rows.jsonl: ": {"what": "files", "folder": str(odd_data)},
+        "rank 1: model does not fit this GPU's memory": {"what": "room"},
+    }
+    for number, (line, values) in enumerate(odd.items()):
+        if not campaign.FULL and number in (0, 2):
+            continue
+        run = tmp_path / f"run{number}"
+        arguments = ["train", "model", "rows.jsonl", "-o", str(run), *campaign.OPTIONS, *TWO]
+        ranks = Ranks(
+            2, arguments, run.with_suffix(".log"), "at_last", folder=str(here), fault="unlike", values=values
+        )  # fmt: skip
+        assert ranks.wait(60) == [2, 2], ranks.output()
+        first, other = (process.output() for process in ranks.processes)
+        assert f"error: {line}" in first, first
+        assert "error" not in other, other
+        assert not run.exists()

@@ -99,7 +99,7 @@ class Ranks:
         """See that all ranks have the same.
 
         Args:
-            what: Plain data by what it is called.
+            what: Plain data by what it is called; the first that differs is named.
             rule: Why it must be.
 
         Raises:
@@ -107,7 +107,7 @@ class Ranks:
         """
         told = self.told(dict(what))
         for rank, other in enumerate(told):
-            for name in sorted(told[0].keys() | other.keys(), key=str):
+            for name in told[0] | other:
                 mine, its = told[0].get(name, "none"), other.get(name, "none")
                 if mine != its:
                     raise UserError(f"rank {rank} has another {name}: {its}; rank 0 has {mine}", rule=rule)

@@ -51,10 +51,11 @@ class Identity:
         return cls(**json.loads(data))
 
     def in_words(self) -> dict[str, str]:
-        """Each part by what it is called; but for the config's free keys, which no number follows from."""
-        parts = [("config", self.config), ("data", self.data), ("version of", self.versions)]
-        named = {f"{kind} {key}": value for kind, values in parts for key, value in values.items()}
-        named |= {called: getattr(self, name) for name, called in _HOW_TO_NAME.items()}
+        """Each part by what it is called, the config last, of which some follows from the others; but for its free
+        keys, which no number follows from."""
+        parts = [("version of", self.versions), ("data", self.data), ("config", self.config)]
+        named = {called: getattr(self, name) for name, called in _HOW_TO_NAME.items()}
+        named |= {f"{kind} {key}": value for kind, values in parts for key, value in values.items()}
         free = {f"config {key}" for key in FREE_KEYS}
         return {name: _short(value) for name, value in named.items() if name not in free}
 

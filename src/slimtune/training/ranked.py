@@ -22,8 +22,8 @@ __all__ = ["RankedTrainer"]
 
 _BITS = 2**52 - 1
 """What float64 holds of an integer, exactly."""
-_FACTS = 4
-"""Numbers that a rank tells beside its losses: the adapter's sum, stop, pieces, given up."""
+_FACTS = 5
+"""Numbers that a rank tells beside its losses: the adapter's sum, unsound, stop, pieces, given up."""
 
 
 class RankedTrainer(Trainer):
@@ -42,6 +42,8 @@ class RankedTrainer(Trainer):
     _step_logs: dict[str, Any]
     _tr_loss: Tensor
     _given_up: GuardStop | None = None
+    unsound: tuple[int, ...] = ()
+    """Of several ranks those whose own part of this step's gradient, or of its loss, is no number."""
     stop_agreed: str | None = None
     """What asked for a stop, once all ranks have heard of it."""
 
@@ -71,7 +73,8 @@ class RankedTrainer(Trainer):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         flat = None if self.engine is None else self.engine.flat
         weights = torch.cat([each.detach().reshape(-1) for each in trained]) if flat is None else flat.data
-        mine = self._to_tell(weights)
+        parts = [each.grad for each in trained if each.grad is not None] if flat is None else [flat.grad]
+        mine = self._to_tell(weights, parts)
         if flat is None:
             self._sum_gradients(trained)
         else:
@@ -81,16 +84,18 @@ class RankedTrainer(Trainer):
         self._tr_loss.copy_(self._step_logs["loss"] + torch.stack(self._step_losses).sum())
         self._take_in([[int(number) for number in row] for row in told[:, -_FACTS:].tolist()])
 
-    def _to_tell(self, weights: Tensor) -> Tensor:
-        """float64 [own micro-batches + 4]."""
+    def _to_tell(self, weights: Tensor, gradient: list[Tensor]) -> Tensor:
+        """float64 [own micro-batches + 5]."""
         told = torch.zeros(self.share.own + _FACTS, dtype=torch.float64, device=weights.device)
         if self._step_losses:
             told[: len(self._step_losses)] = torch.stack([loss.detach() for loss in self._step_losses])
         bits = weights.view(torch.int64 if weights.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
         told[self.share.own] = bits & _BITS
+        sums = [told[: self.share.own].sum(), *(part.sum() for part in gradient)]
+        told[self.share.own + 1] = ~torch.stack([each.double() for each in sums]).isfinite().all()
         asked = self.safety.signals.requested is not None or self.safety.stop_file()
         facts = torch.tensor([asked, self.progress.pieces, self._given_up is not None], dtype=torch.float64)
-        told[self.share.own + 1 :] = facts.to(weights.device, non_blocking=True)
+        told[self.share.own + 2 :] = facts.to(weights.device, non_blocking=True)
         return told
 
     def _sum_gradients(self, trained: list[nn.Parameter]) -> None:
@@ -109,11 +114,13 @@ class RankedTrainer(Trainer):
             GuardStop: A rank gave up, or its adapter isn't the others'.
         """
         step = self.state.global_step + 1
-        if any(given_up for _, _, _, given_up in told):
-            reasons = self.ranks.told("" if self._given_up is None else self._given_up.what)
-            rank, what = next((rank, what) for rank, what in enumerate(reasons) if what)
-            raise self._given_up or GuardStop(f"rank {rank}: {what}", rule="Nothing of this step was applied.")
-        for rank, (bits, asked, pieces, _) in enumerate(told):
+        if any(given_up for *_, given_up in told):
+            stop = self._given_up
+            reasons = self.ranks.told(None if stop is None else (stop.what, stop.rule, stop.way_out))
+            rank, (what, rule, way_out) = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+            raise stop or GuardStop(f"rank {rank}: {what}", rule=rule, way_out=way_out)
+        self.unsound = tuple(rank for rank, (_, unsound, *_) in enumerate(told) if unsound)
+        for rank, (bits, _, asked, pieces, _) in enumerate(told):
             if bits != told[0][0]:
                 raise GuardStop(
                     f"the adapter of rank {rank} isn't rank 0's before step {step}",

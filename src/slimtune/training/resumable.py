@@ -442,15 +442,15 @@ class ResumableTrainer(RankedTrainer):
         if scaler is not None and bad.where == "gradient" and scaler.get_scale() > 1.0:
             return  # with fp16, an overflow first means that the loss scale is too high; the scaler skips and lowers it
         step, rows = self.state.global_step + 1, self._rows_of_step()
-        config = self.safety.config
+        config, what = self.safety.config, f"{bad} in step {step}{self._whose()}"
         if bad.applied or config.on_nonfinite == "stop":
-            raise self._stop_by_guard(f"{bad} in step {step}", [] if bad.applied else rows)
+            raise self._stop_by_guard(what, [] if bad.applied else rows)
         self.progress.skipped += 1
         found = {"where": bad.where, "name": bad.name, "value": str(bad.value), "rows": rows}
         self.safety.record({"event": "skipped", "step": step, **found})
         if self.progress.skipped > config.max_skipped:
-            raise self._stop_by_guard(f"{bad} in step {step}, after {config.max_skipped} skipped batches", rows)
-        self.safety.warn(f"{bad} in step {step}: batch skipped ({self.progress.skipped} so far); rows {_some(rows)}")
+            raise self._stop_by_guard(f"{what}, after {config.max_skipped} skipped batches", rows)
+        self.safety.warn(f"{what}: batch skipped ({self.progress.skipped} so far); rows {_some(rows)}")
         # Accelerate's optimizer does nothing while gradients are being accumulated.
         self._cancelled = True
         self.accelerator.gradient_state._set_sync_gradients(False)
@@ -473,10 +473,17 @@ class ResumableTrainer(RankedTrainer):
             self.safety.warn(f"no gradient in {counted(step, 'step')}: {named(told)}")
 
     def _rows_of_step(self) -> list[str]:
-        """The rows of the micro-batch whose loss is no number, or of the whole step's."""
+        """The rows of the micro-batch whose loss is no number, or of the whole step's; of several ranks, those of the
+        rank whose gradient isn't."""
         bad = [place for place, loss in enumerate(self._step_losses) if not bool(torch.isfinite(loss).all())]
+        bad = bad or [place for place in range(len(self._step_losses)) if place // self.share.own in self.unsound]
         first = self._position()
         return [row for place in bad or range(len(self._step_losses)) for row in self.safety.rows(first + place)]
+
+    def _whose(self) -> str:
+        """`` on rank 1``, where several train."""
+        ranks = " and ".join(map(str, self.unsound))
+        return f" on rank{'s' * (len(self.unsound) > 1)} {ranks}" if ranks else ""
 
     def _stop_by_guard(self, what: str, rows: list[str], way_out: str = "") -> GuardStop:
         newest, resume = self.safety.checkpoints.last_good, self.safety.signals.resume
