@@ -6,18 +6,22 @@ on from is read by rank 0 and given to the others, which may be on hosts that do
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from slimtune.config import Config
 from slimtune.ranks.group import Ranks
 from slimtune.run.folder import RunFolder
-from slimtune.run.lock import lock_run
+from slimtune.run.lock import LOCK, is_locked, is_run_lock, lock_run
 from slimtune.run.replaced import check_adapter
 
 __all__ = ["new_folder", "old_folder"]
+
+_PREFIX = "slimtune-rank"
 
 
 @contextmanager
@@ -55,6 +59,15 @@ def old_folder(ranks: Ranks, path: Path) -> Iterator[RunFolder]:
 
 @contextmanager
 def _beside(ranks: Ranks) -> Iterator[RunFolder]:
-    with TemporaryDirectory(prefix=f"slimtune-rank{ranks.rank}-") as folder:
-        run = RunFolder(Path(folder))
-        yield run
+    _clear_up()
+    with TemporaryDirectory(prefix=f"{_PREFIX}{ranks.rank}-") as folder, lock_run(Path(folder)):
+        yield RunFolder(Path(folder))
+
+
+def _clear_up() -> None:
+    """Remove what ranks that were killed have left: this user's folders whose lock nobody holds any more."""
+    for folder in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(FileNotFoundError):  # another rank clears up too
+            left = not folder.is_symlink() and folder.lstat().st_uid == os.geteuid()
+            if left and is_run_lock(folder / LOCK) and not is_locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
