@@ -12,13 +12,23 @@ from pathlib import Path
 import click
 
 SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
-ERRORS = {"UserError", "GuardStop", "StopRequested", "SlimtuneError"}
+ERRORS = {"UserError", "GuardStop", "StopRequested", "SlimtuneError", "CannotFuse", "_stop_by_guard", "_unfit"}
 _ARGUMENTS = ("rule", "way_out")
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+_Scope = dict[str, list[ast.expr]]
+"""What names stand for: what they are assigned, and what functions of the file return."""
 
 
-def texts(node: ast.expr) -> list[str]:
+def texts(node: ast.expr, scope: _Scope | None = None) -> list[str]:
     """The texts that an expression may be, with {} for what isn't known; none where all of it isn't."""
     match node:
+        case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)) if scope and name in scope:
+            rest = {known: values for known, values in scope.items() if known != name}
+            return [text for value in scope[name] for text in texts(value, rest)]
+        case ast.Call(func=ast.Attribute(value=inner, attr="strip")):
+            return [text.strip() for text in texts(inner, scope)]
+        case ast.BoolOp(values=values):
+            return [text for value in values for text in texts(value, scope)]
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr():
@@ -28,9 +38,9 @@ def texts(node: ast.expr) -> list[str]:
             )
             return [made.replace("{}{}", "{}")]
         case ast.IfExp():
-            return [*texts(node.body), *texts(node.orelse)]
+            return [*texts(node.body, scope), *texts(node.orelse, scope)]
         case ast.BinOp(op=ast.Add()):
-            sides = [texts(node.left) or ["{}"], texts(node.right) or ["{}"]]
+            sides = [texts(side, scope) or ["{}"] for side in (node.left, node.right)]
             return [(left + right).replace("{}{}", "{}") for left in sides[0] for right in sides[1]]
     return []
 
@@ -47,6 +57,36 @@ def everything() -> set[str]:
             for text in texts(node)}  # fmt: skip
 
 
+def _scope(around: ast.AST) -> _Scope:
+    """What names stand for right in a module or a function."""
+    found: _Scope = {}
+    body = [node for part in ast.iter_child_nodes(around) for node in _of_it(part)]
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                pairs = (
+                    zip(target.elts, node.value.elts, strict=True)
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                    else [(target, node.value)]
+                )
+                for each, value in pairs:
+                    if isinstance(each, ast.Name):
+                        found.setdefault(each.id, []).append(value)
+        elif isinstance(node, _FUNCTION):
+            found[node.name] = [
+                each.value for part in node.body for each in _of_it(part) if isinstance(each, ast.Return) and each.value
+            ]
+    return found
+
+
+def _of_it(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and what is in it, but not what is in its functions and classes."""
+    yield node
+    if not isinstance(node, _FUNCTION | ast.ClassDef | ast.Lambda):
+        for part in ast.iter_child_nodes(node):
+            yield from _of_it(part)
+
+
 def _calls() -> Iterator[tuple[Path, ast.Call, str]]:
     for file, tree in trees().items():
         for node in ast.walk(tree):
@@ -58,10 +98,17 @@ def _calls() -> Iterator[tuple[Path, ast.Call, str]]:
 def of_errors() -> dict[str, Path]:
     """What errors say, and the file."""
     found: dict[str, Path] = {}
-    for file, call, name in _calls():
-        if name in ERRORS:
-            given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
-            found |= {text: file for each in given for text in texts(each)}
+    for file, tree in trees().items():
+        functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION)]
+        for function in functions:
+            scope = _scope(tree) | _scope(function)
+            for call in ast.walk(function):
+                name = ""
+                if isinstance(call, ast.Call):
+                    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+                if isinstance(call, ast.Call) and name in ERRORS:
+                    given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
+                    found |= {text: file for each in given for text in texts(each, scope)}
     return {text: file for text, file in found.items() if any(map(str.isalpha, text.replace("{}", "")))}
 
 

@@ -24,6 +24,9 @@ _JOINTS = {"; ": "；", ", ": "，", " · ": " · "}
 """What stands between the parts of a line, and what stands there in Chinese."""
 _SHORT = {16: " ", 30: ". "}
 """A text shorter than this tells little, so it names nothing that holds that: no words, no sentences."""
+_BEGINS = 7
+"""A text that begins with so many letters of its own may name words, however short: "Go on: {}"."""
+_SENTENCES = re.compile(r"(?<=\.) (?=[A-Z{])")
 PART = "part"
 """The context of what is a part of other texts: a short word that may be somebody's file or folder too."""
 
@@ -69,7 +72,8 @@ class Catalogue(gettext.NullTranslations):
 
     def told(self, text: str, *, part: bool = False) -> str | None:
         """The translation of ``text``; None if there is none. ``part``: it stands in another text."""
-        exact = self.parts.get(text) or (None if part else self.whole.get(text))
+        is_sentence = text.endswith(".") and " " in text
+        exact = self.parts.get(text) or (self.whole.get(text) if is_sentence or not part else None)
         if exact is not None:
             return exact
         for joint, in_its_place in _JOINTS.items():
@@ -80,10 +84,17 @@ class Catalogue(gettext.NullTranslations):
                     return in_its_place.join(map(str, made))
         for (name, translation), longest in zip(self._patterns, self._longest, strict=True):
             if longest in text and (found := _pattern(name).fullmatch(text)) is not None:
-                if any(mark in group for most, mark in _SHORT.items() if len(name) < most for group in found.groups()):
+                if any(mark in group for mark in _barred(name) for group in found.groups()):
                     continue
                 return translation.format(*(self.told(group, part=True) or group for group in found.groups()))
-        return None
+        sentences = _SENTENCES.split(text)
+        told_one_by_one = [self.told(sentence, part=part) for sentence in sentences] if len(sentences) > 1 else [None]
+        return None if None in told_one_by_one else "".join(map(str, told_one_by_one))
+
+
+def _barred(name: str) -> list[str]:
+    """What isn't in anything that a text of the catalogue names."""
+    return [mark for most, mark in _SHORT.items() if len(name) < most and (mark != " " or name.find("{}") < _BEGINS)]
 
 
 def _plain(text: str) -> str:

@@ -80,7 +80,7 @@ def test_an_image_text_base_is_loaded_as_the_class_that_its_config_names(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (T5Config(), r"^here is a sequence-to-sequence model \(t5\)"),
+        (T5Config(), r"^here can't be trained: it is a sequence-to-sequence model \(t5\)"),
         (WhisperConfig(), "a sequence-to-sequence model"),
         (BertConfig(), "an encoder"),
         (Wav2Vec2Config(), "no class that continues text"),

@@ -158,7 +158,7 @@ def test_refuses_with_a_reason() -> None:
     reward = get_peft_model(
         Qwen2ForSequenceClassification(models.family_config("qwen2")), LoraConfig(task_type="SEQ_CLS")
     )
-    with pytest.raises(CannotFuse, match="Qwen2ForSequenceClassification has no head over a vocabulary"):
+    with pytest.raises(CannotFuse, match="no Qwen2ForSequenceClassification with no head over a vocabulary"):
         fuse(reward)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(CannotFuse, match="models of type gpt2"):

@@ -32,7 +32,7 @@ def test_held_out_units_are_each_one_ranks() -> None:
 def test_what_cant_be_shared_evenly_is_refused_with_the_nearest() -> None:
     assert [accumulation_for(2, count) for count in (1, 2, 3, 8)] == [2, 2, 3, 8]
     check_even(6, 3)
-    with pytest.raises(UserError, match="Give --gradient-accumulation 3 or 6, or take 2 ranks"):
+    with pytest.raises(UserError, match="Give --gradient-accumulation 3 or 6, or take fewer ranks: 2"):
         check_even(4, 3)
-    with pytest.raises(UserError, match="Give --gradient-accumulation 4, or take 1 rank"):
+    with pytest.raises(UserError, match="Give --gradient-accumulation 4, or take fewer ranks: 1"):
         check_even(1, 4)

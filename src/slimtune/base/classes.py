@@ -50,7 +50,7 @@ def language_class(config: PreTrainedConfig, source: str) -> Any:
     if "AutoModelForImageTextToText" in automatic:
         return AutoModelForImageTextToText
     if kind := _other_kind(config):
-        raise UserError(f"{source} is {kind}", rule=_NEEDED, way_out="Take a chat model.")
+        raise UserError(f"{source} can't be trained: it is {kind}", rule=_NEEDED, way_out="Take a chat model.")
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM

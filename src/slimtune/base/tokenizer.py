@@ -203,8 +203,7 @@ def _check_packages(folder: Path) -> None:
     missing = [package for module, package in needs.items() if not _installed(module)]
     if missing:
         raise UserError(
-            f"the tokenizer in {folder} is {file.name} alone, and {' and '.join(missing)} "
-            f"{'are' if len(missing) > 1 else 'is'} not installed",
+            f"the tokenizer in {folder} is {file.name} alone, and what reads it isn't installed: {', '.join(missing)}",
             rule=f"It is a {'SentencePiece' if spm else 'tiktoken'} vocabulary, which Transformers converts by "
             f"{' and '.join(needs.values())}.",
             way_out=f"pip install {' '.join(missing)}, or add the model's tokenizer.json to the folder.",

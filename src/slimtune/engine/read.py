@@ -153,10 +153,12 @@ def _describe(inner: Any, *, frozen: bool) -> Decoder:
     around = ((path, part) for path, part in backbone.named_modules() if not path.startswith("layers."))
     own = altered(around, backbone)
     if own is not None:
-        raise CannotFuse(f"{own}, in {name}", rule="The fused engine computes what Transformers' classes do.")
+        raise CannotFuse(
+            f"{own}, which is part of {name}", rule="The fused engine computes what Transformers' classes do."
+        )
     for what, is_so in _foreign(inner, backbone, form).items():
         if is_so:
-            raise CannotFuse(f"{name} has {what}", rule="The fused engine computes no such model.")
+            raise CannotFuse(f"the engine computes no {name} with {what}")
     if not is_own(backbone.norm, backbone):
         raise CannotFuse(f"{name} has a {type(backbone.norm).__name__} for its norm")
     layers: list[Layer | None] = []

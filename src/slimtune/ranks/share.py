@@ -72,5 +72,5 @@ def check_even(accumulation: int, count: int) -> None:
     raise UserError(
         f"gradient_accumulation {accumulation} can't be shared evenly by {count} ranks",
         rule="It counts the micro-batches of a step over all ranks, and each rank takes as many.",
-        way_out=f"Give --gradient-accumulation {nearest}, or take {fewer} rank{'s' if fewer > 1 else ''}.",
+        way_out=f"Give --gradient-accumulation {nearest}, or take fewer ranks: {fewer}.",
     )

@@ -32,7 +32,10 @@ def check_installed(verb: str, *libraries: str) -> None:
         UserError: One of them isn't there.
     """
     if missing := [name for name in libraries if find_spec(name) is None]:
-        raise UserError(f"{verb} needs {', '.join(missing)}", way_out="Install them: pip install 'slimtune[serve]'")
+        raise UserError(
+            f"{verb} needs what isn't installed: {', '.join(missing)}",
+            way_out="Install them: pip install 'slimtune[serve]'",
+        )
 
 
 def check_uvicorn() -> None:

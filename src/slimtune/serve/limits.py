@@ -43,7 +43,7 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (0 if field.name == "waiting" else 1) <= value < math.inf:
-                raise UserError(f"{field.name.replace('_', ' ')} can't be {value}", rule="It is a positive number.")
+                raise UserError(f"the limit {field.name} can't be {value}", rule="It is a positive number.")
 
 
 class Gate:

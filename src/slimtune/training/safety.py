@@ -122,19 +122,19 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
         StopRequested: A signal came, whatever a library made of it.
     """
     done = "All steps are done and saved in the last checkpoint."
-    goes_on = f"slimtune resume {shlex.quote(str(run.path))}"
+    then = f"Then: slimtune resume {shlex.quote(str(run.path))}"
     try:
         yield
     except UserError as error:
         signals.check()
-        way_out = f"{error.way_out} Then: {goes_on}".strip()
+        way_out = f"{error.way_out} {then}".strip()
         raise UserError(error.what, rule=f"{error.rule} {done}".strip(), way_out=way_out) from error
     except torch.OutOfMemoryError as error:
         signals.check()
         raise GuardStop(
             f"no memory is left on the GPU to read the adapter back into a fresh base: {str(error).splitlines()[0]}",
             rule=f"{done} The adapter is not yet proven.",
-            way_out=f"Free the GPU of other programs, then: {goes_on}",
+            way_out=f"Free the GPU of other programs. {then}",
         ) from error
     except Exception as error:
         signals.check()
@@ -142,7 +142,7 @@ def results_written(run: RunFolder, signals: StopSignals) -> Iterator[None]:
         if refused is None:
             raise
         what = f"the results can't be written: {refused.what}"
-        raise GuardStop(what, rule=done, way_out=f"{refused.way_out} Then: {goes_on}") from error
+        raise GuardStop(what, rule=done, way_out=f"{refused.way_out} {then}") from error
 
 
 def _refused(error: Exception) -> UserError | None:

@@ -93,7 +93,7 @@ class ChatSession:
         if used >= context:
             raise UserError(
                 f"the conversation has {used} tokens",
-                rule=f"{self.opened.found.name} takes {context}.",
+                rule=f"The context of {self.opened.found.name} holds {context}.",
                 way_out="/reset starts anew.",
             )
         return min(self.sampling.max_new_tokens, context - used)

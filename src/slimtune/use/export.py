@@ -231,4 +231,6 @@ def _quantize(weights: MergedWeights, tokenizer: Any, file: Path, name: str, end
     done = subprocess.run([_QUANTIZER, str(whole), str(file), "Q4_K_M"], capture_output=True, text=True, check=False)
     whole.unlink()
     if done.returncode or not file.is_file():
-        raise UserError(f"{_QUANTIZER} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        raise UserError(
+            f"the precision by {_QUANTIZER} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
+        )
