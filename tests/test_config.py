@@ -65,7 +65,7 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"lerning_rate": 1e-4}, "Did you mean 'learning_rate'?"),
         ({"lora_r": 0}, "config key 'lora_r' can't be 0"),
         ({"lora_dropout": 1.0}, "config key 'lora_dropout' can't be 1.0"),
-        ({"overlong": "truncate"}, "Input should be 'drop', 'error', 'split' or 'keep-end'"),
+        ({"overlong": "truncate"}, "It is one of 'drop', 'error', 'split', 'keep-end'."),
         ({"keep_checkpoints": 1}, "config key 'keep_checkpoints' can't be 1"),
         ({"memory": "lots"}, "config key 'memory' can't be 'lots'"),
         ({"early_stopping": 3, "eval_share": 0.0}, "early_stopping needs an evaluation"),

@@ -161,7 +161,7 @@ def test_what_cannot_be_translated_is_said_beside_its_value(tmp_path: Path) -> N
         "# val_set_size: 100 — eval_share is a share of the rows: 100 over all of them",
         "# warmup_steps: 10 — warmup is a share of the steps: 10 steps over all of them",
         "# adapter: llama-adapter — llama-adapter: slimtune trains LoRA",
-        "# lora_r: 0 — lora_r can't be that: Input should be greater than or equal to 1",
+        "# lora_r: 0 — lora_r can't be that: It is at least 1.",
     ):
         assert line in text.splitlines()
     assert yaml.safe_load(text)["max_length"] == 512

@@ -135,3 +135,8 @@ def test_the_locale_decides_unless_a_language_is_asked_for(monkeypatch: pytest.M
     with spoken("zh"):
         assert told("talk to it") == "与它对话"
     assert str(UserError("no data given")) == "no data given"  # what programs read stays English
+
+
+def test_each_entry_of_the_catalogue_is_read_and_stands_once() -> None:
+    entries = CATALOGUE.read_text(encoding="utf-8").count("\nmsgid ") - 1  # the header's
+    assert entries == len(catalogue().whole) + len(catalogue().parts)

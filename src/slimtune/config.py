@@ -28,6 +28,7 @@ from pydantic import (
 
 from slimtune.errors import UserError, check_utf8, shown
 from slimtune.foreign import recognised, translated
+from slimtune.values import must_be
 
 __all__ = [
     "FREE_KEYS",
@@ -361,16 +362,19 @@ class Config(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            first = error.errors()[0]
+            found = error.errors()
+            first = found[0]
             key = ".".join(str(part) for part in first["loc"][:1])
-            message = str(first["msg"]).removeprefix("Value error, ")
+            rule = must_be([each for each in found if each["loc"][:1] == first["loc"][:1]])
+            if rule.startswith("String should match pattern"):
+                rule = " ".join((cls.model_fields[key].description or "").split())
             what = (
                 f"config key {key!r} can't be {shown(repr(first['input']), 300)}"
                 if key
                 else "the config contradicts itself"
             )
             raise UserError(
-                what, rule=message, way_out="`slimtune config` prints every key with its meaning."
+                what, rule=rule, way_out="`slimtune config` prints every key with its meaning."
             ) from None
 
     def to_yaml(self) -> str:

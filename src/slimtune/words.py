@@ -20,11 +20,11 @@ __all__ = ["CATALOGUE", "Catalogue", "catalogue", "in_chinese", "told"]
 
 CATALOGUE = Path(__file__).parent / "locale" / "zh.po"
 _STRING = re.compile(r'(?:(msgctxt|msgid|msgstr) )?("(?:[^"\\]|\\.)*")')
-_JOINTS = {"; ": "；", ", ": "，", " · ": " · "}
+_JOINTS = {"; ": "；", ", or ": "，或", ", ": "，", " · ": " · "}
 """What stands between the parts of a line, and what stands there in Chinese."""
 _SHORT = {16: " ", 30: ". "}
 """A text shorter than this tells little, so it names nothing that holds that: no words, no sentences."""
-_BEGINS = 7
+_BEGINS = 6
 """A text that begins with so many letters of its own may name words, however short: "Go on: {}"."""
 _SENTENCES = re.compile(r"(?<=\.) (?=[A-Z{])")
 PART = "part"

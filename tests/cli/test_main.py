@@ -171,6 +171,21 @@ def test_a_disk_that_refuses_is_named_and_no_fault_of_the_code(
     assert capsys.readouterr().err.startswith("error: /tmp/requests.jsonl: No space left on device\n")
 
 
+@pytest.mark.parametrize("words", [[], ["--lang", "zh"]])
+def test_without_a_verb_the_help_is_shown_and_nothing_is_called_an_error(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["slimtune", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith(("Usage: slimtune", "用法：slimtune"))
+    assert "doctor" in said
+    assert "error" not in said.replace("an error", "")
+    assert "错误：" not in said
+
+
 def test_help_and_config_load_no_torch() -> None:
     for arguments in (["--help"], ["train", "--help"], ["config"], ["config", "--schema"]):
         code = (

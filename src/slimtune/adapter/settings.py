@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from slimtune.base.trust import check_adapter_folder
 from slimtune.errors import UserError
+from slimtune.values import must_be
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapter_config", "check_values"]
 
@@ -95,12 +96,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     try:
         settings = _Settings.model_validate(config)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = found[0]
         field = ".".join(str(part) for part in first["loc"][:1])
         value = json.dumps(config.get(field), ensure_ascii=False)
         raise UserError(
             f"{file}: {field} can't be {value if len(value) < 80 else value[:80] + '…'}",
-            rule=f"{first['msg']}. slimtune opens LoRA, rsLoRA and DoRA adapters of models that continue text.",
+            rule=f"{must_be([first])} slimtune opens LoRA, rsLoRA and DoRA adapters of models that continue text.",
         ) from None
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
