@@ -17,7 +17,12 @@ from slimtune.words import in_chinese
         ("lora_r", "x", "It is a whole number.", "应为：整数。"),
         ("epochs", -1, "It is more than 0, or 'auto'.", "应为：大于 0，或 'auto'。"),
         ("overlong", "x", "It is one of 'drop', 'error', 'split', 'keep-end'.", "应为：其中之一：'drop', "),
-        ("targets", 0, "It is a list, or one of 'auto', 'all-linear'.", "应为：列表，或 其中之一：'auto', 'all-linear'。"),
+        (
+            "targets",
+            0,
+            "It is a list, or one of 'auto', 'all-linear'.",
+            "应为：列表，或 其中之一：'auto', 'all-linear'。",
+        ),
         ("layers", "", "It is a list of at least 1.", "应为：至少 1 项的列表。"),
         ("date", "x", "It is a date, as 2026-01-31.", "应为：日期，如 2026-01-31。"),
         ("memory", "lots", "Most GPU memory that training may take, as 4GiB;", "训练最多占用的显存，如 4GiB；"),

@@ -373,9 +373,7 @@ class Config(BaseModel):
                 if key
                 else "the config contradicts itself"
             )
-            raise UserError(
-                what, rule=rule, way_out="`slimtune config` prints every key with its meaning."
-            ) from None
+            raise UserError(what, rule=rule, way_out="`slimtune config` prints every key with its meaning.") from None
 
     def to_yaml(self) -> str:
         """This config as YAML that :func:`load_config` reads back to an equal one."""

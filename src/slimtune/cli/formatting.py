@@ -70,7 +70,7 @@ class TranslatedHelp(click.HelpFormatter):
 
     def write_heading(self, heading: str) -> None:
         """A title over flags or verbs."""
-        self.write(f"{"":{self.current_indent}}{told(heading)}：\n")
+        self.write(f"{'':{self.current_indent}}{told(heading)}：\n")
 
     def write_text(self, text: str) -> None:
         """Paragraphs; what begins with \\b keeps its lines."""
