@@ -203,12 +203,10 @@ def _say(label: str, texts: Iterable[str], indent: int | None = None, **style: A
 
 def _say_usage(error: click.ClickException) -> None:
     """As click says that a line can't be understood."""
-    if isinstance(error, click.UsageError) and error.ctx is not None and error.ctx.command is slimtune_command:
-        # No verb, or --lang alone: no error to a person.
-        if isinstance(error, click.exceptions.NoArgsIsHelpError) or error.message == "Missing command.":
-            click.echo(error.ctx.get_help(), err=True)
-            return
     if isinstance(error, click.UsageError) and error.ctx is not None:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError) or error.message == "Missing command.":
+            click.echo(error.ctx.get_help(), err=True)  # no verb, or --lang alone: no error to a person
+            return
         click.echo(error.ctx.get_usage(), err=True)
         say(f"Try '{error.ctx.command_path} --help' for help.", err=True)
         click.echo(err=True)

@@ -28,6 +28,7 @@ class Finding:
     found: str
     well: bool
     way_out: str = ""
+    why: str = ""
 
 
 @click.command()
@@ -41,7 +42,8 @@ def command(as_json: bool) -> None:
         for finding in findings:
             mark = coloured("ok ", fg="green") if finding.well else coloured("no ", fg="red", bold=True)
             what = told(finding.what)
-            click.echo(f"{mark} {what}{' ' * (16 - cell_len(what))} {told(finding.found)}")
+            found = " · ".join(told(part) for part in (finding.found, finding.why) if part)
+            click.echo(f"{mark} {what}{' ' * (16 - cell_len(what))} {found}")
             if not finding.well:
                 click.echo(f"    {told(finding.way_out)}")
     if not all(finding.well for finding in findings):
@@ -77,7 +79,7 @@ def _machine() -> list[Finding]:
     findings = [Finding(where, f"{hardware.name}, {memory}", True)]
     if hardware.device == "cpu":
         findings.append(Finding("CUDA", "no device: training runs on the CPU", True))
-    findings.append(Finding("computes in", f"{hardware.compute_dtype}: {hardware.compute_dtype_reason}", True))
+    findings.append(Finding("computes in", hardware.compute_dtype, True, why=hardware.compute_dtype_reason))
     return findings
 
 
