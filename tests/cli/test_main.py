@@ -176,6 +176,7 @@ def test_without_a_verb_the_help_is_shown_and_nothing_is_called_an_error(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["slimtune", *words])
+    monkeypatch.setattr("slimtune.language._asked", [])  # --lang would hold for the rest of this process
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err
