@@ -36,10 +36,10 @@ def layers_of(hidden: int, intermediate: int, count: int, heads: int) -> list[La
 
 def planned(
     layers: list[LayerComputation], tokens: int, vocabulary: int, budget: float = math.inf,
-    *, longest: int | None = None, way: Way = "varlen", ram: int = 0,
+    *, longest: int | None = None, way: Way = "varlen", ram: int = 0, **weights: Any,
 ) -> MemoryPlan:  # fmt: skip
     ways = {layer.layer.attention.kind: way for layer in layers}
-    return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways, ram=ram)
+    return plan_memory(layers, tokens, vocabulary, budget, longest=longest, ways=ways, ram=ram, **weights)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,20 @@ def test_what_room_is_left_beside_inputs_in_ram_is_used(layers: list[LayerComput
     assert plan.keep[0] == Keep.INPUT
     assert plan.keep[-1] > Keep.INPUT or plan.kept_weights
     assert all(plan.keep[index] == Keep.INPUT for index in plan.in_ram)
+
+
+def test_ranks_of_a_host_have_weights_in_ram_once(layers: list[LayerComputation]) -> None:
+    """Each of four needs a quarter of the RAM for weights, and the whole of its own for inputs."""
+    weights: dict[str, Any] = {"stored": [1 << 26] * 24, "embedding": 1 << 29}
+    whole = (24 << 26) + (1 << 29)
+    alone = planned(layers, 2048, VOCABULARY, -math.inf, ram=whole, **weights)
+    assert (alone.streamed_bytes, alone.embedding_bytes) == (24 << 26, 1 << 29)
+    assert planned(layers, 2048, VOCABULARY, -math.inf, ram=whole // 4, sharing=4, **weights) == alone
+    less = planned(layers, 2048, VOCABULARY, -math.inf, ram=whole // 4 - 1, sharing=4, **weights)
+    assert less.streamed_bytes < alone.streamed_bytes
+    stream = 2048 * 2048 * 2
+    inputs = planned(layers, 2048, VOCABULARY, -math.inf, ram=whole // 4 + 5 * stream, sharing=4, **weights)
+    assert (inputs.ram_bytes, inputs.streamed_bytes) == (5 * stream, alone.streamed_bytes)
 
 
 def test_documents_are_never_cut(layers: list[LayerComputation]) -> None:

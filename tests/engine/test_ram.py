@@ -11,7 +11,9 @@ import torch
 from slimtune.engine import ram as ram_module
 from slimtune.engine.ram import LockedRam, host_of
 from slimtune.errors import UserError
-from slimtune.ranks.place import Place, unheard_of
+from slimtune.ranks.group import Ranks
+from slimtune.ranks.host import Host, on_host
+from slimtune.ranks.place import Place
 
 
 def test_it_lives_as_long_as_a_tensor_over_it() -> None:
@@ -37,8 +39,10 @@ def test_it_lives_as_long_as_a_tensor_over_it() -> None:
 def test_ranks_of_one_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ram_module, "free_ram", lambda: 1000)
     assert ram_module.ram_to_lock() == 700
-    with unheard_of(Place(1, 2, 1, 2), {}):  # as a run has it, whose libraries aren't told of the others
-        assert ram_module.ram_to_lock() == 350
+    monkeypatch.setattr(Ranks, "left", False)
+    monkeypatch.setattr(Ranks, "told", lambda self, value: [value, (value[0], 300)])
+    with on_host(Host(Ranks(Place(1, 3)), (1, 2))):
+        assert ram_module.ram_to_lock() == 300, "on the host of rank 0 less is free"
 
 
 def test_a_refusal_says_how_much_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

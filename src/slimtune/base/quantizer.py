@@ -34,9 +34,10 @@ from slimtune.base.packed import (
     misreads_partial_blocks,
 )
 from slimtune.base.shelves import Shelves
+from slimtune.base.source import PassedThrough
 from slimtune.engine.stored import places_of
 from slimtune.engine.streamed import move_to_ram
-from slimtune.errors import UserError
+from slimtune.errors import SlimtuneError, UserError
 from slimtune.families import read_family
 
 __all__ = ["FourBitConfig", "FourBitQuantizer", "Policy", "four_bit_config", "policy_of"]
@@ -307,7 +308,10 @@ class _Pack(Bnb4bitQuantize):
                     made |= super().convert({name: tensor}, **options)
             made.setdefault(name, nn.Parameter(tensor, requires_grad=False))
             if name in self.hf_quantizer.in_ram:
-                move_to_ram(places_of(made[name]), tensor.device, "base's weights")
+                try:
+                    move_to_ram(places_of(made[name]), tensor.device, "base's weights")
+                except SlimtuneError as error:
+                    raise PassedThrough(error) from error
             elif self.hf_quantizer.shelves is not None:
                 self.hf_quantizer.shelves.place(name, made[name])
         return made

@@ -12,7 +12,7 @@ import torch
 from slimtune.base.trust import check_model_folder
 from slimtune.errors import SlimtuneError, UserError, is_panic, shown
 
-__all__ = ["check_folder", "from_pretrained", "local_revision", "upstream_errors"]
+__all__ = ["PassedThrough", "check_folder", "from_pretrained", "local_revision", "upstream_errors"]
 
 
 def check_folder(source: str, trust_remote_code: bool) -> None:
@@ -34,11 +34,20 @@ def from_pretrained(loader: Any, source: str, **options: Any) -> Any:
         return loader.from_pretrained(source, **options)
 
 
+class PassedThrough(BaseException):
+    """Carries an error of slimtune's own through a loader that takes every ``Exception`` down and goes on."""
+
+    def __init__(self, error: SlimtuneError) -> None:
+        self.error = error
+
+
 @contextmanager
 def upstream_errors(source: str) -> Iterator[None]:
     """Within this, what a library says of the model from ``source`` that a person can mend becomes a UserError."""
     try:
         yield
+    except PassedThrough as passed:
+        raise passed.error from None
     except torch.OutOfMemoryError:
         raise UserError(
             f"{source} does not fit this GPU's memory",

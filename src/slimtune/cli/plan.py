@@ -146,6 +146,7 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
         most = max((row.sum_seconds for row in rows), default=0.0)
         said += [
             told(f"{forecaster.config.accumulation} micro-batches of a step are shared by {forecaster.cards} GPUs."),
+            told(f"In RAM: of a host with {forecaster.sharing} of them, for which weights are there once."),
             told(
                 f"To add up their gradients takes {most * 1e3:.2g} ms at most of these, in rings of {HOST_CARDS} in a "
                 f"host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic too."

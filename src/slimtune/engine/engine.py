@@ -40,6 +40,7 @@ from slimtune.engine.stored import unpack_for_training
 from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram, make_resident, move_to_ram
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack
+from slimtune.ranks.host import here
 
 __all__ = ["WORKSPACES", "Engine"]
 
@@ -76,8 +77,8 @@ class Engine:
         graphs: Record CUDA graphs; only on CUDA.
         fp8: Multiply frozen weights of NF4 in FP8 where that is faster; evaluation stays in ``dtype``, which is
             bfloat16.
-        ram: Most bytes of RAM that layers' inputs and weights may take where they don't fit the device; None: by what
-            is free beside a GPU, 0 on a CPU.
+        ram: Most bytes of RAM that layers' inputs and weights may take where they don't fit the device; of several
+            ranks each one's part; None: by what is free beside a GPU, 0 on a CPU.
 
     Attributes:
         flat: The LoRA parameters and their gradients.
@@ -147,6 +148,7 @@ class Engine:
             ram=self._ram() if ram is None else ram,
             stored=[layer.stored_bytes for layer in self.layers],
             embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
+            sharing=here().sharing,
         )
         self._place_embedding()
         self._streamed = self._streamed_weights()

@@ -92,6 +92,12 @@ class _Shape:
     """Bytes of each layer's frozen weights as they lie; none: they stay where they are."""
     embedding: int = 0
     """Bytes of the embedding; 0: it stays where it is."""
+    sharing: int = 1
+    """Ranks that have weights in RAM in common."""
+
+    def part(self, nbytes: int) -> int:
+        """Of weights' bytes in RAM this rank's part."""
+        return -(-nbytes // self.sharing)
 
     @cached_property
     def kinds(self) -> list[tuple[LayerComputation, list[int]]]:
@@ -185,7 +191,7 @@ class _Shape:
         """
         stream_from, streamed_bytes, spared = self._streamed(streamed)
         spared += embedding
-        budget, ram = budget + spared, ram - streamed_bytes - embedding
+        budget, ram = budget + spared, ram - self.part(streamed_bytes + embedding)
         count, memory = len(self.layers), Memory(part_tokens, mlp_tokens, self.ways, padded_room, sparing)
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
@@ -247,12 +253,13 @@ class _Shape:
         """Plans that stream as few layers as fit, and all of them: what is spared may keep more."""
         plans: list[MemoryPlan] = []
         beside, counts = self.embedding, range(1, len(self.stored) + 1)
-        fitting = {count for count in counts if self._streamed(count)[1] + beside <= ram}
+        fitting = {count for count in counts if self.part(self._streamed(count)[1] + beside) <= ram}
         for size in sizes if len(fitting) > _STAGED else ():
             for sparing, room in ((False, False), (True, False), (True, True)):
-                least = self.filled(*size, 0.0, sparing=sparing, ram=ram if room else beside, embedding=beside)
+                for_inputs = ram if room else self.part(beside)
+                least = self.filled(*size, 0.0, sparing=sparing, ram=for_inputs, embedding=beside)
                 for count in {self.fewest_streamed(least.nbytes - budget), max(fitting)} & fitting:
-                    most = ram if room else self._streamed(count)[1] + beside
+                    most = ram if room else self.part(self._streamed(count)[1] + beside)
                     plans.append(
                         self.filled(*size, budget, sparing=sparing, ram=most, embedding=beside, streamed=count)
                     )
@@ -304,6 +311,7 @@ def plan_memory(
     ram: int = 0,
     stored: Sequence[int] = (),
     embedding: int = 0,
+    sharing: int = 1,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -315,12 +323,14 @@ def plan_memory(
         longest: Tokens in the longest document; a part can't be smaller.
         ways: How each kind of attention is computed.
         per_layer: What makes the layers' inputs beside the stream.
-        ram: Bytes of RAM that layers' inputs and weights may take, where nothing fits without.
+        ram: Bytes of RAM that layers' inputs and weights may take, where nothing fits without; of several ranks that
+            have weights there in common, each rank's part.
         stored: Bytes of each layer's frozen weights as they lie on the device; none: they stay there.
         embedding: Bytes of the embedding, if that may go to RAM too: a tied one is the head.
+        sharing: Ranks that have weights there in common.
     """
-    embedding = embedding if embedding <= ram else 0
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding)
+    embedding = embedding if -(-embedding // sharing) <= ram else 0
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
@@ -329,7 +339,8 @@ def plan_memory(
     means = ((False, 0, 0), (True, 0, 0), (True, 0, embedding), (True, ram, embedding))
     for sparing, room, beside in dict.fromkeys(means):
         plans = [
-            shape.filled(*size, budget, sparing=sparing, ram=max(room, beside), embedding=beside) for size in sizes
+            shape.filled(*size, budget, sparing=sparing, ram=max(room, shape.part(beside)), embedding=beside)
+            for size in sizes
         ]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from slimtune.engine.blocks import Memory, Pass, Sinks
 from slimtune.engine.blocks.per_layer import PER_LAYER
 from slimtune.engine.kernels import norm
+from slimtune.engine.ram import keep_there
 from slimtune.engine.structure import PerLayerInputs
 from slimtune.engine.weights import Scratch, Site, Stack
+from slimtune.ranks.host import here
 
 __all__ = ["PerLayerComputation", "keep_in_ram"]
+
+_WHAT = "per-layer embeddings"
 
 
 class PerLayerComputation:
@@ -75,10 +79,17 @@ class PerLayerComputation:
 def keep_in_ram(embedding: nn.Module) -> None:
     """Let a table live in RAM wherever its model is moved to; the module still takes and gives tensors of any device.
 
-    A trainer moves its model to the device when training begins, and whoever moves a model moves every parameter.
+    A trainer moves its model to the device when training begins, and whoever moves a model moves every parameter. The
+    ranks of one host have it there once.
     """
-    embedding.to("cpu")
     kind: Any = type(embedding)
+    for parameter in embedding.parameters(recurse=False):
+        with here().common(parameter.nbytes, _WHAT) as (memory, writes):
+            if memory is not None:
+                home = memory.view(parameter.dtype).view(parameter.shape)
+                keep_there(parameter.data, home, _WHAT, writes=writes)
+                parameter.data = home
+    embedding.to("cpu")
 
     def forward(self: nn.Module, tokens: Tensor) -> Tensor:
         rows: Tensor = kind.forward(self, tokens.cpu())

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from slimtune.errors import UserError
 from slimtune.hardware import free_ram
-from slimtune.ranks.place import processes_here
+from slimtune.ranks.host import here
 
-__all__ = ["LockedRam", "host_of", "ram_to_lock"]
+__all__ = ["LockedRam", "host_of", "keep_there", "ram_to_lock"]
 
 _RAM_SHARE = 0.7
 """Of the RAM that is free: pages that are locked are nobody else's, and the run itself needs some."""
@@ -41,6 +41,7 @@ class LockedRam:
         nbytes: Of it, not a byte more.
         device: Which reads it.
         what: It is for.
+        memory: That it is to be, uint8 [nbytes] in RAM that other processes see too; None: its own.
 
     Raises:
         UserError: The system gives no such memory, or doesn't lock it.
@@ -49,11 +50,13 @@ class LockedRam:
         host: uint8 [nbytes], the host's.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, what: str) -> None:
+    def __init__(self, nbytes: int, device: torch.device, what: str, memory: Tensor | None = None) -> None:
         self._device = device
-        pages = _asked_for(nbytes, what)
+        pages = _asked_for(nbytes, what) if memory is None else memory.numpy()
         array = np.frombuffer(pages, dtype=np.uint8).view(_Pages)
         self.host: Tensor = torch.from_numpy(array)
+        if memory is None:
+            self.host.zero_()  # by all threads; the driver would ask for page after page
         if device.type == "cuda":
             _lock(self.host, what)
         start = self.host.data_ptr()
@@ -85,9 +88,25 @@ def host_of(tensor: Tensor) -> Tensor | None:
     return torch.from_numpy(array)[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
+def keep_there(tensor: Tensor, host: Tensor, what: str, *, writes: bool) -> None:
+    """See that ``host``, in RAM, holds what ``tensor`` does: write it; or compare, where another rank has written it.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    if writes:
+        host.copy_(tensor)
+    elif not torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (host, tensor.cpu()))):
+        raise UserError(
+            f"what this rank has for the {what} isn't what another rank of its host has",
+            rule="Weights in RAM are there once a host.",
+            way_out="Give all ranks the same base; if it is the same, a card or its memory may be faulty.",
+        )
+
+
 def ram_to_lock() -> int:
-    """Most bytes of this machine's RAM that this process may lock now, beside the others of its run."""
-    return int(_RAM_SHARE * free_ram() / processes_here())
+    """Most bytes of its host's RAM that each rank of a run may lock now; no rank's host has less."""
+    return here().least("RAM that is free", int(_RAM_SHARE * free_ram() / here().count))
 
 
 def _asked_for(nbytes: int, what: str) -> mmap.mmap:
@@ -104,7 +123,6 @@ def _asked_for(nbytes: int, what: str) -> mmap.mmap:
 
 
 def _lock(host: Tensor, what: str) -> None:
-    host.zero_()  # by all threads; the driver would ask for page after page
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
     if int(status) != 0:
@@ -119,7 +137,7 @@ def _refusal(nbytes: int, what: str, why: str) -> UserError:
     )
 
 
-def _end(start: int, _: mmap.mmap, *, locked: bool) -> None:
+def _end(start: int, _: Any, *, locked: bool) -> None:
     """The last tensor is gone; the pages, which this holds, go when it is done."""
     _STARTS.remove(start)
     del _PAGES[start]

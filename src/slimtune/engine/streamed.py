@@ -17,9 +17,10 @@ from torch import Tensor
 
 from slimtune.engine.decoder import LayerComputation
 from slimtune.engine.offload import Copies, copies_on
-from slimtune.engine.ram import LockedRam, host_of
+from slimtune.engine.ram import LockedRam, host_of, keep_there
 from slimtune.engine.stored import Place, views_over, whole_bytes
 from slimtune.engine.structure import Decoder
+from slimtune.ranks.host import here
 
 __all__ = ["StreamedWeights", "embedding_places", "in_ram", "make_resident", "move_to_ram"]
 
@@ -119,19 +120,22 @@ def in_ram(places: Sequence[Place]) -> int:
 
 
 def move_to_ram(places: Sequence[Place], device: torch.device, what: str) -> None:
-    """Move what is held there to locked RAM, one tensor behind the other, unless it is there already.
+    """Move what is held there to locked RAM, one tensor behind the other, unless it is there already. The ranks of one
+    host have it there once.
 
     Raises:
-        UserError: The system gives no such memory, or doesn't lock it.
+        UserError: The system gives no such memory, or doesn't lock it; or a rank of this host holds other bytes.
     """
     tensors = [place.tensor for place in places]
     if all(host_of(tensor) is not None for tensor in tensors):
         return
-    ram = LockedRam(sum(whole_bytes(tensor.nbytes) for tensor in tensors), device, what)
-    homes = views_over(ram.host, tensors), views_over(ram.on_device(), tensors)
-    for place, tensor, host, home in zip(places, tensors, *homes, strict=True):
-        host.copy_(tensor)
-        place.put(home)
+    nbytes = sum(whole_bytes(tensor.nbytes) for tensor in tensors)
+    with here().common(nbytes, what) as (memory, writes):
+        ram = LockedRam(nbytes, device, what, memory)
+        hosts, homes = views_over(ram.host, tensors), views_over(ram.on_device(), tensors)
+        for place, tensor, host, home in zip(places, tensors, hosts, homes, strict=True):
+            keep_there(tensor, host, what, writes=writes)
+            place.put(home)
 
 
 def make_resident(places: Sequence[Place]) -> None:

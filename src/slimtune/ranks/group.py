@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.hardware import Hardware
+from slimtune.ranks.host import Host, on_host
 from slimtune.ranks.place import Place, this_place, unheard_of
 from slimtune.ranks.presence import Presence
 
@@ -54,6 +55,11 @@ class Ranks:
     def alone(self) -> bool:
         """Whether there is no other."""
         return self.count == 1
+
+    @property
+    def left(self) -> bool:
+        """Whether it has no more to do with the others."""
+        return self._presence is None
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up all ranks' ``tensor`` in place. On a GPU nothing is waited for."""
@@ -156,7 +162,7 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
     """
     place = this_place()
     if place.alone:
-        with unheard_of(place):
+        with unheard_of():
             yield ALONE
         return
     device = hardware()
@@ -167,11 +173,12 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
             way_out="Before Python starts: export CUDA_VISIBLE_DEVICES=$LOCAL_RANK",
         )
     ranks = _joined(place, device.device, seconds)
-    with unheard_of(place):
+    with unheard_of():
         try:
             memory = f"{device.memory_bytes / 2**30:.0f} GiB"
             ranks.check_same({"device": f"{device.name} ({memory})"}, "A step takes as long as its slowest rank.")
-            yield ranks
+            with on_host(Host.of(ranks)):
+                yield ranks
         except BaseException as error:
             # The group stays: a GPU in a sum with a rank that is gone would be waited for.
             if ranks._presence is not None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from slimtune.errors import UserError
 
-__all__ = ["Place", "cards_here", "processes_here", "take_card", "this_place", "unheard_of"]
+__all__ = ["Place", "cards_here", "take_card", "this_place", "unheard_of"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes they have started; accelerate waits for all of them (1.14, ``state.py``)."""
 _TOLD = (*_NEEDED, *_SIZES, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_HERE: ContextVar[int] = ContextVar("slimtune_processes_here", default=1)
 
 
 @dataclass(frozen=True)
@@ -107,18 +105,11 @@ def take_card(place: Place, environment: MutableMapping[str, str] = os.environ) 
     return len(cards) - max(1, place.local_count)
 
 
-def processes_here() -> int:
-    """Processes of this process's run on its host: what the host has, they share."""
-    return _HERE.get()
-
-
 @contextmanager
-def unheard_of(place: Place, environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+def unheard_of(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     """While the body runs, no library is told of the other processes: accelerate would wrap and share by itself."""
     hidden = {name: environment.pop(name) for name in _TOLD if name in environment}
-    here = _HERE.set(place.local_count)
     try:
         yield
     finally:
-        _HERE.reset(here)
         environment.update(hidden)

@@ -42,9 +42,10 @@ from slimtune.engine.structure import ScoresKind
 from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget, resolve_ranks
+from slimtune.ranks.host import here
 from slimtune.training.floor import Work
 from slimtune.training.fused import why_unfused
-from slimtune.training.pace import Step, sum_seconds
+from slimtune.training.pace import HOST_CARDS, Step, sum_seconds
 
 __all__ = ["Forecast", "Forecaster", "gib", "names_in_ram"]
 
@@ -84,12 +85,14 @@ class Forecast:
     longest: int = 0
     """Tokens of the longest document that can be trained on; 0: none, or not asked."""
     longest_ram: int = 0
-    """What that takes of RAM."""
+    """What that takes of a host's RAM."""
+    sharing: int = 1
+    """Ranks of a host, who have weights in RAM in common."""
 
     @property
     def locked_bytes(self) -> int:
-        """All of it in RAM."""
-        return self.ram_bytes + self.streamed_bytes + self.embedding_bytes
+        """All of it in a host's RAM."""
+        return self.sharing * self.ram_bytes + self.streamed_bytes + self.embedding_bytes
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +107,7 @@ class Forecaster:
         config: The run's; its model is looked at, by headers alone.
         lengths: Tokens of the documents of a micro-batch, for its time; None: each as long as may be.
         cards: How many share each step.
+        sharing: How many of them have weights in RAM in common; None: those of a host.
         headers: As :func:`slimtune.base.unloaded.unloaded_base` has it.
 
     Raises:
@@ -117,10 +121,16 @@ class Forecaster:
     """
 
     def __init__(
-        self, config: Config, lengths: Sequence[int] | None = None, cards: int = 1, *, headers: bool = True
+        self,
+        config: Config,
+        lengths: Sequence[int] | None = None,
+        cards: int = 1,
+        *,
+        sharing: int | None = None,
+        headers: bool = True,
     ) -> None:
         config, _ = resolve_ranks(config, cards)
-        self.cards = cards
+        self.cards, self.sharing = cards, min(cards, HOST_CARDS) if sharing is None else sharing
         self._dtype = torch_dtype("bf16" if config.compute_dtype == "auto" else config.compute_dtype)
         self.base: Unloaded = unloaded_base(
             config.model,
@@ -189,7 +199,7 @@ class Forecaster:
         Args:
             card: Where it is to train.
             budget: Bytes that training may take; None: what a run takes of it by default.
-            ram: Bytes of RAM that layers' inputs may take; None: as much as they need.
+            ram: Bytes of RAM that layers' inputs and weights may take, each card's part; None: as much as they need.
         """
         config = self.config
         budget = int(MEMORY_SHARE * card.memory_bytes) if budget is None else budget
@@ -201,7 +211,7 @@ class Forecaster:
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
             plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed),
-            plan.embedding_bytes, len(self._layers), *self._seconds(plan, card),
+            plan.embedding_bytes, len(self._layers), *self._seconds(plan, card), sharing=self.sharing,
         )  # fmt: skip
 
     def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float]:
@@ -268,6 +278,7 @@ class Forecaster:
             ram=1 << 62 if ram is None else ram,
             stored=self._stored,
             embedding=self._embedding,
+            sharing=self.sharing,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
@@ -295,7 +306,7 @@ class Forecaster:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
         plan = least(low * _STEP) if low else None
-        return low * _STEP, 0 if plan is None else plan.locked_bytes
+        return low * _STEP, 0 if plan is None else plan.locked_bytes + (self.sharing - 1) * plan.ram_bytes
 
 
 def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
@@ -307,7 +318,7 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
     budget = memory_budget(config)
     if hardware.device != "cuda" or budget is None or (config.max_length < _LONG and _fits_in_16_bits(config, budget)):
         return frozenset()
-    forecaster = Forecaster(config, headers=False)
+    forecaster = Forecaster(config, sharing=here().sharing, headers=False)
     card, ram = Card(hardware.name, hardware.memory_bytes, hardware.capability), ram_to_lock()
     if forecaster.unfused is not None:
         return frozenset()
@@ -315,7 +326,7 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
     if needed.trains and not forecaster.forecast(card, budget, ram).trains:
         raise UserError(
             f"documents of {config.max_length:,} tokens take {gib(needed.locked_bytes)} of RAM beside {config.memory} "
-            f"of the GPU, and {gib(ram)} can be locked",
+            f"of the GPU, and {gib(forecaster.sharing * ram)} can be locked",
             rule="Layers' inputs and weights go to RAM where they don't fit the GPU beside the rest.",
             way_out="Free RAM, take a smaller --max-length, or allow more of the GPU: --memory",
         )

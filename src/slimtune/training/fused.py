@@ -21,6 +21,7 @@ from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
+from slimtune.ranks.host import here
 from slimtune.run.lines import embedding_line, in_ram_line, memory_line, streamed_line
 from slimtune.run.screen import Screen
 from slimtune.training.plain import PlainTrainer
@@ -208,6 +209,8 @@ def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
         screen.say("memory", embedding_line(engine.plan.embedding_bytes))
     if engine.plan.streamed:
         screen.say("memory", streamed_line(len(engine.plan.streamed), len(engine.layers), engine.plan.streamed_bytes))
+    if here().sharing > 1 and engine.plan.streamed_bytes + engine.plan.embedding_bytes:
+        screen.say("memory", f"the {here().sharing} ranks of this host have weights in RAM once for all of them")
     if engine.least_memory is not None:
         screen.warn(
             f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
