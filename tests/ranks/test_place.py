@@ -62,7 +62,7 @@ def test_more_processes_than_cards_are_refused_by_rank() -> None:
         take_card(Place(2, 3, 2, 3), {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
-def test_libraries_are_told_of_nobody_for_a_while() -> None:
+def test_libraries_are_told_of_no_other_rank_for_a_while() -> None:
     environment = {**TOLD, "HOME": "/"}
     with unheard_of(environment):
         assert environment == {"HOME": "/"}

@@ -107,7 +107,7 @@ def take_card(place: Place, environment: MutableMapping[str, str] = os.environ) 
 
 @contextmanager
 def unheard_of(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """While the body runs, no library is told of the other processes: accelerate would wrap and share by itself."""
+    """While the body runs, no library is told of the other ranks: accelerate would wrap and share by itself."""
     hidden = {name: environment.pop(name) for name in _TOLD if name in environment}
     try:
         yield
