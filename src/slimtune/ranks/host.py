@@ -98,7 +98,7 @@ class Host:
             try:
                 os.posix_fallocate(file, 0, nbytes)  # refused here, and not by a signal at the first write
             except OSError as error:
-                raise _refusal(nbytes, what, error.strerror) from None
+                raise _refusal(nbytes, what, error.strerror or str(error)) from None
             yield _mapped(_path(file), nbytes, what), True
             self._told(asked, _path(file))
             self._told(asked, None)  # the others have opened it
