@@ -1,6 +1,6 @@
 """Times slimtune's engine alone (no trainer): python benchmarks/engine.py [W1 W1@3.9 W2 ...] [--profile] [--as-a-t4]
 
-A workload's name may end in @G, a memory budget in GB: W1@3.9 is W1 within 3.9 GB. Before that it may end in +fp8:
+A workload's name may end in @G, a memory budget in GiB: W1@3.9 is W1 within 3.9 GiB. Before that it may end in +fp8:
 W1+fp8 is W1 with its frozen weights multiplied in FP8. --as-a-t4 computes in fp16 with the
 attention that a T4 gets. Prints one JSON line each and a table last; with $OUT set, writes them there too.
 """
@@ -35,7 +35,7 @@ def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
     model = add_lora(make_model(workload.size), workload)
     model.train()
     start = time.perf_counter()
-    memory = int(float(budget) * 1e9) if budget else None
+    memory = int(float(budget) * 2**30) if budget else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     engine = Engine(
@@ -71,9 +71,9 @@ def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
         "tokens_s": round(real / step),
         "first_step_s": round(first, 2),
         "second_step_s": round(times[1], 2),
-        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
-        "predicted_gb": round(engine.plan.nbytes / 1e9, 2),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None,
+        "predicted_gib": round(engine.plan.nbytes / 2**30, 2),
         "keep": "".join(str(int(level)) for level in engine.plan.keep),
         "kept_weights": engine.plan.kept_weights,
         "part_tokens": engine.plan.part_tokens,
@@ -133,7 +133,7 @@ def main() -> None:
         else:
             print(
                 f"{result['workload']:12s} {result['step_ms']:8.2f} {result['tokens_s']:9d} "
-                f"{result['peak_allocated_gb'] or 0:6.2f} {result['peak_reserved_gb'] or 0:6.2f} "
+                f"{result['peak_allocated_gib'] or 0:6.2f} {result['peak_reserved_gib'] or 0:6.2f} "
                 f"{result['first_step_s']:7.2f}"
             )
 

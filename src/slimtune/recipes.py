@@ -74,7 +74,7 @@ from slimtune.run.quiet import upstream_to_log
 from slimtune.run.ranked import new_folder, old_folder
 from slimtune.run.report import write_report
 from slimtune.run.samples import read_samples
-from slimtune.run.screen import Screen, megabytes
+from slimtune.run.screen import Screen, size_text
 from slimtune.training.arguments import check_arguments, check_model, check_start, sft_arguments
 from slimtune.training.checkpoint import share_newest
 from slimtune.training.determinism import deterministic
@@ -262,7 +262,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         job.observed(trainer, tokenizer)
         with results_written(run, job.signals), watchdog.watching("writing the results"):
             adapter.file_bytes, adapter.folder_files = _save(ready, trainer, run)
-            job.screen.say("saved", f"{run.adapter} ({megabytes(adapter.file_bytes)})")
+            job.screen.say("saved", f"{run.adapter} ({size_text(adapter.file_bytes)})")
             facts.optimizer = optimizer_facts(config.optim, trainer.optimizer)
             with damage_told(run.metrics_file):
                 engine = trainer.engine_told if ready.unfused is None else f"plain: {ready.unfused}"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import slimtune
 from slimtune.run.explain import explain
 from slimtune.run.folder import RunFolder
-from slimtune.run.screen import megabytes
+from slimtune.run.screen import size_text
 from slimtune.run.statement import Explanation, Section
 
 Facts = dict[str, Any]
@@ -59,7 +59,7 @@ def test_its_numbers_are_those_of_the_files(facts: Facts, finished_run: RunFolde
     trained = sum(rows * columns for rows, columns in values)
     assert f"{trained:,} of " in texts(story, "wrapping")
     assert f"{len(values) // 2} modules carry an adapter" in texts(story, "wrapping")
-    assert f"file of {megabytes(file.stat().st_size)}, {file.stat().st_size / trained:.2f} bytes" in texts(
+    assert f"file of {size_text(file.stat().st_size)}, {file.stat().st_size / trained:.2f} bytes" in texts(
         story, "saving"
     )
     for saved in finished_run.adapter.iterdir():
@@ -259,7 +259,7 @@ def test_inputs_that_waited_in_ram_are_told_in_both_languages(facts: Facts) -> N
     for language in ("en", "zh"):
         told = texts(explain(facts, language), "training")
         assert "31" in told
-        assert megabytes(31 << 29) in told
+        assert size_text(31 << 29) in told
 
 
 def test_streamed_weights_are_told_in_both_languages(facts: Facts) -> None:
@@ -267,4 +267,4 @@ def test_streamed_weights_are_told_in_both_languages(facts: Facts) -> None:
     for language in ("en", "zh"):
         told = texts(explain(facts, language), "training")
         assert "77" in told
-        assert megabytes(77 << 28) in told
+        assert size_text(77 << 28) in told

@@ -395,7 +395,7 @@ def _output_names(model: Any) -> list[str]:
 def _check_share(model: Any, policy: Policy) -> None:
     if policy.share >= LEAST_SHARE:
         return
-    rest = ", ".join(f"{name} ({2 * size / 1e6:,.0f} MB)" for name, size in policy.rest[:4])
+    rest = ", ".join(f"{name} ({2 * size / 2**20:,.0f} MiB)" for name, size in policy.rest[:4])
     raise UserError(
         f"only {policy.share:.0%} of {type(model).__name__}'s weights can lie in 4 bits",
         rule=f"What stays in 16 bits: {rest}.",

@@ -17,7 +17,7 @@ from slimtune.words import told
 __all__ = ["command"]
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-ROOM = 2e9
+ROOM = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,8 @@ def _cache() -> Finding:
     free = shutil.disk_usage(there).free
     well = os.access(there, os.W_OK) and free > ROOM
     return Finding(
-        "cache", f"{folder}, {free / 1e9:.1f} GB free", well, "Set XDG_CACHE_HOME to a writable folder with 2 GB free."
+        "cache",
+        f"{folder}, {free / 2**30:.1f} GiB free",
+        well,
+        "Set XDG_CACHE_HOME to a writable folder with 2 GiB free.",
     )

@@ -12,7 +12,7 @@ from slimtune.cli.formatting import say
 from slimtune.cli.page import Page
 from slimtune.errors import shown
 from slimtune.run.listing import SORTS, RunLine, list_runs
-from slimtune.run.screen import megabytes
+from slimtune.run.screen import size_text
 from slimtune.run.statement import counted
 from slimtune.words import told
 
@@ -75,6 +75,6 @@ def _cells(line: RunLine) -> tuple[str, ...]:
         shown(", ".join(Path(name).name or name for name in line.data)),
         "" if line.steps is None else f"{line.steps:,}",
         losses if line.state == "done" else f"{losses} {told(line.state)}".strip(),
-        "" if line.adapter_bytes is None else megabytes(line.adapter_bytes),
+        "" if line.adapter_bytes is None else size_text(line.adapter_bytes),
         "" if line.created is None else line.created[:10],
     )

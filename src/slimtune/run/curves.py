@@ -105,7 +105,7 @@ def _others(say: Say) -> tuple[tuple[str, str, bool], ...]:
         ("learning_rate", say("Learning rate", "学习率"), True),
         ("grad_norm", say("Gradient norm", "梯度范数"), False),
         ("tokens_per_second", say("Tokens per second", "每秒词元数"), True),
-        ("memory_bytes", say("Memory, GB", "内存（GB）"), True),
+        ("memory_bytes", say("Memory, GiB", "内存（GiB）"), True),
     )
 
 
@@ -114,7 +114,7 @@ def _curve(history: History, key: str) -> Curve:
         return history.evaluation_curve()
     curve = history.curve(key)
     if key == "memory_bytes":
-        return [(step, None if value is None else value / 1e9) for step, value in curve]
+        return [(step, None if value is None else value / 2**30) for step, value in curve]
     return curve
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from slimtune.config import TARGET_WORDS
 from slimtune.errors import shown
 from slimtune.run.preparation import tell_base, tell_data
-from slimtune.run.screen import megabytes, time_left
+from slimtune.run.screen import size_text, time_left
 from slimtune.run.statement import (
     Bar,
     Explanation,
@@ -302,14 +302,14 @@ def _optimizer(facts: Facts, say: Say) -> Section | None:
     sizes: Mapping[str, int] = optimizer["state_bytes"]
     state, plain = sum(sizes.values()), 8 * optimizer["parameters"]
     name, kind = code(optimizer["name"]), code(optimizer["class_name"])
-    split = listed((f"{megabytes(size)} {code(dtype)}" for dtype, size in sizes.items()), say)
+    split = listed((f"{size_text(size)} {code(dtype)}" for dtype, size in sizes.items()), say)
     if state:
         text = say(
-            f"{name} ({kind}) keeps {megabytes(state)} of state: {split}. Adam in fp32 would keep two values of 4 "
-            f"bytes for each of the {optimizer['parameters']:,} parameters, {megabytes(plain)}; this is "
+            f"{name} ({kind}) keeps {size_text(state)} of state: {split}. Adam in fp32 would keep two values of 4 "
+            f"bytes for each of the {optimizer['parameters']:,} parameters, {size_text(plain)}; this is "
             f"{share(state, plain)} of that.",
-            f"{name}（{kind}）的状态共 {megabytes(state)}：{split}。换作 fp32 的 Adam，要为这 "
-            f"{optimizer['parameters']:,} 个参数各存两个 4 字节的数，共 {megabytes(plain)}；现在只有它的 "
+            f"{name}（{kind}）的状态共 {size_text(state)}：{split}。换作 fp32 的 Adam，要为这 "
+            f"{optimizer['parameters']:,} 个参数各存两个 4 字节的数，共 {size_text(plain)}；现在只有它的 "
             f"{share(state, plain)}。",
         )
     else:
@@ -346,8 +346,8 @@ def _optimizer(facts: Facts, say: Say) -> Section | None:
         ()
         if not state
         else (
-            Bar("fp32 Adam", megabytes(plain), (("float32", float(plain)),)),
-            Bar(str(optimizer["name"]), megabytes(state), tuple((dtype, float(size)) for dtype, size in sizes.items())),
+            Bar("fp32 Adam", size_text(plain), (("float32", float(plain)),)),
+            Bar(str(optimizer["name"]), size_text(state), tuple((dtype, float(size)) for dtype, size in sizes.items())),
         )
     )
     return Section("optimizer", part_name(4, say), say("The optimizer's state", "优化器状态"), tuple(told), bars)
@@ -367,12 +367,12 @@ def _saving(facts: Facts, say: Say) -> Section | None:
         told.append(_size(base, adapter, size, say))
         bars = (
             Bar(
-                say("base, 16 bits", "基座，16 位"), megabytes(base["bytes_16bit"]), (("", float(base["bytes_16bit"])),)
+                say("base, 16 bits", "基座，16 位"), size_text(base["bytes_16bit"]), (("", float(base["bytes_16bit"])),)
             ),
             Bar(
-                say("base, as loaded", "基座，载入后"), megabytes(base["bytes_now"]), (("", float(base["bytes_now"])),)
+                say("base, as loaded", "基座，载入后"), size_text(base["bytes_now"]), (("", float(base["bytes_now"])),)
             ),
-            Bar(say("adapter", "适配器"), megabytes(size), (("", float(size)),)),
+            Bar(say("adapter", "适配器"), size_text(size), (("", float(size)),)),
         )
     files = adapter.get("folder_files") or []
     if files:
@@ -439,9 +439,9 @@ def _size(base: Facts, adapter: Facts, size: int, say: Say) -> Statement:
     times = base["bytes_16bit"] / max(1, size)
     return Statement(
         say(
-            f"The adapter is a file of {megabytes(size)}, {each:.2f} bytes for each trained parameter: 1/{times:,.0f} "
+            f"The adapter is a file of {size_text(size)}, {each:.2f} bytes for each trained parameter: 1/{times:,.0f} "
             f"of the base in 16 bits.",
-            f"适配器文件只有 {megabytes(size)}，合每个训练参数 {each:.2f} 字节，是 16 位基座的 1/{times:,.0f}。",
+            f"适配器文件只有 {size_text(size)}，合每个训练参数 {each:.2f} 字节，是 16 位基座的 1/{times:,.0f}。",
         )
     )
 
@@ -544,14 +544,14 @@ def _limits(facts: Facts, say: Say) -> Section | None:
 
 
 def _memory(training: Facts, say: Say) -> str:
-    size, kind = megabytes(training["peak_memory_bytes"]), training["memory_kind"]
+    size, kind = size_text(training["peak_memory_bytes"]), training["memory_kind"]
     if kind == "gpu peak allocated":
-        away, locked = training.get("ram_layers", 0), megabytes(training.get("ram_bytes", 0))
+        away, locked = training.get("ram_layers", 0), size_text(training.get("ram_bytes", 0))
         in_ram = say(
             f" The inputs of {away} layers waited in RAM for their backward: {locked} of it were locked.",
             f"{away} 层的输入在等待反向计算时放在内存里，为此锁定了 {locked} 内存。",
         )
-        layers, held = training.get("streamed_layers", 0), megabytes(training.get("streamed_bytes", 0))
+        layers, held = training.get("streamed_layers", 0), size_text(training.get("streamed_bytes", 0))
         streamed = say(
             f" The weights of {layers} layers were in RAM and came a layer ahead: {held} of it were locked.",
             f"{layers} 层的权重放在内存里，提前一层传到显卡，为此锁定了 {held} 内存。",

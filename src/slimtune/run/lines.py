@@ -8,7 +8,7 @@ from typing import Any
 from slimtune.config import Config
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches
 from slimtune.run.facts import AdapterFacts, BaseFacts
-from slimtune.run.screen import megabytes
+from slimtune.run.screen import size_text
 from slimtune.run.statement import counted
 
 __all__ = [
@@ -56,10 +56,10 @@ def _every(steps: int | str) -> str:
 
 def base_line(base: BaseFacts) -> str:
     """What the base takes, by its largest parts."""
-    parts = ", ".join(f"{part['part']} {megabytes(part['bytes_now'])} {part['format']}" for part in base.parts[:4])
+    parts = ", ".join(f"{part['part']} {size_text(part['bytes_now'])} {part['format']}" for part in base.parts[:4])
     return (
-        f"{base.parameters / 1e6:,.1f} M parameters, {megabytes(base.bytes_16bit)} in 16 bits → "
-        f"{megabytes(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
+        f"{base.parameters / 1e6:,.1f} M parameters, {size_text(base.bytes_16bit)} in 16 bits → "
+        f"{size_text(base.bytes_now)} as loaded ({base.quantization}, {base.compute_dtype}): {parts}"
     )
 
 

@@ -21,7 +21,7 @@ from slimtune.run.facts import damage_told
 from slimtune.run.live import HEARS, LiveRun, State
 from slimtune.run.pages import events_told, in_language, template
 from slimtune.run.samples import samples_told
-from slimtune.run.screen import megabytes, time_left
+from slimtune.run.screen import size_text, time_left
 from slimtune.run.statement import Lang, Say, is_finite
 
 __all__ = ["language", "page", "pieces"]
@@ -148,7 +148,7 @@ def _tiles(run: LiveRun, say: Say) -> list[tuple[str, str, str]]:
         speed = _number(last.get("tokens_per_second"), lambda value: short_number(round(value)))
         rate, norm = _number(last.get("learning_rate"), short_number), _number(last.get("grad_norm"), "{:.3g}".format)
         tiles.append((say("tokens/s", "词元/秒"), speed, ""))
-        tiles.append((say("memory", "内存"), _number(last.get("memory_bytes"), megabytes), ""))
+        tiles.append((say("memory", "内存"), _number(last.get("memory_bytes"), size_text), ""))
         tiles.append((say("learning rate", "学习率"), rate, ""))
         tiles.append((say("gradient norm", "梯度范数"), norm, ""))
     return tiles

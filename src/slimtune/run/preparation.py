@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimtune.run.screen import megabytes
+from slimtune.run.screen import size_text
 from slimtune.run.statement import (
     Bar,
     Facts,
@@ -37,9 +37,9 @@ def tell_base(facts: Facts, say: Say) -> Section | None:
         Statement(
             say(
                 f"{model} is a {kind} of {count:,} parameters. In 16 bits, 2 bytes each, they would take "
-                f"{megabytes(before)}; as loaded they take {megabytes(now)}, {share(now, before)} of that.",
+                f"{size_text(before)}; as loaded they take {size_text(now)}, {share(now, before)} of that.",
                 f"基座 {model}（{kind}）共有 {count:,} 个参数。若以 16 位存放（每个参数 2 字节），要占 "
-                f"{megabytes(before)}；实际载入后占 {megabytes(now)}，是前者的 {share(now, before)}。",
+                f"{size_text(before)}；实际载入后占 {size_text(now)}，是前者的 {share(now, before)}。",
             )
         )
     ]
@@ -55,13 +55,13 @@ def tell_base(facts: Facts, say: Say) -> Section | None:
         (
             _part(part["part"], say),
             f"{part['parameters']:,}",
-            megabytes(part["bytes_16bit"]),
-            megabytes(part["bytes_now"]),
+            size_text(part["bytes_16bit"]),
+            size_text(part["bytes_now"]),
             f"{_bits(part):.2f}",
         )
         for part in base["parts"]
     ]
-    total = (say("all", "合计"), f"{count:,}", megabytes(before), megabytes(now), f"{8 * now / max(1, count):.2f}")
+    total = (say("all", "合计"), f"{count:,}", size_text(before), size_text(now), f"{8 * now / max(1, count):.2f}")
     header = (
         say("part", "部分"),
         say("parameters", "参数量"),
@@ -70,7 +70,7 @@ def tell_base(facts: Facts, say: Say) -> Section | None:
         say("bits each", "位/参数"),
     )
     bars = tuple(
-        Bar(label, megabytes(size), tuple((_part(part["part"], say), float(part[key])) for part in base["parts"]))
+        Bar(label, size_text(size), tuple((_part(part["part"], say), float(part[key])) for part in base["parts"]))
         for label, size, key in (
             (say("16 bits", "16 位"), before, "bytes_16bit"),
             (say("as loaded", "载入后"), now, "bytes_now"),
@@ -97,11 +97,11 @@ def _quantised(base: Facts, thin: list[Facts], say: Say) -> Statement:
     twice = base["double_quant"]
     return Statement(
         say(
-            f"{sentence(listed((_part(part['part'], say) for part in thin), say))} went from {megabytes(before)} to "
-            f"{megabytes(now)}: {kind}, {bits:.2f} bits a parameter, 4 for the weight and {bits - 4:.2f} for its "
+            f"{sentence(listed((_part(part['part'], say) for part in thin), say))} went from {size_text(before)} to "
+            f"{size_text(now)}: {kind}, {bits:.2f} bits a parameter, 4 for the weight and {bits - 4:.2f} for its "
             f"block's scale{', itself quantised (double quantisation)' if twice else ''}.",
-            f"{listed((_part(part['part'], say) for part in thin), say)}量化为 {kind}，从 {megabytes(before)} 瘦到 "
-            f"{megabytes(now)}，平均每个参数 {bits:.2f} 位：4 位是权重本身，另外 {bits - 4:.2f} 位是分块的缩放系数"
+            f"{listed((_part(part['part'], say) for part in thin), say)}量化为 {kind}，从 {size_text(before)} 瘦到 "
+            f"{size_text(now)}，平均每个参数 {bits:.2f} 位：4 位是权重本身，另外 {bits - 4:.2f} 位是分块的缩放系数"
             f"{'，系数自身也再量化了一次（双重量化）' if twice else ''}。",
         ),
         "proved",
@@ -119,9 +119,9 @@ def _left_alone(base: Facts, rest: list[Facts], say: Say) -> Statement:
     return Statement(
         say(
             f"{sentence(names)} stayed as they are ({bits:.0f} bits a parameter): 4-bit quantisation packs linear "
-            f"layers and experts only. They take {megabytes(now)}{grown_en}.",
+            f"layers and experts only. They take {size_text(now)}{grown_en}.",
             f"{names}保持原样（每个参数 {bits:.0f} 位），4 位量化只作用于线性层和专家；"
-            f"这部分占 {megabytes(now)}{grown_zh}。",
+            f"这部分占 {size_text(now)}{grown_zh}。",
         )
     )
 

@@ -21,7 +21,7 @@ from slimtune.run.folder import RunFolder
 from slimtune.run.history import History, read_history
 from slimtune.run.pages import events_told, in_language, template
 from slimtune.run.samples import MOST_REPLIES, Sampled, read_samples, samples_told
-from slimtune.run.screen import megabytes, time_left
+from slimtune.run.screen import size_text, time_left
 from slimtune.run.show import (
     MARKS,
     markdown_table,
@@ -126,15 +126,15 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
         tiles.append((say("loss", "损失"), f"{first} → {last}", note))
     if base:
         before, now = base["bytes_16bit"], base["bytes_now"]
-        note = say(f"from {megabytes(before)} in 16 bits", f"16 位时为 {megabytes(before)}")
-        tiles.append((say("base in memory", "基座体积"), megabytes(now), note))
+        note = say(f"from {size_text(before)} in 16 bits", f"16 位时为 {size_text(before)}")
+        tiles.append((say("base in memory", "基座体积"), size_text(now), note))
     if adapter:
         trained = share(adapter["trainable_parameters"], adapter["total_parameters"])
         note = say(f"{adapter['trainable_parameters']:,} parameters", f"{adapter['trainable_parameters']:,} 个参数")
         tiles.append((say("trained", "训练占比"), trained, note))
         if adapter.get("file_bytes"):
             note = say(f"rank {adapter['r']}, alpha {adapter['alpha']}", f"秩 {adapter['r']}，alpha {adapter['alpha']}")
-            tiles.append((say("adapter", "适配器"), megabytes(adapter["file_bytes"]), note))
+            tiles.append((say("adapter", "适配器"), size_text(adapter["file_bytes"]), note))
     if training:
         note = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
         if reached := training.get("floor_share"):
@@ -199,7 +199,7 @@ def _machine(environment: Mapping[str, Any], say: Say) -> tuple[tuple[str, str],
     hardware = environment.get("hardware") or {}
     rows = [
         (say("device", "设备"), f"{hardware['name']} ({hardware['device']})" if "name" in hardware else ""),
-        (say("memory", "内存"), megabytes(hardware["memory_bytes"]) if "memory_bytes" in hardware else ""),
+        (say("memory", "内存"), size_text(hardware["memory_bytes"]) if "memory_bytes" in hardware else ""),
         (say("system", "系统"), str(environment.get("system", ""))),
         ("Python", str(environment.get("python", ""))),
         *((name, str(version)) for name, version in (environment.get("versions") or {}).items()),

@@ -18,7 +18,7 @@ from slimtune.run.statement import Say
 from slimtune.run.verdict import advice_text, general_text, verdict_text
 from slimtune.words import told
 
-__all__ = ["Screen", "megabytes", "time_left"]
+__all__ = ["Screen", "size_text", "time_left"]
 
 _LINES_WITHOUT_TERMINAL = 20
 _LOST = 0.05
@@ -81,7 +81,7 @@ class Screen:
             return
         numbers = told(
             f"loss {record['loss']:.4f} · {record['tokens_per_second']:,.0f} tokens/s · "
-            f"{megabytes(record['memory_bytes'])} · {time_left(record['seconds_left'])} left"
+            f"{size_text(record['memory_bytes'])} · {time_left(record['seconds_left'])} left"
         )
         step, steps = int(record["step"]), int(record["steps"])
         if self._progress is not None and self._task is not None:
@@ -124,11 +124,11 @@ def _padded(label: str) -> str:
     return label + " " * (_LABEL - cell_len(label))
 
 
-def megabytes(count: float) -> str:
-    """Bytes as people read them: 1.8 MB, 1.31 GB (powers of ten)."""
-    if count >= 1e9:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+def size_text(count: float) -> str:
+    """Bytes as people read them: 1.8 MiB, 1.31 GiB (powers of two, as a memory budget is given)."""
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**17 else f"{count / 2**10:.1f} KiB"
 
 
 def time_left(seconds: float) -> str:

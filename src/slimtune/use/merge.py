@@ -117,7 +117,7 @@ def free_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise UserError(
-            f"the disk of {folder.parent} has {free / 1e9:.1f} GB free, and {nbytes / 1e9:.1f} GB are needed",
+            f"the disk of {folder.parent} has {free / 2**30:.1f} GiB free, and {nbytes / 2**30:.1f} GiB are needed",
             way_out="Make room, or choose another disk (-o).",
         )
 
