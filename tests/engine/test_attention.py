@@ -157,6 +157,27 @@ def test_a_group_of_heads_fills_a_device(tokens: int, heads: int, kv_heads: int,
 H100, T4 = (9, 0), (7, 5)
 
 
+def test_cudnn_reads_o_and_its_gradient_as_its_plan_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a plan by q, k and v alone; here as there, it reads the others by the strides of its first call."""
+    plans: dict[Any, Any] = {}
+
+    def kernel(*tensors: Any, **_: Any) -> tuple[torch.Tensor, ...]:
+        do, q, k, v, o, *_ = tensors
+        read = plans.setdefault(tuple((x.shape, x.stride()) for x in (q, k, v)), (do.stride(), o.stride()))
+        return *(torch.as_strided(x, x.shape, strides) for x, strides in zip((do, o), read, strict=True)), q
+
+    monkeypatch.setattr(attention_module, "_LAYOUTS", {})
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", kernel)
+    documents = Documents((4, 4), torch.tensor([0, 4, 8]).int(), 4)
+    attention, q, buffers = Attention(documents, "cudnn", 0.25), torch.randn(8, 2, 3), torch.randn(2, 8, 14)
+    # Beside an adapter's columns, or alone.
+    (wide_do, do), (wide_o, o) = ((x[:, :6].view(8, 2, 3), x[:, :6].reshape(8, 2, 3)) for x in buffers)
+    for given in ((wide_do, wide_o), (do, wide_o), (do, o), (wide_do, o)):
+        first, second, _ = attention.backward(given[0], q, q, q, given[1], (None, None, None))
+        assert torch.equal(first, do)
+        assert torch.equal(second, o)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "lengths", "way"),
     [

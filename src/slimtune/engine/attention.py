@@ -61,6 +61,8 @@ _FILLING = 1 << 17
 """Tokens x query heads that fill a device: about a thousand blocks of 128 queries."""
 _CAUSAL_FROM_TOP_LEFT = 1
 """The memory-efficient kernel's ``custom_mask_type``."""
+_LAYOUTS: dict[tuple[Any, ...], tuple[int, ...]] = {}
+"""Of o and do, the strides that cuDNN's backward was first given beside a layout of q, k and v."""
 
 
 @dataclass(frozen=True)
@@ -363,8 +365,10 @@ class Attention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         logsumexp, seed, offset = saved
         length = self.documents.longest
+        do_, q_, k_, v_, o_ = (self._rows(x) for x in (do, q, k, v, o))
+        laid_out = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q_, k_, v_)))
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            self._rows(do), self._rows(q), self._rows(k), self._rows(v), self._rows(o), logsumexp, seed, offset,
+            _laid_out(do_, "do", *laid_out), q_, k_, v_, _laid_out(o_, "o", *laid_out), logsumexp, seed, offset,
             None, None, None, length, length, 0.0, True, scale=self.scale,
         )  # fmt: skip
         dq, dk, dv = (grad.transpose(1, 2).flatten(0, 1) for grad in grads)
@@ -469,6 +473,19 @@ def is_right(
             stacklevel=2,
         )
     return right
+
+
+def _laid_out(x: Tensor, *beside: Any) -> Tensor:
+    """x with the strides that it had when it was first beside these: itself, or a copy.
+
+    torch 2.11 keeps cuDNN's plan by the sizes and strides of q, k and v, and the plan reads o and do by
+    those that they had when it was made: with others it computes something else, and says nothing. They have others
+    where layers differ in o's adapters, and where a layer's o is in FP8 now and in 16 bits then.
+    """
+    strides = _LAYOUTS.setdefault(beside, x.stride())
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _as_rows(x: Tensor, rows: int, heads: int) -> Tensor:
