@@ -87,41 +87,41 @@ def _of_it(node: ast.AST) -> Iterator[ast.AST]:
             yield from _of_it(part)
 
 
-def _calls() -> Iterator[tuple[Path, ast.Call, str]]:
+def _calls_in_scope() -> Iterator[tuple[Path, ast.Call, str, _Scope]]:
+    """Every call in a function: its file, what is called, and what names stand for there."""
     for file, tree in trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                yield file, node, name
+        module = _scope(tree)
+        for function in ast.walk(tree):
+            if isinstance(function, _FUNCTION):
+                scope = module | _scope(function)
+                for call in ast.walk(function):
+                    if isinstance(call, ast.Call):
+                        called = call.func
+                        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                        yield file, call, name, scope
 
 
 def of_errors() -> dict[str, Path]:
     """What errors say, and the file."""
     found: dict[str, Path] = {}
-    for file, tree in trees().items():
-        functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION)]
-        for function in functions:
-            scope = _scope(tree) | _scope(function)
-            for call in ast.walk(function):
-                name = ""
-                if isinstance(call, ast.Call):
-                    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-                if isinstance(call, ast.Call) and name in ERRORS:
-                    given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
-                    found |= {text: file for each in given for text in texts(each, scope)}
+    for file, call, name, scope in _calls_in_scope():
+        if name in ERRORS:
+            given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
+            found |= {text: file for each in given for text in texts(each, scope)}
     return {text: file for text, file in found.items() if any(map(str.isalpha, text.replace("{}", "")))}
 
 
 def of_screens() -> set[str]:
     """What a run's screen says, labels and texts, and what verbs say of themselves by ``told``."""
     found: set[str] = set()
-    for file, call, name in _calls():
-        if name in ("say", "warn", "working") and isinstance(call.func, ast.Attribute):
+    lines = _scope(trees()[SOURCE / "run" / "lines.py"])
+    for file, call, name, scope in _calls_in_scope():
+        if name in ("say", "warn", "working", "_line") and isinstance(call.func, ast.Attribute):
             of = ast.unparse(call.func.value)
-            if of.endswith(("screen", "self")):
-                found |= {text for each in call.args for text in texts(each)}
-        elif name in ("told", "in_chinese") or (name == "say" and file.parent.name == "cli"):
-            found |= {text for each in call.args[:1] for text in texts(each)}
+            if of.endswith(("screen", "self", "safety")):
+                found |= {text for each in call.args for text in texts(each, lines | scope)}
+        elif name in ("told", "in_chinese", "screen_say") or (name == "say" and file.parent.name == "cli"):
+            found |= {text for each in call.args[:1] for text in texts(each, lines | scope)}
     return {text for text in found if any(map(str.isalpha, text.replace("{}", "")))}
 
 

@@ -252,7 +252,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
 
         # 4. Train, and save the adapter alone.
         job.observed(trainer, tokenizer)
-        with job.screen.training():
+        with job.screen.training(steps_of_run(config, ready.data.per_epoch)):
             trainer.fit()
         job.ranks.leave()
         if not job.ranks.first:

@@ -24,7 +24,7 @@ _JOINTS = {"; ": "；", ", or ": "，或", ", ": "，", " · ": " · "}
 """What stands between the parts of a line, and what stands there in Chinese."""
 _SHORT = {16: " ", 30: ". "}
 """A text shorter than this tells little, so it names nothing that holds that: no words, no sentences."""
-_BEGINS = 6
+_BEGINS = 4
 """A text that begins with so many letters of its own may name words, however short: "Go on: {}"."""
 _SENTENCES = re.compile(r"(?<=\.) (?=[A-Z{])")
 PART = "part"

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slimtune.cli.formatting import say
+from slimtune.cli.formatting import cells, say
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
+from slimtune.words import told
 
 if TYPE_CHECKING:
     from slimtune.serve.server import WebServer
@@ -120,7 +121,8 @@ def beside(run: Path | None) -> Iterator[None]:
         return
     token = secrets.token_urlsafe(24)
     with _listening() as listening:
-        click.echo(f"  watch    {_url(listening, token)}", err=True)
+        label = told("watch")
+        click.echo(f"  {label}{' ' * (9 - cells(label))}{_url(listening, token)}", err=True)  # whole, to be clicked
         program = "from slimtune.cli import main; main()"
         words = [sys.executable, "-c", program, "watch", "--beside", str(listening.fileno()), str(run.absolute())]
         page = subprocess.Popen(

@@ -53,7 +53,7 @@ class Screen:
             yield
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, steps: int) -> Iterator[None]:
         """The bar of the optimizer steps; :meth:`record` moves it."""
         if not self.console.is_terminal or self.console.quiet:
             yield
@@ -65,7 +65,7 @@ class Screen:
             TextColumn("{task.fields[numbers]}"),
         )
         with Progress(*columns, console=self.console) as progress:
-            self._progress, self._task = progress, progress.add_task("training", total=1, numbers="")
+            self._progress, self._task = progress, progress.add_task("training", total=steps, numbers="")
             try:
                 yield
             finally:

@@ -90,5 +90,5 @@ class SamplesCallback(TrainerCallback):
         """What it came to, in a line; empty if nothing was answered."""
         if not self.times:
             return ""
-        left_out = " (more would take over a twentieth of the run)" if len(self.times) < self.evaluations else ""
-        return f"at {len(self.times)} of {self.evaluations} evaluations, {sum(self.times):.1f} s{left_out}"
+        left_out = "; more would take over a twentieth of the run" if len(self.times) < self.evaluations else ""
+        return f"answered at {len(self.times)} of {self.evaluations} evaluations, in {sum(self.times):.1f} s{left_out}"
