@@ -124,7 +124,7 @@ def test_what_fails_is_a_line_and_the_outcome_stays(
     assert "it answered 302" in lines[1]
     assert "refused" in lines[2]
     assert "secret" not in lines[2]
-    assert "exit 3: what" in lines[3]
+    assert "it ended with exit code 3: what" in lines[3]
 
 
 def test_what_hangs_is_left(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

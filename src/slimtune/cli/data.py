@@ -89,9 +89,11 @@ def command(
         from slimtune.data.view import hints, sample, summary, table
         from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_steps, steps_of_run
         from slimtune.run.lines import steps_line
+        from slimtune.run.quiet import upstream_to_log
 
     errors, named = Console(stderr=True, highlight=False), config.data
-    with TemporaryDirectory() as folder, errors.status("  " + told("reading the tokenizer")) as status:
+    reading = errors.status("  " + told("reading the tokenizer"))
+    with TemporaryDirectory() as folder, upstream_to_log(None), reading as status:
         config = keep_stdin(config, Path(folder))
         tokenizer = tokenizer_of(config)
         proof = examine(config, tokenizer, on_progress=lambda rows: status.update("  " + told(f"{rows:,} rows")))

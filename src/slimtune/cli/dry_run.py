@@ -38,6 +38,7 @@ from slimtune.run.lines import (
     steps_line,
     streamed_line,
 )
+from slimtune.run.quiet import upstream_to_log
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
@@ -47,6 +48,7 @@ from slimtune.words import told
 __all__ = ["dry_run"]
 
 
+@upstream_to_log(None)
 def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     """Prove the data and plan the run, as :func:`slimtune.recipes.finetune` does before it loads the base.
 

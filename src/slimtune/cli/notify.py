@@ -22,9 +22,11 @@ from urllib.parse import urlsplit
 import click
 
 from slimtune.cli.closing import WORSE
+from slimtune.cli.formatting import cells
 from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError, shown
 from slimtune.run.folder import RunFolder
 from slimtune.run.verdict import is_worse
+from slimtune.words import told
 
 __all__ = ["check_targets", "notifying", "option"]
 
@@ -101,7 +103,7 @@ def _tell(targets: Sequence[str], run: Path | None, outcome: str, code: int, mes
         return
     facts = _facts(run)
     training, verdict = facts.get("training") or {}, facts.get("verdict") or {}
-    told = {
+    ended = {
         "text": f"slimtune: {'a run' if run is None else run.name}: {shown(message, _MOST)}",  # what chat services show
         "outcome": outcome,
         "exit_code": code,
@@ -114,11 +116,11 @@ def _tell(targets: Sequence[str], run: Path | None, outcome: str, code: int, mes
         "held_out_before": (verdict.get("start") or {}).get("value"),
         "held_out_after": (verdict.get("end") or {}).get("value"),
     }
-    body = json.dumps(told, ensure_ascii=False)
+    body = json.dumps(ended, ensure_ascii=False)
     problems: dict[int, str] = {}
 
     def tell(number: int, target: str) -> None:
-        problem = _post(target, body) if _is_url(target) else _run(target, body, told)
+        problem = _post(target, body) if _is_url(target) else _run(target, body, ended)
         problems[number] = problem
 
     threads = [
@@ -130,7 +132,9 @@ def _tell(targets: Sequence[str], run: Path | None, outcome: str, code: int, mes
         thread.join(SECONDS + 2 * _LEAST_TO_KILL)  # a name that isn't found may take longer than any time-out
     for number, target in enumerate(targets):
         if problem := problems.get(number, f"no answer within {SECONDS:.0f} s"):
-            click.echo(f"  warning  --notify {_called(target)}: {problem}", err=True)
+            label = told("warning")
+            line = told(f"--notify {_called(target)} failed: {problem}")
+            click.echo(f"  {label}{' ' * (9 - cells(label))}{line}", err=True)
 
 
 def _called(target: str) -> str:
@@ -156,14 +160,15 @@ def _post(url: str, body: str) -> str:
         error.close()
         return f"it answered {error.code}"
     except (OSError, ValueError, urllib.error.URLError) as error:  # ValueError: an address that can't be asked for
-        return shown(str(getattr(error, "reason", error)), 200)
+        reason = getattr(error, "reason", error)
+        return shown(str(getattr(reason, "strerror", None) or reason), 200)
 
 
-def _run(command: str, body: str, told: dict[str, Any]) -> str:
+def _run(command: str, body: str, ended: dict[str, Any]) -> str:
     """What went wrong with a shell's command; empty if nothing did. Nothing of the run stands in the command itself."""
     names = {"SLIMTUNE_OUTCOME": "outcome", "SLIMTUNE_MESSAGE": "message", "SLIMTUNE_RUN": "run",
              "SLIMTUNE_EXIT_CODE": "exit_code"}  # fmt: skip
-    facts = {name: str(told[key]) for name, key in names.items()}
+    facts = {name: str(ended[key]) for name, key in names.items()}
     with TemporaryFile() as reads, TemporaryFile() as says:
         reads.write(body.encode())
         reads.seek(0)
@@ -188,4 +193,4 @@ def _run(command: str, body: str, told: dict[str, Any]) -> str:
             return ""
         says.seek(0)
         lines = says.read(4096).decode(errors="replace").strip().splitlines()
-        return shown(f"exit {code}" + (f": {lines[0]}" if lines else ""), 200)
+        return shown(f"it ended with exit code {code}" + (f": {lines[0]}" if lines else ""), 200)

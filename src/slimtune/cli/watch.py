@@ -55,7 +55,7 @@ def command(runs: tuple[Path, ...], port: int | None, descriptor: int | None) ->
         names = [run.resolve().name for run in runs]
         called = names if len(set(names)) == len(names) else list(map(str, runs))
         live = [LiveRun(run, name) for run, name in zip(runs, called, strict=True)]
-        watching = Watching(live, token, lambda line: click.echo(f"slimtune watch: {line}", err=True))
+        watching = Watching(live, token, lambda line: click.echo(f"slimtune watch: {told(line)}", err=True))
         said = ", ".join(map(str, runs))
 
         def ready() -> None:

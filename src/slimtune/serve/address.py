@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
 from slimtune.errors import UserError
@@ -48,7 +49,7 @@ def listen(host: str, port: int) -> socket.socket:
         made = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
-            f"{host}:{port} can't be listened on: {error.strerror}", way_out="Choose another --port."
+            f"{host}:{port} can't be listened on: {os.strerror(error.errno or 0)}", way_out="Choose another --port."
         ) from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STUCK_MILLISECONDS)
