@@ -1,4 +1,4 @@
-"""Many short trainings at once, each in a process of its own: for benchmarks/defaults.py and benchmarks/rehearse.py."""
+"""Many short trainings at once, a process each, over the GPUs there are: for defaults.py and rehearse.py beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,11 @@ __all__ = ["measure", "options_of", "results_of"]
 Job = dict[str, Any]
 
 
-def _worker(work: Any, done: Any, do: Callable[[Job], Job], until: float) -> None:
+def _worker(number: int, work: Any, done: Any, do: Callable[[Job], Job], until: float) -> None:
+    from slimtune.ranks.place import VISIBLE, cards_here
+
+    if cards := cards_here():
+        os.environ[VISIBLE] = cards[number % len(cards)]
     import torch
 
     torch.set_num_threads(1)
@@ -57,7 +62,9 @@ def results_of(
     work, done = context.Queue(), context.Queue()
     for job in [*jobs, *[None] * workers]:
         work.put(job)
-    processes = [context.Process(target=_worker, args=(work, done, do, until), daemon=True) for _ in range(workers)]
+    processes = [
+        context.Process(target=_worker, args=(number, work, done, do, until), daemon=True) for number in range(workers)
+    ]
     for process in processes:
         process.start()
     results, busy = [], workers
