@@ -1,12 +1,17 @@
-"""Times slimtune's trainer on several cards of one machine: python benchmarks/gpus.py [W1 W2 W3] [--ranks 1,2] [--trl]
+"""Times slimtune's trainer on several cards of one machine: python benchmarks/gpus.py [W1 W2 W3 W4] [--ranks 1,2,4,8]
 
-For each number of ranks one torchrun trains every workload by ``slimtune train``'s own recipe, a step's micro-batches
+The unit is one card of this machine: every card trains alone, all at once, so that they are as warm as they are
+together; ``times_one`` is of their mean, and ``times_slowest`` of the slowest, whose pace steps of several have. For
+each other number of ranks one torchrun trains every workload by ``slimtune train``'s own recipe, a step's micro-batches
 being as many as the ranks: each card has what one card alone has. Tokens a second are the median over the steps after
 the first, from one log line to the next. The share of a step that the ranks come together in is by CUDA events around
-it, waiting for the slower one included; ``sum_ms`` is the gradient's sum alone, repeated. Every step compares the
-ranks' adapters, and the end their bytes. ``--kills N`` kills a rank in the middle of a run N times, and resumes on all
-ranks and on one less. One JSON line a result; ``--out`` writes them with machine and versions. ``--trl`` adds TRL under
-DDP (W1, W2 unpacked; W3 packed).
+it, waiting for the slower one included; the least of the ranks' is what it takes itself. ``sum_ms`` is the gradient's
+sum alone, repeated. Every step compares the ranks' adapters, and the end their bytes.
+
+``--gaps`` adds what the device waits for in ten steps of W2, by the kernels around it. ``--kills N`` kills a rank in
+the middle of a run N times, and resumes on all ranks, and every other time on one fewer. ``--streamed TOKENS`` trains
+20 layers of a 70B as all 80 are planned within 12 GiB, fetched by all cards from one host's RAM. ``--trl`` adds TRL
+under DDP (W1, W2 unpacked; W3 packed). One JSON line a result; ``--out`` writes them with machine and versions.
 """
 
 from __future__ import annotations
@@ -23,13 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 STEPS = {"W2": 80, "tiny": 8, "tiny-chats": 8}
 USUAL_STEPS, WARM_UP = 18, 6
+GAPS_FROM, GAPS_STEPS = 60, 10
+LAYERS, OF_LAYERS, WITHIN_GIB = 20, 80, 12.0
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "triton")
 
@@ -41,21 +48,17 @@ class _Enough(Exception):
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
 
-def rank(names: list[str], folders: Path, count: int, *, trl: bool) -> None:
+def rank(names: list[str], folders: Path, count: int, kind: str) -> None:
     """Train each workload as one of ``count`` ranks; the figures go to files in ``folders``."""
-    place = _place()
-    for name in names:
-        result = _trl(name, folders, count) if trl else _slimtune(name, folders, count, place.rank)
-        kind = "trl" if trl else "slimtune"
-        (folders / f"{kind}-{name}-{count}-{place.rank}.json").write_text(json.dumps(result))
-
-
-def _place() -> Any:
     from slimtune.ranks.place import take_card, this_place
 
     place = this_place()
-    take_card(place)  # before torch starts CUDA
-    return place
+    if kind != "trl":  # accelerate chooses among all cards by LOCAL_RANK
+        take_card(place)  # before torch starts CUDA
+    number = int(os.environ.get("CARD", place.rank))
+    for name in names:
+        result = {"trl": _trl, "slimtune": _slimtune, "streamed": _streamed}[kind](name, folders, count, number)
+        (folders / f"{kind}-{name}-{count}-{number}.json").write_text(json.dumps(result))
 
 
 def rows_of(name: str, count: int) -> list[list[int]]:
@@ -70,6 +73,7 @@ def rows_of(name: str, count: int) -> list[list[int]]:
 
 def _slimtune(name: str, folders: Path, count: int, number: int) -> dict[str, Any]:
     import torch
+    from gaps import watched
     from peers import as_messages
     from workloads import WORKLOADS
 
@@ -81,7 +85,7 @@ def _slimtune(name: str, folders: Path, count: int, number: int) -> dict[str, An
     data = folders / f"{name}-{count}-{number}.jsonl"
     data.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in rows_of(name, count)))
     data.rename(data := folders / f"{name}-{count}.jsonl")  # the same bytes from each rank
-    run = folders / f"run-{name}-{count}"
+    run = folders / f"run-{name}-{count}{f'-{number}' if count == 1 else ''}"
     config = Config.make(
         model=str(folders / workload.size), data=str(data), output=run, overwrite=True, train_on="all",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=count, max_steps=steps,
@@ -109,9 +113,12 @@ def _slimtune(name: str, folders: Path, count: int, number: int) -> dict[str, An
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         RankedTrainer._come_together = timed  # type: ignore[method-assign]
-    began = time.perf_counter()
+    began, looked = time.perf_counter(), {}
     try:
-        finetune(config, observe=observe)
+        with (
+            watched(GAPS_FROM, GAPS_STEPS) if os.environ.get("GAPS") and steps > GAPS_FROM else nullcontext() as looked
+        ):
+            finetune(config, observe=observe)
     except _Enough:
         pass
     finally:
@@ -123,7 +130,9 @@ def _slimtune(name: str, folders: Path, count: int, number: int) -> dict[str, An
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
-    if number == 0:
+    if looked:
+        made["gaps"] = looked
+    if number == 0 or count == 1:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         records = [line for line in lines if "step_seconds" in line]
         made |= {
@@ -160,7 +169,7 @@ def _sum_ms(numbers: int) -> float:
     return (time.perf_counter() - began) / 20 * 1e3
 
 
-def _trl(name: str, folders: Path, count: int) -> dict[str, Any]:
+def _trl(name: str, folders: Path, count: int, number: int) -> dict[str, Any]:
     """TRL's SFTTrainer on the 4-bit base, as accelerate shares it out under torchrun."""
     import torch
     from datasets import Dataset
@@ -175,8 +184,10 @@ def _trl(name: str, folders: Path, count: int) -> dict[str, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
+    local = 0 if count == 1 else int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=four_bits, dtype=torch.bfloat16, device_map={"": 0}
+        folder, quantization_config=four_bits, dtype=torch.bfloat16, device_map={"": local}
     )
     times: list[float] = []
 
@@ -188,7 +199,7 @@ def _trl(name: str, folders: Path, count: int) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(folders / "trl"), per_device_train_batch_size=workload.rows, max_steps=steps,
+            output_dir=str(folders / f"trl-{number}"), per_device_train_batch_size=workload.rows, max_steps=steps,
             max_length=workload.length, packing=workload.chats, optim="paged_adamw_8bit", learning_rate=2e-4, bf16=True,
             gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, report_to="none",
             save_strategy="no", logging_steps=steps, disable_tqdm=True, ddp_find_unused_parameters=False,
@@ -208,46 +219,128 @@ def _trl(name: str, folders: Path, count: int) -> dict[str, Any]:
         torch.cuda.max_memory_allocated() / 2**30, 2), "device": torch.cuda.get_device_name()}  # fmt: skip
 
 
+def _streamed(name: str, folders: Path, count: int, number: int) -> dict[str, Any]:
+    """Some layers of a 70B whose weights come from the RAM that the ranks of this host have in common."""
+    del folders
+    import torch
+    from memory import GIB, document, free, lightly_wrapped, part_of, peaks
+
+    from slimtune.engine import Engine, FusedAdamW8bit
+    from slimtune.hardware import detect
+    from slimtune.ranks.group import together
+    from slimtune.ranks.host import here
+
+    cuda, tokens = torch.cuda.is_available(), int(name)
+    size, layers, whole = ("70b", LAYERS, OF_LAYERS) if cuda else ("tiny", 4, 8)
+    with together(detect, 300.0) as ranks:
+        model = lightly_wrapped(size, layers)
+        free()
+        began = time.perf_counter()
+        with part_of(whole, (WITHIN_GIB - 0.5) * GIB if cuda else 0.0, 1 << 42):
+            engine = Engine(model, dtype=torch.bfloat16 if cuda else torch.float32, tokens=tokens)
+        made = {"engine_made_s": round(time.perf_counter() - began, 1), "sharing": here().sharing}
+        free()
+        optimizer, batch, times = FusedAdamW8bit(engine.flat, lr=1e-4), document(tokens, size), []
+        for _ in range(4 if tokens > 8192 else 8):
+            began = time.perf_counter()
+            engine.forward_backward(batch, count * (tokens - 1))
+            ranks.sum_(engine.flat.grad)
+            optimizer.clip_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        digest = float(engine.flat.data.double().sum())
+        ranks.check_same({"adapter": digest}, "All ranks apply the same gradient.")
+        ranks.told(None)
+    step = _median(times[2:])
+    made |= {"streamed": len(engine.plan.streamed), "weights_gib": round(engine.plan.streamed_bytes / GIB, 2)}
+    return made | {"step_ms": round(step * 1e3, 1), "tokens_s": round(count * tokens / step), "ram_gib": _common_gib(),
+                   "peak_gib": round(peaks().get("allocated_gib", 0.0), 2), "card": number}  # fmt: skip
+
+
+def _common_gib() -> list[float]:
+    """GiB of RAM that this process sees with others, and its part of it (Linux' Rss and Pss)."""
+    sums, counts = {"Rss:": 0.0, "Pss:": 0.0}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if len(words) > 4 and "-" in words[0]:
+            counts = "memfd:slimtune" in line
+        elif counts and words[0] in sums:
+            sums[words[0]] += int(words[1]) / 2**20
+    return [round(value, 2) for value in sums.values()]
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def launch(count: int, *arguments: str, seconds: float) -> bool:
-    """Run this file, or a command's module, as ``count`` ranks; whether they ended well in time."""
-    command = [*LAUNCH, "--nproc-per-node", str(count), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    environment.setdefault("OMP_NUM_THREADS", "4")
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+def environment(**more: str) -> dict[str, str]:
+    """What a process of this file is started with."""
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    return {"OMP_NUM_THREADS": "4"} | os.environ | {"PYTHONPATH": paths} | more
+
+
+def run(commands: list[tuple[list[str], dict[str, str]]], seconds: float) -> bool:
+    """Run commands at once; whether all ended well in time. None is left running."""
+    processes = [subprocess.Popen(*each[:1], env=each[1], start_new_session=True) for each in commands]
+    until = time.monotonic() + seconds
+    codes: list[int | None] = []
+    for process in processes:
         try:
-            return process.wait(seconds) == 0
+            codes.append(process.wait(max(0.1, until - time.monotonic())))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False
+            codes.append(None)
+            _end(process)
+    return not any(code != 0 for code in codes)
 
 
-def measure(names: list[str], folders: Path, counts: list[int], kinds: list[str], until: float) -> list[dict[str, Any]]:
-    """Every workload on every number of ranks."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A launcher passes a request to end on to its ranks, which are in sessions of their own."""
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def measure(names: list[str], folders: Path, counts: list[int], kind: str, until: float) -> list[dict[str, Any]]:
+    """Every workload on one card, all cards at once, and on other numbers of them."""
     results: list[dict[str, Any]] = []
-    alone: dict[tuple[str, str], float] = {}
+    units: dict[str, list[float]] = {}
     for count in counts:
-        for kind in kinds:
-            more = ["--trl"] if kind == "trl" else []
-            work = [str(Path(__file__)), *names, "--rank", str(folders), str(count), *more]
-            launch(count, *work, seconds=max(10.0, until - time.monotonic()))
-            for name in names:
-                files = [folders / f"{kind}-{name}-{count}-{number}.json" for number in range(count)]
-                if not all(map(Path.is_file, files)):
-                    say(results, {"kind": kind, "workload": name, "ranks": count, "error": "not measured"})
-                    continue
-                each = [json.loads(file.read_text()) for file in files]
-                result = {"kind": kind, "workload": name, "ranks": count, **each[0]}
-                result["peak_gib"] = [one["peak_gib"] for one in each]
-                if "together_ms" in result:
-                    result["together_share"] = round(result["together_ms"] / result["step_ms"], 4)
-                if count == 1:
-                    alone[kind, name] = result["tokens_s"]
-                elif (kind, name) in alone:
-                    result["times_one"] = round(result["tokens_s"] / alone[kind, name], 3)
-                say(results, result)
+        work = [str(Path(__file__)), *names, "--rank", str(folders), str(count), kind]
+        if count > 1:
+            commands = [([*LAUNCH, "--nproc-per-node", str(count), *work], environment())]
+        else:  # each sees one card, and is told of no other
+            cards = [environment(CARD=str(card), CUDA_VISIBLE_DEVICES=str(card)) for card in range(max(counts))]
+            commands = [([sys.executable, *work], each) for each in cards]
+        run(commands, max(10.0, until - time.monotonic()))
+        for name in names:
+            numbers = range(count if count > 1 else max(counts))
+            files = [folders / f"{kind}-{name}-{count}-{number}.json" for number in numbers]
+            if not all(map(Path.is_file, files)):
+                say(results, {"kind": kind, "workload": name, "ranks": count, "error": "not measured"})
+                continue
+            each = [json.loads(file.read_text()) for file in files]
+            result = {"kind": kind, "workload": name, "ranks": count, **each[0]}
+            for key in ("peak_gib", "together_ms", "ram_gib", "engine_made_s", "gaps"):
+                if key in each[0]:
+                    result[key] = [one.get(key) for one in each]
+            if count == 1:
+                units[name] = [one["tokens_s"] for one in each]
+                result |= {"tokens_s": round(statistics.mean(units[name])), "each_tokens_s": units[name]}
+            elif "together_ms" in result:
+                own, step = min(result["together_ms"]), result["step_ms"]
+                result |= {
+                    "together_share": round(own / step, 4),
+                    "waited_share": round(max(result["together_ms"]) / step, 4),
+                }
+            if count > 1 and name in units:
+                result["times_one"] = round(result["tokens_s"] / statistics.mean(units[name]), 3)
+                result["times_slowest"] = round(result["tokens_s"] / min(units[name]), 3)
+            say(results, result)
     return results
 
 
@@ -258,51 +351,61 @@ def say(results: list[dict[str, Any]], result: dict[str, Any]) -> None:
 
 
 def kills(folders: Path, count: int, wanted: int, until: float) -> list[dict[str, Any]]:
-    """Kill a rank in the middle of a run, all runs at once: the others end by themselves, and each run goes on to the
-    uninterrupted one's adapter."""
+    """Kill a rank in the middle of a run, one run after the other: the other ranks end by themselves, and the run goes
+    on to the uninterrupted one's adapter, on as many ranks; on fewer to one of the same steps."""
     from hashlib import sha256
 
     from peers import as_messages, make_folder
 
     make_folder("tiny", folders / "tiny")
-    rng = random.Random(7)
+    rng, steps = random.Random(7), 120
     data = folders / "kills.jsonl"
     rows = [as_messages([rng.randrange(1000) for _ in range(60)]) for _ in range(96)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--max-length", "64", "--micro-batch", "2", "--gradient-accumulation", str(count), "--max-steps", "600",
-               "--save-steps", "10", "--eval-share", "0", "--deterministic", "--train-on", "all"]  # fmt: skip
+    options = ["--max-length", "64", "--micro-batch", "2", "--gradient-accumulation", str(count), "--save-steps", "10",
+               "--max-steps", str(steps), "--eval-share", "0", "--deterministic", "--train-on", "all"]  # fmt: skip
+    slimtune = [sys.executable, "-m", "slimtune"]
 
-    def command(run: Path) -> list[str]:
-        return ["-m", "slimtune", "train", str(folders / "tiny"), str(data), "-o", str(run), *options]
+    def train(name: str) -> list[str]:
+        started = [*slimtune, "train", str(folders / "tiny"), str(data), "-o", str(folders / name), *options]
+        return [*started, "--gpus", str(count)]
 
     def killed(number: int) -> dict[str, Any]:
-        run, victim = folders / f"killed-{number}", number % count
-        process = subprocess.Popen([*LAUNCH, "--nproc-per-node", str(count), *command(run)], start_new_session=True)
-        metrics, wait = run / "metrics.jsonl", random.Random(number).uniform(0.0, 1.0)
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("step_seconds") > 15):
-            time.sleep(0.05)
-        time.sleep(wait)
-        os.kill(_worker(process.pid, victim), signal.SIGKILL)
-        began = time.monotonic()
-        made = {"kind": "kill", "victim": victim, "ranks": count, "code": process.wait(90)}
+        path, victim = folders / f"killed-{number}", number % count
+        fewer = number % 2 == 1
+        with subprocess.Popen(train(path.name), env=environment(), start_new_session=True) as process:
+            metrics, wait = path / "metrics.jsonl", random.Random(number).uniform(0.0, 0.5)
+            while process.poll() is None and not (metrics.exists() and metrics.read_text().count("step_seconds") > 15):
+                time.sleep(0.02)
+            time.sleep(wait)
+            os.kill(_worker(process.pid, victim), signal.SIGKILL)
+            began = time.monotonic()
+            made = {"kind": "kill", "victim": victim, "ranks": count, "code": process.wait(90)}
         made["ended_s"] = round(time.monotonic() - began, 1)
-        left = max(20.0, until - time.monotonic())
-        return made | {"resumed": launch(count, "-m", "slimtune", "resume", str(run), seconds=left)}
+        made["resumed_on"] = on = count // 2 if fewer else count
+        resume = [*slimtune, "resume", str(path), *(["--gpus", str(on)] if on > 1 else [])]
+        made["resumed"] = run([(resume, environment())], max(5.0, until - time.monotonic()))
+        return made | {"steps": _steps(path), "equal": digest(path) == digest(folders / "whole")}
 
-    def digest(run: Path) -> str:
-        file = run / "adapter" / "adapter_model.safetensors"
+    def digest(path: Path) -> str:
+        file = path / "adapter" / "adapter_model.safetensors"
         return sha256(file.read_bytes()).hexdigest() if file.exists() else "none"
 
     results: list[dict[str, Any]] = []
-    whole = folders / "whole"
-    with ThreadPoolExecutor(wanted + 1) as pool:
-        uninterrupted = pool.submit(launch, count, *command(whole), seconds=max(20.0, until - time.monotonic()))
-        trials = [pool.submit(killed, number) for number in range(wanted)]
-        for number, trial in enumerate(trials):
-            made = trial.result()
-            equal = uninterrupted.result() and digest(folders / f"killed-{number}") == digest(whole)
-            say(results, made | {"equal": equal})
+    if not run([(train("whole"), environment())], max(5.0, until - time.monotonic())):
+        say(results, {"kind": "kill", "error": "the uninterrupted run didn't end well"})
+        return results
+    for number in range(wanted):
+        if until - time.monotonic() < 40.0:
+            break
+        say(results, killed(number))
     return results
+
+
+def _steps(path: Path) -> int:
+    """The last step that a run has told of."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return max((line["step"] for line in lines if "loss" in line), default=0)
 
 
 def _worker(agent: int, number: int) -> int:
@@ -320,26 +423,35 @@ def main() -> None:
     options.add_argument("workloads", nargs="*", default=["W1", "W3", "W2"])
     options.add_argument("--ranks", default="1,2")
     options.add_argument("--trl", action="store_true")
+    options.add_argument("--gaps", action="store_true")
     options.add_argument("--kills", type=int, default=0)
+    options.add_argument("--streamed", metavar="TOKENS", action="append", default=[])
     options.add_argument("--seconds", type=float, default=3600.0, help="most that all of it may take")
     options.add_argument("--out", type=Path)
-    options.add_argument("--rank", nargs=2, metavar=("FOLDERS", "COUNT"), help=argparse.SUPPRESS)
+    options.add_argument("--rank", nargs=3, metavar=("FOLDERS", "COUNT", "KIND"), help=argparse.SUPPRESS)
     chosen = options.parse_args()
     sys.path.insert(0, str(HERE))
     if chosen.rank is not None:
-        rank(chosen.workloads, Path(chosen.rank[0]), int(chosen.rank[1]), trl=chosen.trl)
+        folders, count, kind = chosen.rank
+        rank(chosen.workloads, Path(folders), int(count), kind)
         return
     until = time.monotonic() + chosen.seconds
     from peers import make_folder
     from workloads import WORKLOADS
 
+    if chosen.gaps:
+        os.environ["GAPS"] = "1"
+    names = [name for name in chosen.workloads if name != "none"]
     with tempfile.TemporaryDirectory() as scratch:
         folders = Path(scratch)
-        for size in {WORKLOADS[name].size for name in chosen.workloads}:
+        for size in {WORKLOADS[name].size for name in names}:
             make_folder(size, folders / size)
         counts = [int(count) for count in chosen.ranks.split(",")]
-        kinds = ["slimtune", "trl"] if chosen.trl else ["slimtune"]
-        results = measure(chosen.workloads, folders, counts, kinds, until)
+        results = measure(names, folders, counts, "slimtune", until) if names else []
+        if chosen.trl:
+            results += measure(names, folders, counts, "trl", until)
+        if chosen.streamed:
+            results += measure(chosen.streamed, folders, counts, "streamed", until)
         if chosen.kills:
             results += kills(folders, max(counts), chosen.kills, until)
     if chosen.out:

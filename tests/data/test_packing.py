@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.batch import IGNORED, LENGTHS
 from slimtune.config import Config
-from slimtune.data.documents import Documents
+from slimtune.data.documents import Documents, Together
 from slimtune.data.packing import (
     GroupedBatches,
     PackedBatches,
@@ -134,6 +134,19 @@ def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
         assert int(batch["position_ids"].max()) < 256
         assert len(batches.rows(position)) == len(batches.members(position))
         assert str(batches.rows(position)[0]).startswith("rows.jsonl:")
+
+
+def test_sizes_are_those_of_the_micro_batches(proof: Proof) -> None:
+    """Across an epoch's end; of documents that stand twice too, and of two stores together."""
+    twice = Documents(proof.train.store, np.concatenate([proof.train.chosen, proof.train.chosen[:50]]))
+    for documents in (proof.train, twice, Together(proof.train, twice)):
+        data = PackedBatches(documents, tokens=512, seed=3, longest=256)
+        first, end = data.per_epoch - 2, data.per_epoch + 2
+        lengths, supervised = data.sizes(first, end)
+        whole = [data.micro_batch(position) for position in range(first, end)]
+        assert lengths == [len(documents[int(at)][0]) for p in range(first, end) for at in data.members(p)]
+        assert supervised == sum(batch.supervised for batch in whole)
+        assert data.sizes(first, first) == ([], 0)
 
 
 def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -132,11 +132,22 @@ class Documents:
     @property
     def supervised_tokens(self) -> int:
         """Tokens that are targets."""
+        return int(self._supervised()[self.chosen].sum(dtype=np.int64))
+
+    @property
+    def targets(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document that a loss has a term for, int32 [documents]: nothing predicts its first."""
+        first = self.store.supervised[self.store.starts[:-1]]
+        made: npt.NDArray[np.int32] = (self._supervised() - first)[self.chosen]
+        return made
+
+    def _supervised(self) -> npt.NDArray[np.int32]:
+        """Supervised tokens of each document of the store."""
         starts, totals = self.store.starts, np.zeros(len(self.store), np.int32)
         for part in _parts(len(self.store)):
             begins, end = starts[part], starts[part.stop]
             totals[part] = np.add.reduceat(self.store.supervised[begins[0] : end], begins - begins[0], dtype=np.int32)
-        return int(totals[self.chosen].sum(dtype=np.int64))
+        return totals
 
 
 class Together(Documents):
@@ -162,6 +173,10 @@ class Together(Documents):
     @property
     def supervised_tokens(self) -> int:  # noqa: D102 - the base says it
         return self._first.supervised_tokens + self._second.supervised_tokens
+
+    @property
+    def targets(self) -> npt.NDArray[np.int32]:  # noqa: D102 - the base says it
+        return np.concatenate([self._first.targets, self._second.targets])
 
 
 def _parts(documents: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -86,9 +86,19 @@ class MicroBatches(ABC):
         """Where the rows in the micro-batch at ``position`` stand."""
         return [self.documents.place(int(at)) for at in self.members(position)]
 
-    def supervised(self, position: int) -> int:
-        """Tokens that the micro-batch at ``position`` is supervised on."""
-        return sum(int(self.documents[int(member)][1][1:].sum()) for member in self.members(position))
+    def sizes(self, first: int, end: int) -> tuple[list[int], int]:
+        """(tokens of each document, tokens that are supervised) in the micro-batches from ``first`` to before ``end``.
+        Asked for at every step, while the device waits."""
+        members = np.concatenate([np.empty(0, np.int64), *map(self.members, range(first, end))])
+        return self._lengths[members].tolist(), int(self._targets[members].sum())
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int32]:
+        return self.documents.lengths
+
+    @cached_property
+    def _targets(self) -> npt.NDArray[np.int32]:
+        return self.documents.targets
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A data collator: one example, ``{"position": p}``, to its micro-batch."""
@@ -122,12 +132,11 @@ class FilledBatches(MicroBatches):
     def __init__(self, documents: Documents, *, tokens: int, seed: int) -> None:
         super().__init__(documents, seed)
         self.tokens = tokens
-        self._lengths = documents.lengths
         shuffled = np.random.default_rng([seed, 0]).permutation(len(documents))
         self._windows = [shuffled[at : at + _WINDOW] for at in range(0, len(shuffled), _WINDOW)]
         self._counts = np.array([self.assign(self._lengths[window], tokens)[1] for window in self._windows], np.int64)
         self.per_epoch = int(self._counts.sum())
-        self._fillings = lru_cache(maxsize=2)(self._fill)
+        self._fillings, self._orders = lru_cache(maxsize=2)(self._fill), lru_cache(maxsize=2)(self._order)
 
     @staticmethod
     @abstractmethod
@@ -149,10 +158,14 @@ class FilledBatches(MicroBatches):
         batches = np.split(members[by_batch], bounds)
         return [random.permutation(batches[at]) for at in random.permutation(count)]
 
+    def _order(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The windows in the order of an epoch, and where each ends in it."""
+        order = np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self._windows))
+        return order, np.cumsum(self._counts[order])
+
     def members(self, position: int) -> npt.NDArray[np.int64]:  # noqa: D102 - the base says it
         epoch, at = divmod(position, self.per_epoch)
-        order = np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self._windows))
-        ends = np.cumsum(self._counts[order])
+        order, ends = self._orders(epoch)
         nth = int(np.searchsorted(ends, at, side="right"))
         return self._fillings(epoch, int(order[nth]))[at - int(ends[nth - 1] if nth else 0)]
 

@@ -69,7 +69,7 @@ class MetricsCallback(TrainerCallback):
         record |= {key: _number(value) for key, value in logs.items()}
         if "loss" in logs:
             steps, elapsed = state.global_step - self.last_step, now - self.last_time
-            lengths, supervised = self._count(self.last_step, state.global_step)
+            lengths, supervised = self.data.sizes(self._position(self.last_step), self._position(state.global_step))
             tokens = sum(lengths)
             record["epoch"] = round(self._position(state.global_step) / self.data.per_epoch, 4)
             record["tokens"], record["supervised_tokens"] = tokens, supervised
@@ -102,17 +102,6 @@ class MetricsCallback(TrainerCallback):
     def _position(self, step: int) -> int:
         """Micro-batches that are trained on after so many optimizer steps."""
         return min(step * self.accumulation, self.micro_batches)
-
-    def _count(self, first: int, last: int) -> tuple[list[int], int]:
-        """(tokens of each document, supervised tokens) of the optimizer steps from ``first`` to before ``last``."""
-        lengths: list[int] = []
-        supervised = 0
-        for position in range(self._position(first), self._position(last)):
-            for member in self.data.members(position):
-                ids, mask = self.data.documents[int(member)]
-                lengths.append(int(ids.shape[0]))
-                supervised += int(mask[1:].sum())
-        return lengths, supervised
 
 
 def training_facts(

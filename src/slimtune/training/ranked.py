@@ -8,6 +8,7 @@ there on every rank sees the same and decides alike. Alone it is the Trainer as 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from slimtune.ranks.share import Share
 
 __all__ = ["RankedTrainer"]
 
-_BITS = 2**52 - 1
-"""What float64 holds of an integer, exactly."""
 _FACTS = 5
-"""Numbers that a rank tells beside its losses: the adapter's sum, unsound, stop, pieces, given up."""
+"""Numbers that a rank tells behind its losses: the sum of its adapter's bits, in words of 16, which float64 holds to
+the bit; its own gradient's sum, which is no number if one of its values isn't; whether a stop was asked for; pieces;
+whether it gave up."""
 
 
 class RankedTrainer(Trainer):
@@ -42,6 +43,7 @@ class RankedTrainer(Trainer):
     _step_logs: dict[str, Any]
     _tr_loss: Tensor
     _given_up: GuardStop | None = None
+    _told: Tensor
     unsound: tuple[int, ...] = ()
     """Of several ranks those whose own part of this step's gradient, or of its loss, is no number."""
     stop_agreed: str | None = None
@@ -56,7 +58,7 @@ class RankedTrainer(Trainer):
             return samples, items
         begins = self.state.global_step * self.share.step
         ends = min(begins + self.share.step, self.share.total)
-        supervised = sum(self.data.supervised(position) for position in range(begins, ends))
+        _, supervised = self.data.sizes(begins, ends)
         return samples, torch.tensor(supervised)  # on the host, where nothing has to be waited for
 
     # -- after it
@@ -69,59 +71,51 @@ class RankedTrainer(Trainer):
         return norm
 
     def _come_together(self) -> None:
-        """Sum the gradient, and take in what the other ranks tell."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        flat = None if self.engine is None else self.engine.flat
-        weights = torch.cat([each.detach().reshape(-1) for each in trained]) if flat is None else flat.data
-        parts = [each.grad for each in trained if each.grad is not None] if flat is None else [flat.grad]
-        mine = self._to_tell(weights, parts)
-        if flat is None:
-            self._sum_gradients(trained)
+        """Sum the gradient, and let the ranks tell each other; nothing is waited for."""
+        if self.engine is None:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            gradient = _flattened(trained)
+            mine = self._to_tell(torch.cat([each.detach().reshape(-1) for each in trained]), gradient)
+            self.ranks.sum_(gradient)
+            _give_back(trained, gradient)
         else:
+            flat = self.engine.flat
+            mine = self._to_tell(flat.data, flat.grad)
             self.ranks.sum_(flat.grad)
         told = self.ranks.gathered(mine)
-        self._step_losses = list(told[:, :-_FACTS].reshape(-1).float())
+        self._step_losses = list(told[:, : self.share.own].reshape(-1).float())
         self._tr_loss.copy_(self._step_logs["loss"] + torch.stack(self._step_losses).sum())
-        self._take_in([[int(number) for number in row] for row in told[:, -_FACTS:].tolist()])
+        self._told = told.to("cpu", non_blocking=True)
 
-    def _to_tell(self, weights: Tensor, gradient: list[Tensor]) -> Tensor:
-        """float64 [own micro-batches + 5]."""
-        told = torch.zeros(self.share.own + _FACTS, dtype=torch.float64, device=weights.device)
+    def _to_tell(self, weights: Tensor, gradient: Tensor) -> Tensor:
+        """float64 [own micro-batches + 5]: their losses, and what stands at :data:`_FACTS`."""
+        asked = self.safety.signals.requested is not None or self.safety.stop_file()
+        facts = [0.0, 0.0, asked, self.progress.pieces, self._given_up is not None]
+        told = torch.tensor([0.0] * self.share.own + facts, dtype=torch.float64).to(weights.device, non_blocking=True)
         if self._step_losses:
             told[: len(self._step_losses)] = torch.stack([loss.detach() for loss in self._step_losses])
-        bits = weights.view(torch.int64 if weights.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
-        told[self.share.own] = bits & _BITS
-        sums = [told[: self.share.own].sum(), *(part.sum() for part in gradient)]
-        told[self.share.own + 1] = ~torch.stack([each.double() for each in sums]).isfinite().all()
-        asked = self.safety.signals.requested is not None or self.safety.stop_file()
-        facts = torch.tensor([asked, self.progress.pieces, self._given_up is not None], dtype=torch.float64)
-        told[self.share.own + 2 :] = facts.to(weights.device, non_blocking=True)
+        told[-_FACTS] = weights.view(torch.int16).sum(dtype=torch.int64)
+        told[1 - _FACTS] = gradient.sum()
         return told
 
-    def _sum_gradients(self, trained: list[nn.Parameter]) -> None:
-        """As one tensor; a parameter that no rank has a gradient for stays without one."""
-        marks = torch.tensor([parameter.grad is not None for parameter in trained], device=self.args.device)
-        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
-        flat = torch.cat([*(part.reshape(-1) for part in parts), marks.to(parts[0].dtype)])
-        self.ranks.sum_(flat)
-        *summed, marks = torch.split(flat, [*(each.numel() for each in trained), len(trained)])
-        for parameter, part, marked in zip(trained, summed, marks.tolist(), strict=True):
-            parameter.grad = part.view_as(parameter) if marked else None
+    def take_in(self) -> None:
+        """See what the ranks told each other in this step, once the device has come to it.
 
-    def _take_in(self, told: list[list[int]]) -> None:
-        """
         Raises:
             GuardStop: A rank gave up, or its adapter isn't the others'.
         """
-        step = self.state.global_step + 1
+        if self.ranks.alone:
+            return
+        step, told = self.state.global_step + 1, self._told.tolist()
         if any(given_up for *_, given_up in told):
             stop = self._given_up
             reasons = self.ranks.told(None if stop is None else (stop.what, stop.rule, stop.way_out))
             rank, (what, rule, way_out) = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
             raise stop or GuardStop(f"rank {rank}: {what}", rule=rule, way_out=way_out)
-        self.unsound = tuple(rank for rank, (_, unsound, *_) in enumerate(told) if unsound)
-        for rank, (bits, _, asked, pieces, _) in enumerate(told):
-            if bits != told[0][0]:
+        unsound = [not all(map(math.isfinite, (*losses, gradient))) for *losses, _, gradient, _, _, _ in told]
+        self.unsound = tuple(rank for rank, is_so in enumerate(unsound) if is_so)
+        for rank, (*_, bits, _, asked, pieces, _) in enumerate(told):
+            if bits != told[0][-_FACTS]:
                 raise GuardStop(
                     f"the adapter of rank {rank} isn't rank 0's before step {step}",
                     rule="All ranks apply the same gradient to the same weights; nothing of this step was applied.",
@@ -130,8 +124,8 @@ class RankedTrainer(Trainer):
             if asked and self.stop_agreed is None:
                 self.stop_agreed = self.safety.signals.requested or f"a request to rank {rank}"
             if pieces > self.progress.pieces:
-                self.progress.pieces = pieces
-                self.safety.warn(f"rank {rank} ran out of memory: micro-batches now run in {pieces} pieces")
+                self.progress.pieces = int(pieces)
+                self.safety.warn(f"rank {rank} ran out of memory: micro-batches now run in {int(pieces)} pieces")
 
     # -- evaluation
 
@@ -174,3 +168,17 @@ class RankedTrainer(Trainer):
                     rule="All ranks apply the same gradients to the same weights. Nothing was saved of it.",
                     way_out="A card or its memory may be faulty: go on without it from the last checkpoint.",
                 )
+
+
+def _flattened(trained: list[nn.Parameter]) -> Tensor:
+    """All gradients, and behind them for each parameter whether it has one."""
+    parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    marks = torch.tensor([each.grad is not None for each in trained], dtype=parts[0].dtype, device=parts[0].device)
+    return torch.cat([*(part.reshape(-1) for part in parts), marks])
+
+
+def _give_back(trained: list[nn.Parameter], summed: Tensor) -> None:
+    """Gradients, and how many ranks have each; one that none has stays away."""
+    *parts, marks = torch.split(summed, [*(each.numel() for each in trained), len(trained)])
+    for parameter, part, marked in zip(trained, parts, marks.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter) if marked else None

@@ -434,7 +434,10 @@ class ResumableTrainer(RankedTrainer):
         """Nothing that is no number is ever applied."""
         self._hand_over()
         loss = torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
-        bad = find_nonfinite(loss, self.model, self.optimizer)
+        bad = find_nonfinite(
+            loss, self.model, self.optimizer
+        )  # waits for the device, which has heard the ranks by then
+        self.take_in()
         scaler = getattr(self.accelerator, "scaler", None)
         if bad is None:
             self._prove_gradients()
