@@ -9,9 +9,10 @@ it, waiting for the slower one included; the least of the ranks' is what it take
 sum alone, repeated. Every step compares the ranks' adapters, and the end their bytes.
 
 ``--gaps`` adds what the device waits for in ten steps of W2, by the kernels around it. ``--kills N`` kills a rank in
-the middle of a run N times, and resumes on all ranks, and every other time on one fewer. ``--streamed TOKENS`` trains
-20 layers of a 70B as all 80 are planned within 12 GiB, fetched by all cards from one host's RAM. ``--trl`` adds TRL
-under DDP (W1, W2 unpacked; W3 packed). One JSON line a result; ``--out`` writes them with machine and versions.
+the middle of a run N times, and resumes on all ranks, every other time on half of them. ``--streamed TOKENS`` trains 20
+layers of a 70B as all 80 are planned within 12 GiB, fetched by all cards from one host's RAM. ``--kinds slimtune,trl``
+adds TRL under DDP (W1, W2 unpacked; W3 packed). One JSON line a result; ``--out`` writes them with machine and
+versions.
 """
 
 from __future__ import annotations
@@ -307,6 +308,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def measure(names: list[str], folders: Path, counts: list[int], kind: str, until: float) -> list[dict[str, Any]]:
     """Every workload on one card, all cards at once, and on other numbers of them."""
+    from slimtune.ranks.place import cards_here
+
     results: list[dict[str, Any]] = []
     units: dict[str, list[float]] = {}
     for count in counts:
@@ -314,8 +317,9 @@ def measure(names: list[str], folders: Path, counts: list[int], kind: str, until
         if count > 1:
             commands = [([*LAUNCH, "--nproc-per-node", str(count), *work], environment())]
         else:  # each sees one card, and is told of no other
-            cards = [environment(CARD=str(card), CUDA_VISIBLE_DEVICES=str(card)) for card in range(max(counts))]
-            commands = [([sys.executable, *work], each) for each in cards]
+            cards = (cards_here() or [""] * max(counts))[: max(counts)]
+            each_sees = [environment(CARD=str(at), CUDA_VISIBLE_DEVICES=card) for at, card in enumerate(cards)]
+            commands = [([sys.executable, *work], each) for each in each_sees]
         run(commands, max(10.0, until - time.monotonic()))
         for name in names:
             numbers = range(count if count > 1 else max(counts))
@@ -422,7 +426,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("workloads", nargs="*", default=["W1", "W3", "W2"])
     options.add_argument("--ranks", default="1,2")
-    options.add_argument("--trl", action="store_true")
+    options.add_argument("--kinds", default="slimtune", help="slimtune, trl or both, with a comma")
     options.add_argument("--gaps", action="store_true")
     options.add_argument("--kills", type=int, default=0)
     options.add_argument("--streamed", metavar="TOKENS", action="append", default=[])
@@ -441,15 +445,15 @@ def main() -> None:
 
     if chosen.gaps:
         os.environ["GAPS"] = "1"
-    names = [name for name in chosen.workloads if name != "none"]
+    names = [name for name in chosen.workloads if name != "none"]  # for the other results alone
     with tempfile.TemporaryDirectory() as scratch:
         folders = Path(scratch)
         for size in {WORKLOADS[name].size for name in names}:
             make_folder(size, folders / size)
         counts = [int(count) for count in chosen.ranks.split(",")]
-        results = measure(names, folders, counts, "slimtune", until) if names else []
-        if chosen.trl:
-            results += measure(names, folders, counts, "trl", until)
+        results: list[dict[str, Any]] = []
+        for kind in chosen.kinds.split(",") if names else ():
+            results += measure(names, folders, counts, kind, until)
         if chosen.streamed:
             results += measure(chosen.streamed, folders, counts, "streamed", until)
         if chosen.kills:
