@@ -106,3 +106,17 @@ def test_a_partial_file_of_anothers_is_refused(text: str, opened: Opened, prompt
     with pytest.raises(UserError, match="as slimtune wrote it"):
         answer_file(opened, read_questions(str(prompts))[:1], tmp_path / "out.jsonl", SHORT)
     assert (tmp_path / "out.jsonl.partial").read_text() == text
+
+
+def test_parts_of_a_file_answer_what_the_whole_does(opened: Opened, prompts: Path, tmp_path: Path) -> None:
+    """Drawn replies too: they follow from a prompt's place in its file, not from the part that it is in."""
+    questions, drawn = read_questions(str(prompts)), Sampling(temperature=1.0, max_new_tokens=5, seed=7)
+    answer_file(opened, questions, tmp_path / "whole.jsonl", drawn)
+    lines: list[str] = []
+    for part in (slice(0, None, 2), slice(1, None, 2), slice(7, None, 8)):
+        output = tmp_path / f"{part.start}.jsonl"
+        answer_file(opened, questions[part], output, drawn, numbers=range(5)[part])
+        lines += output.read_text().splitlines()
+    assert (
+        sorted(lines, key=lambda line: json.loads(line)["index"]) == (tmp_path / "whole.jsonl").read_text().splitlines()
+    )

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from slimtune.cli import slimtune_command
-from slimtune.errors import GuardStop
+from slimtune.errors import GuardStop, UserError
 from slimtune.use import load
 from slimtune.use.load import Opened
 
@@ -38,6 +38,10 @@ def test_generate_eval_and_compare(
     _run("generate", adapter, rows, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 4, "--with-base")
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {"reply", "base_reply", "reference"} <= row.keys()
+    _run("generate", adapter, rows, "-o", tmp_path / "other.jsonl", "--part", "2/2")
+    assert not (tmp_path / "other.jsonl").read_text(), "the first of two parts has the one row"
+    with pytest.raises(UserError, match="--part 3/2"):
+        _run("generate", adapter, rows, "-o", tmp_path / "third.jsonl", "--part", "3/2")
     capsys.readouterr()
     _run("eval", adapter, rows, "--json", "--with-base")
     measured = json.loads(capsys.readouterr().out)

@@ -11,14 +11,24 @@ from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options, sampling_options, say_if_slow
+from slimtune.errors import UserError
 
 __all__ = ["command"]
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> slice:
+    """Every N-th prompt from the I-th on, so that long and short ones come to all parts alike."""
+    place, _, count = (value or "1/1").partition("/")
+    if not (place.isdecimal() and count.isdecimal() and 1 <= int(place) <= int(count)):
+        raise UserError(f"--part {value}", rule="It is I/N: the I-th of N parts, counted from 1.")
+    return slice(int(place) - 1, None, int(count))
 
 
 @click.command()
 @click.argument("target", metavar="RUN", type=PATH_OR_NAME)
 @click.argument("prompts", type=PATH_OR_NAME)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="One JSON object a line.")
+@click.option("--part", metavar="I/N", callback=_part, help="Answer the I-th of N parts alone, as one of N processes.")
 @click.option("--with-base", is_flag=True, help="Ask the base too, and put both replies side by side.")
 @model_options
 @sampling_options
@@ -26,6 +36,7 @@ def command(
     target: str,
     prompts: str,
     output: Path,
+    part: slice,
     with_base: bool,
     base: str | None,
     quantization: str | None,
@@ -41,6 +52,9 @@ def command(
 
     A row is text, or has `prompt`, `messages` or `instruction`, or is a row as training reads it. A run that was
     stopped goes on where it was when the same command is given again.
+
+    On several cards one process a card answers a part of the file, each into a file of its own; every line says by its
+    index where its prompt stands in PROMPTS.
 
     A run is asked with the template variables and the date that it was trained with, a bare model with its
     template's defaults.
@@ -58,6 +72,8 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     questions = read_questions(prompts)
+    numbers = range(len(questions))[part]
+    questions = questions[part]
     check_writable(output.parent)
     with upstream_to_log(None):
         opened = open_model(
@@ -71,6 +87,7 @@ def command(
                 output,
                 sampling,
                 with_base=with_base,
+                numbers=numbers,
                 on_progress=lambda done, total: tell("replies", done, total),
             )
     kept = f" ({already} replies were there already)" if already else ""

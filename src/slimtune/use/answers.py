@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def answer_file(
     sampling: Sampling,
     *,
     with_base: bool = False,
+    numbers: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Answer ``questions`` into ``output``, one JSON object a line, in their order.
@@ -47,6 +48,7 @@ def answer_file(
         output: The file; it appears when all is answered.
         sampling: How tokens are chosen.
         with_base: Ask the base too, the adapter switched off: ``base_reply``.
+        numbers: Where each question stands in its file, if these are a part of it; its draws follow from that.
         on_progress: Called with (replies done, replies in all).
 
     Returns:
@@ -59,6 +61,7 @@ def answer_file(
         raise UserError(f"output {output} exists", way_out="Choose another file (-o), or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
+    numbers = range(len(questions)) if numbers is None else numbers
     settings = _settings(opened, questions, sampling)
     replies = _resumed(partial, settings)
     sides = ("reply", "base_reply") if with_base else ("reply",)
@@ -68,13 +71,14 @@ def answer_file(
         if file.tell() == 0:
             _line(file, {"settings": settings})
         for side in sides:
-            for index, made in _answers(opened, questions, sampling, side, {i for i, s in replies if s == side}):
+            done = {index for index, its in replies if its == side}
+            for index, made in _answers(opened, questions, numbers, sampling, side, done):
                 replies[index, side] = made
                 _line(file, {"index": index, "side": side, **asdict(made)})
-                on_progress(sum(done in sides for _, done in replies), total)
+                on_progress(sum(its in sides for _, its in replies), total)
     rows = []
     for index, question in enumerate(questions):
-        row: dict[str, Any] = {"index": index, "messages": question.messages}
+        row: dict[str, Any] = {"index": numbers[index], "messages": question.messages}
         if question.reference is not None:
             row["reference"] = question.reference
         for side in sides:
@@ -87,14 +91,14 @@ def answer_file(
 
 
 def _answers(
-    opened: Opened, questions: list[Question], sampling: Sampling, side: str, done: set[int]
+    opened: Opened, questions: list[Question], numbers: Sequence[int], sampling: Sampling, side: str, done: set[int]
 ) -> Iterator[tuple[int, _Answer]]:
     left = [index for index in range(len(questions)) if index not in done]
     asked = [questions[index] for index in left]
     prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
     with opened.as_base() if side == "base_reply" else opened.as_tuned():
         # A row's random numbers follow from its own place in the file, also after a resume.
-        for reply in generate(opened, prompts, sampling, numbers=left):
+        for reply in generate(opened, prompts, sampling, numbers=[numbers[index] for index in left]):
             yield left[reply.index], _Answer(reply.text, len(reply.ids), reply.stopped)
 
 
