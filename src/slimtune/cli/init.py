@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,7 +103,11 @@ def _asked(question: str, check: Callable[[str], None]) -> str:
 def _chosen(question: str, choices: dict[str, str], check: Callable[[str], None]) -> str:
     """One of the choices, by its number, or another answer that holds."""
     names, width = list(choices), max(map(len, choices))
-    lines = [f"  {at}  {name:<{width}}  {what}" for at, (name, what) in enumerate(choices.items(), 1)]
+    lines = [
+        line
+        for at, (name, what) in enumerate(choices.items(), 1)
+        for line in _beside(f"  {at}  {name:<{width}}  ", what)
+    ]
 
     def taken(answer: str) -> None:
         if not answer.isdigit():
@@ -113,6 +118,12 @@ def _chosen(question: str, choices: dict[str, str], check: Callable[[str], None]
 
     answer = _asked("\n".join([question, *lines]), taken)
     return names[int(answer) - 1] if answer.isdigit() else answer
+
+
+def _beside(label: str, text: str) -> list[str]:
+    """A text beside its label, in lines broken between words."""
+    first, *more = folded(text, shutil.get_terminal_size().columns - len(label))
+    return [label + first, *(" " * len(label) + line for line in more)]
 
 
 def _refuse(answer: str) -> None:
