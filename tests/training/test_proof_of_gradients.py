@@ -18,7 +18,7 @@ from slimtune.engine import engine as engine_module
 from slimtune.engine.blocks import attention, delta, experts, mlp
 from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels import delta as rule
-from slimtune.engine.kernels import lora, norm, short_conv
+from slimtune.engine.kernels import lora, mlp_fp8, norm, short_conv
 from slimtune.errors import UserError
 from slimtune.training import proof_of_gradients
 from slimtune.training.proof import beside_others, prove_loss, text_of
@@ -235,7 +235,35 @@ def test_a_backward_that_multiplies_with_other_numbers_is_found(
     quantize = Fp8.quantize
     monkeypatch.setattr(Fp8, "quantize", lambda self, dy, factors: quantize(self, dy, torch.ones_like(factors)))
     assert prove_gradients(in_fp8, [TOKENS], torch.bfloat16, *HOW[1:]) is None
-    with pytest.raises(UserError, match=r"precision: fp8 can't be had: the gradient of .* from bf16's"):
+    with pytest.raises(UserError, match=r"precision: fp8 can't be had: the gradient .* from bf16's"):
+        prove_precision(in_fp8, PACK)
+
+
+@pytest.mark.parametrize("way", ["product of", "gradient through"])
+def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: str) -> None:
+    """Gradients alone don't tell it from rounding."""
+    site = in_fp8.engine.layers[0].sites[1]
+    eight = site.in_fp8
+    assert eight is not None
+    (eight.scales if way == "product of" else eight.ones).mul_(1.02)
+    assert proof_of_gradients._wrong_product(in_fp8.engine) is not None
+    with pytest.raises(
+        UserError, match=rf"fp8 can't be had: the {way} \S*layers\.0\.self_attn\.o_proj is .*, 0\.0[12]\d* along"
+    ):
+        prove_precision(in_fp8, PACK)
+
+
+def test_a_fused_kernel_that_is_wrong_is_found(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product shows it, and in the gradients it is as small as rounding."""
+    inner = mlp_fp8.gated_backward
+
+    def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        values, scales = inner(*arguments, **options)
+        return values, 0.5 * scales
+
+    monkeypatch.setattr(mlp_fp8, "gated_backward", wrong)
+    assert proof_of_gradients._wrong_product(in_fp8.engine) is None
+    with pytest.raises(UserError, match=r"the gradient of .*lora_. is 0\.\d+ of its size from itself"):
         prove_precision(in_fp8, PACK)
 
 

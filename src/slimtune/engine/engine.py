@@ -196,6 +196,27 @@ class Engine:
         finally:
             self._fp8.counted = None
 
+    @torch.no_grad()
+    def products_in_both(self, rows: int = 64) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """Of each projection that is multiplied in FP8: its name, and its products both ways, in FP8 and in 16 bits.
+
+        Args:
+            rows: Of random numbers, which are drawn from a generator of their own.
+        """
+        draw = torch.Generator(self.device).manual_seed(0)
+        for index, layer in enumerate(self.layers):
+            if self._streamed is not None:
+                self._streamed.take(index, step=1)
+            for site in (site for site in layer.sites if site.in_fp8 is not None):
+                x, dy = (
+                    torch.randn(rows, columns, generator=draw, dtype=self.dtype, device=self.device)
+                    for columns in (site.inputs, site.outputs)
+                )
+                in_fp8 = site.products(x, dy)
+                with self.in_16_bits():
+                    in_16_bits = site.products(x, dy)
+                yield ", ".join(linear.name for linear in site.projection.linears), in_fp8, in_16_bits
+
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
         embedding, head = self.decoder.model.get_input_embeddings(), self.decoder.model.get_output_embeddings()

@@ -29,13 +29,16 @@ _BLOCK = 64
 """Weights to an NF4 scale: a row that is a whole number of them has its largest weight among its scales."""
 _MULTIPLE = 16
 """What a product in FP8 wants of both its sides."""
-_TOKENS, _SIDE = 2048, 512
-"""Fewer tokens, or a shorter side, and what is quantised beside the product takes the time that it spares."""
+_SIDE, _WEIGHTS, _PRODUCTS = 1024, 1 << 22, 1 << 33
+"""A shorter side, fewer weights, or fewer multiply-adds, and what is quantised beside takes the time that is spared: so
+was it on an H200, of nine shapes at 256 to 8,192 tokens (benchmarks/results/2026-11-29-fp8-shapes-h200.json). At these
+bounds both take the same; 2,048 x 512 and 1,024 x 3,072 never gained."""
 
 
 def pays(tokens: int, inputs: int, outputs: int) -> bool:
     """Whether a product of this shape is faster in FP8, with all that it needs beside it."""
-    return tokens >= _TOKENS and min(inputs, outputs) >= _SIDE
+    weights = inputs * outputs
+    return min(inputs, outputs) >= _SIDE and weights >= _WEIGHTS and tokens * weights >= _PRODUCTS
 
 
 class Lost(NamedTuple):

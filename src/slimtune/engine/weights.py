@@ -372,6 +372,19 @@ class Site:
             )
         return dx
 
+    def products(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """x's and dy's products with the frozen weight alone, [rows, outputs] and [rows, inputs]: no adapter, no bias.
+
+        Args:
+            x: [rows, inputs].
+            dy: [rows, outputs].
+        """
+        self.refresh()
+        y = self.forward(torch.nn.functional.pad(x, (0, self.extra))).clone()
+        dx, _ = self._backward(dy, None, need_dx=True, need_du=False)
+        assert dx is not None
+        return y, dx
+
     def _b_backward(self, dy: Tensor, u: Tensor, gradients: Gradients) -> None:
         adapters = self.projection.adapters
         if gradients.whole_b is not None:
