@@ -349,7 +349,8 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     """Say what will be done, look whether the run may go on so, and write it into its folder."""
     config, run, screen = ready.config, job.run, job.screen
     facts = _facts(ready, run, hardware)
-    screen.say("base", base_line(facts.base))
+    for line in filter(None, (base_line(facts.base), ready.base.kept)):
+        screen.say("base", line)
     screen.say("packs", packs_line(ready.data, config, facts.data["unpacked"]))
     steps = steps_of_run(config, ready.data.per_epoch)
     screen.say("steps", steps_line(steps, config, evaluates=ready.held_out is not None))

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.base.classes import check_whole, language_class
 from slimtune.base.finite import check_finite
+from slimtune.base.kept import Kept
 from slimtune.base.named import model_source
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight, misshapen_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
 from slimtune.base.sizes import check_sizes
-from slimtune.base.source import from_pretrained, local_revision
+from slimtune.base.source import from_pretrained, local_revision, upstream_errors
 from slimtune.base.stored import stored_format
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.base.trust import check_attention
 from slimtune.base.vocabulary import NewTokens
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
+from slimtune.ranks.place import this_place
 
 __all__ = ["Base", "load_base", "torch_dtype"]
 
@@ -44,6 +49,8 @@ class Base:
     """What they lie in: nf4, fp4, mxfp4, mxfp4+nf4; none if they are plain."""
     new_tokens: NewTokens | None = None
     """The tokens that a run adds; tokenizer and model have them."""
+    kept: str = ""
+    """What is to be said of its bytes in slimtune's cache."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -93,26 +100,32 @@ def load_base(
         options["config"] = already
     elif stored == "bitsandbytes":
         _check_stored_experts(model, already, auto)
+    kept: Kept | None = None
+    four_bit: dict[str, Any] = {"double_quant": double_quant, "compute_dtype": dtype, "in_ram": in_ram}
     if stored == "mxfp4" or (quantization == "nf4" and stored == "plain"):
         options["quantization_config"] = four_bit_config(
-            double_quant=double_quant, compute_dtype=dtype, mxfp4=stored == "mxfp4", linears=quantization == "nf4",
-            in_ram=in_ram,
-        )  # fmt: skip
+            mxfp4=stored == "mxfp4", linears=quantization == "nf4", **four_bit
+        )
         if in_ram and hardware.device == "cuda":
             options["device_map"] = {"": 0}  # of what is on no device it would take layers for too large for this one
-    loaded: PreTrainedModel
-    loaded, loading = from_pretrained(
-        auto,
-        source,
-        revision=local_revision(source, revision),
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
+        if stored == "plain" and not trust_remote_code:
+            asked = {"double_quant": double_quant, "dtype": compute_dtype, "device": hardware.device}
+            kept = Kept.of(source, local_revision(source, revision), asked)
+    loaded = None if kept is None else _of_kept(kept, source, revision, already, four_bit, options)
+    was_kept, was_there = loaded is not None, kept is not None and kept.said is not None
+    if loaded is None:
+        loaded, loading = from_pretrained(
+            auto,
+            source,
+            revision=local_revision(source, revision),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+        check_whole(model, loaded, loading["missing_keys"])
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # what the weights passed through in 16 bits
-    check_whole(model, loaded, loading["missing_keys"])
     misshapen = misshapen_weight(loaded)
     if misshapen is not None:
         raise UserError(f"the files of {model} hold {misshapen}", way_out="Check that the download is whole.")
@@ -127,7 +140,62 @@ def load_base(
         )
     loaded.config.use_cache = False
     formats = four_bit_formats(loaded)
-    return Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
+    base = Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
+    if was_kept:
+        base.kept = "its 4-bit bytes were kept from an earlier start"
+    elif kept is not None and this_place().local == 0:
+        damaged = ["what was kept of it wasn't what was written, and is thrown away"] if was_there else []
+        base.kept = "; ".join([*damaged, _keep(kept, loaded)])
+    return base
+
+
+def _of_kept(
+    kept: Kept, source: str, revision: str | None, config: Any, four_bit: dict[str, Any], options: dict[str, Any]
+) -> PreTrainedModel | None:
+    """The model of what was kept of it; None if that is nothing, or not what was written: it is thrown away then."""
+    if kept.said is None:
+        return None
+    options = options | {"quantization_config": four_bit_config(kept=True, **four_bit), "config": config}
+    try:
+        with ExitStack() as stack, upstream_errors(source):
+            # Transformers reads a model of tensors that it is given by its class alone.
+            loader = getattr(transformers, kept.said["class"])
+            loaded: PreTrainedModel
+            loaded, loading = loader.from_pretrained(
+                None, state_dict=kept.state(stack), output_loading_info=True, **options
+            )
+        loaded.name_or_path = loaded.config.name_or_path = source
+        if not loading["missing_keys"] and kept.agrees(loaded):
+            if loaded.can_generate():
+                loaded.generation_config = _generation_config(source, local_revision(source, revision))
+            kept.used()
+            return loaded
+    except (UserError, OSError, SafetensorError, ValueError):
+        pass  # not whole
+    kept.throw_away()
+    return None
+
+
+def _generation_config(source: str, revision: str | None) -> GenerationConfig:
+    """How a model answers by default: its file's, or what its config says, as Transformers has it."""
+    options = {} if revision is None else {"revision": revision}
+    try:
+        return GenerationConfig.from_pretrained(source, **options)
+    except OSError:  # it has no such file
+        return GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True, **options
+        )
+
+
+def _keep(kept: Kept, model: PreTrainedModel) -> str:
+    """Keep a base's bytes for the next start; what is to be said of it."""
+    try:
+        size = kept.write(model)
+    except OSError as error:
+        return f"its 4-bit bytes aren't kept for the next start: {error.strerror or error}"
+    if not size:
+        return "its 4-bit bytes aren't kept for the next start: they would take too much of the disk"
+    return f"its 4-bit bytes are kept for the next start: {size / 2**30:.1f}GiB in {kept.folder}"
 
 
 def _check_stored_experts(model: str, config: Any, auto: Any) -> None:

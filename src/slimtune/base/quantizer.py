@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
@@ -179,14 +179,21 @@ class FourBitConfig(BitsAndBytesConfig):
         mxfp4: The files hold expert stacks in MXFP4, which stay what they are.
         linears: Pack the linear layers; off, only stacks that are packed in the files stay so.
         in_ram: Names of parameters whose bytes go to locked RAM as each is read: the device never holds them together.
+        kept: What is read are the model's own tensors, packed already.
         options: As ``BitsAndBytesConfig`` takes them.
     """
 
     def __init__(
-        self, *, mxfp4: bool = False, linears: bool = True, in_ram: Collection[str] = (), **options: Any
+        self,
+        *,
+        mxfp4: bool = False,
+        linears: bool = True,
+        in_ram: Collection[str] = (),
+        kept: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.mxfp4, self.linears, self.in_ram = mxfp4, linears, sorted(in_ram)
+        self.mxfp4, self.linears, self.in_ram, self.kept = mxfp4, linears, sorted(in_ram), kept
         self.quant_method = _METHOD  # type: ignore[assignment]  # a string is what the registry takes
 
 
@@ -197,6 +204,7 @@ def four_bit_config(
     mxfp4: bool = False,
     linears: bool = True,
     in_ram: Collection[str] = (),
+    kept: bool = False,
 ) -> FourBitConfig:
     """NF4 as QLoRA has it (arXiv:2305.14314): 4-bit NormalFloat, scales quantised again if ``double_quant``.
 
@@ -208,6 +216,7 @@ def four_bit_config(
         mxfp4=mxfp4,
         linears=linears,
         in_ram=in_ram,
+        kept=kept,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
@@ -256,7 +265,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         # To PEFT, TRL and the Trainer it is a model of bitsandbytes'.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
-        self.quantization_config.in_ram = []  # of this load, not of the model
+        self.quantization_config.in_ram, self.quantization_config.kept = [], False  # of this load, not of the model
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **options)
 
@@ -275,6 +284,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *of_model: Any) -> list[Any]:
         """Transformers' conversions from the files' tensors to the model's, and MXFP4's if the files hold such."""
+        if self.quantization_config.kept:
+            return []
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *of_model)  # type: ignore[no-untyped-call]
         for conversion in conversions:
             if _goes_one_by_one(conversion):
@@ -299,14 +310,17 @@ class _Pack(Bnb4bitQuantize):
         made: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if not isinstance(tensor, PackedTensor):
+            if isinstance(tensor, Params4bit):  # kept from an earlier start
+                made[name] = self._fitted(tensor, name, options)
+            elif not isinstance(tensor, PackedTensor):
                 if not is_finite(tensor):
                     self.hf_quantizer.not_finite.append(name)
                 if name in policy.packed:
                     tensor = Nf4Tensor.quantize(tensor, double_quant=config.bnb_4bit_use_double_quant)
                 elif not self._stays(name, options):
                     made |= super().convert({name: tensor}, **options)
-            made.setdefault(name, nn.Parameter(tensor, requires_grad=False))
+            if name not in made:
+                made[name] = nn.Parameter(tensor, requires_grad=False)
             if name in self.hf_quantizer.in_ram:
                 try:
                     move_to_ram(places_of(made[name]), tensor.device, "base's weights")
@@ -315,6 +329,13 @@ class _Pack(Bnb4bitQuantize):
             elif self.hf_quantizer.shelves is not None:
                 self.hf_quantizer.shelves.place(name, made[name])
         return made
+
+    @staticmethod
+    def _fitted(weight: Any, name: str, options: dict[str, Any]) -> Any:
+        """A packed weight, known to its layer as bitsandbytes does it when it packs one."""
+        layer = options["model"].get_submodule(name.rpartition(".")[0])
+        weight.module, layer.quant_state, layer._is_hf_initialized = layer, weight.quant_state, True
+        return weight
 
     def _stays(self, name: str, options: dict[str, Any]) -> bool:
         """Whether a parameter is no linear layer's: it is here to go to RAM as it is."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimtune.engine.stored import places_of, views_over, whole_bytes
 
-__all__ = ["Shelves"]
+__all__ = ["Shelves", "layer_of"]
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
@@ -41,7 +41,7 @@ class Shelves:
         if not self._free:
             self._make(tensors[0].device)
         del self._sizes[name]
-        layer, size = _layer_of(name), sum(whole_bytes(tensor.nbytes) for tensor in tensors)
+        layer, size = layer_of(name), sum(whole_bytes(tensor.nbytes) for tensor in tensors)
         for place, tensor, view in zip(places, tensors, views_over(self._free[layer][:size], tensors), strict=True):
             view.copy_(tensor)
             place.put(view)
@@ -51,10 +51,11 @@ class Shelves:
         """A block for each layer, so that one which leaves the device later gives its memory back."""
         totals: dict[str, int] = {}
         for name, sizes in self._sizes.items():
-            totals[_layer_of(name)] = totals.get(_layer_of(name), 0) + sum(map(whole_bytes, sizes))
+            totals[layer_of(name)] = totals.get(layer_of(name), 0) + sum(map(whole_bytes, sizes))
         self._free = {layer: torch.empty(total, dtype=torch.uint8, device=device) for layer, total in totals.items()}
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The layer of a parameter, by its name; its own name where it is in none."""
     found = _LAYER.match(name)
     return name if found is None else found[1]

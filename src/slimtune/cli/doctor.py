@@ -33,9 +33,14 @@ class Finding:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(as_json: bool) -> None:
+@click.option("--forget-bases", is_flag=True, help="Remove the bases that are kept in 4 bits, first.")
+def command(as_json: bool, forget_bases: bool) -> None:
     """Check this machine and the installed versions; exits 2 if something is amiss."""
-    findings = [*_libraries(), *_machine(), _embedded(), _cache()]
+    if forget_bases:
+        from slimtune.base.kept import clear
+
+        clear()
+    findings = [*_libraries(), *_machine(), _embedded(), _cache(), _bases()]
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
@@ -104,3 +109,10 @@ def _cache() -> Finding:
         well,
         "Set XDG_CACHE_HOME to a writable folder with 2 GiB free.",
     )
+
+
+def _bases() -> Finding:
+    from slimtune.base.kept import kept_bases
+
+    sizes = [size for _, size in kept_bases()]
+    return Finding("4-bit bases", f"{len(sizes)} kept for the next start, {sum(sizes) / 2**30:.1f}GiB", True)
