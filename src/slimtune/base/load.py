@@ -178,7 +178,7 @@ def _of_kept(
 
 def _generation_config(source: str, revision: str | None) -> GenerationConfig:
     """How a model answers by default: its file's, or what its config says, as Transformers has it."""
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return GenerationConfig.from_pretrained(source, **options)
     except OSError:  # it has no such file
