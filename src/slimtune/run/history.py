@@ -36,7 +36,8 @@ class History:
             return
         self.last = record = dict(line)
         if "event" in record:
-            self.events.append(record)
+            if record["event"] != "gradients" or record.get("without"):  # that all is well is no event
+                self.events.append(record)
             if record["event"] == "resumed":
                 self._go_back(record["step"])
         elif "eval_loss" in record:

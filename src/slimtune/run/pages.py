@@ -44,7 +44,7 @@ def in_language(lang: Lang) -> Say:
 
 
 def events_told(events: Iterable[Mapping[str, Any]], say: Say) -> list[tuple[str, str, str]]:
-    """(step, event, details) of what the guards and the saves had to say."""
+    """(step, event, details) of what the guards and the saves had to say, as :attr:`History.events` has it."""
     return [
         (
             f"{event['step']:,}",
@@ -56,7 +56,6 @@ def events_told(events: Iterable[Mapping[str, Any]], say: Say) -> list[tuple[str
             ),
         )
         for event in events
-        if event["event"] != "gradients" or event.get("without")  # that all is well is no event
     ]
 
 
