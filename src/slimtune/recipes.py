@@ -254,7 +254,6 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         job.observed(trainer, tokenizer)
         with job.screen.training(steps_of_run(config, ready.data.per_epoch)):
             trainer.fit()
-        job.ranks.leave()
         if not job.ranks.first:
             return
         if trainer.samples_told:

@@ -99,6 +99,21 @@ def test_killed_ranks_keep_nobody_and_the_run_goes_on_to_the_bit(
     campaign.record("ranks", {"kills": kills, "slowest_end_s": round(slowest, 1), "seconds": seconds})
 
 
+def test_no_rank_waits_for_anothers_disk(train: Command, alone: Callable[[str], Path], tmp_path: Path) -> None:
+    """Ten steps are made while a save is under way, in which four more are due; and the other rank is gone before the
+    last one is on the disk."""
+    run, over = tmp_path / "run", tmp_path / "over"
+    ranks = Ranks(
+        2, train(run, *TWO, "--engine", "fused"), tmp_path / "log", "blocked_disk",
+        metrics=str(run / "metrics.jsonl"), over=str(over),
+    )  # fmt: skip
+    assert ranks.processes[1].wait(90) == 0, ranks.output()
+    assert ranks.processes[0].running
+    over.touch()
+    assert ranks.wait(60) == [0, 0], ranks.output()
+    assert campaign.adapter_sha256(run) == campaign.adapter_sha256(alone("fused"))
+
+
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     train: Command, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:

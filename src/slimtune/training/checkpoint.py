@@ -166,6 +166,8 @@ class Checkpoints:
         self.refused: Refusal | None = None
         """A snapshot that was not written, as it isn't sound."""
         self._thread: threading.Thread | None = None
+        self._turn, self._writing = threading.Lock(), False
+        self._next: tuple[int, Callable[[], Snapshot]] | None = None
         self._fault: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -176,8 +178,17 @@ class Checkpoints:
         """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way."""
         self.wait()
         self.beat("save")
-        self._thread = threading.Thread(target=self._save, args=(step, snapshot), name="checkpoint", daemon=True)
+        self._writing = True
+        self._thread = threading.Thread(target=self._save_all, args=(step, snapshot), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def save_later(self, step: int, snapshot: Callable[[], Snapshot]) -> bool:
+        """Have a snapshot written once the save that is under way is over, in place of any that waits for that; whether
+        there is one. Nothing is waited for."""
+        with self._turn:
+            if self._writing:
+                self._next = step, snapshot
+            return self._writing
 
     def wait(self) -> int | None:
         """Wait until no save is under way, and tell the step of the newest checkpoint that was read back whole.
@@ -195,7 +206,7 @@ class Checkpoints:
     @property
     def saving(self) -> bool:
         """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._writing
 
     @property
     def last_good(self) -> Path | None:
@@ -206,6 +217,14 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         """The folder of the checkpoint at ``step``."""
         return self.folder / f"checkpoint-{step}"
+
+    def _save_all(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        due: tuple[int, Callable[[], Snapshot]] | None = (step, snapshot)
+        while due is not None:
+            self._save(*due)
+            with self._turn:
+                due, self._next = self._next, None
+                self._writing = due is not None
 
     def _save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
         try:

@@ -27,6 +27,7 @@ class Hooks(TrainerCallback):
         self.trainer = trainer
         self.retry_at = 0
         self.retry_after = 1
+        self.postponed = False
         self.total = 0.0
         self.journal_failed = False
 
@@ -72,6 +73,7 @@ class Hooks(TrainerCallback):
         trainer.safety.watchdog.beat("step")
         trainer._step_random = None
         self._see_failed_save(state.global_step, control)
+        self._postpone_save(control)
         self._see_failed_journal()
         if self._stop_is_asked():
             trainer.progress.evaluation_due = control.should_evaluate
@@ -102,6 +104,15 @@ class Hooks(TrainerCallback):
             control.should_save = True
             self.retry_after *= 2
             self.retry_at = step + self.retry_after
+
+    def _postpone_save(self, control: TrainerControl) -> None:
+        """A save that is due while another is under way would be waited for, by all ranks: it is made once that one is
+        over. Alone a run waits, and has its checkpoints where it is told to."""
+        if self.trainer.ranks.alone:
+            return
+        due = control.should_save or self.postponed
+        self.postponed = due and self.trainer.safety.checkpoints.saving
+        control.should_save = due and not self.postponed
 
     def _see_failed_journal(self) -> None:
         error = self.trainer.safety.journal_error()

@@ -165,7 +165,7 @@ class RankedTrainer(Trainer):
             if other != digests[0]:
                 raise GuardStop(
                     f"the adapter of rank {rank} isn't rank 0's after the last step",
-                    rule="All ranks apply the same gradients to the same weights. Nothing was saved of it.",
+                    rule="All ranks apply the same gradients to the same weights. No adapter was made of it.",
                     way_out="A card or its memory may be faulty: go on without it from the last checkpoint.",
                 )
 

@@ -140,8 +140,9 @@ class ResumableTrainer(RankedTrainer):
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 self._evaluate_last()
-                self._secure()
                 self.check_alike()
+                self.ranks.leave()  # the others don't wait for this one's disk
+                self._secure()
             except GuardStop:
                 self._save_before_step()
                 raise
@@ -164,8 +165,9 @@ class ResumableTrainer(RankedTrainer):
             return
         self.safety.checkpoints.best_step = self.progress.best_step
         self._hand_over()
-        self.safety.checkpoints.wait()
-        self._see_last_save()
+        if self.ranks.alone or not self.safety.checkpoints.saving:  # nobody waits for another rank's disk
+            self.safety.checkpoints.wait()
+            self._see_last_save()
         self._unsaved = self._moment()
         if not self._unsaved.can_wait:
             self._hand_over()
@@ -195,8 +197,11 @@ class ResumableTrainer(RankedTrainer):
         On a GPU that is when it has the next step's work: nothing here keeps it, nor does the Python of the thread.
         """
         moment, self._unsaved = self._unsaved, None
-        if moment is not None:
-            self.safety.checkpoints.save(moment.step, snapshot(moment, self._trained(), self.safety.identity))
+        if moment is None:
+            return
+        checkpoints, made = self.safety.checkpoints, snapshot(moment, self._trained(), self.safety.identity)
+        if self.ranks.alone or not checkpoints.save_later(moment.step, made):
+            checkpoints.save(moment.step, made)
 
     def _trained(self) -> Trained:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -479,7 +484,8 @@ class ResumableTrainer(RankedTrainer):
         """The rows of the micro-batch whose loss is no number, or of the whole step's; of several ranks, those of the
         rank whose gradient isn't."""
         bad = [place for place, loss in enumerate(self._step_losses) if not bool(torch.isfinite(loss).all())]
-        bad = bad or [place for place in range(len(self._step_losses)) if place // self.share.own in self.unsound]
+        if not bad and self.unsound:
+            bad = [place for place in range(len(self._step_losses)) if place // self.share.own in self.unsound]
         first = self._position()
         return [row for place in bad or range(len(self._step_losses)) for row in self.safety.rows(first + place)]
 

@@ -20,7 +20,8 @@ __all__ = ["SamplesCallback"]
 SECONDS = 5.0
 """Most time for one evaluation's replies."""
 SHARE = 0.05
-"""Of the time since the training's beginning: all replies but the first and the last ones take no more."""
+"""Of the time since the training's beginning: all replies but the first and the last ones take no more. Of several
+ranks one answers and the others wait: it is their part of it."""
 
 Answer = Callable[[Any, float, Callable[[], bool]], list[dict[str, str]] | None]
 
@@ -57,7 +58,7 @@ class SamplesCallback(TrainerCallback):
         began = time.monotonic()
         if self.times and state.global_step < state.max_steps:
             between = sum(self.times[1:]) + self.times[-1]  # as long as the last time
-            if between > SHARE * (began - self.started):
+            if between > SHARE / self.metrics.ranks * (began - self.started):
                 return
         samples = self._answered(kwargs["model"])
         taken = time.monotonic() - began
@@ -90,5 +91,6 @@ class SamplesCallback(TrainerCallback):
         """What it came to, in a line; empty if nothing was answered."""
         if not self.times:
             return ""
-        left_out = "; more would take over a twentieth of the run" if len(self.times) < self.evaluations else ""
+        most = "a twentieth" if self.metrics.ranks == 1 else f"{SHARE / self.metrics.ranks:.1%}"
+        left_out = f"; more would take over {most} of the run" if len(self.times) < self.evaluations else ""
         return f"answered at {len(self.times)} of {self.evaluations} evaluations, in {sum(self.times):.1f} s{left_out}"
