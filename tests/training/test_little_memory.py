@@ -6,10 +6,16 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 
+from slimtune import recipes
+from slimtune.base.load import load_base
 from slimtune.engine import Engine
+from slimtune.engine.stored import places_of
+from slimtune.engine.streamed import in_ram
 from slimtune.errors import StopRequested
 from slimtune.recipes import finetune, resume
 from slimtune.training import fused
@@ -49,3 +55,25 @@ def test_a_streamed_run_learns_the_same_and_goes_on_bit_by_bit(
     facts = json.loads(streamed.facts_file.read_text())
     assert facts["training"]["streamed_bytes"] == made[-1].plan.streamed_bytes > 0
     assert facts["base"]["fingerprint_after"] == facts["base"]["fingerprint_before"]
+
+
+def test_the_plain_stack_trains_on_what_is_in_ram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run that was planned for the engine ends on the plain stack, its base lies where the plan put it."""
+    rows = campaign.make_rows(tmp_path / "rows.jsonl")
+    model = campaign.make_model(tmp_path / "model", layers=2, tied=False)
+    short = partial(config, str(model), rows, max_steps=2, gradient_accumulation=1, engine="plain")
+    resident = finetune(short(tmp_path / "resident"))
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        names = frozenset(name for name in file.keys() if "proj" in name or "embed" in name)  # noqa: SIM118
+    monkeypatch.setattr(recipes, "names_in_ram", lambda *_: names)
+    loaded: list[int] = []
+
+    def spied(*args: Any, **options: Any) -> Any:
+        base = load_base(*args, **options)
+        loaded.append(sum(in_ram(places_of(parameter)) > 0 for parameter in base.model.parameters()))
+        return base
+
+    monkeypatch.setattr(recipes, "load_base", spied)
+    away = finetune(short(tmp_path / "away"))
+    assert set(loaded) == {len(names)}
+    assert campaign.adapter_sha256(away.path) == campaign.adapter_sha256(resident.path)
