@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --signal=TERM@120
+# Checked with srun and scontrol stood in for, as tests/examples/test_cluster.py has it; not submitted.
 # Two minutes before the time is over Slurm sends SIGTERM: the step is ended and saved.
 
 set -euo pipefail
