@@ -246,7 +246,7 @@ class Config(BaseModel):
     """Seconds without progress after which all stacks are written and the run stops, resumable; 0 turns it off."""
     logging_steps: Count = 1
     """Optimizer steps from one line of metrics to the next."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Loggers; none unless named."""
 
     # -- after training -----------------------------------------------------------------------------------------------

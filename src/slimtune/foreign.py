@@ -158,7 +158,7 @@ def _names(name: str) -> Rule:
 
 def _loggers(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | str:
     asked = value if isinstance(value, list) else str(value).split(",")
-    known = [name for part in asked if (name := str(part).strip()) in ("tensorboard", "wandb")]
+    known = [name for part in asked if (name := str(part).strip()) in ("tensorboard", "wandb", "trackio")]
     return {"report_to": known} if known else "no logger"
 
 

@@ -32,6 +32,12 @@ def test_activations_are_computed_again_on_a_gpu_by_classes_that_can(
     ).gradient_checkpointing
 
 
+def test_a_logger_is_told_the_runs_name_and_uploads_nothing_unasked(tmp_path: Path) -> None:
+    config = resolved(output=tmp_path / "my-run", report_to="trackio")
+    made = sft_arguments(config, detect(), tmp_path, steps=3, fused=False)
+    assert (made.report_to, made.run_name, made.trackio_space_id) == (["trackio"], "my-run", None)
+
+
 def test_no_auxiliary_loss_unless_asked_for(tmp_path: Path) -> None:
     assert sft_arguments(resolved(), detect(), tmp_path, steps=3, fused=False).router_aux_loss_coef == 0.0
     asked = resolved(router_aux_loss=0.1)

@@ -126,6 +126,8 @@ def sft_arguments(
         eval_strategy="steps" if config.eval or config.eval_share else "no",
         eval_steps=config.eval_steps if config.eval_steps != "auto" else None,
         report_to=list(config.report_to) or "none",
+        run_name=None if config.output is None else config.output.name,  # what loggers call it
+        trackio_space_id=None,  # on this machine: what is measured goes nowhere unasked
         disable_tqdm=True,
         # Rows are rendered, masked and packed by slimtune.data: TRL gets ids and labels.
         dataset_kwargs={"skip_prepare_dataset": True},
