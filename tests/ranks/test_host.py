@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 from pathlib import Path
@@ -17,8 +18,9 @@ from slimtune.engine.stored import Place
 from slimtune.engine.streamed import move_to_ram
 from slimtune.errors import UserError
 from slimtune.hardware import detect
-from slimtune.ranks.group import together
-from slimtune.ranks.host import here
+from slimtune.ranks.group import Ranks, together
+from slimtune.ranks.host import Host, here
+from slimtune.ranks.place import Place as RankPlace
 from tests.campaigns.campaign import CONTEXT, make_model
 from tests.campaigns.ranks import as_rank
 from tests.engine.test_streamed import engine_of, make, two_steps
@@ -71,6 +73,7 @@ def streamed(rank: int) -> dict[str, Any]:
     nbytes = engine.plan.streamed_bytes + engine.plan.embedding_bytes
     here()._ranks.told(None)  # nobody lets go before all have counted
     del engine
+    gc.collect()  # modules and their engine hold each other
     return {
         "gradients": gradients.tolist(),
         "bytes": nbytes,
@@ -172,3 +175,19 @@ def test_alone_a_process_has_ram_of_its_own() -> None:
     with here().common(4096, "tests") as (memory, writes):
         assert memory is None
         assert writes
+
+
+def test_ranks_of_unlike_hosts_plan_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks on one host and two on another: each counts its own, and all plan with two."""
+    boots = ["a", "a", "a", "b", "b"]
+
+    def told(ranks: Ranks, value: Any) -> list[Any]:
+        if isinstance(value[0], str):  # the first question: where each is
+            return [(boot, *value[1:]) for boot in boots]
+        return [(boots.count(boot), True) for boot in boots]
+
+    monkeypatch.setattr(Ranks, "told", told)
+    monkeypatch.setattr(Ranks, "left", False)
+    hosts = [Host.of(Ranks(RankPlace(rank, 5))) for rank in range(5)]
+    assert [host.count for host in hosts] == [3, 3, 3, 2, 2]
+    assert [host.sharing for host in hosts] == [2] * 5

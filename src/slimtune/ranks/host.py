@@ -31,11 +31,11 @@ class Host:
     Args:
         ranks: All ranks; none: this process is alone.
         members: Those of this host, in their order.
-        shares: Whether every rank sees RAM that the first of its host makes.
+        sharing: The fewest ranks of any host; 0 if not every rank sees RAM that the first of its host makes.
     """
 
-    def __init__(self, ranks: Ranks | None = None, members: tuple[int, ...] = (0,), *, shares: bool = False) -> None:
-        self._ranks, self._members, self._shares = ranks, members, shares
+    def __init__(self, ranks: Ranks | None = None, members: tuple[int, ...] = (0,), *, sharing: int = 0) -> None:
+        self._ranks, self._members, self._sharing = ranks, members, sharing
 
     @classmethod
     def of(cls, ranks: Ranks) -> Host:
@@ -48,7 +48,7 @@ class Host:
             members = tuple(rank for rank, (boot, *_) in enumerate(told) if boot == told[ranks.rank][0])
             _, path, written = told[members[0]]
             seen = ranks.told((len(members), _read(path) == written))
-        return cls(ranks, members, shares=all(sees for _, sees in seen) and any(count > 1 for count, _ in seen))
+        return cls(ranks, members, sharing=min(count for count, _ in seen) if all(sees for _, sees in seen) else 0)
 
     @property
     def _together(self) -> bool:
@@ -61,8 +61,9 @@ class Host:
 
     @property
     def sharing(self) -> int:
-        """Ranks for whom :meth:`common` RAM is there once; 1 if each has its own."""
-        return self.count if self._shares else 1
+        """Ranks of any host, or more, for whom :meth:`common` RAM is there once; 1 if each has its own. All ranks have
+        the same, so that they plan alike."""
+        return max(1, self._sharing) if self._together else 1
 
     def least(self, what: str, value: int) -> int:
         """The smallest that any rank has, on whichever host, so that all plan alike."""
@@ -85,7 +86,7 @@ class Host:
         Raises:
             UserError: The system gives no such memory, or another rank asked for something else.
         """
-        if not (self._shares and self._ranks is not None and self._together):
+        if not (self._sharing and self._ranks is not None and self._together):
             yield None, True
             return
         asked, first = f"{nbytes} bytes for the {what}", self._members[0]

@@ -316,7 +316,10 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
         UserError: The run fits the GPU with more RAM than there is, and not without.
     """
     budget = memory_budget(config)
-    if hardware.device != "cuda" or budget is None or (config.max_length < _LONG and _fits_in_16_bits(config, budget)):
+    if hardware.device != "cuda" or budget is None:
+        return frozenset()
+    # One host may have the files, and another fetch them first: what all do, all have seen.
+    if here().least("size of the base", config.max_length < _LONG and _fits_in_16_bits(config, budget)):
         return frozenset()
     forecaster = Forecaster(config, sharing=here().sharing, headers=False)
     card, ram = Card(hardware.name, hardware.memory_bytes, hardware.capability), ram_to_lock()

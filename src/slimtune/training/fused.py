@@ -210,7 +210,7 @@ def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
     if engine.plan.streamed:
         screen.say("memory", streamed_line(len(engine.plan.streamed), len(engine.layers), engine.plan.streamed_bytes))
     if here().sharing > 1 and engine.plan.streamed_bytes + engine.plan.embedding_bytes:
-        screen.say("memory", f"the {here().sharing} ranks of this host have weights in RAM once for all of them")
+        screen.say("memory", f"the {here().count} ranks of this host have weights in RAM once for all of them")
     if engine.least_memory is not None:
         screen.warn(
             f"memory: {config.memory} is too little: documents of {config.max_length:,} tokens take about "
