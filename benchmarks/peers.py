@@ -5,7 +5,7 @@ trained for a dozen steps by the peer's usual way in, paged_adamw_8bit throughou
 does: data read and proven, SFTTrainer subclass, logging. A step's time is the median after the first four: for peers
 from the beginning to the end of the Trainer's step, the device waited for; for slimtune from one log line to the next,
 data and logging included. Peak memory is what PyTorch's allocator had given out at most. A peer that isn't installed
-is left out, and said so.
+is left out, and said so. slimtune+fp8 is slimtune with its frozen weights multiplied in FP8.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ STATES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "axolotl", "unsloth", "triton")
 # For each workload the peers worth their time: the notes' own stack, and whoever is fastest there.
 RUNS: dict[str, tuple[str, ...]] = {
-    "W1": ("slimtune", "slimtune@3.9GiB", "trl", "trl+liger", "axolotl-nogc", "unsloth", "trl+fuse"),
-    "W1-all": ("slimtune", "unsloth"),
+    "W1": ("slimtune", "slimtune+fp8", "slimtune@3.9GiB", "trl", "trl+liger", "axolotl-nogc", "unsloth", "trl+fuse"),
+    "W1-all": ("slimtune", "slimtune+fp8", "unsloth"),
     "W2": ("slimtune", "trl", "trl+liger", "unsloth", "trl+fuse"),
     "W3": ("slimtune", "trl", "trl+liger", "trl-packing"),
-    "W4": ("slimtune", "trl+liger", "unsloth"),
+    "W4": ("slimtune", "slimtune+fp8", "trl+liger", "unsloth"),
     "tiny": ("slimtune", "trl", "trl+fuse"),
     "tiny-chats": ("slimtune", "trl"),
 }
@@ -104,7 +104,7 @@ def as_messages(row: list[int]) -> dict[str, Any]:
 # -- one measurement ---------------------------------------------------------------------------------------------------
 
 
-def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, Any]:
+def run_slimtune(workload: Workload, folder: Path, memory: str, precision: str) -> dict[str, Any]:
     """The product itself: the recipe behind ``slimtune train``."""
     import torch
 
@@ -120,8 +120,8 @@ def run_slimtune(workload: Workload, folder: Path, variant: str) -> dict[str, An
     config = Config.make(
         model=str(folder), data=str(data), output=scratch / "run", train_on="all",
         max_length=workload.length, micro_batch=workload.rows, gradient_accumulation=1, max_steps=STEPS,
-        lora_r=workload.r, lora_dropout=workload.dropout, targets=workload.targets, memory=variant or "auto",
-        engine="fused", save_steps=10 * STEPS, eval_share=0.0,
+        lora_r=workload.r, lora_dropout=workload.dropout, targets=workload.targets, memory=memory or "auto",
+        precision=precision or "auto", engine="fused", save_steps=10 * STEPS, eval_share=0.0,
     )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -255,8 +255,11 @@ def _with_axolotl_kernels(model: Any, lora: Any, folder: Path, workload: Workloa
 
 
 def measure(peer: str, workload: Workload, folder: Path) -> dict[str, Any]:
-    name, _, variant = peer.partition("@")
-    return run_slimtune(workload, folder, variant) if name == "slimtune" else run_peer(name, workload, folder)
+    stack, _, memory = peer.partition("@")
+    name, _, precision = stack.partition("+")
+    return (
+        run_slimtune(workload, folder, memory, precision) if name == "slimtune" else run_peer(stack, workload, folder)
+    )
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
