@@ -58,6 +58,8 @@ def test_help_screens_and_errors_are_translated() -> None:
     assert {text for text in wording.of_help() if known(text) is None and not text.startswith(commands)} <= SAME
     assert {text for text in wording.of_screens() if known(text) is None} <= COMPOSED
     assert [text for text in wording.of_errors() if known(text) is None] == []
+    assert len(wording.of_rows()) > 30
+    assert [text for text in wording.of_rows() if catalogue().told(text, part=True) is None] == []
 
 
 def _machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
@@ -117,6 +119,14 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         ("data a {b}.jsonl does not exist", "数据 a {b}.jsonl 不存在"),
         ("the base of r1: unknown model 'x'", "r1 的基座：没有模型 'x'"),  # what one text names may be another
         ("data/adapter (3.7 MB)", "data/adapter (3.7 MB)"),  # a folder's name is no label
+        (
+            "shape 2, first a.jsonl:4, field 'messages': text where a list belongs",
+            "shape 2 处，第一处 a.jsonl:4，字段 'messages'：这里应是列表，却是文本",
+        ),
+        (
+            "order 1, first a.jsonl:2: the assistant speaks first and answers nobody",
+            "order 1 处，第一处 a.jsonl:2：助手先说话，没有回答任何人",
+        ),
         ("Mend that. Give the same command again.", "请修正它。请再给一次同样的命令。"),  # sentence by sentence
         ("Go on: slimtune resume 'my run'", "继续：slimtune resume 'my run'"),  # a short one may name words behind it
         ("because of \\1 and {}", "because of \\1 and {}"),

@@ -111,6 +111,17 @@ def of_errors() -> dict[str, Path]:
     return {text: file for text, file in found.items() if any(map(str.isalpha, text.replace("{}", "")))}
 
 
+def of_rows() -> set[str]:
+    """Why rows aren't trained on."""
+    return {
+        text
+        for _, call, name, scope in _calls_in_scope()
+        if name == "RowRefused" and len(call.args) > 1
+        for text in texts(call.args[1], scope)
+        if any(map(str.isalpha, text.replace("{}", "")))
+    }
+
+
 def of_screens() -> set[str]:
     """What a run's screen says, labels and texts, and what verbs say of themselves by ``told``."""
     found: set[str] = set()

@@ -86,6 +86,8 @@ class Catalogue(gettext.NullTranslations):
             if longest in text and (found := _pattern(name).fullmatch(text)) is not None:
                 if any(mark in group for mark in _barred(name) for group in found.groups()):
                     continue
+                if name.startswith("{} ") and ": " in found[1]:  # what it is said of is no more than a name
+                    continue
                 return translation.format(*(self.told(group, part=True) or group for group in found.groups()))
         sentences = _SENTENCES.split(text)
         told_one_by_one = [self.told(sentence, part=part) for sentence in sentences] if len(sentences) > 1 else [None]

@@ -396,7 +396,7 @@ def test_more_than_one_percent_dropped_stops_the_run_unless_allowed(
     assert str(refused.value) == (
         "2 of 100 rows can't be trained on (empty 1, not-text 1); the first: a.jsonl:99, field 'output': empty\n"
         "At most 1% of the rows may be dropped (max_dropped).\n"
-        f"Mend the rows ({ledger} names each); or allow it by --max-dropped 0.02."
+        f"Mend the rows ({ledger} names each). Or: Allow it by --max-dropped 0.02."
     )
     assert len(prove(Config.make(data=str(file), max_dropped=0.02, eval_share=0), tokenizer).train) == 98
 

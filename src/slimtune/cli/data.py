@@ -112,7 +112,7 @@ def command(
         lines.append(("steps", steps_line(steps, decided, evaluates=proof.eval is not None)))
         lines += [("chosen", f"{choice.key} {choice.value:g}: {told(choice.reason)}") for choice in amount]
         if (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
-            said.append(f"{line[0].upper()}{line[1:]}.")
+            said.append(f"{line}.")
     refusal = proof.refusal
     if ledger_file is not None:
         _write(ledger_file, proof.ledger.read_text(encoding="utf-8"))

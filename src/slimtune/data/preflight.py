@@ -307,18 +307,17 @@ def _way_out(facts: dict[str, Any], config: Config, dropped: int, ledger: Path) 
             fits, left = int(length), left - count
             if left <= config.max_dropped * facts["rows"]:
                 break
-        ways.append(f"raise --max-length to {fits}, or choose --overlong split or keep-end")
+        ways.append(f"Raise --max-length to {fits}, or choose --overlong split or keep-end.")
     if "preference" in facts["dropped"]:
-        ways.append("take the better replies by --prefer chosen")
+        ways.append("Take the better replies by --prefer chosen.")
     if facts["dropped"].get("encoding", 0) > dropped / 2:
-        ways.append(f"{TO_UTF8[:1].lower()}{TO_UTF8[1:-1]}")
+        ways.append(TO_UTF8)
     elif set(facts["dropped"]) - {"too-long", "preference", "not-preferred"}:
         named = f" ({ledger} names each)" if facts["key"] else ""  # what a function made isn't kept
-        ways.append(f"mend the rows{named}")
+        ways.append(f"Mend the rows{named}.")
     if share < 1:
-        ways.append(f"allow it by --max-dropped {min(0.99, np.ceil(share * 100) / 100):.2f}")
-    text = "; or ".join(ways)
-    return text[:1].upper() + text[1:] + "." if text else "Check the file and --format."
+        ways.append(f"Allow it by --max-dropped {min(0.99, np.ceil(share * 100) / 100):.2f}.")
+    return " Or: ".join(ways) or "Check the file and --format."
 
 
 def content_key(
