@@ -13,6 +13,7 @@ from slimtune.base.quantize import keep_trainable_layout
 from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine.memory import MemoryPlan, plan_memory
+from slimtune.engine.stored import places_of
 from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram
 from tests.engine import models
 from tests.engine.copies import LateCopies
@@ -113,6 +114,24 @@ def test_a_streamed_layers_tensors_are_whole_and_come_back() -> None:
     engine_of(model, 0)
     assert not any(in_ram(places) for places in (embedding_places(engine.decoder), *(x.places for x in engine.layers)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gpt_oss"])
+def test_a_model_moved_between_passes_stays_whole(family: str) -> None:
+    """A trainer moves its model when training begins, after passes that left layers in buffers."""
+    model = make(family)
+    before = [bytes_of(parameter) for parameter in model.parameters() if not parameter.requires_grad]
+    engine = engine_of(model, 1 << 30)
+    engine.evaluate(models.pack())
+    model.to("cpu")
+    two_steps(engine)
+    after = [bytes_of(parameter) for parameter in model.parameters() if not parameter.requires_grad]
+    assert all(all(map(torch.equal, was, now)) for was, now in zip(before, after, strict=True))
+
+
+def bytes_of(weight: Any) -> list[Tensor]:
+    """Copies of what holds a frozen weight's bytes."""
+    return [place.tensor.clone() for place in places_of(weight)]
 
 
 @pytest.mark.parametrize("fault", ["not waited for", "one buffer"])

@@ -95,7 +95,11 @@ class PackedTensor(Tensor):
         if not isinstance(other, PackedTensor):
             raise TypeError(f"a packed weight's data can't be a {type(other).__name__}")
         Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
-        self.parts, self.turned = dict(other.parts), other.turned
+        # Whoever holds the parts' dictionary, as the store of a layer's weights does, holds what is there now.
+        moved = dict(other.parts)
+        self.parts.clear()
+        self.parts.update(moved)
+        self.turned = other.turned
 
     @abstractmethod
     def unpack(self) -> Tensor:
