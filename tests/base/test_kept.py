@@ -130,3 +130,13 @@ def test_the_one_that_wasnt_used_for_long_makes_room(everything: Path, tmp_path:
         load_base(str(folder), HARDWARE, compute_dtype="bf16")
     assert used in [folder for folder, _ in kept.kept_bases()]
     assert len(kept.kept_bases()) == 2
+
+
+def test_a_packed_weight_goes_to_the_device_that_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers calls the first GPU 0, which is false: the packed weights stayed beside it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(kept.Params4bit, "from_prequantized", lambda data, stats, device: asked.append(device))
+    weight = kept.KeptWeights("weight", {"": torch.zeros(4)}, None)
+    for device in (0, torch.device("cuda", 0), None):
+        weight.to(device=device)
+    assert asked == [0, torch.device("cuda", 0), "cpu"]

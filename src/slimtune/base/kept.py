@@ -62,7 +62,8 @@ class KeptWeights:
         """The parameter as it was packed; its numbers have had their dtype since."""
         if self._packed is None:
             stats = {key: tensor for key, tensor in self._tensors.items() if key}
-            made: Tensor = Params4bit.from_prequantized(self._tensors[""], stats, device=device or "cpu")
+            device = "cpu" if device is None else device  # the first GPU is 0
+            made: Tensor = Params4bit.from_prequantized(self._tensors[""], stats, device=device)
             return made
         parts = {part: tensor.to(device) for part, tensor in self._tensors.items()}
         dtype = getattr(torch, self._packed["dtype"])
