@@ -138,11 +138,30 @@ def test_every_memory_policy_gives_the_same_gradients() -> None:
 
 def test_weights_that_come_from_ram_are_the_same() -> None:
     model = make_model()
-    resident = gradients_of(make_engine(model, memory=None), model)
+    engine = make_engine(model, memory=None)
+    resident, both = gradients_of(engine, model), list(engine.products_in_both())
     engine = make_engine(model, memory=0, ram=1 << 30)
     assert engine.plan.streamed
+    for (name, *own), (other, *found) in zip(both, engine.products_in_both(), strict=True):
+        assert name == other
+        assert all(torch.equal(x, y) for x, y in zip(sum(own, ()), sum(found, ()), strict=True))
     streamed = gradients_of(engine, model)
     assert all(torch.equal(resident[name], streamed[name]) for name in resident)
+
+
+def test_each_projection_is_multiplied_both_ways_and_left_as_it_was() -> None:
+    """Without adapters and biases, which are none of the product's."""
+    model = make_model()
+    engine = make_engine(model)
+    before, made = gradients_of(engine, model), list(engine.products_in_both())
+    assert len(made) == 4 * len(engine.layers)
+    for name, in_fp8, in_16_bits in made:
+        assert name.startswith("layers.")
+        for eight, sixteen in zip(in_fp8, in_16_bits, strict=True):
+            assert eight.shape == sixteen.shape
+            assert 0.02 * rms(sixteen) < rms(eight - sixteen) < 0.05 * rms(sixteen)
+    after = gradients_of(engine, model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "anew"])
