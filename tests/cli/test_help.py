@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 import tomllib
@@ -52,6 +53,20 @@ def test_each_topic_is_shown_whole(topic: str, language: Lang, run_here: RunHere
         shown = run_here("help", topic)
     # Rich cuts what is wider than a table's column, and puts this character there.
     assert shown.stdout.count("…") == document.read_text(encoding="utf-8").count("…")
+
+
+def test_a_pager_shows_colours_and_chinese_as_such() -> None:
+    ours, theirs = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("LESS", "LESSCHARSET", "NO_COLOR")}
+    subprocess.run(
+        [sys.executable, "-c", "import sys; from slimtune.cli import main; sys.argv[1:] = ['help', 'guide']; main()"],
+        env=environment | {"PAGER": "printenv LESS LESSCHARSET", "TERM": "xterm"},
+        stdin=theirs, stdout=theirs, stderr=theirs, timeout=60, check=True,
+    )  # fmt: skip
+    os.close(theirs)
+    said = os.read(ours, 4096).split()
+    os.close(ours)
+    assert said == [b"-FRX", b"utf-8"]
 
 
 def test_what_is_no_topic_is_told_with_the_nearest(run_here: RunHere) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ TOPICS = {
 _WIDEST = 100
 _LINK_INSIDE = re.compile(r"\[([^\]]+)\]\((?!https?://)[^)]*\)")
 """A link to another file, which a terminal can't follow."""
+_OTHER_LANGUAGE = re.compile(r"^\[(?:中文|English)\]\([^)]*\)\n+", re.MULTILINE)
+_FOR_LESS = {"LESS": "-FRX", "LESSCHARSET": "utf-8"}
+"""As git has it: colours as such, no waiting where all of it fits the screen. And Chinese where a locale is named that
+isn't installed."""
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -64,8 +69,10 @@ def command(topic: str | None) -> None:
 
     page = Page()
     page.width = min(page.width, _WIDEST)
-    text = Document(_LINK_INSIDE.sub(r"\1", _document(topic).read_text(encoding="utf-8")))
+    source = _OTHER_LANGUAGE.sub("", _document(topic).read_text(encoding="utf-8"))
+    text = Document(_LINK_INSIDE.sub(r"\1", source))
     if page.is_terminal and sys.stdin.isatty():
+        os.environ.update({name: value for name, value in _FOR_LESS.items() if name not in os.environ})
         with page.pager(styles=not page.no_color):
             page.print(text)
     else:
