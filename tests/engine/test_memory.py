@@ -54,6 +54,16 @@ def small_layers() -> list[LayerComputation]:
     return layers_of(576, 1536, 30, 9)
 
 
+def test_weights_that_are_all_kept_need_no_buffer(layers: list[LayerComputation]) -> None:
+    plan = planned(layers, TOKENS, VOCABULARY, math.inf, longest=LONGEST)
+    assert plan.kept_weights == len(layers)
+    ways: dict[Any, Way] = {layer.layer.attention.kind: "varlen" for layer in layers}
+    memory = Memory(plan.part_tokens, plan.mlp_tokens, ways, plan.padded_room, plan.sparing)
+    work = layers[-1].working_bytes(memory) - layers[-1].kept_bytes(memory, Keep.ATTENTION)
+    head = 2 * (plan.head_tokens * (VOCABULARY + 4 * 2048) + 3 * TOKENS * 2048)
+    assert plan.nbytes == plan.kept_bytes + max(head, work)
+
+
 def test_plenty_keeps_everything(layers: list[LayerComputation]) -> None:
     plan = planned(layers, TOKENS, VOCABULARY, math.inf, longest=LONGEST)
     assert set(plan.keep) == {Keep.ALL}

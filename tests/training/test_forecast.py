@@ -118,14 +118,19 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("family", "budget", "ram"),
-    [("llama", 0, 0), ("llama", 0, GIB), ("llama", GIB, 0), ("qwen3", 0, GIB), ("olmo2", 0, 0), ("olmo2", GIB, 0)],
-)
+    ("family", "budget", "ram", "adapted"),
+    [
+        ("llama", 0, 0, None), ("llama", 0, GIB, None), ("llama", GIB, 0, None), ("qwen3", 0, GIB, None),
+        ("olmo2", 0, 0, None), ("olmo2", GIB, 0, None), ("llama", GIB, 0, [1]), ("llama", 0, GIB, [1]),
+    ],
+)  # fmt: skip
 def test_a_step_takes_no_more_than_its_plan(
-    family: str, budget: int, ram: int, monkeypatch: pytest.MonkeyPatch
+    family: str, budget: int, ram: int, adapted: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Layers below the lowest adapter keep nothing."""
     monkeypatch.setattr(attention_module, "_FILLING", 1)
-    model = models.add_lora(models.make_base(family))
+    upper = {} if adapted is None else {"layers_to_transform": adapted, "target_modules": ["q_proj", "down_proj"]}
+    model = models.add_lora(models.make_base(family), **upper)
     tokens = 1024
     ids = torch.randint(0, models.VOCABULARY, (1, tokens))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
@@ -150,7 +155,7 @@ def test_a_step_takes_no_more_than_its_plan(
 
 def test_more_memory_takes_longer_documents(folder_of: Callable[[str], Path]) -> None:
     forecaster = Forecaster(Config.make(model=str(folder_of("qwen3")), max_length=512))
-    rows = [forecaster.with_longest(Card(f"{size}", size << 20, (8, 0))) for size in (65, 120, 400)]
+    rows = [forecaster.with_longest(Card(f"{size}", size << 20, (8, 0))) for size in (33, 120, 400)]
     assert [row.trains for row in rows] == [False, True, True]
     assert 0 < rows[1].longest < rows[2].longest
     assert rows[2].longest_ram > 0

@@ -137,6 +137,7 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
     room = told(f"{batch} tokens, or as many of its documents at once as there is room for")
     said = [
         told("A card's tenth is left to CUDA and to what can't be allocated in one piece."),
+        told("Shown: what nvidia-smi then shows, with both, about; by steps of one H200."),
         told("Longest: tokens of one document."),
         told(f"A step and this data: by rates fitted to steps of one {MEASURED}."),
         told("Other cards: by the rates that their makers publish, which is arithmetic."),
@@ -162,8 +163,9 @@ def _line(label: str, text: str) -> str:
 def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
     """The cards' lines under their heads, each column as wide as its widest cell on the screen."""
     heads = (
-        told("card"), told("trains"), told("takes"), told("weights"), told("adapter"), told("activations"),
-        told("workspace"), told("in RAM"), told("longest"), told("in RAM"), told("a step"), told("this data"),
+        told("card"), told("trains"), told("takes"), told("shown"), told("weights"), told("adapter"),
+        told("activations"), told("workspace"), told("in RAM"), told("longest"), told("in RAM"), told("a step"),
+        told("this data"),
     )  # fmt: skip
     table = [heads, *(_cells(forecaster, row, rehearsed) for row in rows)]
     if not rehearsed:
@@ -189,6 +191,7 @@ def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> 
         row.card,
         told("yes") if row.trains else told("no"),
         gib(row.nbytes),
+        gib(row.shown_bytes),
         *parts,
         ram,
         longest,

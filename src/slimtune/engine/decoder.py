@@ -12,7 +12,7 @@ as the pair (what is added, s): the next norm adds it on its way.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,16 @@ from slimtune.engine.structure import (
 )
 from slimtune.engine.weights import Scratch
 
-__all__ = ["Keep", "LayerComputation", "Pass", "Saved", "computations", "per_layer_inputs", "rotary_tables"]
+__all__ = [
+    "Keep",
+    "LayerComputation",
+    "Pass",
+    "Saved",
+    "computations",
+    "lowest_trained",
+    "per_layer_inputs",
+    "rotary_tables",
+]
 
 _STREAMS = 4
 """Dropout streams that a layer has at least; the masks of a run that is resumed follow from their numbers."""
@@ -210,6 +219,14 @@ def computations(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> 
         None if layer is None else LayerComputation(layer, dtype, device, scratch, streams * layer.index)
         for layer in decoder.layers
     ]
+
+
+def lowest_trained(layers: Sequence[LayerComputation], per_layer: PerLayerComputation | None) -> int:
+    """The first layer that has a backward: of the lowest adapter."""
+    # What is beside the stream reaches every layer, so its adapter's gradient comes from all of them.
+    if per_layer is not None and per_layer.trained:
+        return 0
+    return next(index for index, layer in enumerate(layers) if layer.trained)
 
 
 def _streams(decoder: Decoder) -> int:

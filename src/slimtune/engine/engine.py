@@ -23,6 +23,7 @@ from slimtune.engine.decoder import (
     Pass,
     Saved,
     computations,
+    lowest_trained,
     per_layer_inputs,
     rotary_tables,
 )
@@ -42,10 +43,10 @@ from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack
 from slimtune.ranks.host import here
 
-__all__ = ["WORKSPACES", "Engine"]
+__all__ = ["WORKSPACE", "Engine"]
 
-WORKSPACES = 64 << 20
-"""Bytes that libraries take beside the plan: cuBLAS 32 MiB for the stream that records, attention's backward a few."""
+WORKSPACE = 32 << 20
+"""Bytes that cuBLAS takes on each stream that multiplies: there are two where graphs are recorded."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 micro-batches differ
 
 
@@ -127,16 +128,16 @@ class Engine:
         self._sums = torch.zeros_like(self.flat.grad)
         self._stacked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._sinks = {part: self._bind(part) for part in self._trained}
-        # What is beside the stream reaches every layer, so its adapter's gradient comes from all of them.
         self._through = bool(beside)
-        self._lowest = 0 if beside else next(index for index, layer in enumerate(self.layers) if layer.trained)
+        self._lowest = lowest_trained(self.layers, self._per_layer)
         self._head = self.decoder.head.detach()
         if self._head.dtype != dtype:
             self._head = self._head.to(dtype)
         self._inputs = Inputs(tokens, self.decoder.scores, dtype, self.device, self._table_in_ram())
         self._tables = rotary_tables(self.decoder, tokens, self.device, dtype)
-        used = self._used()
-        budget = math.inf if memory is None else memory - used
+        self.graphs = graphs and self.device.type == "cuda"
+        used, to_come = self._used(), self._to_come()
+        budget = math.inf if memory is None else memory - used - to_come
         self.plan: MemoryPlan = plan_memory(
             self.layers,
             tokens,
@@ -149,17 +150,17 @@ class Engine:
             stored=[layer.stored_bytes for layer in self.layers],
             embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
             sharing=here().sharing,
+            lowest=self._lowest,
         )
         self._place_embedding()
         self._streamed = self._streamed_weights()
         self._away = self._inputs_in_ram()
         self._inputs.padded_room = self.plan.padded_room
-        self.least_memory: int | None = None if self.plan.nbytes <= budget else used + self.plan.nbytes
-        self.parts = self._planned_parts(used)
-        self.graphs = graphs and self.device.type == "cuda"
+        self.least_memory: int | None = None if self.plan.nbytes <= budget else used + to_come + self.plan.nbytes
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
         # A copy's layer takes longer than its launches, so a graph would save nothing.
         self._recording = self.graphs and self._away is None and self._streamed is None
+        self.parts = self._planned_parts(used + to_come * self._recording)
         self._recorded: dict[ShapeKey, _Recorded] = {}
         self._warm: set[tuple[Way, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -283,7 +284,7 @@ class Engine:
         if self.device.type != "cuda":
             return {}
         adapter = adapter_bytes([parameter.numel() for parameter in self.flat.parameters])
-        workspace = WORKSPACES + Inputs.nbytes_of(self._inputs.room)
+        workspace = WORKSPACE * (1 + self._recording) + Inputs.nbytes_of(self._inputs.room)
         return {
             "weights": used - adapter - workspace - self.plan.spared_bytes,
             "adapter": adapter,
@@ -316,9 +317,15 @@ class Engine:
         """Bytes on the device besides the plan's, if all weights lay there; the optimizer's state, to come, too."""
         if self.device.type != "cuda":
             return 0
+        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        torch.mm(one, one)  # cuBLAS takes its memory, unless it has
         allocated = torch.cuda.memory_allocated(self.device) + sum(in_ram(layer.places) for layer in self.layers)
         allocated += in_ram(embedding_places(self.decoder))
-        return allocated + WORKSPACES + state_bytes(self.flat.data.numel())
+        return allocated + state_bytes(self.flat.data.numel())
+
+    def _to_come(self) -> int:
+        """Bytes that cuBLAS takes once the first graph of this process is recorded, on the stream that all are."""
+        return WORKSPACE if self.graphs and torch.cuda.graph.default_capture_stream is None else 0
 
     # -- a micro-batch ------------------------------------------------------------------------------------------------
 

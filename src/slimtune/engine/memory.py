@@ -70,6 +70,9 @@ class MemoryPlan:
     """Of the embedding, where it is in RAM: the device reads a row a token there."""
     spared_bytes: int = 0
     """What the device holds less for both: they, but for what the next two layers are brought to."""
+    apart_bytes: int = 0
+    """What a recorded step reserves besides ``nbytes``: its graphs' memory and the head's, which neither gives the
+    other."""
     added_seconds: float = 0.0
     """What the cost model says that the plan adds to products that keep everything, on an H100."""
 
@@ -94,6 +97,8 @@ class _Shape:
     """Bytes of the embedding; 0: it stays where it is."""
     sharing: int = 1
     """Ranks that have weights in RAM in common."""
+    lowest: int = 0
+    """The first layer that has a backward; those below keep nothing."""
 
     def part(self, nbytes: int) -> int:
         """Of weights' bytes in RAM this rank's part."""
@@ -112,13 +117,14 @@ class _Shape:
         """Bytes of each layer's weights in the compute dtype."""
         return self._by_layer(lambda layer: sum(block.weight_bytes for block in layer.blocks))
 
-    @cached_property
-    def scratch(self) -> int:
-        """Bytes of the buffers that weights are made anew in, one for each shape."""
+    def scratch(self, kept_weights: int = 0) -> int:
+        """Bytes of the buffers that weights are made anew in, one for each shape; the first layers' are kept."""
         shapes: dict[tuple[int, ...], int] = {}
-        for layer, _ in self.kinds:
+        for layer, places in self.kinds:
             for block in layer.blocks:
-                shapes |= block.scratch
+                # What is multiplied in FP8 is evaluated in 16 bits.
+                if places[-1] >= kept_weights or any(site.in_fp8 is not None for site in block.sites):
+                    shapes |= block.scratch
         return sum(shapes.values())
 
     def _by_layer(self, size: Callable[[LayerComputation], int]) -> list[int]:
@@ -196,17 +202,19 @@ class _Shape:
         sizes = {
             level: self._by_layer(partial(LayerComputation.kept_bytes, memory=memory, keep=level)) for level in Keep
         }
+        for each in sizes.values():
+            each[: self.lowest] = [0] * self.lowest
         stream = part_tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
         # The last layer's backward comes at once. Those before it are needed the latest, the first of all.
-        away = range(max(0, min(count - 1, ram // stream)))
+        away = range(self.lowest, max(self.lowest, min(count - 1, self.lowest + ram // stream)))
         sizes[Keep.INPUT] = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
         work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
-        fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch
+        fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch()
         if self.per_layer is not None:
             fixed = max(fixed, self.per_layer.working_bytes(memory)) + self.per_layer.kept_bytes(memory)
         fixed += stream * bool(away)  # on its way
         room = budget - fixed - sum(sizes[Keep.INPUT])
-        keep = [Keep.INPUT] * count
+        keep = [Keep.ALL if index < self.lowest else Keep.INPUT for index in range(count)]
 
         def raise_layers(level: Keep) -> None:
             nonlocal room
@@ -227,14 +235,19 @@ class _Shape:
         in_ram = tuple(index for index in away if keep[index] == Keep.INPUT)
         held = [sizes[level][index] for index, level in enumerate(keep)]
         weights = sum(self.weights[:kept_weights])
-        peak = self._peak(memory, keep, held, frozenset(in_ram), self._head_bytes(part_tokens, head_tokens))
-        nbytes = peak + weights + self.scratch
+        head, scratch = self._head_bytes(part_tokens, head_tokens), self.scratch(kept_weights)
+        # Below the lowest adapter nothing is kept, but what goes through there is.
+        layers = self._peak(memory, keep, held, frozenset(in_ram)) + stream * (self.lowest > 0)
+        nbytes = max(layers, sum(held) + head) + weights + scratch
+        # Of what a graph has taken the head gets nothing, but for the pair that it reads there.
+        apart = min(layers - sum(held), head) - 2 * stream
         if self.per_layer is not None:
-            begun = self.per_layer.working_bytes(memory) + self.scratch + weights
+            begun = self.per_layer.working_bytes(memory) + scratch + weights
             nbytes = max(nbytes, begun) + self.per_layer.kept_bytes(memory)
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
             in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
+            apart_bytes=max(0, apart),
         )  # fmt: skip
 
     def _streamed(self, count: int) -> tuple[tuple[int, ...], int, int]:
@@ -265,17 +278,17 @@ class _Shape:
                     )
         return plans
 
-    def _peak(
-        self, memory: Memory, keep: Sequence[Keep], held: Sequence[int], in_ram: frozenset[int], head: int
-    ) -> int:
-        """The most that a step takes at once: at the head, or in a layer's backward, when later ones' is given back."""
+    def _peak(self, memory: Memory, keep: Sequence[Keep], held: Sequence[int], in_ram: frozenset[int]) -> int:
+        """The most that a step takes at once besides at the head: in a layer's backward, when later ones' is given
+        back.
+        """
         stream = memory.tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
         work, again = ([0] * len(self.layers) for _ in range(2))
         for layer, places in self.kinds:
             for place in places:
                 work[place], again[place] = layer.working_bytes(memory), layer.kept_bytes(memory, Keep.ATTENTION)
-        below, most = sum(held), sum(held) + head
-        for index in range(len(self.layers) - 1, -1, -1):
+        below = most = sum(held)
+        for index in range(len(self.layers) - 1, self.lowest - 1, -1):
             # What a layer has kept isn't made again; an input that comes from RAM is.
             there = again[index] if keep[index] > Keep.INPUT else stream * (index not in in_ram)
             most = max(most, below + work[index] - there + stream * (index - 1 in in_ram))
@@ -312,6 +325,7 @@ def plan_memory(
     stored: Sequence[int] = (),
     embedding: int = 0,
     sharing: int = 1,
+    lowest: int = 0,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -328,9 +342,10 @@ def plan_memory(
         stored: Bytes of each layer's frozen weights as they lie on the device; none: they stay there.
         embedding: Bytes of the embedding, if that may go to RAM too: a tied one is the head.
         sharing: Ranks that have weights there in common.
+        lowest: The first layer that has a backward.
     """
     embedding = embedding if -(-embedding // sharing) <= ram else 0
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing)
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing, lowest)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)

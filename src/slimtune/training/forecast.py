@@ -28,8 +28,8 @@ from slimtune.base.unloaded import Unloaded, unloaded_base
 from slimtune.config import Config
 from slimtune.engine.attention import Way, expected_way
 from slimtune.engine.blocks import Keep, Memory, MlpBlock
-from slimtune.engine.decoder import LayerComputation, computations, per_layer_inputs
-from slimtune.engine.engine import WORKSPACES
+from slimtune.engine.decoder import LayerComputation, computations, lowest_trained, per_layer_inputs
+from slimtune.engine.engine import WORKSPACE
 from slimtune.engine.fp8 import pays
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
@@ -51,11 +51,16 @@ __all__ = ["Forecast", "Forecaster", "gib", "names_in_ram"]
 
 _STEP = 1024
 """Tokens to which the longest document is told."""
+_CONTEXT = int(0.73 * 2**30)
+"""Bytes of CUDA's own context and of the kernels' code, on an H200: 0.72 to 0.75 GiB."""
+_IN_PIECES = 1.08
+"""What the allocator takes for what is allocated at once, where no graph is recorded: 1.01 to 1.14 on an H200."""
 _LONG = 8192
 """Tokens of a document from which a run is looked at before its base is loaded, whatever the base: shorter ones send
 nothing to RAM that is worth it."""
-_MOST_ELEMENTS = 1 << 31
-"""Of one tensor: longer documents, whose tensors have more, nothing was tried with."""
+_MOST_ELEMENTS = 3 << 30
+"""Of one tensor: longer documents, whose tensors have more, nothing was tried with. Offsets have 64 bits; at so many
+elements, of q, k and v, gradients were those of the same documents one at a time."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class Forecast:
     embedding_bytes: int
     """Of RAM that are locked for the embedding."""
     layers: int
+    shown_bytes: int = 0
+    """All of it on the card as nvidia-smi shows it: with CUDA's context, and what the allocator has taken and can give
+    to nothing."""
     step_seconds: float = 0.0
     """Of an optimizer step; 0 where nobody knows the card's speed."""
     sum_seconds: float = 0.0
@@ -204,14 +212,16 @@ class Forecaster:
         config = self.config
         budget = int(MEMORY_SHARE * card.memory_bytes) if budget is None else budget
         plan = self._plan(card, config.batch_tokens, config.max_length, budget, ram)
-        beside = self._beside(config.batch_tokens)
+        beside, recorded = self._beside(config.batch_tokens), not (plan.in_ram or plan.streamed)
         workspace = plan.nbytes + plan.spared_bytes - plan.kept_bytes + beside["workspace"]
+        workspace -= 0 if recorded else WORKSPACE
         weights = beside["weights"] - plan.spared_bytes
         parts = {**beside, "weights": weights, "activations": plan.kept_bytes, "workspace": workspace}
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
             plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed),
-            plan.embedding_bytes, len(self._layers), *self._seconds(plan, card), sharing=self.sharing,
+            plan.embedding_bytes, len(self._layers), _shown(plan, sum(parts.values()), recorded=recorded),
+            *self._seconds(plan, card), sharing=self.sharing,
         )  # fmt: skip
 
     def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float]:
@@ -262,7 +272,7 @@ class Forecaster:
         return {
             "weights": self.weights - in_ram,
             "adapter": adapter_bytes([parameter.numel() for parameter in self._trained]),
-            "workspace": WORKSPACES + Inputs.nbytes_of(tokens) + rows + 4 * tokens * sum(rotary.values()),
+            "workspace": 2 * WORKSPACE + Inputs.nbytes_of(tokens) + rows + 4 * tokens * sum(rotary.values()),
         }
 
     def _plan(self, card: Card, tokens: int, longest: int, budget: float, ram: int | None) -> MemoryPlan:
@@ -279,6 +289,7 @@ class Forecaster:
             stored=self._stored,
             embedding=self._embedding,
             sharing=self.sharing,
+            lowest=lowest_trained(self._layers, self._per_layer),
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
@@ -307,6 +318,11 @@ class Forecaster:
             low, high = (middle, high) if least(middle * _STEP) else (low, middle - 1)
         plan = least(low * _STEP) if low else None
         return low * _STEP, 0 if plan is None else plan.locked_bytes + (self.sharing - 1) * plan.ram_bytes
+
+
+def _shown(plan: MemoryPlan, nbytes: int, *, recorded: bool) -> int:
+    """What nvidia-smi shows of so many bytes that are allocated at once."""
+    return _CONTEXT + (nbytes + plan.apart_bytes if recorded else int(_IN_PIECES * nbytes))
 
 
 def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
