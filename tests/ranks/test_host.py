@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from slimtune.base import kept
 from slimtune.base.load import load_base
 from slimtune.base.quantize import fingerprint
 from slimtune.engine.per_layer import keep_in_ram
@@ -105,6 +107,29 @@ def loaded(rank: int, base: str) -> dict[str, Any]:
     return found
 
 
+def kept_once(rank: int, base: str, cache: str) -> dict[str, Any]:
+    """A base whose 4-bit bytes are kept by whoever is the first on its host, and read by all; then by none, as one
+    rank's are damaged."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    kept.LEAST_BYTES, written, write, agrees = 0, [], kept.Kept.write, kept.Kept.agrees
+
+    def noting(self: kept.Kept, model: Any) -> int:
+        written.append(self.folder)
+        return write(self, model)
+
+    kept.Kept.write = noting  # type: ignore[method-assign]
+    loads = [load_base(base, detect(), compute_dtype="fp32")]
+    here()._ranks.told(None)  # it is written
+    loads.append(load_base(base, detect(), compute_dtype="fp32"))
+    kept.Kept.agrees = lambda self, model: agrees(self, model) and not rank  # type: ignore[method-assign]
+    loads.append(load_base(base, detect(), compute_dtype="fp32"))
+    return {
+        "said": [load.kept for load in loads],
+        "written": len(written),
+        "equal": len({fingerprint(load.model) for load in loads}) == 1,
+    }
+
+
 def refused(rank: int, base: str) -> None:
     """The second rank's system gives no memory, in the middle of a loader that takes errors down."""
     if rank:
@@ -151,6 +176,15 @@ def test_a_base_that_is_read_into_ram_is_there_once_a_host(base: str) -> None:
         assert each["equal"]
         assert each["Rss"] >= each["bytes"] > 0
         assert each["Pss"] <= each["Rss"] / 2 + 4096 * 8
+
+
+def test_a_base_is_kept_once_a_host_and_read_by_all_or_none(base: str, tmp_path: Path) -> None:
+    first, other = each_rank("kept_once", base, str(tmp_path))
+    assert first["equal"]
+    assert other["equal"]
+    assert (first["written"], other["written"]) == (2, 0), "the second time, as the other rank threw it away"
+    assert [said.startswith("its 4-bit bytes were kept") for said in first["said"]] == [False, True, False]
+    assert [said.startswith("its 4-bit bytes were kept") for said in other["said"]] == [False, True, False]
 
 
 def test_what_the_system_refuses_a_rank_while_it_loads_is_said_by_all(base: str) -> None:

@@ -28,7 +28,7 @@ from slimtune.base.trust import check_attention
 from slimtune.base.vocabulary import NewTokens
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
-from slimtune.ranks.place import this_place
+from slimtune.ranks.host import here
 
 __all__ = ["Base", "load_base", "torch_dtype"]
 
@@ -111,8 +111,11 @@ def load_base(
         if stored == "plain" and not trust_remote_code:
             asked = {"double_quant": double_quant, "dtype": compute_dtype, "device": hardware.device}
             kept = Kept.of(source, local_revision(source, revision), asked)
-    loaded = None if kept is None else _of_kept(kept, source, revision, already, four_bit, options)
-    was_kept, was_there = loaded is not None, kept is not None and kept.said is not None
+    # All ranks read the same: their layers go to RAM that they have in common, one after the other.
+    was_there = bool(here().least("what is kept of the base", kept is not None and kept.said is not None))
+    loaded = _of_kept(kept, source, revision, already, four_bit, options) if kept is not None and was_there else None
+    was_kept = bool(here().least("what was read of it", loaded is not None))
+    loaded = loaded if was_kept else None
     if loaded is None:
         loaded, loading = from_pretrained(
             auto,
@@ -143,7 +146,7 @@ def load_base(
     base = Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
     if was_kept:
         base.kept = "its 4-bit bytes were kept from an earlier start"
-    elif kept is not None and this_place().local == 0:
+    elif kept is not None and here().first and (kept.said is None or not kept.folder.is_dir()):
         damaged = ["what was kept of it wasn't what was written, and is thrown away"] if was_there else []
         base.kept = "; ".join([*damaged, _keep(kept, loaded)])
     return base

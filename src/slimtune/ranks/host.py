@@ -55,6 +55,11 @@ class Host:
         return self._ranks is not None and not self._ranks.left
 
     @property
+    def first(self) -> bool:
+        """Whether this rank does what is done once a host."""
+        return not self._together or (self._ranks is not None and self._ranks.rank == self._members[0])
+
+    @property
     def count(self) -> int:
         """Ranks of this run on this host: what the host has, they share."""
         return len(self._members) if self._together else 1
