@@ -202,3 +202,4 @@ def test_what_was_measured_to_gain_is_taken() -> None:
     ]
     assert not wrong
     assert not pays(16384, 2048, 64)
+    assert not pays(16384, 1024, 6144)

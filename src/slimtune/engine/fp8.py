@@ -29,16 +29,16 @@ _BLOCK = 64
 """Weights to an NF4 scale: a row that is a whole number of them has its largest weight among its scales."""
 _MULTIPLE = 16
 """What a product in FP8 wants of both its sides."""
-_SIDE, _WEIGHTS, _PRODUCTS = 1024, 1 << 22, 1 << 33
-"""A shorter side, fewer weights, or fewer multiply-adds, and what is quantised beside takes the time that is spared: so
-was it on an H200, of nine shapes at 256 to 8,192 tokens (benchmarks/results/2026-11-29-fp8-shapes-h200.json). At these
-bounds both take the same; 2,048 x 512 and 1,024 x 3,072 never gained."""
+_INPUTS, _OUTPUTS, _WEIGHTS, _PRODUCTS = 2048, 1024, 1 << 22, 1 << 33
+"""With fewer inputs, outputs, weights or multiply-adds, what is quantised and added beside takes the time it spares:
+so was it on an H200, of nine shapes at 256 to 8,192 tokens (benchmarks/results/2026-11-29-fp8-shapes-h200.json). With
+these both take the same; 2,048 x 512 and 1,024 x 3,072 never gained, and by their slopes 1,024 x anything doesn't."""
 
 
 def pays(tokens: int, inputs: int, outputs: int) -> bool:
     """Whether a product of this shape is faster in FP8, with all that it needs beside it."""
     weights = inputs * outputs
-    return min(inputs, outputs) >= _SIDE and weights >= _WEIGHTS and tokens * weights >= _PRODUCTS
+    return inputs >= _INPUTS and outputs >= _OUTPUTS and weights >= _WEIGHTS and tokens * weights >= _PRODUCTS
 
 
 class Lost(NamedTuple):
