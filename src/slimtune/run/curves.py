@@ -104,7 +104,7 @@ def _others(say: Say) -> tuple[tuple[str, str, bool], ...]:
     return (
         ("learning_rate", say("Learning rate", "学习率"), True),
         ("grad_norm", say("Gradient norm", "梯度范数"), False),
-        ("tokens_per_second", say("Tokens per second", "每秒词元数"), True),
+        ("tokens_per_second", say("Tokens per second", "每秒 token 数"), True),
         ("memory_bytes", say("Memory, GiB", "内存（GiB）"), True),
     )
 

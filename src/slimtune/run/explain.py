@@ -195,7 +195,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
                 f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
                 f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
                 f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
-                f"{time_left(training['seconds'])}（引擎：{engine_zh}）；处理 {tokens:,} 个词元，"
+                f"{time_left(training['seconds'])}（引擎：{engine_zh}）；处理 {tokens:,} 个 token，"
                 f"其中 {supervised:,} 个带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
             )
         ),
@@ -208,7 +208,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
     elif "floor_share" in training:
         text = say(
             "how near the steps came to what this machine can do: the model doesn't say how much work a token is.",
-            "训练速度离本机极限有多远，因为从这个模型的模块数不出每个词元的运算量。",
+            "训练速度离本机极限有多远，因为从这个模型的模块数不出每个 token的运算量。",
         )
         told.append(Statement(text, "unmeasured"))
     if (ranks := training.get("ranks", 1)) > 1:

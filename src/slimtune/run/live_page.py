@@ -147,7 +147,7 @@ def _tiles(run: LiveRun, say: Say) -> list[tuple[str, str, str]]:
     if last:
         speed = _number(last.get("tokens_per_second"), lambda value: short_number(round(value)))
         rate, norm = _number(last.get("learning_rate"), short_number), _number(last.get("grad_norm"), "{:.3g}".format)
-        tiles.append((say("tokens/s", "词元/秒"), speed, ""))
+        tiles.append((say("tokens/s", "token/秒"), speed, ""))
         tiles.append((say("memory", "内存"), _number(last.get("memory_bytes"), size_text), ""))
         tiles.append((say("learning rate", "学习率"), rate, ""))
         tiles.append((say("gradient norm", "梯度范数"), norm, ""))

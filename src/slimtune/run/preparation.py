@@ -149,9 +149,9 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
                 f"They make {data['documents']:,} documents with {data['tokens']:,} tokens in all, of which "
                 f"{data['supervised_tokens']:,} ({share(data['supervised_tokens'], data['tokens'])}) are supervised: "
                 f"only these make the loss.",
-                f"它们构成 {data['documents']:,} 篇文档、{data['tokens']:,} 个词元，其中 "
+                f"它们构成 {data['documents']:,} 篇文档、{data['tokens']:,} 个 token，其中 "
                 f"{data['supervised_tokens']:,} 个（{share(data['supervised_tokens'], data['tokens'])}）带监督，"
-                f"只有这些词元计入损失。",
+                f"只有这些 token 计入损失。",
             )
         ),
     ]
@@ -202,7 +202,7 @@ def _rehearsed(rehearsed: Facts, say: Say) -> Statement:
         say(
             f"Beside them {counted(count, 'general prompt')} with what the base itself had answered "
             f"({tokens:,} tokens, `rehearsed.jsonl`) were trained on, so that the adapter keeps what the base could.",
-            f"此外还混入了 {count:,} 个通用提示，以及基座自己在训练前的回答（{tokens:,} 个词元，`rehearsed.jsonl`），"
+            f"此外还混入了 {count:,} 个通用提示，以及基座自己在训练前的回答（{tokens:,} 个 token，`rehearsed.jsonl`），"
             f"使适配器保住基座原有的本领。",
         )
     )
@@ -229,7 +229,7 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
         Statement(
             say(
                 f"Packed, one epoch is {counted(per_epoch, 'micro-batch', 'es')} of {size:,} tokens, {fill:.1%} full.",
-                f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} 词元，利用率 {fill:.1%}。",
+                f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} token，利用率 {fill:.1%}。",
             )
         )
     ]

@@ -136,10 +136,10 @@ def _tiles(facts: Mapping[str, Any], say: Say) -> list[tuple[str, str, str]]:
             note = say(f"rank {adapter['r']}, alpha {adapter['alpha']}", f"秩 {adapter['r']}，alpha {adapter['alpha']}")
             tiles.append((say("adapter", "适配器"), size_text(adapter["file_bytes"]), note))
     if training:
-        note = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} 词元")
+        note = say(f"{training['tokens']:,} tokens", f"{training['tokens']:,} token")
         if reached := training.get("floor_share"):
             note += say(f", {reached:.0%} of what this machine can compute", f"，达本机算力的 {reached:.0%}")
-        tiles.append((say("tokens/s", "词元/秒"), short_number(round(training["tokens_per_second"])), note))
+        tiles.append((say("tokens/s", "token/秒"), short_number(round(training["tokens_per_second"])), note))
         steps = say(f"{training['steps']:,} steps", f"{training['steps']:,} 步")
         tiles.append((say("time", "用时"), time_left(training["seconds"]), steps))
     return tiles
