@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,13 @@ from slimtune.base.shelves import layer_of
 
 __all__ = ["Kept", "KeptWeights", "clear", "kept_bases"]
 
-# Raise it when what is packed or written changes, so that no older base is taken for a newer one.
-_FORMAT = 1
 LEAST_BYTES = 1 << 30
 """Of a base's files: smaller ones are packed in a second."""
 _SHARE = 0.25
 """Of the disk, as far as it isn't others': what all bases may take."""
 _ABOUT = "about.json"
 _INDEX, _ONE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+_DECIDE = ("base", "families")
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 _SAMPLES, _SAMPLE = 32, 4096
 _DAY = 86400.0
@@ -95,7 +94,7 @@ class Kept:
         if sum(file.stat().st_size for file in files) < LEAST_BYTES:
             return None
         about = {
-            "format": _FORMAT,
+            "code": _code(),
             "files": [_identity(file) for file in files],
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "asked": dict(asked),
@@ -260,6 +259,15 @@ def _files(source: str, revision: str | None) -> list[Path]:
             return []
     found = [find(name) for name in names]
     return [] if None in found else [file for file in found if file is not None]
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code that decides what is packed, and how: a base of another is another base."""
+    package, code = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(file for folder in _DECIDE for file in (package / folder).glob("*.py")):
+        code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def _identity(file: Path) -> list[Any]:
