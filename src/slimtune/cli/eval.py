@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 from slimtune.cli.early import check_files, check_target
+from slimtune.cli.formatting import cells, say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
+from slimtune.words import told
 
 __all__ = ["command"]
 
@@ -76,9 +78,11 @@ def command(
         click.echo(json.dumps({**made, **sides}, ensure_ascii=False, indent=2, default=str))
         return
     if data or remembered:
-        click.echo(f"{made['documents']:,} documents, {made['supervised_tokens']:,} supervised tokens")
+        say(f"{made['documents']:,} documents, {made['supervised_tokens']:,} supervised tokens")
         for name in ("base", "model", "tuned"):
             if name in made:
-                click.echo(f"{name:>6}  loss {made[name]}  perplexity {made[name].exp()}")
+                label = told(name)
+                measured = told(f"loss {made[name]}  perplexity {made[name].exp()}")
+                click.echo(f"{' ' * (6 - cells(label))}{label}  {measured}")
     for task, numbers in made.get("tasks", {}).items():
         click.echo(f"{task}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, float)))

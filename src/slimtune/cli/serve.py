@@ -102,8 +102,8 @@ def command(
             say(api.slow, err=True)
         with any_length(), seldom():
             own = bool(click.get_current_context().find_root().obj.get("own_process"))
-            said = f"serving {', '.join(models)} on"
-            run(api, listening, computing, lambda url: click.echo(f"{said} {url}"), _leave if own else None)
+            served = ", ".join(models)
+            run(api, listening, computing, lambda url: say(f"serving {served} on {url}"), _leave if own else None)
     if own:
         _leave()
 
