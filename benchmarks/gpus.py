@@ -448,6 +448,7 @@ def main() -> None:
     names = [name for name in chosen.workloads if name != "none"]  # for the other results alone
     with tempfile.TemporaryDirectory() as scratch:
         folders = Path(scratch)
+        os.environ["XDG_CACHE_HOME"] = str(folders / "cache")  # what is kept of these bases goes with them
         for size in {WORKLOADS[name].size for name in names}:
             make_folder(size, folders / size)
         counts = [int(count) for count in chosen.ranks.split(",")]
