@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,6 +148,10 @@ def on_host(host: Host) -> Iterator[None]:
 @contextmanager
 def _anonymous() -> Iterator[int]:
     """A file in RAM without a name, which no file system's size limits (that of ``/dev/shm`` is often 64 MB)."""
+    if not hasattr(os, "memfd_create"):  # not Linux: a file that nobody else sees
+        with TemporaryFile() as other:
+            yield other.fileno()
+        return
     file = os.memfd_create("slimtune", os.MFD_CLOEXEC)
     try:
         yield file
