@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from slimtune.training.checkpoint import OffDevice, from_plain, to_plain
+from slimtune.training.checkpoint import Checkpoints, OffDevice, Snapshot, from_plain, to_plain
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -61,3 +64,28 @@ def test_a_state_dict_comes_back_as_it_was() -> None:
     assert back["groups"] == [{"lr": 1e-3}]
     with pytest.raises(TypeError, match="without pickle"):
         to_plain({"what": object()})
+
+
+def test_what_stands_in_line_gives_way_to_what_is_newer_unless_it_is_the_best(tmp_path: Path) -> None:
+    checkpoints, free = Checkpoints(tmp_path, keep=9), threading.Event()
+
+    def of(step: int) -> Callable[[], Snapshot]:
+        def made() -> Snapshot:
+            free.wait(30)
+            return Snapshot(step, {"adapter_model": {"a": torch.ones(2)}})
+
+        return made
+
+    assert not checkpoints.save_later(1, of(1)), "nothing is under way"
+    checkpoints.save(1, of(1))
+    assert checkpoints.saving
+    assert checkpoints.save_later(2, of(2))
+    assert checkpoints.save_later(3, of(3)), "in place of 2"
+    checkpoints.best_step = 3
+    assert not checkpoints.save_later(4, of(4)), "3 is the best now: 4 has to wait"
+    checkpoints.best_step = 5
+    assert checkpoints.save_later(5, of(5)), "and isn't any more"
+    free.set()
+    assert checkpoints.wait() == 5
+    assert not checkpoints.saving
+    assert checkpoints.steps() == [5, 1]

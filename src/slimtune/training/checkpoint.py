@@ -183,12 +183,17 @@ class Checkpoints:
         self._thread.start()
 
     def save_later(self, step: int, snapshot: Callable[[], Snapshot]) -> bool:
-        """Have a snapshot written once the save that is under way is over, in place of any that waits for that; whether
-        there is one. Nothing is waited for."""
+        """Have a snapshot written once the save that is under way is over, in place of one that waits for that, unless
+        that is the best's. Nothing is waited for.
+
+        Returns:
+            Whether it will be; if not, it is for :meth:`save`.
+        """
         with self._turn:
-            if self._writing:
+            taken = self._next is not None and self._next[0] == self.best_step
+            if self._writing and not taken:
                 self._next = step, snapshot
-            return self._writing
+            return self._writing and not taken
 
     def wait(self) -> int | None:
         """Wait until no save is under way, and tell the step of the newest checkpoint that was read back whole.
