@@ -2,7 +2,7 @@
 
 The source says everything in English. Where it is shown, :func:`told` looks it up in ``locale/zh.po``, in gettext's
 format, whose ids are the English texts with ``{}`` for what they name. So no place that says something knows of
-languages, and what has no translation is shown in English (``tests/test_words.py`` counts those).
+languages, and what has no translation is shown in English (``tests/test_words.py`` lets none of ours be so).
 """
 
 from __future__ import annotations
