@@ -32,6 +32,8 @@ _LINK = 25e9  # bytes that a bus brings to RAM or back in a second: PCIe 4.0 of 
 _LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
 _STAGED = 2
 """Streamed layers' weights that the device has room for at once."""
+_ROUGHLY = 1.05
+"""Of a budget, for what is reserved where graphs are recorded: a card's budget leaves a tenth of it."""
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
 
@@ -247,7 +249,7 @@ class _Shape:
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
             in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
-            apart_bytes=max(0, apart),
+            apart_bytes=0 if in_ram or streamed else max(0, apart),
         )  # fmt: skip
 
     def _streamed(self, count: int) -> tuple[tuple[int, ...], int, int]:
@@ -363,5 +365,7 @@ def plan_memory(
     else:
         plans += shape.streaming(sizes, budget, ram)
         fitting = [plan for plan in plans if plan.nbytes <= budget]
-    best = min(fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
+    # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
+    apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
+    best = min(apart or fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
     return replace(best, added_seconds=shape.added_seconds(best))
