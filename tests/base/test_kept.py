@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
@@ -114,6 +115,19 @@ def test_a_disk_without_room_keeps_nothing(everything: Path, tmp_path: Path, mon
     folder = save("qwen2", tmp_path / "model")
     monkeypatch.setattr(kept, "_SHARE", 1e-9)
     assert load(folder).kept.endswith("they would take too much of the disk")
+    assert list(everything.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said(
+    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(kept, "save_file", full)
+    base = load(save("qwen2", tmp_path / "model"))
+    assert base.kept.startswith("its 4-bit bytes aren't kept for the next start: ")
+    assert "No space left on device" in base.kept
     assert list(everything.iterdir()) == []
 
 

@@ -194,8 +194,8 @@ def _keep(kept: Kept, model: PreTrainedModel) -> str:
     """Keep a base's bytes for the next start; what is to be said of it."""
     try:
         size = kept.write(model)
-    except OSError as error:
-        return f"its 4-bit bytes aren't kept for the next start: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:  # a disk that is full while safetensors writes is its own error
+        return f"its 4-bit bytes aren't kept for the next start: {getattr(error, 'strerror', None) or error}"
     if not size:
         return "its 4-bit bytes aren't kept for the next start: they would take too much of the disk"
     return f"its 4-bit bytes are kept for the next start: {size / 2**30:.1f}GiB in {kept.folder}"
