@@ -87,8 +87,10 @@ def _of_it(node: ast.AST) -> Iterator[ast.AST]:
             yield from _of_it(part)
 
 
-def _calls_in_scope() -> Iterator[tuple[Path, ast.Call, str, _Scope]]:
+@cache
+def _calls_in_scope() -> list[tuple[Path, ast.Call, str, _Scope]]:
     """Every call in a function: its file, what is called, and what names stand for there."""
+    found = []
     for file, tree in trees().items():
         module = _scope(tree)
         for function in ast.walk(tree):
@@ -98,7 +100,8 @@ def _calls_in_scope() -> Iterator[tuple[Path, ast.Call, str, _Scope]]:
                     if isinstance(call, ast.Call):
                         called = call.func
                         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-                        yield file, call, name, scope
+                        found.append((file, call, name, scope))
+    return found
 
 
 def of_errors() -> dict[str, Path]:
