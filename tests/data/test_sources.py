@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slimtune.data import readers
+from slimtune.data import readers, tables
 from slimtune.data.conversation import normalise
 from slimtune.data.readers import file_rows
 from slimtune.data.rows import RowRefused
@@ -362,7 +362,7 @@ def test_a_second_list_of_rows_in_a_file_is_not_left_out_unsaid(tmp_path: Path) 
 
 
 def test_a_small_parquet_with_a_large_row_costs_that_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "ROW_LIMIT", 2**16)
+    monkeypatch.setattr(tables, "ROW_LIMIT", 2**16)
     file = tmp_path / "rows.parquet"
     nulls = pa.array([[None] * (2**16 + 1), []], pa.list_(pa.null()))
     pq.write_table(pa.table({"text": ["a", "b"], "more": nulls}), file)
@@ -376,12 +376,12 @@ def test_a_small_parquet_with_a_large_row_costs_that_row(tmp_path: Path, monkeyp
 def test_a_dictionarys_value_is_not_unpacked_for_many_rows_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "ROW_LIMIT", 2**16)
+    monkeypatch.setattr(tables, "ROW_LIMIT", 2**16)
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["x" * 100_000] * 300}), file)
     assert file.stat().st_size < 110_000
     with file.open("rb") as stream:
-        assert next(iter(readers._parquet(stream))).num_rows <= 16
+        assert next(iter(tables._parquet(stream))).num_rows <= 16
 
 
 def test_what_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from slimtune.data.readers import Row, table_rows
+from slimtune.data.readers import Row
 from slimtune.errors import UserError
 
 __all__ = ["hub_fingerprint", "hub_rows"]
@@ -21,6 +21,8 @@ def hub_rows(name: str) -> Iterator[Row]:
     Raises:
         UserError: There is no such data set or split, or the hub can't be reached and the cache doesn't hold it.
     """
+    from slimtune.data.tables import table_rows
+
     yield from table_rows(_load(name).with_format("arrow").iter(_BATCH), name)
 
 

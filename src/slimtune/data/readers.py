@@ -1,9 +1,10 @@
-"""Rows of one file, one at a time, each with its place: JSON, JSON lines, csv, tsv, text, parquet, Arrow.
+"""Rows of one file, one at a time, each with its place: JSON, JSON lines, csv, tsv, text; tables by :mod:`.tables`.
 
 The readers are slimtune's own because the place of a row (file and line, or file and row) is what makes an error
 useful, and because one bad row must cost one row, not the file. Memory is bounded by the largest row that is let in
 (:data:`ROW_LIMIT`), not by the file. Bytes that are no UTF-8 come through as lone surrogates and are refused with the
-row that holds them. Parquet, Arrow and zstd are Arrow's.
+row that holds them. Parquet, Arrow and zstd are Arrow's, which
+is imported when there is such a file: it takes longer than all else of a mistake's answer.
 """
 
 from __future__ import annotations
@@ -16,21 +17,16 @@ import itertools
 import json
 import re
 import shlex
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from slimtune.data.rows import without_absent
 from slimtune.errors import UserError
 
-__all__ = ["ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of", "table_rows"]
+__all__ = ["DECODER", "ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of"]
 
 ROW_LIMIT = 64 * 2**20
 """Most characters that one row may have: a longer line is skipped, counted and named."""
@@ -47,8 +43,6 @@ _FORMATS = {
     "parquet": "parquet", "arrow": "arrow", "feather": "arrow",
 }  # fmt: skip
 _WRAPPERS = ("data", "train", "rows", "records", "examples", "samples", "items", "instances", "dataset")
-_BATCH = 256
-_MOST_UNPACKED, _SPARE = 50, 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +100,11 @@ def file_rows(path: Path, label: str, *, whole: str = "text") -> Iterator[Row]:
             raise UserError(f"data {path} is empty", rule="A data file holds at least one row.")
         with _open(path) as stream:
             if kind in ("parquet", "arrow"):
+                from slimtune.data.tables import spooled, table_file
+
                 # parquet is read from its end: a compressed file is unpacked first
                 plain = path.suffix.lower() not in (".gz", ".zst")
-                yield from _table_file(stream if plain else _spooled(stream, label, path.stat().st_size), label, kind)
+                yield from table_file(stream if plain else spooled(stream, label, path.stat().st_size), label, kind)
             elif kind in ("csv", "tsv"):
                 yield from _csv_rows(stream, label, "\t" if kind == "tsv" else ",")
             elif kind == "txt":
@@ -129,6 +125,8 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
         return io.BufferedReader(gzip.open(path, "rb"), _CHUNK)
     if path.name.lower().endswith(".zst"):
+        import pyarrow as pa
+
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _CHUNK)
     return path.open("rb")
 
@@ -163,7 +161,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Of a row: a key that is there twice is refused."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _KEY = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
 _ROWS = re.compile(r"\[[ \t\r\n]*\{")
@@ -201,7 +200,7 @@ def _wrapped(text: str, at: int) -> int | None:
             at = key.end()
             if key[1] in _WRAPPERS and _ROWS.match(text, at):
                 return at
-            _, at = _DECODER.raw_decode(text, at)
+            _, at = DECODER.raw_decode(text, at)
             at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
             if text[at : at + 1] != ",":
                 return None
@@ -212,7 +211,7 @@ def _wrapped(text: str, at: int) -> int | None:
 
 def _is_json(line: str) -> bool:
     try:
-        _DECODER.decode(line)
+        DECODER.decode(line)
     except _DuplicateKey:
         return True
     except (ValueError, RecursionError):
@@ -222,7 +221,7 @@ def _is_json(line: str) -> bool:
 
 def _parse_line(place: Place, line: str) -> Row:
     try:
-        return Row(place, _DECODER.decode(line))
+        return Row(place, DECODER.decode(line))
     except json.JSONDecodeError as error:
         at = "the line is cut off" if error.pos >= len(line.rstrip()) or "Unterminated" in error.msg else error.msg
         return Row(place, None, f"no valid JSON at column {error.colno}: {at}")
@@ -296,7 +295,7 @@ def _array_rows(
         try:
             if at == len(text):
                 raise json.JSONDecodeError("cut off", text, at)
-            value, end = _DECODER.raw_decode(text, at)
+            value, end = DECODER.raw_decode(text, at)
             if end == len(text) and not ended and not isinstance(value, dict | list):
                 raise json.JSONDecodeError("cut off", text, end)  # a number may go on in the next chunk
         except _DuplicateKey as error:
@@ -428,167 +427,3 @@ def _wide(step: Callable[[], list[str] | None]) -> Callable[[], list[str] | None
             csv.field_size_limit(before)
 
     return call
-
-
-class _Within(io.RawIOBase):
-    """A file that is asked for no more than it has: Python sets aside whatever size a damaged one declares."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._file.tell())
-        return self._file.read(left if size < 0 else min(size, left))
-
-
-def _table_file(stream: IO[bytes], label: str, kind: str) -> Iterator[Row]:
-    file = _Within(stream)
-    try:
-        yield from table_rows(_parquet(file) if kind == "parquet" else _arrow(file), label)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data {label} can't be read as {kind}: {first}", way_out="Get the file again.") from None
-
-
-def _parquet(stream: io.RawIOBase) -> Iterator[pa.RecordBatch]:
-    """Batches of at most :data:`_BATCH` rows; of fewer where one value may be large, for a dictionary's value is
-    written once and unpacked for every row that names it."""
-    file = pq.ParquetFile(stream)
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    largest = max(
-        (group.column(at).total_uncompressed_size for group in groups for at in range(group.num_columns)), default=0
-    )
-    yield from file.iter_batches(batch_size=max(1, min(_BATCH, 16 * ROW_LIMIT // max(1, largest))))
-
-
-def _arrow(stream: io.RawIOBase) -> Iterator[pa.RecordBatch]:
-    """Arrow has two forms: a file (feather), and a stream, which the datasets library saves.
-
-    Both are taken as they lie on the disk: without a look at all of a batch, a broken one ends the process.
-    """
-    is_file = stream.read(6) == b"ARROW1"
-    stream.seek(0)
-    if is_file:
-        reader = pa.ipc.open_file(stream)
-        batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        batches = pa.ipc.open_stream(stream)
-    for batch in batches:
-        batch.validate(full=True)
-        yield batch
-
-
-def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
-    """The rows of Arrow's record batches or tables.
-
-    Objects in tools and calls lose the nulls that stand for keys they haven't; columns of JSON text are decoded.
-    """
-    number = empty = 0
-
-    def stretch() -> Row:
-        return Row(Place(label, number - empty + 1, "row"), None, "the row is empty: null in every column", rows=empty)
-
-    for batch in batches:
-        coded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
-        for part in _parts(batch):
-            if all(column.null_count == part.num_rows for column in part.columns):  # a few bytes may hold millions
-                number, empty = number + part.num_rows, empty + part.num_rows
-                continue
-            if empty:
-                yield stretch()
-                empty = 0
-            if part.num_rows == 1 and (size := sum(map(_extent, part.columns))) > ROW_LIMIT:
-                number += 1
-                yield Row(Place(label, number, "row"), None, f"about {size:,} bytes; one row may have {ROW_LIMIT:,}")
-                continue
-            for row in part.to_pylist():
-                number += 1
-                absent: list[str] = []
-                value = without_absent(row, absent)
-                for name, kind in coded.items():
-                    value[name] = _json_decoded(value[name], kind)
-                yield Row(Place(label, number, "row"), value, repairs=("absent-keys",) if absent else ())
-    if empty:
-        yield stretch()
-
-
-def _parts(batch: Any) -> Iterator[Any]:
-    """A batch or table in parts that are bearable as Python's values: 256 rows, or single ones."""
-    for start in range(0, batch.num_rows, _BATCH):
-        part = batch.slice(start, _BATCH)
-        if sum(map(_extent, part.columns)) <= ROW_LIMIT:
-            yield part
-        else:
-            yield from (part.slice(at, 1) for at in range(part.num_rows))
-
-
-def _extent(array: Any) -> int:
-    """About the bytes that a column takes as Python's values: those of a null too, and a dictionary's at each row."""
-    if isinstance(array, pa.ChunkedArray):
-        return sum(map(_extent, array.chunks))
-    kind, size = array.type, int(array.nbytes) + len(array)
-    if isinstance(array, pa.ExtensionArray):
-        return _extent(array.storage)
-    if pa.types.is_dictionary(kind):
-        return size + len(array) * int(array.dictionary.nbytes)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return size + _extent(array.flatten())
-    if pa.types.is_struct(kind):
-        return size + sum(map(_extent, array.flatten()))
-    return size
-
-
-def _holds_json(kind: pa.DataType) -> bool:
-    inside = (kind.field(at).type for at in range(kind.num_fields))
-    return isinstance(kind, pa.JsonType) or any(map(_holds_json, inside))
-
-
-def _json_decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value whose parts of Arrow's JSON type, which is text, are what the text says."""
-    if value is None:
-        return None
-    if isinstance(kind, pa.JsonType):
-        try:
-            return _DECODER.decode(value)
-        except (ValueError, RecursionError):
-            return value  # refused with its field by whoever reads it
-    if isinstance(value, list) and kind.num_fields:
-        return [_json_decoded(item, kind.field(0).type) for item in value]
-    if isinstance(value, dict) and pa.types.is_struct(kind):
-        return {key: _json_decoded(item, kind.field(key).type) for key, item in value.items()}
-    return value
-
-
-def _spooled(stream: IO[bytes], label: str, packed: int) -> IO[bytes]:
-    """A compressed file of ``packed`` bytes, unpacked into an unnamed temporary one.
-
-    Raises:
-        UserError: It unpacks to so much that it isn't what it says it is: parquet and Arrow hardly pack any further.
-    """
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the reader
-    most = _MOST_UNPACKED * packed + _SPARE
-    while chunk := stream.read(_CHUNK):
-        plain.write(chunk)
-        if plain.tell() > most:
-            plain.close()
-            raise UserError(
-                f"data {label} unpacks to more than {_MOST_UNPACKED} times its size",
-                rule="So much isn't unpacked into a temporary file.",
-                way_out="Unpack it yourself, and give what comes out.",
-            )
-    plain.seek(0)
-    return plain

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from slimtune.config import Config
 from slimtune.data.files import Found, find_files
 from slimtune.data.hub import hub_fingerprint, hub_rows
@@ -142,6 +140,9 @@ def read_rows(source: Source, *, seed: int = 0, whole: str = "text") -> Iterator
     if source.sample >= total:
         yield from _all_rows(source, whole)
         return
+
+    import numpy as np  # a mistake is answered without it
+
     chosen = np.zeros(total, dtype=bool)
     chosen[np.random.default_rng([seed, total]).choice(total, source.sample, replace=False)] = True
     at = 0
