@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -32,29 +34,31 @@ PROMISED = 5.0
 
 def test_streams_are_told_that_the_server_ends(serving: Callable[..., Any]) -> None:
     """A long reply of an engine that is slower than the time that is left."""
-    with serving() as served, ThreadPoolExecutor(1) as pool:
+    with serving() as served:
         engine = served.api.engines["first"]
-        computed, began = engine._computing.submit, threading.Event()
+        computed = engine._computing.submit
 
         def slowly(*work: Any) -> Any:
-            began.set()
             time.sleep(0.02)
             return computed(*work)
 
         engine._computing.submit = slowly
+        connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=60)
         try:
             body = json.dumps(
                 {"model": "first", "messages": [{"role": "user", "content": "?"}], "max_tokens": 1000, "stream": True}
             )
-            streaming = pool.submit(raw, served, "/v1/chat/completions", body.encode())
-            assert began.wait(60)  # not only let in: its answer has begun
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            begun = response.readline()  # not only let in: its answer has begun
             started = time.monotonic()
             served.web.should_exit = True
             assert until(lambda: served.api.gate.closed)
-            status, _, content = streaming.result(20)
+            status, content = response.status, begun + response.read()
             took = time.monotonic() - started
         finally:
             del engine._computing.submit
+            connection.close()
     assert status == 200
     events = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith("data: {")]
     assert events[-1]["error"]["code"] == "server_stopping"

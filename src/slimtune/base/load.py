@@ -129,6 +129,24 @@ def load_base(
         check_whole(model, loaded, loading["missing_keys"])
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # what the weights passed through in 16 bits
+    _check_read(model, loaded)
+    loaded.config.use_cache = False
+    formats = four_bit_formats(loaded)
+    base = Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
+    if was_kept:
+        base.kept = "its 4-bit bytes were kept from an earlier start"
+    elif kept is not None and here().first and (kept.said is None or not kept.folder.is_dir()):
+        damaged = ["what was kept of it wasn't what was written, and is thrown away"] if was_there else []
+        base.kept = "; ".join([*damaged, _keep(kept, loaded)])
+    return base
+
+
+def _check_read(model: str, loaded: PreTrainedModel) -> None:
+    """See that the weights are what the files and this machine's kernels should make of them.
+
+    Raises:
+        UserError: One has another shape, isn't finite, or is misread.
+    """
     misshapen = misshapen_weight(loaded)
     if misshapen is not None:
         raise UserError(f"the files of {model} hold {misshapen}", way_out="Check that the download is whole.")
@@ -141,15 +159,6 @@ def load_base(
             rule="Its rows aren't whole blocks of weights, and the kernel for this CPU takes them for such.",
             way_out="Leave the base as it is (--quantization none), or take a GPU.",
         )
-    loaded.config.use_cache = False
-    formats = four_bit_formats(loaded)
-    base = Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
-    if was_kept:
-        base.kept = "its 4-bit bytes were kept from an earlier start"
-    elif kept is not None and here().first and (kept.said is None or not kept.folder.is_dir()):
-        damaged = ["what was kept of it wasn't what was written, and is thrown away"] if was_there else []
-        base.kept = "; ".join([*damaged, _keep(kept, loaded)])
-    return base
 
 
 def _of_kept(
