@@ -211,7 +211,7 @@ def test_the_cache_is_taken_only_for_the_same_content(
         assert not examine(config, tokenizer).cached
     finally:
         tokenizer.chat_template = template
-    monkeypatch.setattr(preflight, "_code_fingerprint", lambda: "other code")
+    monkeypatch.setattr(preflight, "code_sum", lambda *_: "other code")
     assert not examine(config, tokenizer).cached
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -9,7 +9,6 @@ differs is thrown away, and loaded from its own files.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from slimtune.base.embedded import cache_folder
 from slimtune.base.packed import Nf4Tensor, misreads_partial_blocks
 from slimtune.base.quantize import fingerprint
 from slimtune.base.shelves import layer_of
+from slimtune.code import code_sum
 
 __all__ = ["Kept", "KeptWeights", "clear", "kept_bases"]
 
@@ -75,7 +75,7 @@ class Kept:
 
     Attributes:
         folder: Theirs.
-        about: What they follow from: the base's files, the libraries, what was asked for.
+        about: What they follow from: the base's files, the code and libraries, what was asked for.
     """
 
     folder: Path
@@ -94,9 +94,8 @@ class Kept:
         if sum(file.stat().st_size for file in files) < LEAST_BYTES:
             return None
         about = {
-            "code": _code(),
+            "code": code_sum(_DECIDE, _LIBRARIES),
             "files": [_identity(file) for file in files],
-            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "asked": dict(asked),
             "partial_blocks": misreads_partial_blocks(),
         }
@@ -259,15 +258,6 @@ def _files(source: str, revision: str | None) -> list[Path]:
             return []
     found = [find(name) for name in names]
     return [] if None in found else [file for file in found if file is not None]
-
-
-@cache
-def _code() -> str:
-    """SHA-256 of the code that decides what is packed, and how: a base of another is another base."""
-    package, code = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(file for folder in _DECIDE for file in (package / folder).glob("*.py")):
-        code.update(file.read_bytes())
-    return code.hexdigest()
 
 
 def _identity(file: Path) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from slimtune.code import code_sum
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc, build
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter
@@ -38,6 +37,8 @@ from slimtune.errors import UserError
 
 __all__ = ["Proof", "cache_folder", "examine", "prove"]
 
+_DECIDE, _LIBRARIES = ("data",), ("tokenizers", "jinja2", "pyarrow")
+"""Packages of slimtune, and libraries, that decide on ids."""
 _OPTIONS = ("format", "map", "prefer", "max_length", "overlong", "train_on", "allow_control_tokens", "template_vars",
             "seed")  # fmt: skip
 
@@ -345,16 +346,5 @@ def content_key(
     take(renderer.named_stops)
     if writes_date(tokenizer):
         take((config.date or date.today()).isoformat())
-    take(_code_fingerprint())
+    take(code_sum(_DECIDE, _LIBRARIES))
     return content.hexdigest()
-
-
-@cache
-def _code_fingerprint() -> str:
-    """SHA-256 of this package's code and the versions of the libraries that decide on ids."""
-    code = hashlib.sha256()
-    for library in ("tokenizers", "jinja2", "pyarrow"):
-        code.update(f"{library} {importlib.metadata.version(library)}\n".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(file.read_bytes())
-    return code.hexdigest()

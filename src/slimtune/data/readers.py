@@ -3,8 +3,8 @@
 The readers are slimtune's own because the place of a row (file and line, or file and row) is what makes an error
 useful, and because one bad row must cost one row, not the file. Memory is bounded by the largest row that is let in
 (:data:`ROW_LIMIT`), not by the file. Bytes that are no UTF-8 come through as lone surrogates and are refused with the
-row that holds them. Parquet, Arrow and zstd are Arrow's, which
-is imported when there is such a file: it takes longer than all else of a mistake's answer.
+row that holds them. Parquet, Arrow and zstd are Arrow's, which is
+imported when there is such a file: that takes longer than all else of a mistake's answer.
 """
 
 from __future__ import annotations

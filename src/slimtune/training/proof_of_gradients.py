@@ -36,7 +36,7 @@ _APART = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.6, torch.f
 0.01 to 0.1 apart, and 0.4 where a router's choice turns; in 32 bits 1e-6 to 1e-4."""
 _OFF = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
 """How far they may be from autograd's size along its direction, where rounding cancels: 0.1 at most in 16 bits."""
-_FP8_APART, _FP8_OFF = 1.0, 0.5
+_FP8_APART, _FP8_OFF = 1.0, 0.4
 """How far gradients with products in FP8 may be from those in bf16, and along their direction, where rounding cancels.
 A rounding to e4m3 is sixteen times bf16's, and so is what all layers make of it: of SmolLM2-135M's size 0.06 to 0.54 on
 sixteen documents, up to 0.22 along its direction, by the kernels' references, that is by rounding alone; more where a
