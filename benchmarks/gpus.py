@@ -9,10 +9,10 @@ it, waiting for the slower one included; the least of the ranks' is what it take
 sum alone, repeated. Every step compares the ranks' adapters, and the end their bytes.
 
 ``--gaps`` adds what the device waits for in ten steps of W2, by the kernels around it. ``--kills N`` kills a rank in
-the middle of a run N times, and resumes on all ranks, every other time on half of them. ``--streamed TOKENS`` trains 20
-layers of a 70B as all 80 are planned within 12 GiB, fetched by all cards from one host's RAM. ``--kinds slimtune,trl``
-adds TRL under DDP (W1, W2 unpacked; W3 packed). One JSON line a result; ``--out`` writes them with machine and
-versions.
+the middle of N runs, ``--at-once`` of them beside each other, and resumes on all ranks, every other time on half.
+``--streamed TOKENS`` trains 20 layers of a 70B as all 80 are planned within 12 GiB, fetched by all cards from one
+host's RAM. ``--kinds slimtune,trl`` adds TRL under DDP (W1, W2 unpacked; W3 packed). One JSON line a result; ``--out``
+writes them with machine and versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -354,62 +356,96 @@ def say(results: list[dict[str, Any]], result: dict[str, Any]) -> None:
     print(json.dumps(result), flush=True)
 
 
-def kills(folders: Path, count: int, wanted: int, until: float) -> list[dict[str, Any]]:
-    """Kill a rank in the middle of a run, one run after the other: the other ranks end by themselves, and the run goes
-    on to the uninterrupted one's adapter, on as many ranks; on fewer to one of the same steps."""
-    from hashlib import sha256
+def kills(folders: Path, count: int, wanted: int, at_once: int, until: float) -> list[dict[str, Any]]:
+    """Kill a rank in the middle of a run, several runs beside each other: the other ranks end by themselves, and the
+    run goes on to the uninterrupted one's adapter, on as many ranks or, every other time, on half of them.
 
+    A card has ranks of several runs, and no two of one: it is starting that takes the time.
+    """
     from peers import as_messages, make_folder
 
+    from slimtune.ranks.place import cards_here
+
     make_folder("tiny", folders / "tiny")
-    rng, steps = random.Random(7), 120
+    rng, cards = random.Random(7), cards_here()
     data = folders / "kills.jsonl"
     rows = [as_messages([rng.randrange(1000) for _ in range(60)]) for _ in range(96)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--max-length", "64", "--micro-batch", "2", "--gradient-accumulation", str(count), "--save-steps", "10",
-               "--max-steps", str(steps), "--eval-share", "0", "--deterministic", "--train-on", "all"]  # fmt: skip
-    slimtune = [sys.executable, "-m", "slimtune"]
+               "--max-steps", "100", "--eval-share", "0", "--deterministic", "--train-on", "all"]  # fmt: skip
 
-    def train(name: str) -> list[str]:
-        started = [*slimtune, "train", str(folders / "tiny"), str(data), "-o", str(folders / name), *options]
-        return [*started, "--gpus", str(count)]
+    def start(name: str, ranks: int, group: int, *words: str) -> subprocess.Popen[bytes]:
+        """``slimtune`` on the ``group``-th of as many cards as a run takes."""
+        groups = max(1, len(cards) // count)
+        own = ",".join(cards[group % groups * count :][:ranks])
+        spread = ["--gpus", str(ranks)] if ranks > 1 else []
+        with (folders / f"{name}.log").open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "slimtune", *words, *spread], stdout=log, stderr=log, start_new_session=True,
+                env=environment(**({"CUDA_VISIBLE_DEVICES": own} if cards else {})),
+            )  # fmt: skip
+
+    def train(name: str, group: int) -> subprocess.Popen[bytes]:
+        words = ("train", str(folders / "tiny"), str(data), "-o", str(folders / name), *options)
+        return start(name, count, group, *words)
 
     def killed(number: int) -> dict[str, Any]:
-        path, victim = folders / f"killed-{number}", number % count
-        fewer = number % 2 == 1
-        with subprocess.Popen(train(path.name), env=environment(), start_new_session=True) as process:
-            metrics, wait = path / "metrics.jsonl", random.Random(number).uniform(0.0, 0.5)
-            while process.poll() is None and not (metrics.exists() and metrics.read_text().count("step_seconds") > 15):
+        name, victim, began = f"killed-{number}", number // 2 % count, time.monotonic()
+        path, made = folders / name, {"kind": "kill", "number": number, "victim": victim, "ranks": count}
+        chance = random.Random(number)
+        steps = chance.randrange(5, 50)
+        with train(name, number) as process:
+            while process.poll() is None and _steps(path) < steps:
+                if time.monotonic() > until:
+                    _end(process)
                 time.sleep(0.02)
-            time.sleep(wait)
-            os.kill(_worker(process.pid, victim), signal.SIGKILL)
-            began = time.monotonic()
-            made = {"kind": "kill", "victim": victim, "ranks": count, "code": process.wait(90)}
-        made["ended_s"] = round(time.monotonic() - began, 1)
-        made["resumed_on"] = on = count // 2 if fewer else count
-        resume = [*slimtune, "resume", str(path), *(["--gpus", str(on)] if on > 1 else [])]
-        made["resumed"] = run([(resume, environment())], max(5.0, until - time.monotonic()))
-        return made | {"steps": _steps(path), "equal": digest(path) == digest(folders / "whole")}
+            if process.poll() is None:
+                time.sleep(chance.uniform(0.0, 0.1))
+                made["at_step"] = _steps(path)
+                os.kill(_worker(process.pid, victim), signal.SIGKILL)
+                killed_at = time.monotonic()
+                made["started_s"] = round(killed_at - began, 1)
+                made["code"] = _ended(process, until)
+                made["ended_s"] = round(time.monotonic() - killed_at, 1)
+        made["resumed_on"] = on = count // 2 if number % 2 else count
+        resumed_at = time.monotonic()
+        with start(name, on, number, "resume", str(path)) as process:
+            made["resume_code"] = _ended(process, until)
+        made |= {"resume_s": round(time.monotonic() - resumed_at, 1), "steps": _steps(path)}
+        made["equal"] = whole.result() == 0 and digest(name) == digest("whole") != "none"
+        if made.get("code") != 75 or made["resume_code"] or not made["equal"]:
+            made["log"] = (folders / f"{name}.log").read_text()[-1500:]
+        return made
 
-    def digest(path: Path) -> str:
-        file = path / "adapter" / "adapter_model.safetensors"
+    def digest(name: str) -> str:
+        file = folders / name / "adapter" / "adapter_model.safetensors"
         return sha256(file.read_bytes()).hexdigest() if file.exists() else "none"
 
     results: list[dict[str, Any]] = []
-    if not run([(train("whole"), environment())], max(5.0, until - time.monotonic())):
-        say(results, {"kind": "kill", "error": "the uninterrupted run didn't end well"})
-        return results
-    for number in range(wanted):
-        if until - time.monotonic() < 40.0:
-            break
-        say(results, killed(number))
+    with ThreadPoolExecutor(at_once + 1) as pool:
+        whole = pool.submit(lambda: _ended(train("whole", 0), until))
+        for each in as_completed([pool.submit(killed, number) for number in range(wanted)]):
+            say(results, each.result())
+    if whole.result() != 0:
+        say(results, {"kind": "kill", "error": (folders / "whole.log").read_text()[-1500:]})
     return results
+
+
+def _ended(process: subprocess.Popen[bytes], until: float) -> int | None:
+    """A process's exit code; none if it had to be ended, as the time was over."""
+    try:
+        return process.wait(max(0.1, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return None
 
 
 def _steps(path: Path) -> int:
     """The last step that a run has told of."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return max((line["step"] for line in lines if "loss" in line), default=0)
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    told = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((line["step"] for line in told if "loss" in line), default=0)
 
 
 def _worker(agent: int, number: int) -> int:
@@ -429,6 +465,7 @@ def main() -> None:
     options.add_argument("--kinds", default="slimtune", help="slimtune, trl or both, with a comma")
     options.add_argument("--gaps", action="store_true")
     options.add_argument("--kills", type=int, default=0)
+    options.add_argument("--at-once", type=int, default=10, help="runs of --kills beside each other")
     options.add_argument("--streamed", metavar="TOKENS", action="append", default=[])
     options.add_argument("--seconds", type=float, default=3600.0, help="most that all of it may take")
     options.add_argument("--out", type=Path)
@@ -458,7 +495,7 @@ def main() -> None:
         if chosen.streamed:
             results += measure(chosen.streamed, folders, counts, "streamed", until)
         if chosen.kills:
-            results += kills(folders, max(counts), chosen.kills, until)
+            results += kills(folders, max(counts), chosen.kills, chosen.at_once, until)
     if chosen.out:
         versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
         content = {"date": datetime.date.today().isoformat(), "results": results, "versions": versions}
