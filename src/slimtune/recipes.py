@@ -247,7 +247,8 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         documents = ready.data.documents
         texts = [documents[at][0] for at in range(min(3, len(documents)))]
         own_head = prove_step(trainer, texts, config, job.screen.say)
-        job.ranks.check_same({"loss": own_head or "TRL's"}, "All ranks have found the same way to compute it.")
+        same = {"loss": own_head or "TRL's", "attention": str(trainer.attention)}
+        job.ranks.check_same(same, "All ranks have found the same way to compute it.")
         adapter = facts.adapter = _wrapped(ready, trainer, facts, job.screen)
 
         # 4. Train, and save the adapter alone.
@@ -267,7 +268,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 engine = trainer.engine_told if ready.unfused is None else f"plain: {ready.unfused}"
                 records = run.metrics()
                 facts.training = training_facts(records, engine=engine, repeats=repeats, own_head=own_head)
-                facts.training.ranks = job.ranks.count
+                facts.training.ranks, facts.training.attention = job.ranks.count, trainer.attention
                 facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram
                 facts.training.streamed_layers, facts.training.streamed_bytes = trainer.streamed
                 step, held_out, sampled = trainer.saved_step, facts.data.get("held_out"), read_samples(run.samples())

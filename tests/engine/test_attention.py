@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from slimtune.engine import attention as attention_module
-from slimtune.engine.attention import Attention, Documents, Way, choose, heads_at_once, is_right
+from slimtune.engine.attention import Attention, Documents, Way, choose, compared, heads_at_once, is_right
 
 HEADS, DIM = 6, 16
 LENGTHS = (9, 9, 1, 130, 4)
@@ -210,6 +212,7 @@ def test_each_device_gets_the_fastest_way_that_it_has(
 def test_deterministic_kernels_leave_cudnns_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Called by its own name, it sums by atomics all the same: a step on an H200 wasn't the same twice."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    monkeypatch.setattr(attention_module, "is_right", lambda *_: True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert choose(torch.device("cuda"), torch.bfloat16, 128, (2048, 2048)) == "varlen"
 
@@ -277,10 +280,56 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.
     assert choose(torch.device("cuda"), torch.float16, 64, (8,)) == "torch"
 
 
+def cudnn_by_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's kernel under cuDNN's name, which reads o and do by the strides of its first call, as in torch 2.11."""
+    plan: dict[str, tuple[int, ...]] = {}
+    by_cpu, by_cpu_backward = (
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}") for name in ("", "_backward")
+    )
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float) -> tuple[Any, ...]:
+        o, logsumexp = by_cpu(q, *(x.expand(q.shape) for x in (k, v)), 0.0, True, scale=scale)
+        return o, logsumexp, *(None,) * 7
+
+    def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *_: Any, scale: float) -> Any:
+        o_, do_ = (x.as_strided(x.shape, plan.setdefault(name, x.stride())) for name, x in (("o", o), ("do", do)))
+        wide = (x.expand(q.shape) for x in (k, v))
+        dq, dk, dv = by_cpu_backward(do_, q, *wide, o_, lse, 0.0, True, scale=scale)
+        return dq, dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", backward)
+
+
+def test_cudnns_plan_is_tried_with_a_layout_that_it_wasnt_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_LAYOUTS", {})
+    device, found = torch.device("cpu"), {}
+    for name in ("laid out", "as they are"):
+        cudnn_by_its_first_call(monkeypatch)
+        with nullcontext() if name == "laid out" else pytest.warns(UserWarning, match="cuDNN's attention is wrong"):
+            found[name] = is_right.__wrapped__("cudnn", device, torch.float32, 16)
+        monkeypatch.setattr(attention_module, "_laid_out", lambda x, *_: x)
+    assert found == {"laid out": True, "as they are": False}
+
+
+def test_what_was_compared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    device, kinds = torch.device("cuda"), [(128, None, False), (256, None, False)]
+    for wrong in ((), ("cudnn",), ("cudnn", "varlen")):
+        monkeypatch.setattr(attention_module, "is_right", lambda way, *_, wrong=wrong: way not in wrong)
+        found = compared(device, torch.bfloat16, kinds)
+        assert found == {"cuDNN's attention": "cudnn" not in wrong, "PyTorch's FlashAttention-2": "varlen" not in wrong}
+        left = next(way for way in ("cudnn", "varlen", "torch") if way not in wrong)
+        assert choose(device, torch.bfloat16, 128, (64, 64)) == left
+    assert compared(torch.device("cpu"), torch.bfloat16, kinds) == {}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(
     ("way", "dtype", "head_dim", "softcap", "sinks"),
     [
+        ("cudnn", torch.bfloat16, 128, False, False),
+        ("varlen", torch.bfloat16, 256, False, False),
         ("efficient", torch.float16, 64, False, False),
         ("efficient", torch.float32, 128, False, False),
         ("triton", torch.bfloat16, 64, False, True),

@@ -262,6 +262,16 @@ def test_inputs_that_waited_in_ram_are_told_in_both_languages(facts: Facts) -> N
         assert size_text(31 << 29) in told
 
 
+def test_compared_kernels_are_told_in_both_languages(facts: Facts) -> None:
+    facts["training"]["attention"] = {"cuDNN's attention": False, "PyTorch's FlashAttention-2": True}
+    for language, right, wrong in (("en", "computed what", "left out"), ("zh", "一致", "没有采用")):
+        told = texts(explain(facts, language), "training")
+        (line,) = (line for line in told.splitlines() if "FlashAttention-2" in line)
+        assert right in line
+        (line,) = (line for line in told.splitlines() if "cuDNN" in line)
+        assert wrong in line
+
+
 def test_streamed_weights_are_told_in_both_languages(facts: Facts) -> None:
     facts["training"] |= {"memory_kind": "gpu peak allocated", "streamed_layers": 77, "streamed_bytes": 77 << 28}
     for language in ("en", "zh"):

@@ -8,16 +8,17 @@ Five ways to compute it, chosen by :func:`choose`:
 - ``varlen``: documents of any lengths one after the other; PyTorch's FlashAttention-2 with cumulative lengths, which
   it reads on the device, so a CUDA graph follows new lengths.
 - ``efficient``: PyTorch's memory-efficient kernel, for what FlashAttention-2 doesn't take: a T4 and its like, 32 bits.
-  It is compared with plain products once, on the device itself (:func:`is_right`). Its memory grows with
-  documents x the longest one: where there is room for that it takes all of them, and reads their boundaries on the
-  device, as FlashAttention-2 does; else the host gives it a few neighbours at a time (:attr:`Documents.runs`).
+  Its memory grows with documents x the longest one: where there is room for that it takes all of them, and reads their
+  boundaries on the device, as FlashAttention-2 does; else the host gives it a few neighbours at a time
+  (:attr:`Documents.runs`).
 - ``triton``: soft caps, sinks and heads of more than 256, which PyTorch's kernels don't take; slimtune's own kernel
-  (:mod:`slimtune.engine.kernels.attention`), which reads the boundaries on the device. It is compared likewise.
+  (:mod:`slimtune.engine.kernels.attention`), which reads the boundaries on the device.
 - ``torch``: anything else (a CPU, 64 bits), document by document; PyTorch's flash kernel for CPUs, or plain matrix
   products where a sliding window is shorter than a document or scores have a soft cap. The host goes over the
   documents, so no CUDA graph can follow new lengths.
 
-What is computed: :mod:`slimtune.engine.kernels.reference_attention`.
+A kernel is compared with plain products once, on the device itself (:func:`is_right`), before it is taken where there
+is another way. What is computed: :mod:`slimtune.engine.kernels.reference_attention`.
 
 Shapes: T tokens, N heads, K kv heads, D head dimension.
 """
@@ -25,7 +26,7 @@ Shapes: T tokens, N heads, K kv heads, D head dimension.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -46,6 +47,7 @@ __all__ = [
     "Run",
     "Way",
     "choose",
+    "compared",
     "expected_way",
     "heads_at_once",
     "is_right",
@@ -63,6 +65,12 @@ _CAUSAL_FROM_TOP_LEFT = 1
 """The memory-efficient kernel's ``custom_mask_type``."""
 _LAYOUTS: dict[tuple[Any, ...], tuple[int, ...]] = {}
 """Of o and do, the strides that cuDNN's backward was first given beside a layout of q, k and v."""
+_NAMES: dict[Way, str] = {
+    "cudnn": "cuDNN's attention",
+    "varlen": "PyTorch's FlashAttention-2",
+    "efficient": "PyTorch's memory-efficient attention",
+    "triton": "slimtune's attention kernel",
+}
 
 
 @dataclass(frozen=True)
@@ -149,14 +157,35 @@ def choose(
     """
     if device.type != "cuda":
         return "torch"
-    ways = _ways(torch.cuda.get_device_capability(device), dtype, head_dim, softcap, sinks)
-    rows = len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128
-    if ways == ("varlen",) and rows and not torch.are_deterministic_algorithms_enabled():
-        return "cudnn"
+    ways = _ways_of(lengths, device, dtype, head_dim, softcap, sinks)
     for way in ways[:-1]:
         if is_right(way, device, dtype, head_dim, softcap is not None, sinks):
             return way
     return ways[-1]
+
+
+def compared(
+    device: torch.device, dtype: torch.dtype, scores: Iterable[tuple[int, float | None, bool]]
+) -> dict[str, bool]:
+    """The kernels that :func:`choose` may take on this device and has compared with plain products, by their names.
+
+    Args:
+        device: Where attention is computed.
+        dtype: In which.
+        scores: Head dimension, soft cap, and whether there are sinks, of each kind of attention.
+
+    Returns:
+        Whether each is right; empty where nothing but plain products is taken.
+    """
+    found: dict[str, bool] = {}
+    for head_dim, softcap, sinks in scores if device.type == "cuda" else ():
+        for lengths in ((1, 2), (ROUND, ROUND)):
+            for way in _ways_of(lengths, device, dtype, head_dim, softcap, sinks)[:-1]:
+                right = is_right(way, device, dtype, head_dim, softcap is not None, sinks)
+                found[_NAMES[way]] = right and found.get(_NAMES[way], True)
+                if right:
+                    break
+    return found
 
 
 def expected_way(
@@ -164,6 +193,22 @@ def expected_way(
 ) -> Way:
     """What :func:`choose` takes for packs on a device that isn't here, if its kernels are right there."""
     return _ways(capability, dtype, head_dim, softcap, sinks)[0]
+
+
+def _ways_of(
+    lengths: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    softcap: float | None,
+    sinks: bool,
+) -> tuple[Way, ...]:
+    """What may compute documents of these lengths on a GPU that is here, as :func:`_ways`."""
+    ways = _ways(torch.cuda.get_device_capability(device), dtype, head_dim, softcap, sinks)
+    rows = len(set(lengths)) == 1 and lengths[0] % ROUND == 0 and head_dim <= 128
+    if ways[0] == "varlen" and rows and not torch.are_deterministic_algorithms_enabled():
+        return "cudnn", *ways
+    return ways
 
 
 def _ways(
@@ -176,7 +221,7 @@ def _ways(
     narrow = old or dtype == torch.float32
     flash = softcap is None and head_dim % 8 == 0 and head_dim <= 256 and not narrow
     if flash and not sinks:
-        return ("varlen",)
+        return "varlen", "torch"
     last: Way = "varlen" if flash else "torch"
     if softcap is not None or sinks or head_dim % 8:
         return "triton", last
@@ -432,18 +477,20 @@ def is_right(
     """Whether a kernel computes on this device what plain products in float32 do.
 
     Each architecture, dtype and head dimension has a kernel of its own, and no one has tried them all with documents
-    packed like these. Draws from a generator of its own.
+    packed like these. Its backward is tried twice, with o and its gradient laid out otherwise, as layers' are. Draws
+    from a generator of its own.
     """
     if way == "triton" and not attention_tiles.fits(device, dtype, head_dim):
         return False
-    lengths, heads = (150, 9, 64, 1, 32), 2
+    lengths, heads = (2 * ROUND,) * 2 if way == "cudnn" else (150, 9, 64, 1, 32), 2
     tokens, columns = sum(lengths), heads * head_dim
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(4, tokens, columns + 8, generator=generator).to(device, dtype)
     # Rows of wider buffers, as the engine's are; both query heads share a kv head.
     q, k, v, do = (x[:, :columns].view(tokens, heads, head_dim) for x in wide)
     ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
-    documents = Documents(lengths, ends, tokens, padded_room=padded_tokens(len(ends), tokens))
+    longest = lengths[0] if way == "cudnn" else tokens
+    documents = Documents(lengths, ends, longest, padded_room=padded_tokens(len(ends), tokens))
     extra: dict[str, Any] = {
         "softcap": 2.0 if softcap else None,
         "sinks": torch.tensor([0.5, -1.0], device=device) if sinks else None,
@@ -453,22 +500,24 @@ def is_right(
         attention = Attention(documents, way, head_dim**-0.5, window, **extra)
         q_, k_, v_, do_ = (x.to(dtype) for x in (q, k[:, :1], v[:, :1], do))
         o, saved = attention.forward(q_, k_, v_)
-        o = torch.nn.functional.pad(o.flatten(1), (0, 8))[:, :columns].view(o.shape)
-        return [x.float() for x in (o, *attention.backward(do_, q_, k_, v_, o, saved))]
+        in_wide = torch.nn.functional.pad(o.flatten(1), (0, 8))[:, :columns].view(o.shape)
+        # The close one first: whatever reads the other one by its strides stays inside of it.
+        first = attention.backward(do_.contiguous(), q_, k_, v_, o.contiguous(), saved)
+        again = attention.backward(do_, q_, k_, v_, in_wide, saved)
+        return [x.float() for x in (o, *first, *again)]
 
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     try:
         right = all(
             bool((a - b).norm() <= bound * b.norm())
-            for window in (None, 40)
+            for window in ((None,) if way == "cudnn" else (None, 40))  # in a window it isn't cuDNN's that computes
             for a, b in zip(computed(way, dtype, window), computed("torch", torch.float32, window), strict=True)
         )
     except (RuntimeError, TritonError):  # no kernel for it
         right = False
     if not right:
-        name = "PyTorch's memory-efficient attention" if way == "efficient" else "slimtune's attention kernel"
         warnings.warn(
-            f"{name} is wrong on {device} in {dtype}, head dimension {head_dim}: another way is taken, "
+            f"{_NAMES[way]} is wrong on {device} in {dtype}, head dimension {head_dim}: another way is taken, "
             "plain products at last, which are slower",
             stacklevel=2,
         )

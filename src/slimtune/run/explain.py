@@ -240,6 +240,21 @@ def _proof(training: Facts, say: Say) -> list[Statement]:
         why = training["own_head"]
         text = say(f"The logits came from {plain(why)}.", f"训练用的是模型自己的输出头（{plain(why)}）。")
         told.append(Statement(text))
+    if kernels := training.get("attention"):
+        right = listed([plain(name) for name, is_right in kernels.items() if is_right], say)
+        wrong = listed([plain(name) for name, is_right in kernels.items() if not is_right], say)
+        if right:
+            text = say(
+                f"On this GPU, forward and backward, {right} computed what plain products in 32 bits do.",
+                f"在这块 GPU 上，{right} 的前向与反向结果同 32 位普通矩阵乘法的一致。",
+            )
+            told.append(Statement(text, "proved"))
+        if wrong:
+            text = say(
+                f"On this GPU {wrong} computed something else than plain products do, and was left out.",
+                f"在这块 GPU 上，{wrong} 算出的结果与普通矩阵乘法不同，因此没有采用。",
+            )
+            told.append(Statement(text))
     silent = training.get("without_gradient")
     if silent == []:
         text = say(

@@ -149,6 +149,9 @@ class TrainingFacts:
     eval_loss: float | None = None
     own_head: str | None = None
     """Why the loss comes from the model's own head, where TRL's would be taken; None if it needn't."""
+    attention: dict[str, bool] = field(default_factory=dict)
+    """The engine's kernels for attention that were compared with plain products on the device that trained, and whether
+    each was right; one that wasn't computed nothing."""
     without_gradient: list[str] | None = None
     """Adapters that got no gradient in the first steps; None: not looked at."""
 

@@ -18,6 +18,7 @@ from slimtune.base.load import torch_dtype
 from slimtune.batch import IGNORED
 from slimtune.config import Config
 from slimtune.engine import Engine, FusedAdamW8bit
+from slimtune.engine.attention import compared
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
@@ -48,6 +49,14 @@ class FusedTrainer(PlainTrainer):
         """fused, and how much of its products is in FP8 if any is."""
         share = 0.0 if self.engine is None else self.engine.fp8_share
         return f"fused, {share:.0%} of the layers' products in FP8" if share else "fused"
+
+    @property
+    def attention(self) -> dict[str, bool]:
+        """The engine's kernels for attention that were compared with plain products on this device, and whether each
+        is right."""
+        if self.engine is None:
+            return {}
+        return compared(self.engine.device, self.engine.dtype, self.engine.decoder.scores)
 
     @property
     def in_ram(self) -> tuple[int, int]:

@@ -69,6 +69,9 @@ def prove_step(trainer: Any, texts: Sequence[Tokens], config: Config, say: Calla
         CannotFuse: What the engine computes isn't the model's own.
     """
     how = torch_dtype(config.compute_dtype), config.batch_tokens, config.max_length
+    for kernel, right in trainer.attention.items():
+        if not right:
+            say("attention", f"not by {kernel}, which computes something else on this GPU: another kernel is taken")
     own_head = prove_loss(trainer, texts[0], *how)
     if own_head is not None:
         say("loss", own_head)
