@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,15 @@ class Hardware:
     def capability(self) -> tuple[int, int]:
         """CUDA's, of the device here; without one that of a card with bf16."""
         return torch.cuda.get_device_capability(0) if self.device == "cuda" else (8, 0)
+
+    @property
+    def card(self) -> Card:
+        """The device here as a card to plan for; without a GPU what RAM is free."""
+        memory = self.memory_bytes if self.device == "cuda" else free_ram()
+        sold = known_card(self.name)
+        if self.device == "cpu" or sold is None:
+            return Card(self.name, memory, self.capability)
+        return replace(sold, name=self.name, memory_bytes=memory)
 
     @property
     def without_fp8(self) -> str | None:

@@ -16,7 +16,7 @@ from slimtune.config import Config
 from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
-from slimtune.hardware import Card, detect
+from slimtune.hardware import detect
 from slimtune.plan import (
     Choice,
     few_steps,
@@ -101,11 +101,10 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
 
 
 def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Screen) -> None:
-    here = detect()
     if forecaster.unfused is not None:
         screen.say("memory", f"not planned, as the engine doesn't run the steps: {forecaster.unfused}")
         return
-    planned = forecaster.forecast(Card(here.name, budget, here.capability), budget)
+    planned = forecaster.forecast(detect().card, budget)
     screen.say("memory", memory_line(planned.parts, config.memory))
     if planned.ram_layers:
         screen.say("memory", in_ram_line(range(planned.ram_layers), planned.layers, planned.ram_bytes))

@@ -17,6 +17,7 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.named import check_name
 from slimtune.cli.config import flow
 from slimtune.cli.early import check_files
+from slimtune.cli.fits import Fit, fit_here
 from slimtune.cli.formatting import folded
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
@@ -54,7 +55,8 @@ GOALS = {
 def command(output: Path, data: str | None, model: str | None, goal: str | None) -> None:
     """Ask three questions (data, model, goal) and write run.yaml for `slimtune train --config`.
 
-    What is given as an option isn't asked. Without a terminal nothing is asked.
+    What is given as an option isn't asked. Without a terminal nothing is asked. Whether the model trains on this
+    machine is said as `slimtune plan` knows it.
     """
     if output.exists():
         raise UserError(f"{output} is there already", way_out="Choose another file (-o), or delete it.")
@@ -68,17 +70,42 @@ def command(output: Path, data: str | None, model: str | None, goal: str | None)
     data = _given(data, check_files) or _asked(
         told("What is it to learn from? A file, a folder, or a hub id."), check_files
     )
-    known = list(dict.fromkeys([*models_here(), EMBEDDED, Config().model]))
-    model = _given(model, check_name) or _chosen(
-        told("Which model? A number, a folder, or a hub id."), {name: _where(name) for name in known}, check_name
-    )
+    model, fit = _looked_at(_given(model, check_name))
     goal = goal or _chosen(told("What for?"), {name: told(each.title) for name, each in GOALS.items()}, _refuse)
-    _write(output, {"model": model, "data": [data], **GOALS[goal].keys})
+    shorter = {} if fit.max_length is None else {"max_length": fit.max_length}
+    _write(output, {"model": model, "data": [data], **GOALS[goal].keys, **shorter})
     command_line = f"slimtune train --config {shlex.quote(str(output))}"
     lines = {f"{command_line} --dry-run": told("what it would do"), command_line: told("train")}
     width = max(map(len, lines))
     click.echo("\n" + told(f"{output} is written.") + "\n")
     click.echo("\n".join(f"  {line:<{width}}  {what}" for line, what in lines.items()))
+
+
+def _looked_at(model: str | None) -> tuple[str, Fit]:
+    """The model, asked for unless it is given, and whether it trains here: one that doesn't is asked about."""
+    if model is not None:
+        return model, _told_fit(model)
+    models = {name: _where(name) for name in dict.fromkeys([*models_here(), EMBEDDED, Config().model])}
+    while True:
+        model = _chosen(told("Which model? A number, a folder, or a hub id."), models, check_name)
+        fit = _told_fit(model)
+        if fit.trains is not False or click.confirm(told("  Take it all the same?")):
+            return model, fit
+
+
+def _told_fit(model: str) -> Fit:
+    """Whether a model trains here, and say it."""
+    fit = _fit(model)
+    click.echo()
+    _echo(*fit.said)
+    return fit
+
+
+def _fit(model: str) -> Fit:
+    from rich.console import Console
+
+    with Console(stderr=True).status("  " + told(f"looking whether {model} fits")):  # to load torch takes seconds
+        return fit_here(model)
 
 
 def _given(value: str | None, check: Callable[[str], None]) -> str | None:
@@ -131,9 +158,12 @@ def _refuse(answer: str) -> None:
 
 
 def _show(error: SlimtuneError) -> None:
-    for line in (error.what, error.rule, error.way_out):
-        if line:
-            click.echo("\n".join(f"  {part}" for part in folded(told(line), _WIDTH)))
+    _echo(*(told(line) for line in (error.what, error.rule, error.way_out) if line))
+
+
+def _echo(*lines: str) -> None:
+    for line in lines:
+        click.echo("\n".join(f"  {part}" for part in folded(line, _WIDTH)))
 
 
 def models_here() -> list[str]:
@@ -149,7 +179,10 @@ def models_here() -> list[str]:
 def _where(name: str) -> str:
     if name == EMBEDDED:
         return told("135 M parameters, comes with a package: to try things out")
-    return told("on this machine") if name in models_here() else told("downloaded when it trains")
+    if name not in models_here():
+        return told("downloaded when it trains")
+    fits = {True: told("on this machine, trains here"), False: told("on this machine, doesn't train here")}
+    return fits.get(_fit(name).trains) or told("on this machine")
 
 
 def _write(output: Path, values: dict[str, Any]) -> None:

@@ -82,16 +82,13 @@ def _run_seconds(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any
 
 def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     """What was asked for first, then a card of each size."""
-    from slimtune.hardware import CARDS, Card, detect, known_card
+    from slimtune.hardware import CARDS, Card, detect
     from slimtune.plan import memory_budget
 
     if forecaster.unfused is not None:
         return []
-    here = detect()
-    if card is None and here.device == "cuda":
-        sold = known_card(here.name)
-        card = Card(here.name, here.memory_bytes, here.capability)
-        card = card if sold is None else replace(sold, name=here.name, memory_bytes=here.memory_bytes)
+    if card is None and detect().device == "cuda":
+        card = detect().card
     budget, asked = memory_budget(config), []
     if budget is not None:
         within = Card(config.memory, budget, (8, 0))

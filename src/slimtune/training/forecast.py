@@ -338,7 +338,7 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
     if here().least("size of the base", config.max_length < _LONG and _fits_in_16_bits(config, budget)):
         return frozenset()
     forecaster = Forecaster(config, sharing=here().sharing, headers=False)
-    card, ram = Card(hardware.name, hardware.memory_bytes, hardware.capability), ram_to_lock()
+    card, ram = hardware.card, ram_to_lock()
     if forecaster.unfused is not None:
         return frozenset()
     needed = forecaster.forecast(card, budget)
