@@ -181,8 +181,12 @@ def _where(name: str) -> str:
         return told("135 M parameters, comes with a package: to try things out")
     if name not in models_here():
         return told("downloaded when it trains")
-    fits = {True: told("on this machine, trains here"), False: told("on this machine, doesn't train here")}
-    return fits.get(_fit(name).trains) or told("on this machine")
+    match _fit(name).trains:
+        case True:
+            return told("on this machine, trains here")
+        case False:
+            return told("on this machine, doesn't train here")
+    return told("on this machine")
 
 
 def _write(output: Path, values: dict[str, Any]) -> None:
