@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from slimtune.base.tokenizer import load_tokenizer
+from slimtune.cli import watch
 from slimtune.config import Config
 from slimtune.data.packing import micro_batches
 from slimtune.data.preflight import prove
 from slimtune.plan import steps_of_run
+from slimtune.serve.address import listen
 from tests.cli.conftest import Done
+from tests.serve.chromium import Browser, browser
 
 
 def test_a_run_says_whether_the_model_is_better(
@@ -83,3 +89,43 @@ def test_a_probe_measures_steps_and_leaves_nothing(
     assert took["step"] > 0 < took["evaluation"]
     assert took["run"] == pytest.approx(40 * took["step"] + (1 + 40 // often) * took["evaluation"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pages_button_stops_a_run_with_a_checkpoint(
+    run_here: Callable[..., Done],
+    tiny_model: Path,
+    requests_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a browser, on a run that goes: two presses, exit code 75, and the page tells how to go on."""
+    run = tmp_path / "run"
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(watch, "_PORT", port)
+    monkeypatch.setattr(watch.secrets, "token_urlsafe", lambda size: "a-token")
+    with browser(tmp_path / "profile") as tab, ThreadPoolExecutor(1) as beside:
+        pressed = beside.submit(_press, tab, port)
+        done = run_here("train", str(tiny_model), str(requests_file), "-o", str(run), "--max-length", "128",
+                        "--max-steps", "100000", "--save-steps", "100000", "--watch")  # fmt: skip
+        assert done.returncode == 75, done.stderr
+        assert f"slimtune resume {run}" in pressed.result()
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def _press(tab: Browser, port: int) -> str:
+    """Press the button of the page that will be on ``port``; what the page says in the end."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    tab.show(f"http://127.0.0.1:{port}/a-token/?lang=en")
+    for _ in range(2):  # the first one asks whether it is meant
+        tab.until("document.querySelector('button[data-run]') && /step|loss/i.test(document.body.innerText)")
+        tab.run("document.querySelector('button[data-run]').click()")
+    tab.until("document.body.innerText.includes('slimtune resume')")
+    return str(tab.run("document.body.innerText"))

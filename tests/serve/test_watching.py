@@ -196,17 +196,24 @@ def test_the_command_says_where_and_a_taken_port_is_one_line(run: Path, tmp_path
     assert "Traceback" not in page.stderr.read()
 
 
-def test_beside_a_training_it_ends_with_it(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from slimtune.cli.watch import beside
+def test_beside_a_training_it_ends_with_it(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimtune.cli import watch
 
-    with beside(run):
-        url = capfd.readouterr().err.split()[-1]
+    taken = listen("127.0.0.1", 0)
+    usual = taken.getsockname()[1]
+    monkeypatch.setattr(watch, "_PORT", usual)
+    with taken, watch.beside(run):
+        line, more = capfd.readouterr().err.splitlines()
+        url = line.split()[-1]
         port = int(url.split(":")[2].partition("/")[0])
+        assert more.strip() == f"port {usual} is taken, so this page has port {port}"
         page = Page(port, None, [])  # type: ignore[arg-type]
         assert page.ask("/" + url.partition("/" + url.split("/")[3])[1].strip("/") + "/")[0] == 200
     with pytest.raises(OSError, match="refused"):
         page.ask("/")
-    with beside(None):
+    with watch.beside(None):
         pass
 
 

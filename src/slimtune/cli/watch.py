@@ -61,6 +61,8 @@ def command(runs: tuple[Path, ...], port: int | None, descriptor: int | None) ->
         def ready() -> None:
             if descriptor is None:
                 say(f"watching {said} on {_url(listening, token)}")
+                if port is None and (taken := _elsewhere(listening)):
+                    say(taken, err=True)
 
         web = WebServer(watching, ready)
         if descriptor is not None:
@@ -93,6 +95,12 @@ def _listening(port: int | None = None) -> socket.socket:
         return listen(_HOST, 0)
 
 
+def _elsewhere(listening: socket.socket) -> str:
+    """What to say of a page that isn't on the usual port; nothing where it is."""
+    port: int = listening.getsockname()[1]
+    return "" if port == _PORT else f"port {_PORT} is taken, so this page has port {port}"
+
+
 def _url(listening: socket.socket, token: str) -> str:
     """The page's address."""
     from slimtune.serve.address import url_of
@@ -123,6 +131,8 @@ def beside(run: Path | None) -> Iterator[None]:
     with _listening() as listening:
         label = told("watch")
         click.echo(f"  {label}{' ' * (9 - cells(label))}{_url(listening, token)}", err=True)  # whole, to be clicked
+        if taken := _elsewhere(listening):
+            click.echo(f"  {'':9}{told(taken)}", err=True)
         program = "from slimtune.cli import main; main()"
         words = [sys.executable, "-c", program, "watch", "--beside", str(listening.fileno()), str(run.absolute())]
         page = subprocess.Popen(
