@@ -103,7 +103,7 @@ def least(layers: int, tokens: int, sparing: bool, ram: bool) -> dict[str, Any]:
     size = tokens * SIZES[SIZE]["hidden_size"] * DTYPE.itemsize
     return {
         "keep": (Keep.INPUT,) * layers, "kept_weights": 0, "mlp_tokens": min(tokens, 8192), "head_tokens": 1024,
-        "in_ram": away, "ram_bytes": len(away) * size, "sparing": sparing,
+        "in_ram": away, "ram_sizes": (size,) * len(away), "sparing": sparing,
     }  # fmt: skip
 
 
@@ -192,10 +192,11 @@ def part_of(whole: int, budget: float, ram: int) -> Iterator[dict[str, MemoryPla
         plan = made["whole"] = plan_memory(list(layers) * times, tokens, vocabulary, room, **options)
         made["room"] = room  # type: ignore[assignment]
         streamed = tuple(index for index in range(count) if index * times in plan.streamed)
-        in_ram = tuple(index for index in range(count - 1) if index * times in plan.in_ram)
+        sizes = dict(zip(plan.in_ram, plan.ram_sizes, strict=True))
+        in_ram = tuple(index for index in range(count - 1) if index * times in sizes)
         return replace(
             plan, keep=plan.keep[::times], kept_weights=plan.kept_weights // times, in_ram=in_ram, streamed=streamed,
-            ram_bytes=len(in_ram) * plan.ram_bytes // max(1, len(plan.in_ram)),
+            ram_sizes=tuple(sizes[index * times] for index in in_ram),
             streamed_bytes=sum(stored[index] for index in streamed),
             spared_bytes=sum(stored[index] for index in streamed) - (2 * max(stored) if streamed else 0),
         )  # fmt: skip

@@ -101,7 +101,8 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         memory_line({"weights": 1 << 30, "adapter": 1 << 28, "activations": 1 << 31, "workspace": 1 << 29}, "4GiB"),
         "off: a row's logits change with the other rows by 0.1 of the largest → padded rows, "
         "12 micro-batches of up to 2,048 tokens, 91.0% full",
-        in_ram_line(range(31), 32, 31 << 29), few_steps(config, 5, few), few_steps(Config.make(epochs=1), 1, few),
+        in_ram_line(31, 0, 32, 31 << 29), in_ram_line(31, 30, 32, 61 << 29),
+        few_steps(config, 5, few), few_steps(Config.make(epochs=1), 1, few),
     }  # fmt: skip
     assert len(lines) >= 16
     for line in filter(None, lines):

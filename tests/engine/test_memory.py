@@ -20,6 +20,8 @@ from slimtune.engine.read import read_decoder
 from tests.engine import models
 
 VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
+RESULT = 65536 * (2048 + 8) * 2 + 4 * 16 * 65536
+"""Of attention in a layer of the 1.8B over 65,536 tokens: o's input, and a logarithm for each head."""
 
 
 def layers_of(hidden: int, intermediate: int, count: int, heads: int) -> list[LayerComputation]:
@@ -110,9 +112,37 @@ def test_what_room_is_left_beside_inputs_in_ram_is_used(layers: list[LayerComput
     budget = least.nbytes + 5e9
     plan = planned(layers, 65536, VOCABULARY, budget, ram=1 << 40)
     assert plan.nbytes <= budget
-    assert plan.keep[0] == Keep.INPUT
-    assert plan.keep[-1] > Keep.INPUT or plan.kept_weights
-    assert all(plan.keep[index] == Keep.INPUT for index in plan.in_ram)
+    assert plan.keep[0] < Keep.GATES
+    assert plan.keep[-1] > plan.keep[0] or plan.kept_weights
+    assert all(plan.keep[index] == plan.keep[0] for index in plan.in_ram)
+
+
+def test_what_attention_gave_goes_to_ram_too_where_documents_are_long(layers: list[LayerComputation]) -> None:
+    """Inputs first, as they must; then it, where there is RAM to spare and the device has room for what is coming."""
+    stream, result = 65536 * 2048 * 2, RESULT
+    least = planned(layers, 65536, VOCABULARY, 0.0, ram=1 << 40)
+    budget, must = least.nbytes + result, 23 * stream
+    some = planned(layers, 65536, VOCABULARY, budget, ram=must + 3 * result)
+    assert some.keep == (Keep.ATTENDED,) * 3 + (Keep.INPUT,) * 21
+    assert some.ram_sizes == (stream + result,) * 3 + (stream,) * 20
+    assert some.spare_ram_bytes == 3 * result
+    assert some.nbytes == budget
+    for less in (planned(layers, 65536, VOCABULARY, budget, ram=1 << 40, lavish=False),
+                 planned(layers, 65536, VOCABULARY, budget - result // 2, ram=1 << 40)):  # fmt: skip
+        assert less.in_ram == some.in_ram
+        assert less.ram_bytes == must
+        assert less.spare_ram_bytes == 0
+    # Of short ones it takes no time that counts, and of one of all layers' nothing is kept alone.
+    short = planned(layers, 65536, VOCABULARY, budget, longest=2048, ram=1 << 40)
+    assert Keep.ATTENDED not in short.keep
+
+
+def test_a_device_with_room_keeps_what_attention_gave_of_long_documents(layers: list[LayerComputation]) -> None:
+    least = planned(layers, 65536, VOCABULARY, 0.0)
+    plans = [planned(layers, 65536, VOCABULARY, least.nbytes + more * 24 * RESULT) for more in (0, 0.5, 1.2)]
+    assert [min(plan.keep) for plan in plans] == [Keep.INPUT, Keep.INPUT, Keep.ATTENDED]
+    assert set(plans[1].keep) == {Keep.INPUT, Keep.ATTENDED}
+    assert not any(plan.in_ram for plan in plans)
 
 
 def test_ranks_of_a_host_have_weights_in_ram_once(layers: list[LayerComputation]) -> None:

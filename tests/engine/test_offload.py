@@ -1,7 +1,8 @@
-"""Layers' inputs in RAM: the same gradients to the bit, and no memory that a copy still needs is given away."""
+"""What layers keep in RAM: the same gradients to the bit, and no memory that a copy still needs is given away."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,30 +12,42 @@ from torch import nn
 
 from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
+from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.decoder import Saved
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam
+from slimtune.engine.offload import KeptInRam
 from tests.engine import models
 from tests.engine.copies import LateCopies
 
 
-def engine_of(model: nn.Module, ram: int) -> Engine:
-    """With the least memory; weights stay where they are."""
+def engine_of(model: nn.Module, ram: int, keep: Keep = Keep.INPUT) -> Engine:
+    """With the least memory; weights stay where they are. In RAM layers keep so much."""
 
-    def resident(*args: Any, **options: Any) -> MemoryPlan:
-        return plan_memory(*args, **{**options, "stored": ()})
+    def resident(layers: Any, tokens: int, *args: Any, **options: Any) -> MemoryPlan:
+        plan = plan_memory(layers, tokens, *args, **{**options, "stored": ()})
+        memory = Memory(plan.part_tokens, plan.mlp_tokens, options["ways"], plan.padded_room, plan.sparing)
+        lent = {index: layers[index].kept_bytes(memory, Keep.INPUT) - plan.ram_sizes[0] for index in plan.in_ram}
+        sizes = tuple(layers[index].kept_bytes(memory, keep) - lent[index] for index in plan.in_ram)
+        levels = tuple(keep if index in plan.in_ram else level for index, level in enumerate(plan.keep))
+        return replace(plan, ram_sizes=sizes, keep=levels)
 
     with mock.patch.object(engine_module, "plan_memory", resident):
         return Engine(model, dtype=torch.float32, tokens=64, memory=0, ram=ram)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma4-e2b", "qwen3_moe", "qwen3_5_text"])
-def test_gradients_are_those_without(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "keep"),
+    [
+        ("qwen2", Keep.INPUT), ("gemma4-e2b", Keep.ATTENDED), ("qwen3_moe", Keep.GATES), ("gpt_oss", Keep.ATTENDED),
+        ("qwen3_5_text", Keep.ATTENDED), ("qwen3_next", Keep.ALL),
+    ],
+)  # fmt: skip
+def test_gradients_are_those_without(family: str, keep: Keep) -> None:
     """By copies as late as they may be, over two micro-batches: the second one's take the same places."""
     model = models.add_lora(models.make_base(family), target_modules="all-linear")
     found = []
     for ram in (0, 1 << 30):
-        engine = engine_of(model, ram)
+        engine = engine_of(model, ram, keep)
         if ram:
             assert engine._away is not None
             assert engine.plan.in_ram == tuple(range(len(engine.layers) - 1))
@@ -84,22 +97,23 @@ def test_a_pass_that_breaks_off_leaves_nothing_to_the_next(broken: str, monkeypa
 def test_the_copies_see_what_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this file relies on: a store that lets go of memory too early, or reads it too early, is found out."""
 
-    def put(self: InputsInRam, layer: int, saved: Saved) -> None:
-        first = saved.branches[0]
-        place = self._places[layer][: first.s.shape[0]]
-        copied = self.copies.begin([(place, first.s)])
-        first.s = place
+    right = KeptInRam.put
+
+    def put(self: KeptInRam, layer: int, saved: Saved) -> Saved:
+        waiting = right(self, layer, saved)
+        _, copied = self._leaving.pop()
         if fault == "let go":
-            self._leaving.append((place, copied))
+            self._leaving.append(([], copied))
+        return waiting
 
     model = models.add_lora(models.make_base("qwen2"))
     expected = engine_of(model, 0)
     expected.forward_backward(models.pack(), 40)
     if fault == "late":
-        monkeypatch.setattr(InputsInRam, "take", lambda self, layer, saved, lowest: self._fetch(layer, saved[layer]))
+        monkeypatch.setattr(KeptInRam, "take", lambda self, layer, saved, lowest: self._fetch(layer, saved))
     else:
-        monkeypatch.setattr(InputsInRam, "put", put)
-    engine = engine_of(model, 1 << 30)
+        monkeypatch.setattr(KeptInRam, "put", put)
+    engine = engine_of(model, 1 << 30, Keep.ATTENDED)
     assert engine._away is not None
     engine._away.copies = LateCopies()
     if fault == "let go":
@@ -110,8 +124,25 @@ def test_the_copies_see_what_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(engine.flat.grad, expected.flat.grad)
 
 
-def test_its_bytes_are_exactly_the_inputs() -> None:
-    store = InputsInRam((0, 2, 5), 1000, 24, torch.bfloat16, torch.device("cpu"))
-    assert store.nbytes == 3 * 1000 * 24 * 2
+def test_its_bytes_are_exactly_those_of_the_plan() -> None:
+    store = KeptInRam({0: 100, 2: 28, 5: 3}, torch.device("cpu"))
+    assert store.nbytes == 131
     assert 2 in store
     assert 1 not in store
+
+
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.ATTENDED, Keep.ATTENTION, Keep.GATES])
+def test_all_that_was_kept_is_in_ram_and_nothing_is_left(keep: Keep) -> None:
+    engine = engine_of(models.add_lora(models.make_base("qwen3")), 1 << 30, keep)
+    away, left = engine._away, []
+    assert away is not None
+
+    def put(layer: int, saved: Saved) -> Saved:
+        waiting = KeptInRam.put(away, layer, saved)
+        places = [copied.numel() for copied in away._leaving[-1][0]]
+        left.append(engine.plan.ram_sizes[layer] - sum(places))
+        return waiting
+
+    with mock.patch.object(away, "put", put):
+        engine.forward_backward(models.pack(lengths=(64,)), 40)
+    assert left == [0] * len(engine.plan.in_ram)

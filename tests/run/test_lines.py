@@ -16,7 +16,8 @@ def test_the_length_of_a_run_is_said() -> None:
 
 
 def test_what_waits_in_ram_is_said_with_its_price() -> None:
-    assert in_ram_line(range(31), 32, 31 << 29) == (
+    assert in_ram_line(31, 0, 32, 31 << 29) == (
         "the inputs of 31 of 32 layers wait in RAM for their backward (15.50GiB locked): 31.00GiB are copied in a "
         "micro-batch of full length, beside the layers' work"
     )
+    assert "backward, and of 30 what attention gave (30.50GiB locked): 61.00GiB" in in_ram_line(31, 30, 32, 61 << 29)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +21,10 @@ from slimtune.base.load import load_base
 from slimtune.config import Config
 from slimtune.engine import Engine
 from slimtune.engine import attention as attention_module
+from slimtune.engine import engine as engine_module
+from slimtune.engine import memory as memory_module
 from slimtune.engine.blocks import Keep, Memory
+from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import FusedAdamW8bit, adapter_bytes
 from slimtune.engine.streamed import embedding_places
 from slimtune.errors import UserError
@@ -131,10 +134,28 @@ def test_a_step_takes_no_more_than_its_plan(
     monkeypatch.setattr(attention_module, "_FILLING", 1)
     upper = {} if adapted is None else {"layers_to_transform": adapted, "target_modules": ["q_proj", "down_proj"]}
     model = models.add_lora(models.make_base(family), **upper)
+    _takes_no_more_than_planned(model, Engine(model, dtype=torch.float32, tokens=1024, memory=budget, ram=ram))
+
+
+def test_what_attention_gave_is_in_the_plan_when_it_is_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def resident(*args: Any, **options: Any) -> MemoryPlan:
+        return plan_memory(*args, **{**options, "stored": ()})
+
+    monkeypatch.setattr(attention_module, "_FILLING", 1)
+    monkeypatch.setattr(engine_module, "plan_memory", resident)
+    monkeypatch.setattr(memory_module, "_ATTENDED", 1.0)
+    monkeypatch.setattr(memory_module, "_ASIDES", (Keep.ATTENDED,))
+    model = models.add_lora(models.make_base("llama"))
+    engine = Engine(model, dtype=torch.float32, tokens=1024, memory=0, ram=GIB)
+    assert engine.plan.keep == (Keep.ATTENDED, Keep.ATTENDED, Keep.INPUT)
+    _takes_no_more_than_planned(model, engine)
+
+
+def _takes_no_more_than_planned(model: nn.Module, engine: Engine) -> None:
     tokens = 1024
     ids = torch.randint(0, models.VOCABULARY, (1, tokens))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
-    engine = Engine(model, dtype=torch.float32, tokens=tokens, memory=budget, ram=ram)
     engine.forward_backward(batch, tokens)
     inputs, tables = engine._inputs, engine._tables.values()
     before = [

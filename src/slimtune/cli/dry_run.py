@@ -16,6 +16,7 @@ from slimtune.config import Config
 from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
+from slimtune.engine.ram import ram_to_lock
 from slimtune.hardware import detect
 from slimtune.plan import (
     Choice,
@@ -104,10 +105,12 @@ def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Sc
     if forecaster.unfused is not None:
         screen.say("memory", f"not planned, as the engine doesn't run the steps: {forecaster.unfused}")
         return
-    planned = forecaster.forecast(detect().card, budget)
+    machine = detect()
+    planned = forecaster.forecast(machine.card, budget, ram_to_lock() if machine.device == "cuda" else None)
     screen.say("memory", memory_line(planned.parts, config.memory))
     if planned.ram_layers:
-        screen.say("memory", in_ram_line(range(planned.ram_layers), planned.layers, planned.ram_bytes))
+        line = in_ram_line(planned.ram_layers, planned.attended_layers, planned.layers, planned.ram_bytes)
+        screen.say("memory", line)
     if planned.embedding_bytes:
         screen.say("memory", embedding_line(planned.embedding_bytes))
     if planned.streamed_layers:

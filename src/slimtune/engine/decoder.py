@@ -71,7 +71,9 @@ class Saved:
 
     keep: Keep
     branches: list[BranchSaved]
-    """At :attr:`Keep.INPUT` the first one's input alone."""
+    """Below :attr:`Keep.ATTENTION` the first one's input alone."""
+    made: list[tuple[Any, ...]]
+    """What each branch's blocks kept below that."""
 
 
 class LayerComputation:
@@ -111,14 +113,18 @@ class LayerComputation:
         """
         level = keep or Keep.INPUT
         kept: list[BranchSaved] = []
+        made: list[tuple[Any, ...]] = []
         pair: tuple[Tensor, Tensor | None] = (x, residual)
         for index, branch in enumerate(self.branches):
             y, s, saved = branch.forward(*pair, on, level, own_x=own_x or index > 0)
             pair = (y, s)
-            if level > Keep.INPUT or not kept:
+            if level < Keep.ATTENTION:
+                made.append(saved.blocks)
+                saved.blocks = ()
+            if level >= Keep.ATTENTION or not kept:
                 kept.append(saved)
         assert pair[1] is not None
-        return pair[0], pair[1], Saved(level, kept)
+        return pair[0], pair[1], Saved(level, kept, made)
 
     def backward(
         self, g: Tensor, saved: Saved, on: Pass, sinks: Sinks, *, need_dx: bool = True, own_g: bool = False
@@ -127,7 +133,7 @@ class LayerComputation:
 
         Consumes ``saved``: some of its buffers are overwritten. So may be g, if it is given up (``own_g``).
         """
-        kept = self._again(saved.branches[0].s, on) if saved.keep == Keep.INPUT else saved.branches
+        kept = self._again(saved, on) if saved.keep < Keep.ATTENTION else saved.branches
         last, d = len(self.branches) - 1, g
         for index in range(last, -1, -1):
             branch, wanted = self.branches[index], need_dx or any(x.adapted for x in self.branches[:index])
@@ -179,17 +185,17 @@ class LayerComputation:
             held += 0 if memory.sparing else inputs
         return most
 
-    def _again(self, x: Tensor, on: Pass) -> list[BranchSaved]:
+    def _again(self, saved: Saved, on: Pass) -> list[BranchSaved]:
         """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""
         kept: list[BranchSaved] = []
-        pair: tuple[Tensor, Tensor | None] = (x, None)
+        pair: tuple[Tensor, Tensor | None] = (saved.branches[0].s, None)
         for index, branch in enumerate(self.branches[:-1]):
-            y, s, saved = branch.forward(*pair, on, Keep.ALL, own_x=index > 0)
+            y, s, again = branch.forward(*pair, on, Keep.ALL, own_x=index > 0, made=saved.made[index])
             pair = (y, s)
             if on.sparing:
-                saved.inputs = None
-            kept.append(saved)
-        return [*kept, self.branches[-1].again(*pair, on, own_x=bool(kept))]
+                again.inputs = None
+            kept.append(again)
+        return [*kept, self.branches[-1].again(*pair, on, own_x=bool(kept), made=saved.made[-1])]
 
 
 def _block(

@@ -32,7 +32,7 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import InputsInRam
+from slimtune.engine.offload import KeptInRam
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.ram import ram_to_lock
@@ -154,7 +154,7 @@ class Engine:
         )
         self._place_embedding()
         self._streamed = self._streamed_weights()
-        self._away = self._inputs_in_ram()
+        self._away = self._kept_in_ram()
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else used + to_come + self.plan.nbytes
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
@@ -295,9 +295,9 @@ class Engine:
     def _ram(self) -> int:
         return ram_to_lock() if self.device.type == "cuda" else 0
 
-    def _inputs_in_ram(self) -> InputsInRam | None:
-        plan, hidden = self.plan, self.layers[0].hidden
-        return InputsInRam(plan.in_ram, plan.part_tokens, hidden, self.dtype, self.device) if plan.in_ram else None
+    def _kept_in_ram(self) -> KeptInRam | None:
+        sizes = dict(zip(self.plan.in_ram, self.plan.ram_sizes, strict=True))
+        return KeptInRam(sizes, self.device) if sizes else None
 
     def _place_embedding(self) -> None:
         if self.plan.embedding_bytes:
@@ -487,9 +487,9 @@ class Engine:
             if self._streamed is not None:
                 self._streamed.take(index, step=1)
             x, residual, kept = layer.forward(x, residual, on, wanted, own_x=index > 0)
-            saved.append(kept)
             if self._away is not None and wanted is not None and index in self._away:
-                self._away.put(index, kept)
+                kept = self._away.put(index, kept)
+            saved.append(kept)
         if self._away is not None:
             self._away.settle()
         assert residual is not None

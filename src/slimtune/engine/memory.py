@@ -7,6 +7,7 @@ small to fill the device. The model's rates are an H100's; only their ratios cou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,10 @@ _CHUNKS = (1 << 30, 8192, 4096, 2048, 1024, 512)
 _HEAD_CHUNKS = (4096, 2048, 1024, 512, 256)
 """Supervised tokens that the head may take at once."""
 _FLOPS = 700e12  # of a large 16-bit product
+_ATTENDED = 500e12  # and of attention over long documents
 _DEQUANTIZED = 1.5e12  # bytes of 16-bit weights written in a second, their 4 bits read
+_ASIDE = 0.25
+"""Of a layer's products, what its attention takes at most for the plan to have no eye on it: it is in ``extra``."""
 _FILL = 160  # tokens at which a product runs at half its rate
 _LINK = 25e9  # bytes that a bus brings to RAM or back in a second: PCIe 4.0 of 16 lanes
 _LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
@@ -34,6 +38,8 @@ _STAGED = 2
 """Streamed layers' weights that the device has room for at once."""
 _ROUGHLY = 1.05
 """Of a budget, for what is reserved where graphs are recorded: a card's budget leaves a tenth of it."""
+_ASIDES = (Keep.INPUT, Keep.ATTENDED)
+"""What layers may have in RAM: the rest takes about as long over a bus as to be computed again."""
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
 
@@ -57,9 +63,11 @@ class MemoryPlan:
     nbytes: int
     """What all of this is predicted to take, besides the model itself; less what of the model is in RAM."""
     in_ram: tuple[int, ...] = ()
-    """Layers whose input waits in RAM for their backward; each keeps nothing else. No graph is recorded then."""
-    ram_bytes: int = 0
-    """What those inputs take there."""
+    """Layers of which what they keep waits in RAM for their backward. No graph is recorded then."""
+    ram_sizes: tuple[int, ...] = ()
+    """What each of those takes there."""
+    spare_ram_bytes: int = 0
+    """Of that, what only spares time: with less RAM the same layers compute more again."""
     sparing: bool = False
     """:attr:`slimtune.engine.blocks.Pass.sparing`."""
     kept_bytes: int = 0
@@ -77,6 +85,16 @@ class MemoryPlan:
     other."""
     added_seconds: float = 0.0
     """What the cost model says that the plan adds to products that keep everything, on an H100."""
+
+    @property
+    def attended_in_ram(self) -> int:
+        """Layers of which more than the input is there."""
+        return sum(self.keep[index] > Keep.INPUT for index in self.in_ram)
+
+    @property
+    def ram_bytes(self) -> int:
+        """What layers keep in RAM."""
+        return sum(self.ram_sizes)
 
     @property
     def locked_bytes(self) -> int:
@@ -101,6 +119,8 @@ class _Shape:
     """Ranks that have weights in RAM in common."""
     lowest: int = 0
     """The first layer that has a backward; those below keep nothing."""
+    longest: int = 0
+    """Tokens in the longest document."""
 
     def part(self, nbytes: int) -> int:
         """Of weights' bytes in RAM this rank's part."""
@@ -118,6 +138,21 @@ class _Shape:
     def weights(self) -> list[int]:
         """Bytes of each layer's weights in the compute dtype."""
         return self._by_layer(lambda layer: sum(block.weight_bytes for block in layer.blocks))
+
+    @cached_property
+    def attended(self) -> list[float]:
+        """Seconds of each layer's attention forward, for so much as a plan has an eye on it: of long documents."""
+        return [self._attended(layer) for layer in self.layers]
+
+    def _attended(self, layer: LayerComputation) -> float:
+        part = layer.layer.attention
+        if part is None:
+            return 0.0
+        window = min(part.window or self.longest, self.longest)
+        keys = window - window * window / (2 * self.longest)  # that a query sees, on average
+        seconds = 4.0 * part.heads * part.head_dim * keys / _ATTENDED
+        aside = _ASIDE * 2.0 * sum(block.products for block in layer.blocks) / _FLOPS
+        return self.tokens * max(0.0, seconds - aside)
 
     def scratch(self, kept_weights: int = 0) -> int:
         """Bytes of the buffers that weights are made anew in, one for each shape; the first layers' are kept."""
@@ -141,10 +176,15 @@ class _Shape:
         """What blocks are asked about."""
         return Memory(plan.part_tokens, plan.mlp_tokens, self.ways, plan.padded_room, plan.sparing)
 
+    def seconds(self, plan: MemoryPlan) -> float:
+        """What plans are compared by: time that they add to a forward and a backward that keep everything."""
+        again = (seconds for seconds, level in zip(self.attended, plan.keep, strict=True) if level < Keep.ATTENDED)
+        return self.added_seconds(plan) + sum(again)
+
     def added_seconds(self, plan: MemoryPlan) -> float:
-        """Time that the plan adds to the products of a forward and a backward that keep everything."""
+        """Of that time all but attention over long documents."""
         # Attention's own products and the elementwise passes are about an eighth of the projections' time.
-        extra = {Keep.INPUT: 1.25, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
+        extra = {Keep.INPUT: 1.25, Keep.ATTENDED: 1.1, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
         seconds = 2.0 * self.tokens / _FLOPS
         parts, memory = -(-self.tokens // plan.part_tokens), self.memory(plan)
         added = device = 0.0
@@ -164,10 +204,10 @@ class _Shape:
         hidden = self.layers[0].hidden
         added += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
         if plan.in_ram:
-            # A copy runs beside the layer's own work, of which attention isn't counted.
-            copy = plan.ram_bytes / len(plan.in_ram) / _LINK
-            work = device / 2 / parts / len(self.layers)
-            added += parts * 2 * sum(max(0.02 * copy, copy - work) for _ in plan.in_ram)
+            # A copy runs beside the layer's own work.
+            work = (device / 2 + sum(self.attended)) / parts / len(self.layers)
+            copies = (size / _LINK for size in plan.ram_sizes)
+            added += parts * 2 * sum(max(0.02 * copy, copy - work) for copy in copies)
         if plan.streamed:
             # Both ways; the layers are spread, so that a copy has those before it to run beside.
             copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
@@ -189,13 +229,14 @@ class _Shape:
         *,
         sparing: bool = False,
         ram: int = 0,
+        aside: Keep = Keep.INPUT,
         embedding: int = 0,
         streamed: int = 0,
     ) -> MemoryPlan:
         """The plan with these sizes that keeps what the budget has room for, and sends away what ``ram`` takes.
 
-        The embedding of so many bytes and the weights of ``streamed`` layers go there first, and no layer's are held in
-        the compute dtype beside that.
+        Layers whose input is there may keep up to ``aside`` there. The embedding of so many bytes and the weights of
+        ``streamed`` layers go there first, and no layer's are held in the compute dtype beside that.
         """
         stream_from, streamed_bytes, spared = self._streamed(streamed)
         spared += embedding
@@ -207,39 +248,40 @@ class _Shape:
         for each in sizes.values():
             each[: self.lowest] = [0] * self.lowest
         stream = part_tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
-        # The last layer's backward comes at once. Those before it are needed the latest, the first of all.
-        away = range(self.lowest, max(self.lowest, min(count - 1, self.lowest + ram // stream)))
-        sizes[Keep.INPUT] = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
+        away = self._aside(sizes, stream, ram, aside)
         work = max(layer.working_bytes(memory) for layer, _ in self.kinds)
         fixed = max(work, self._head_bytes(part_tokens, head_tokens)) + self.scratch()
         if self.per_layer is not None:
             fixed = max(fixed, self.per_layer.working_bytes(memory)) + self.per_layer.kept_bytes(memory)
-        fixed += stream * bool(away)  # on its way
-        room = budget - fixed - sum(sizes[Keep.INPUT])
-        keep = [Keep.ALL if index < self.lowest else Keep.INPUT for index in range(count)]
+        beside = {index: sizes[level][index] - sizes[Keep.INPUT][index] + stream for index, level in away.items()}
+        fixed += max(beside.values(), default=0)  # on its way
+        keep = [Keep.ALL if index < self.lowest else away.get(index, Keep.INPUT) for index in range(count)]
+        held = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
+        room = budget - fixed - sum(held)
 
-        def raise_layers(level: Keep) -> None:
+        def raise_layers(level: Keep, least: Keep) -> None:
             nonlocal room
             # The last layers' backward comes first, so what they keep is given back soonest.
             for index in reversed(range(count)):
-                cost = sizes[level][index] - sizes[Keep(level - 1)][index]
-                if keep[index] == level - 1 and cost <= room:
-                    keep[index] = level
+                cost = sizes[level][index] - held[index]
+                pays = level > Keep.ATTENDED or self.attended[index] > 0
+                if pays and least <= keep[index] < level and cost <= room:
+                    keep[index], held[index] = level, sizes[level][index]
                     room -= cost
+                    beside.pop(index, None)
 
-        raise_layers(Keep.ATTENTION)
+        raise_layers(Keep.ATTENDED, Keep.INPUT)
+        raise_layers(Keep.ATTENTION, Keep.INPUT)
         kept_weights = 0
         while not streamed and kept_weights < count and self.weights[kept_weights] <= max(0.0, room):
             room -= self.weights[kept_weights]
             kept_weights += 1
-        raise_layers(Keep.GATES)
-        raise_layers(Keep.ALL)
-        in_ram = tuple(index for index in away if keep[index] == Keep.INPUT)
-        held = [sizes[level][index] for index, level in enumerate(keep)]
+        raise_layers(Keep.GATES, Keep.ATTENTION)
+        raise_layers(Keep.ALL, Keep.GATES)
         weights = sum(self.weights[:kept_weights])
         head, scratch = self._head_bytes(part_tokens, head_tokens), self.scratch(kept_weights)
         # Below the lowest adapter nothing is kept, but what goes through there is.
-        layers = self._peak(memory, keep, held, frozenset(in_ram)) + stream * (self.lowest > 0)
+        layers = self._peak(memory, sizes, keep, held, beside) + stream * (self.lowest > 0)
         nbytes = max(layers, sum(held) + head) + weights + scratch
         # Of what a graph has taken the head gets nothing, but for the pair that it reads there.
         apart = min(layers - sum(held), head) - 2 * stream
@@ -248,9 +290,21 @@ class _Shape:
             nbytes = max(nbytes, begun) + self.per_layer.kept_bytes(memory)
         return MemoryPlan(
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
-            in_ram, len(in_ram) * stream, sparing, sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
-            apart_bytes=0 if in_ram or streamed else max(0, apart),
+            tuple(beside), tuple(beside.values()), sum(beside.values()) - len(beside) * stream, sparing,
+            sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
+            apart_bytes=0 if beside or streamed else max(0, apart),
         )  # fmt: skip
+
+    def _aside(self, sizes: Mapping[Keep, list[int]], stream: int, ram: int, most: Keep) -> dict[int, Keep]:
+        """The layers of which there is room in RAM for what they keep, each with how much that is."""
+        # The last layer's backward comes at once. Those before it are needed the latest, the first of all.
+        numbers = range(self.lowest, max(self.lowest, min(len(self.layers) - 1, self.lowest + ram // stream)))
+        found, ram = dict.fromkeys(numbers, Keep.INPUT), ram - len(numbers) * stream
+        for number in numbers:
+            cost = sizes[most][number] - sizes[Keep.INPUT][number]
+            if self.attended[number] and cost <= ram:
+                found[number], ram = most, ram - cost
+        return found
 
     def _streamed(self, count: int) -> tuple[tuple[int, ...], int, int]:
         """So many layers, spread evenly; the bytes of their weights; what the device holds less for them."""
@@ -280,20 +334,27 @@ class _Shape:
                     )
         return plans
 
-    def _peak(self, memory: Memory, keep: Sequence[Keep], held: Sequence[int], in_ram: frozenset[int]) -> int:
+    def _peak(
+        self,
+        memory: Memory,
+        sizes: Mapping[Keep, Sequence[int]],
+        keep: Sequence[Keep],
+        held: Sequence[int],
+        beside: Mapping[int, int],
+    ) -> int:
         """The most that a step takes at once besides at the head: in a layer's backward, when later ones' is given
         back.
         """
         stream = memory.tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize
-        work, again = ([0] * len(self.layers) for _ in range(2))
-        for layer, places in self.kinds:
-            for place in places:
-                work[place], again[place] = layer.working_bytes(memory), layer.kept_bytes(memory, Keep.ATTENTION)
+        work = self._by_layer(partial(LayerComputation.working_bytes, memory=memory))
         below = most = sum(held)
         for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-            # What a layer has kept isn't made again; an input that comes from RAM is.
-            there = again[index] if keep[index] > Keep.INPUT else stream * (index not in in_ram)
-            most = max(most, below + work[index] - there + stream * (index - 1 in in_ram))
+            # What a layer has kept isn't made again; what comes from RAM is counted there.
+            there = sizes[min(keep[index], Keep.ATTENTION)][index]
+            if keep[index] < Keep.ATTENTION:
+                there -= sizes[Keep.INPUT][index] - stream
+            there *= index not in beside
+            most = max(most, below + work[index] - there + beside.get(index - 1, 0))
             below -= held[index]
         return most
 
@@ -328,6 +389,7 @@ def plan_memory(
     embedding: int = 0,
     sharing: int = 1,
     lowest: int = 0,
+    lavish: bool = True,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -345,18 +407,30 @@ def plan_memory(
         embedding: Bytes of the embedding, if that may go to RAM too: a tied one is the head.
         sharing: Ranks that have weights there in common.
         lowest: The first layer that has a backward.
+        lavish: Whether RAM may be taken where that only spares time, too.
     """
+    longest = min(tokens, longest or tokens)
     embedding = embedding if -(-embedding // sharing) <= ram else 0
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing, lowest)
+    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing, lowest, longest)
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)
-    sizes = dict.fromkeys(_sizes(tokens, min(tokens, longest or tokens), padded))
+    sizes = dict.fromkeys(_sizes(tokens, longest, padded))
     plans: list[MemoryPlan] = []
-    means = ((False, 0, 0), (True, 0, 0), (True, 0, embedding), (True, ram, embedding))
+    long, spared = any(shape.attended), (True,)
+    # What sparing leaves room for is worth more than it costs where attention is.
+    means = (
+        ((False, True) if long else (False,), 0, 0),
+        (spared, 0, 0),
+        (spared, 0, embedding),
+        (spared, ram, embedding),
+    )
     for sparing, room, beside in dict.fromkeys(means):
+        most = max(room, shape.part(beside))
+        levels = _ASIDES if lavish and room and long else (Keep.INPUT,)
         plans = [
-            shape.filled(*size, budget, sparing=sparing, ram=max(room, shape.part(beside)), embedding=beside)
+            shape.filled(*size, budget, sparing=way, ram=most, embedding=beside, aside=level)
+            for way, level in itertools.product(sparing, levels)
             for size in sizes
         ]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
@@ -367,5 +441,5 @@ def plan_memory(
         fitting = [plan for plan in plans if plan.nbytes <= budget]
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
-    best = min(apart or fitting, key=shape.added_seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
+    best = min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
     return replace(best, added_seconds=shape.added_seconds(best))

@@ -563,8 +563,8 @@ def _memory(training: Facts, say: Say) -> str:
     if kind == "gpu peak allocated":
         away, locked = training.get("ram_layers", 0), size_text(training.get("ram_bytes", 0))
         in_ram = say(
-            f" The inputs of {away} layers waited in RAM for their backward: {locked} of it were locked.",
-            f"{away} 层的输入在等待反向计算时放在内存里，为此锁定了 {locked} 内存。",
+            f" What {away} layers need in their backward waited for it in RAM: {locked} of it were locked.",
+            f"{away} 层反向计算要用的数据在等待时放在内存里，为此锁定了 {locked} 内存。",
         )
         layers, held = training.get("streamed_layers", 0), size_text(training.get("streamed_bytes", 0))
         streamed = say(

@@ -139,7 +139,7 @@ class TrainingFacts:
     ranks: int = 1
     """Processes that trained it together; what is told of memory is rank 0's."""
     ram_layers: int = 0
-    """Layers whose inputs waited in RAM for their backward."""
+    """Layers of which what their backward needs waited in RAM for it."""
     ram_bytes: int = 0
     """Of RAM that were locked for them."""
     streamed_layers: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from slimtune.config import Config
@@ -63,11 +63,18 @@ def base_line(base: BaseFacts) -> str:
     )
 
 
-def in_ram_line(away: Sequence[int], layers: int, nbytes: int) -> str:
-    """What of the activations is in RAM, and what that costs."""
+def in_ram_line(away: int, attended: int, layers: int, nbytes: int) -> str:
+    """What of the activations is in RAM, and what that costs: the inputs of some layers, and of some of these what
+    attention gave."""
+    held, copied = f"{nbytes / 2**30:.2f}", f"{2 * nbytes / 2**30:.2f}"
+    if attended:
+        return (
+            f"the inputs of {away} of {layers} layers wait in RAM for their backward, and of {attended} what attention "
+            f"gave ({held}GiB locked): {copied}GiB are copied in a micro-batch of full length, beside the layers' work"
+        )
     return (
-        f"the inputs of {len(away)} of {layers} layers wait in RAM for their backward ({nbytes / 2**30:.2f}GiB locked)"
-        f": {2 * nbytes / 2**30:.2f}GiB are copied in a micro-batch of full length, beside the layers' work"
+        f"the inputs of {away} of {layers} layers wait in RAM for their backward ({held}GiB locked): {copied}GiB are "
+        "copied in a micro-batch of full length, beside the layers' work"
     )
 
 

@@ -75,8 +75,10 @@ class Forecast:
     """Bytes on the card: weights, adapter (its gradients and the optimizer's state too), activations (what layers keep,
     and weights kept in 16 bits), workspace."""
     ram_bytes: int
-    """Of RAM that are locked for layers' inputs."""
+    """Of RAM that are locked for what layers keep."""
     ram_layers: int
+    attended_layers: int
+    """Of these, layers of which what attention gave is there too."""
     streamed_bytes: int
     """Of RAM that are locked for layers' weights."""
     streamed_layers: int
@@ -207,7 +209,8 @@ class Forecaster:
         Args:
             card: Where it is to train.
             budget: Bytes that training may take; None: what a run takes of it by default.
-            ram: Bytes of RAM that layers' inputs and weights may take, each card's part; None: as much as they need.
+            ram: Bytes of RAM that layers' inputs and weights may take, each card's part, what only spares time among
+                them; None: as much as they need.
         """
         config = self.config
         budget = int(MEMORY_SHARE * card.memory_bytes) if budget is None else budget
@@ -219,7 +222,7 @@ class Forecaster:
         parts = {**beside, "weights": weights, "activations": plan.kept_bytes, "workspace": workspace}
         return Forecast(
             card.name, budget, sum(parts.values()) <= budget, parts,
-            plan.ram_bytes, len(plan.in_ram), plan.streamed_bytes, len(plan.streamed),
+            plan.ram_bytes, len(plan.in_ram), plan.attended_in_ram, plan.streamed_bytes, len(plan.streamed),
             plan.embedding_bytes, len(self._layers), _shown(plan, sum(parts.values()), recorded=recorded),
             *self._seconds(plan, card), sharing=self.sharing,
         )  # fmt: skip
@@ -286,6 +289,7 @@ class Forecaster:
             ways=self._ways(card),
             per_layer=self._per_layer,
             ram=1 << 62 if ram is None else ram,
+            lavish=ram is not None,
             stored=self._stored,
             embedding=self._embedding,
             sharing=self.sharing,

@@ -60,7 +60,7 @@ class FusedTrainer(PlainTrainer):
 
     @property
     def in_ram(self) -> tuple[int, int]:
-        """Layers whose inputs wait in RAM for their backward, and the bytes of it that are locked."""
+        """Layers of which what they keep waits in RAM for their backward, and the bytes of it that are locked."""
         return (0, 0) if self.engine is None else (len(self.engine.plan.in_ram), self.engine.plan.ram_bytes)
 
     @property
@@ -212,8 +212,10 @@ def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
     if engine.in_ram:
         gib = engine.in_ram / 2**30
         screen.say("memory", f"per-layer embeddings live in RAM ({gib:.2f}GiB): a row a token is copied")
-    if engine.plan.in_ram:
-        screen.say("memory", in_ram_line(engine.plan.in_ram, len(engine.layers), engine.plan.ram_bytes))
+    plan = engine.plan
+    if plan.in_ram:
+        line = in_ram_line(len(plan.in_ram), plan.attended_in_ram, len(engine.layers), plan.ram_bytes)
+        screen.say("memory", line)
     if engine.plan.embedding_bytes:
         screen.say("memory", embedding_line(engine.plan.embedding_bytes))
     if engine.plan.streamed:

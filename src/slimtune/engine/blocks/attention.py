@@ -37,6 +37,15 @@ class _Kept:
     """What attention gave then, [T, N D]; without a gate ``o`` begins with it."""
 
 
+@dataclass
+class _Attended:
+    """What attention gave: the rest of :class:`_Kept` is had again without it."""
+
+    result: Tensor
+    """o's input buffer; with a gate what attention gave, [T, N D]."""
+    attention: tuple[Any, ...]
+
+
 class AttentionBlock(TwoProjections):
     """N heads and K kv heads of D, over any :class:`Pass`."""
 
@@ -52,9 +61,19 @@ class AttentionBlock(TwoProjections):
         self.qkv.fill_extra(n, on.seed, 0)
         kept = self._attend(n, on)
         y = self.o.forward(kept.o)
-        return y, kept if keep is not None and keep >= Keep.ATTENTION else None
+        if keep is None or keep < Keep.ATTENDED:
+            return y, None
+        if keep == Keep.ATTENDED:
+            return y, _Attended(kept.o if kept.attended is None else kept.attended, kept.attention)
+        return y, kept
 
-    def _attend(self, n: Tensor, on: Pass) -> _Kept:
+    def again(self, n: Tensor, on: Pass, keep: Keep, made: Any) -> tuple[Tensor, Any]:
+        """See :meth:`Block.again`."""
+        self.qkv.fill_extra(n, on.seed, 0)
+        kept = self._attend(n, on, made)
+        return self.o.forward(kept.o), kept
+
+    def _attend(self, n: Tensor, on: Pass, made: _Attended | None = None) -> _Kept:
         qkv, part, turn = self.qkv.forward(n), self.part, self._turn(on)
         qkv, gate = self._without_gate(qkv)
         if part.borrows is None:
@@ -64,10 +83,14 @@ class AttentionBlock(TwoProjections):
         if part.lends is not None:
             on.lend(part.lends, k, v)
         self._grow_(q, on)
-        attended, saved = self._attention(on).forward(q, k, v)
-        result = attended.flatten(1)
+        if made is None:
+            attended, saved = self._attention(on).forward(q, k, v)
+            result = attended.flatten(1)
+        else:
+            result, saved = made.result, made.attention
         if gate is None:
-            return _Kept(qkv, q, k, v, rstd, self.o.buffer_of(result, on.seed), saved)
+            o = self.o.buffer_of(result, on.seed) if made is None else result
+            return _Kept(qkv, q, k, v, rstd, o, saved)
         o = self.o.input_buffer(len(result))
         mlp.gated_forward(gate, result, activation="sigmoid", out=o[:, : self.o.inputs])
         self.o.fill_extra(o, on.seed, 0)
@@ -113,9 +136,9 @@ class AttentionBlock(TwoProjections):
         """See :meth:`Block.backward`."""
         if n is not None and fresh:
             self.qkv.fill_extra(n, on.seed, 0)
-        if kept is None:
+        if not isinstance(kept, _Kept):
             assert n is not None
-            kept = self._attend(n, on)
+            kept = self._attend(n, on, kept)
         dqkv = self._attention_backward(self.o.backward(dy, kept.o, on.seed, sinks.get(self.o)), kept, on)
         return self.qkv.backward(dqkv, n, on.seed, sinks.get(self.qkv), need_dx=need_dx)
 
@@ -174,12 +197,15 @@ class AttentionBlock(TwoProjections):
         part, tokens, size = self.part, memory.tokens, self.dtype.itemsize
         # What is lent is there from the forward of its layer to its backward, and its collected gradients with it.
         lent = tokens * 2 * part.kv_heads * part.head_dim if part.lends is not None else 0
-        if keep < Keep.ATTENTION:
+        if keep < Keep.ATTENDED:
             return lent * (size + max(4, size))
-        columns = self.qkv.outputs + self.o.inputs * (1 + part.gated) + self.o.extra
         # The memory-efficient kernel's logsumexp has as many for each document of a run as for the longest.
         efficient = memory.ways[part.kind] == "efficient"
         floats = part.heads * (max(4 * tokens, memory.padded_room) if efficient else tokens)
+        if keep < Keep.ATTENTION:
+            columns = self.o.inputs + (0 if part.gated else self.o.extra)
+            return tokens * columns * size + 4 * floats + lent * (size + max(4, size))
+        columns = self.qkv.outputs + self.o.inputs * (1 + part.gated) + self.o.extra
         normed = part.heads * (part.q_norm is not None)
         if part.borrows is None:
             normed += part.kv_heads * ((part.k_norm is not None) + (part.v_norm is not None))

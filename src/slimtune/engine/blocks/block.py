@@ -27,11 +27,13 @@ class Keep(IntEnum):
 
     INPUT = 0
     """Its input alone; all of the layer but its last product is computed again."""
-    ATTENTION = 1
+    ATTENDED = 1
+    """What attention gave too: of a long document little else costs as much for so few bytes."""
+    ATTENTION = 2
     """Every branch's input and result, and what mixers need (q, k, v, o); feed-forwards and norms again."""
-    GATES = 2
+    GATES = 3
     """What feed-forwards need too (gate and up): only norms are computed again."""
-    ALL = 3
+    ALL = 4
     """The adapters' inputs too: nothing is computed again but act(gate) x up."""
 
 
@@ -205,6 +207,10 @@ class Block(ABC):
             on: The pass.
             keep: What to keep; None: there will be no backward.
         """
+
+    def again(self, n: Tensor, on: Pass, keep: Keep, made: Any) -> tuple[Tensor, Any]:
+        """As :meth:`forward`, which kept ``made`` at :attr:`Keep.ATTENDED`: that isn't computed again."""
+        return self.forward(n, on, keep)
 
     @abstractmethod
     def backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,32 @@ class BranchComputation:
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None, *, own_x: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        on: Pass,
+        keep: Keep | None,
+        *,
+        own_x: bool = False,
+        made: Sequence[Any] = (),
     ) -> tuple[Tensor, Tensor, BranchSaved]:
-        """The stream after it as a pair to be added, both [T, H], and what it kept; ``own_x``: x may be overwritten."""
+        """The stream after it as a pair to be added, both [T, H], and what it kept.
+
+        Args:
+            x: [T, H].
+            residual: [T, H] that is to be added to x first.
+            on: The pass.
+            keep: What to keep; None: there will be no backward.
+            own_x: ``x`` may be overwritten.
+            made: What each block kept at :attr:`Keep.ATTENDED`, where it computes again.
+        """
         branch = self.branch
         saved = self.enter(x, residual, own_x=own_x)
         assert saved.inputs is not None
-        results = [block.forward(n, on, keep) for block, n in zip(self.blocks, saved.inputs, strict=True)]
+        results = [
+            block.forward(n, on, keep) if keep is None or was is None else block.again(n, on, keep, was)
+            for block, n, was in zip(self.blocks, saved.inputs, made or (None,) * len(self.blocks), strict=True)
+        ]
         y = results[0][0]
         for other, _ in results[1:]:
             y.add_(other)
@@ -82,11 +102,16 @@ class BranchComputation:
         others = (self._filled(block, n[:, :hidden]) for block in self.blocks[1:])
         return BranchSaved(s, rstd, (n, *others), fresh=True)
 
-    def again(self, x: Tensor, residual: Tensor | None, on: Pass, *, own_x: bool = False) -> BranchSaved:
-        """What the backward needs that nothing was kept for; the blocks compute again by themselves."""
+    def again(
+        self, x: Tensor, residual: Tensor | None, on: Pass, *, own_x: bool = False, made: Sequence[Any] = ()
+    ) -> BranchSaved:
+        """What the backward needs that nothing was kept for; the blocks compute again by themselves, but for what they
+        have ``made``."""
         if self.branch.norm_after is None:
-            return self.enter(x, residual, own_x=own_x)
-        return self.forward(x, residual, on, Keep.ATTENTION, own_x=own_x)[2]
+            saved = self.enter(x, residual, own_x=own_x)
+            saved.blocks = tuple(made)
+            return saved
+        return self.forward(x, residual, on, Keep.ATTENTION, own_x=own_x, made=made)[2]
 
     @staticmethod
     def _filled(block: Block, n: Tensor) -> Tensor:
@@ -211,7 +236,7 @@ class BranchBlock(Block):
 
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
         """See :meth:`Block.kept_bytes`."""
-        return self.inner.kept_bytes(memory, keep)
+        return self.inner.kept_bytes(memory, keep) if keep >= Keep.ATTENTION else 0
 
     def working_bytes(self, memory: Memory) -> int:
         """See :meth:`Block.working_bytes`."""
