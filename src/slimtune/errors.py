@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 
 __all__ = [
     "GuardStop",
@@ -58,6 +59,8 @@ class SlimtuneError(Exception):
     exit_code = 1
     told = False
     """Another rank of the run shows it to the person."""
+    last: Callable[[], None] | None = None
+    """What the command does once it has said it: other ranks may be waiting for this one."""
 
     def __init__(self, what: str, *, rule: str = "", way_out: str = "") -> None:
         self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)

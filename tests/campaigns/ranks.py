@@ -19,6 +19,12 @@ def as_rank(rank: int, count: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"})
 
 
+def as_rank_of(rank: int, count: int, port: int, cards: str) -> None:
+    """As :func:`as_rank`, on a host with these GPUs."""
+    as_rank(rank, count, port)
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards
+
+
 def as_rank_with(rank: int, count: int, port: int, odd: list[str]) -> None:
     """As :func:`as_rank`; the last rank's command has ``odd`` behind it."""
     from slimtune import cli

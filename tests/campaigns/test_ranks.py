@@ -166,6 +166,19 @@ def test_ranks_that_arent_alike_are_refused_by_name(train: Command, parts: tuple
     assert not run.exists()
 
 
+def test_a_rank_that_never_gets_there_keeps_nobody_waiting(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Three ranks on a host of two GPUs, and no launcher that would end the others."""
+    run = tmp_path / "run"
+    arguments = ["train", *map(str, parts), "-o", str(run), "--gradient-accumulation", "3"]
+    ranks = Ranks(3, arguments, tmp_path / "log", "as_rank_of", cards="0,1")
+    assert ranks.wait(60) == [2, 2, 2], ranks.output()
+    first, second, third = (process.output() for process in ranks.processes)
+    assert first.count("error: rank 2 has no GPU: 3 processes were started on a host with 2") == 1, first
+    assert "rank 2 has no GPU" in third
+    assert not second
+    assert not run.exists()
+
+
 def test_hosts_that_arent_alike_are_refused_by_rank(parts: tuple[Path, Path], tmp_path: Path) -> None:
     """Each is one line at rank 0, and nothing at the other; each rank has its own files under the same names."""
     here, odd_base, odd_data = (tmp_path / name for name in ("here", "odd-base", "odd-data"))

@@ -11,7 +11,7 @@ import torch
 
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.hardware import detect
-from slimtune.ranks import group, presence
+from slimtune.ranks import meeting, presence
 from slimtune.ranks.group import ALONE, together
 from slimtune.ranks.presence import Presence
 
@@ -33,8 +33,11 @@ def test_a_rank_that_never_comes_is_named_as_missing(monkeypatch: pytest.MonkeyP
     told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(group, "JOIN_SECONDS", 1.0)
-    with pytest.raises(UserError, match="rank 0 does not find the others"), together(detect, 60.0):
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 1.0)
+    with (
+        pytest.raises(UserError, match="rank 0 does not find the others: of 2 these did not come: 1"),
+        together(detect, 60.0),
+    ):
         pass
 
 

@@ -171,6 +171,8 @@ def end(error: SlimtuneError, *, debug: bool) -> NoReturn:
         traceback.print_exc()
     if not error.told:
         say_error(error)
+    if error.last is not None:
+        error.last()
     sys.exit(error.exit_code)
 
 

@@ -17,6 +17,7 @@ from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
 from slimtune.config import FREE_KEYS, Config
+from slimtune.ranks.meeting import excused
 from slimtune.ranks.place import take_card, this_place
 from slimtune.run.folder import RunFolder
 from slimtune.training.allocator import growing_segments
@@ -56,24 +57,25 @@ def command(
     first step.
     """
     place = this_place()
-    check_targets(notify)
-    if watch:
-        check_page()
     config: Config | None = None
-    if place.rank == 0:  # whose disk the run is on
-        folder = RunFolder.open(run)
-        config = config_from_flags(config_file or folder.config_file, flags)
-        if place.alone and folder.is_finished(config):
-            say(f"{run} is finished: nothing was changed", err=True)
-            close(folder, as_json=as_json)
-            return
-        spread(gpus, place)
-    elif RunFolder(run).config_file.is_file():
-        config = config_from_flags(config_file or RunFolder(run).config_file, flags)
-    if config is not None:
-        fix_workspace(config)
-    growing_segments()
-    take_card(place)
+    with excused(place):
+        check_targets(notify)
+        if watch:
+            check_page()
+        if place.rank == 0:  # whose disk the run is on
+            folder = RunFolder.open(run)
+            config = config_from_flags(config_file or folder.config_file, flags)
+            if place.alone and folder.is_finished(config):
+                say(f"{run} is finished: nothing was changed", err=True)
+                close(folder, as_json=as_json)
+                return
+            spread(gpus, place)
+        elif RunFolder(run).config_file.is_file():
+            config = config_from_flags(config_file or RunFolder(run).config_file, flags)
+        if config is not None:
+            fix_workspace(config)
+        growing_segments()
+        take_card(place)
 
     with notifying(notify if place.rank == 0 else (), lambda: run), StopSignals(run):
         # Here, as it loads torch, and --help is to answer at once.

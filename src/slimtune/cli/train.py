@@ -20,6 +20,7 @@ from slimtune.cli.notify import option as notify_option
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.cli.watch import beside, check_page
 from slimtune.errors import UserError
+from slimtune.ranks.meeting import excused
 from slimtune.ranks.place import take_card, this_place
 from slimtune.training.allocator import growing_segments
 from slimtune.training.determinism import fix_workspace
@@ -64,17 +65,18 @@ def command(
     """
     if probe and not dry_run:
         raise UserError("--probe goes with --dry-run", way_out="Add --dry-run, or leave --probe out.")
-    config = config_from_flags(config_file, {"model": model, "data": data, **flags})
     place = this_place()
-    check_targets(notify)
-    if watch:
-        check_page()
-    check_training(config if place.rank == 0 else config.model_copy(update={"output": None}))
-    if not dry_run:
-        spread(gpus, place)
-    fix_workspace(config)
-    growing_segments()
-    others = take_card(place)
+    with excused(place):
+        config = config_from_flags(config_file, {"model": model, "data": data, **flags})
+        check_targets(notify)
+        if watch:
+            check_page()
+        check_training(config if place.rank == 0 else config.model_copy(update={"output": None}))
+        if not dry_run:
+            spread(gpus, place)
+        fix_workspace(config)
+        growing_segments()
+        others = take_card(place)
 
     with notifying(notify if place.rank == 0 and not dry_run else (), lambda: config.output), StopSignals():
         # Here, as it loads torch, and --help is to answer at once.

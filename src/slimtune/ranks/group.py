@@ -6,7 +6,6 @@ what crosses between processes is what stands here (decision 118).
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,22 +16,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.hardware import Hardware
 from slimtune.ranks.host import Host, on_host
+from slimtune.ranks.meeting import JOIN_SECONDS, excused, meeting
 from slimtune.ranks.place import Place, this_place, unheard_of
 from slimtune.ranks.presence import Presence
 
 __all__ = ["ALONE", "Ranks", "together"]
 
 T = TypeVar("T")
-JOIN_SECONDS = 600.0
-"""That the ranks have to find each other, a slow disk's imports among them."""
-
-
-_JOINED = itertools.count()
 
 
 class Ranks:
@@ -165,13 +159,14 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
         with unheard_of():
             yield ALONE
         return
-    device = hardware()
-    if device.device == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"rank {place.rank} sees {torch.cuda.device_count()} GPUs",
-            rule="A rank takes one GPU and sees no other; the slimtune command sees to it.",
-            way_out="Before Python starts: export CUDA_VISIBLE_DEVICES=$LOCAL_RANK",
-        )
+    with excused(place):
+        device = hardware()
+        if device.device == "cuda" and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"rank {place.rank} sees {torch.cuda.device_count()} GPUs",
+                rule="A rank takes one GPU and sees no other; the slimtune command sees to it.",
+                way_out="Before Python starts: export CUDA_VISIBLE_DEVICES=$LOCAL_RANK",
+            )
     ranks = _joined(place, device.device, seconds)
     with unheard_of():
         try:
@@ -193,18 +188,9 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
 def _joined(place: Place, device: str, seconds: float) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     limit = timedelta(seconds=max(JOIN_SECONDS, 2 * seconds) if seconds else 7 * 24 * 3600)
-    try:
-        store, rank, count = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
-        # A process may train twice, and the store remembers what the first group wrote into it.
-        store = dist.PrefixStore(f"slimtune-{next(_JOINED)}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    with meeting(place) as store:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=limit)
         return Ranks(place, _presence(place))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"rank {place.rank} does not find the others: {(str(error).splitlines() or [''])[0]}",
-            rule=f"All {place.count} ranks meet at MASTER_ADDR:MASTER_PORT within {JOIN_SECONDS:.0f} s.",
-            way_out="See that rank 0's host is reached under that name from all others.",
-        ) from error
 
 
 def _presence(place: Place) -> Presence:

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError
+from slimtune.errors import SlimtuneError
+from slimtune.ranks.meeting import as_told, word_of
 
 __all__ = ["Presence"]
 
 _GRACE = 10.0
 """Seconds that this process has to end by itself once another is gone."""
-_KINDS = {kind.exit_code: kind for kind in (UserError, GuardStop, StopRequested)}
 
 
 class Presence:
@@ -78,10 +78,7 @@ class Presence:
     def fail(self, error: BaseException) -> None:
         """This rank ends, and so must the others."""
         self._left = True
-        said = error if isinstance(error, SlimtuneError) else None
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if said is None else said.what
-        rest = {} if said is None else {"rule": said.rule, "way_out": said.way_out, "code": said.exit_code}
-        self._tell({"rank": self.rank, "what": what, **rest})
+        self._tell(word_of(self.rank, error))
 
     def check(self) -> None:
         """Stop here if another rank is gone.
@@ -99,9 +96,7 @@ class Presence:
     def error(self) -> SlimtuneError:
         """What became of the rank that is gone."""
         assert self.lost is not None
-        kind = _KINDS.get(self.lost.get("code", 0), StopRequested)
-        what, rule = f"rank {self.lost['rank']}: {self.lost['what']}", self.lost.get("rule", "")
-        return kind(what, rule=rule, way_out=self.lost.get("way_out", "") or self.resume)
+        return as_told(self.lost, self.resume)
 
     def _tell(self, message: dict[str, Any]) -> None:
         for peer in list(self._peers):
