@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import weakref
@@ -246,3 +247,21 @@ def test_too_little_ram_is_said_before_anything_is_loaded(
     assert "--max-length" in (refused.value.way_out or "")
     short = config.model_copy(update={"max_length": 2048, "memory": "1GiB"})
     assert names_in_ram(short, card) == frozenset()
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the length that would do; it does."""
+    card = Hardware("cuda", "a card", 2 * GIB, "bf16", "", 1)
+    monkeypatch.setattr(Hardware, "capability", (8, 0))
+    monkeypatch.setattr(forecast_module, "ram_to_lock", lambda: GIB)
+    config = Config.make(model=str(folder_of("qwen3")), max_length=32768, memory="100MiB")
+    with pytest.raises(UserError, match=r"100MiB is too little: documents of 32,768 tokens take 0\.\d+GiB") as refused:
+        names_in_ram(config, card)
+    found = re.search(r"--max-length (\d+)", refused.value.way_out)
+    assert found is not None
+    assert 0 < int(found[1]) < 32768
+    shorter = config.model_copy(update={"max_length": int(found[1])})
+    names_in_ram(shorter, card)
+    assert Forecaster(shorter).forecast(Card("a card", 2 * GIB, (8, 0)), memory_budget(config)).trains

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from slimtune.config import Config
 from slimtune.errors import UserError
-from slimtune.training.fused import _take_room
+from slimtune.training.fused import _take_room, too_little
 
 GIB = 1 << 30
 
@@ -34,3 +35,15 @@ def test_a_gpu_without_room_is_said_at_once(free: int, monkeypatch: pytest.Monke
             _take_room(engine)
         assert "--memory" in (refused.value.way_out or "")
     assert taken == [2 * GIB]
+
+
+def test_a_memory_that_surely_isnt_enough_is_refused_and_one_that_may_be_isnt() -> None:
+    """Plans are some percent off what is allocated."""
+    config = Config.make(memory="4GiB", max_length=4096)
+    refusal = too_little(config, int(4.3 * GIB), 2048)
+    assert refusal is not None
+    assert refusal.what == "memory: 4GiB is too little: documents of 4,096 tokens take 4.30GiB at least"
+    assert "--max-length 2048" in refusal.way_out
+    assert too_little(config, int(4.1 * GIB)) is None
+    assert too_little(config, None) is None
+    assert too_little(config.model_copy(update={"memory": "auto"}), 5 * GIB) is None

@@ -43,6 +43,7 @@ from slimtune.run.quiet import upstream_to_log
 from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
+from slimtune.training.fused import too_little
 from slimtune.use.rehearse import wanted
 from slimtune.words import told
 
@@ -116,4 +117,6 @@ def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Sc
     if planned.streamed_layers:
         screen.say("memory", streamed_line(planned.streamed_layers, planned.layers, planned.streamed_bytes))
     if not planned.trains:
-        screen.warn(f"memory: {config.memory} is too little for documents of {config.max_length:,} tokens")
+        refusal = too_little(config, planned.nbytes)
+        perhaps = f"memory: {config.memory} is too little for documents of {config.max_length:,} tokens"
+        screen.warn(perhaps if refusal is None else refusal.what)

@@ -44,7 +44,7 @@ from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget, resolve_ranks
 from slimtune.ranks.host import here
 from slimtune.training.floor import Work
-from slimtune.training.fused import why_unfused
+from slimtune.training.fused import too_little, why_unfused
 from slimtune.training.pace import HOST_CARDS, Step, sum_seconds
 
 __all__ = ["Forecast", "Forecaster", "gib", "names_in_ram"]
@@ -330,10 +330,10 @@ def _shown(plan: MemoryPlan, nbytes: int, *, recorded: bool) -> int:
 
 
 def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
-    """Which of the base's parameters go to RAM, known before any is loaded; and that there is RAM for all that must.
+    """Which of the base's parameters go to RAM, known before any is loaded; and that there is room for all that must.
 
     Raises:
-        UserError: The run fits the GPU with more RAM than there is, and not without.
+        UserError: The run fits the GPU with more RAM than there is, and not without; or in no way.
     """
     budget = memory_budget(config)
     if hardware.device != "cuda" or budget is None:
@@ -346,6 +346,11 @@ def names_in_ram(config: Config, hardware: Hardware) -> frozenset[str]:
     if forecaster.unfused is not None:
         return frozenset()
     needed = forecaster.forecast(card, budget)
+    if not needed.trains:
+        longest = forecaster.with_longest(card, budget).longest
+        refusal = too_little(config, needed.nbytes, longest if longest < config.max_length else 0)
+        if refusal is not None:
+            raise refusal
     if needed.trains and not forecaster.forecast(card, budget, ram).trains:
         raise UserError(
             f"documents of {config.max_length:,} tokens take {gib(needed.locked_bytes)} of RAM beside {config.memory} "
