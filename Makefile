@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # What installs the lock. It decides on no version that a run sees, but a new one may read the lock otherwise.
 UV := 0.13.9
 
-.PHONY: demo test lint types imports unit campaigns ranks families tokenizers templates newest floors trl-tests lock clean data-campaign folders
+.PHONY: demo test lint types imports unit campaigns ranks families tokenizers templates newest floors trl-tests lock clean data-campaign folders docs-commands
 
 demo: $(STAMP)
 	$(BIN)/slimtune demo
@@ -57,6 +57,10 @@ data-campaign: $(STAMP)
 	mkdir -p build
 	DATA_CAMPAIGN=5000 DATA_CAMPAIGN_RESULT=build/data-campaign.json \
 		$(BIN)/pytest tests/data/test_campaign.py --override-ini timeout=3600
+
+# Every command of the README and the guides, typed in a terminal as it stands there (half an hour on 2 free cores).
+docs-commands: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.typed $(PAGES)
 
 # Every text-generating architecture of the installed Transformers (an hour on 2 free cores); a second call goes on with
 # what is missing in build/families. The table goes into docs/models.md.

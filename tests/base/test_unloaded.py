@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slimtune.base import unloaded
 from slimtune.base.load import Base, load_base
 from slimtune.base.quantize import bytes_by_part
 from slimtune.base.unloaded import unloaded_base
@@ -109,6 +110,21 @@ def test_a_hub_id_is_asked_for_headers_alone(sharded: Path, monkeypatch: pytest.
     known = unloaded_base("owner/name", dtype=torch.bfloat16, revision="v1")
     assert asked == [("owner/name", "v1")]
     assert known.file_bytes == 2 * 10**9
+
+
+def test_what_the_hubs_cache_has_whole_is_read_there(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "1"
+    shutil.copytree(sharded, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert unloaded._tensors("owner/name", None) == unloaded._tensors(str(sharded), None)
+    next(snapshot.glob("*.safetensors")).unlink()  # a download that was broken off: the hub is asked
+    with pytest.raises(UserError, match="can't be loaded"):
+        unloaded._tensors("owner/name", None)
 
 
 def test_a_hub_that_is_out_of_reach_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

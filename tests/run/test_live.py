@@ -15,6 +15,10 @@ from slimtune.run.history import read_history
 from slimtune.run.live import LiveRun
 from slimtune.run.live_page import language, page, pieces
 from slimtune.run.lock import ask_to_stop, lock_run
+from slimtune.run.pages import in_language
+from slimtune.run.show import inline_html
+from slimtune.run.statement import sentence
+from slimtune.run.verdict import advice_text, general_text, verdict_text
 
 
 def step(number: int, steps: int = 100, **more: Any) -> dict[str, Any]:
@@ -43,6 +47,14 @@ def test_a_finished_run_is_what_the_report_reads(finished_run: RunFolder) -> Non
     assert run.state in ("ended", "worse")
     assert len(run.sampled.prompts) == 3
     assert run.end is None
+    facts = finished_run.facts()
+    verdict, said = facts["verdict"], pieces([run], "en")["state-0"]
+    say = in_language("en")
+    told = verdict_text(verdict, facts["training"], say), advice_text(verdict, say), general_text(verdict, say)
+    assert all(inline_html(sentence(text)) in said for text in told)
+    assert "篇留出的文档上" in pieces([run], "zh")["state-0"]
+    run.facts = {**run.facts, "verdict": {**verdict, "start": {}}}
+    assert "its files are damaged" in pieces([run], "en")["state-0"]
 
 
 def test_lines_are_taken_as_they_come_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> None:

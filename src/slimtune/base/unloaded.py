@@ -1,7 +1,8 @@
 """A model before its weights are there: its config, the headers of its files, and what it will weigh.
 
-Nothing but headers is read: of a local folder through safetensors, of a hub id by requests for the first bytes of each
-file (:func:`huggingface_hub.get_safetensors_metadata`), a few megabytes for any model.
+Nothing but headers is read: of a local folder and of what lies in the hub's cache through safetensors, of other hub ids
+by requests for the first bytes of each file (:func:`huggingface_hub.get_safetensors_metadata`), a few megabytes for any
+model.
 """
 
 from __future__ import annotations
@@ -115,7 +116,20 @@ def unloaded_base(
 
 
 def _tensors(source: str, revision: str | None) -> list[tuple[int, int]]:
-    return _local_tensors(Path(source)) if Path(source).is_dir() else _hub_tensors(source, revision)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(source, revision)
+    return _hub_tensors(source, revision) if folder is None else _local_tensors(folder)
+
+
+def _downloaded(source: str, revision: str | None) -> Path | None:
+    """Where the hub's cache has all of a model's weights; None where it hasn't."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with upstream_errors(source):
+        one, index = (try_to_load_from_cache(source, name, revision=revision) for name in (_ONE, _INDEX))
+    if isinstance(index, str):
+        folder = Path(index).parent
+        return folder if all((folder / name).is_file() for name in _weight_map(Path(index)).values()) else None
+    return Path(one).parent if isinstance(one, str) else None
 
 
 def _local_tensors(folder: Path) -> list[tuple[int, int]]:

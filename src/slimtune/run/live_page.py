@@ -22,7 +22,9 @@ from slimtune.run.live import HEARS, LiveRun, State
 from slimtune.run.pages import events_told, in_language, template
 from slimtune.run.samples import samples_told
 from slimtune.run.screen import size_text, time_left
-from slimtune.run.statement import Lang, Say, is_finite
+from slimtune.run.show import inline_html
+from slimtune.run.statement import Lang, Say, is_finite, sentence
+from slimtune.run.verdict import advice_text, general_text, verdict_text
 
 __all__ = ["language", "page", "pieces"]
 
@@ -87,19 +89,20 @@ def _told(number: int, run: LiveRun, say: Say) -> tuple[dict[str, str], list[Cha
     """One run's pieces, and its charts; None where they can't be drawn."""
     parts, newest = _parts(), run.history.events[: -_MOST_EVENTS - 1 : -1]
     made = {f"{name}-{number}": "" for name in ("tiles", "events", "samples")}
-    drawn, problem = None, run.problem
+    drawn, problem, verdict = None, run.problem, Markup("")
     if not problem:
         try:
             with damage_told(run.path):
                 drawn = charts(run.history, say)
                 made[f"tiles-{number}"] = str(parts.tiles(_tiles(run, say)))
                 made[f"events-{number}"] = str(parts.events(say, events_told(newest, say)))
+                verdict = _verdict(run, say)
         except UserError as error:
             drawn, problem = None, error.what
     if run.sampled.prompts:
         told = samples_told(run.sampled, say)
         made[f"samples-{number}"] = str(parts.samples(say, run.sampled.prompts, told))
-    made[f"state-{number}"] = _state(run, "damaged" if problem else run.state, problem, say)
+    made[f"state-{number}"] = _state(run, "damaged" if problem else run.state, problem, say) + str(verdict)
     made[f"stop-{number}"] = _stop(number, run, say)
     return made, drawn
 
@@ -113,6 +116,17 @@ def _state(run: LiveRun, state: State, problem: str, say: Say) -> str:
     base = (run.facts.get("base") or {}).get("model") or ""
     text = Markup('<p class="subtitle">{}</p><p class="verdict {}">{}</p>').format(base, kind, say(*_STATES[state]))
     return str(text + Markup('<p class="subtitle">{}</p>').format(problem) if problem else text)
+
+
+def _verdict(run: LiveRun, say: Say) -> Markup:
+    """What became of the model, once the run is done: as the report says it."""
+    verdict = run.facts.get("verdict")
+    if run.state not in ("ended", "worse") or not verdict:
+        return Markup("")
+    told = [verdict_text(verdict, run.facts["training"], say), advice_text(verdict, say), general_text(verdict, say)]
+    if verdict["outcome"] == "unmeasured":
+        told[0] = say("Not measured: ", "未测量：") + told[0]
+    return Markup("").join(Markup("<p>{}</p>").format(Markup(inline_html(sentence(text)))) for text in told if text)
 
 
 def _stop(number: int, run: LiveRun, say: Say) -> str:
