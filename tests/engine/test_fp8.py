@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
+from slimtune.engine import fp8 as fp8_module
 from slimtune.engine.decoder import Keep
 from slimtune.engine.fp8 import Fp8Weight, pays
 from slimtune.engine.kernels import fp8
@@ -21,11 +22,13 @@ from slimtune.engine.weights import Gradients, Site
 from tests.engine import models
 
 COUNT = 40
+CHANNELS = 16
 
 
 @pytest.fixture(autouse=True)
 def _small_shapes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
+    monkeypatch.setattr(fp8_module, "channels", lambda *shape: CHANNELS)
 
 
 def make_model(family: str = "qwen2", **options: object) -> nn.Module:
@@ -59,8 +62,9 @@ def test_a_projection_is_its_formula() -> None:
     dx = site.backward(dy, buffer, None, sink)
     assert dx is not None
 
-    weight = torch.empty(site.outputs, site.inputs, dtype=fp8.E4M3)
-    eight.write(weight, None)
+    operand = torch.empty(site.outputs, site.inputs + 2 * CHANNELS, dtype=fp8.E4M3)
+    eight.write(operand, None)
+    weight = operand[:, : site.inputs]
     wide = weight.double() * eight.scales.double()[:, None]
     apart = rms(wide - torch.cat([dense(linear, torch.float32) for linear in site.projection.linears])) / rms(wide)
     assert 0.005 < apart < 0.03, "a rounding to e4m3"
@@ -68,8 +72,12 @@ def test_a_projection_is_its_formula() -> None:
     up = torch.block_diag(*(adapter.b.detach() * adapter.scaling for adapter in site.projection.adapters))
     bias = torch.cat([linear.bias for linear in site.projection.linears])
     u, du = (x.double() @ down.t()).bfloat16().double(), (dy.double() @ up.bfloat16().double())
-    x8, scales = fp8.quantize(x)
-    want = (x8.double() * scales) @ wide.t() + u @ up.bfloat16().double().t() + bias.bfloat16().double()
+    x8, scales = fp8.quantize(x, again=eight.again)
+    want = (
+        (x8.double() * scales) @ (operand.double() * eight.scales.double()[:, None]).t()
+        + u @ up.bfloat16().double().t()
+        + bias.bfloat16().double()
+    )
     # The frozen product is rounded once, and the sum once more.
     assert rms(y - want) < 0.004 * rms(want)
     dy8, scales = fp8.quantize(dy, factors=eight.scales)
@@ -179,9 +187,44 @@ def test_evaluation_is_in_16_bits_and_leaves_nothing_behind(kept: bool) -> None:
     assert torch.equal(engine.evaluate(batch)[0], want)
 
 
-def test_a_weight_takes_what_it_takes_in_16_bits() -> None:
+def test_a_weight_takes_what_it_takes_in_16_bits_and_two_bytes_a_chosen_channel() -> None:
     model = make_model()
-    assert make_engine(model).plan.kept_bytes == make_engine(model, fp8=False).plan.kept_bytes
+    engine = make_engine(model)
+    columns = 2 * CHANNELS * sum(site.outputs for layer in engine.layers for site in layer.sites)
+    assert engine.plan.kept_bytes - columns == make_engine(model, fp8=False).plan.kept_bytes
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "anew"])
+def test_the_channels_that_weigh_most_are_chosen_and_multiplied_nearly_exactly(kept: bool) -> None:
+    model = make_model()
+    engine, batch = make_engine(model), models.pack()
+    for layer in () if kept else engine.layers:
+        for site in layer.sites:
+            site._kept = None
+    heavy = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:CHANNELS].sort().values
+    for layer in engine.decoder.backbone.layers:
+        layer.input_layernorm.weight.data[heavy] *= 50.0
+    site: Site = engine.layers[0].sites[0]
+    x = torch.randn(64, site.inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[:, heavy] *= 50.0
+
+    def apart() -> float:
+        in_fp8 = site.products(x, torch.ones(64, site.outputs).bfloat16())[0].clone()
+        with engine.in_16_bits():
+            in_16_bits = site.products(x, torch.ones(64, site.outputs).bfloat16())[0]
+        return rms(in_fp8 - in_16_bits) / rms(in_16_bits)
+
+    before = apart()
+    engine.choose_channels(batch)
+    assert engine.state_dict()["channels"][next(iter(engine.state_dict()["channels"]))] == heavy.tolist()
+    assert before > 0.02
+    assert apart() < 0.2 * before
+    gradients = gradients_of(engine, model)
+    again = make_engine(model)
+    assert not all(torch.equal(gradients[name], value) for name, value in gradients_of(again, model).items())
+    again.load_state_dict(json.loads(json.dumps(engine.state_dict())))
+    assert all(torch.equal(gradients[name], value) for name, value in gradients_of(again, model).items())
+    assert again.state_dict()["channels"] == engine.state_dict()["channels"]
 
 
 def test_what_is_not_in_nf4_stays_in_16_bits() -> None:

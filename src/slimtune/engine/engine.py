@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,23 +179,23 @@ class Engine:
         )
         return taken / sum(block.products for layer in self.layers for block in layer.blocks)
 
-    @contextmanager
-    def in_16_bits(self) -> Iterator[None]:
-        """While the body runs, nothing is multiplied in FP8. No graph may be recorded or replayed meanwhile."""
-        before, self._fp8.on = self._fp8.on, False
-        try:
-            yield
-        finally:
-            self._fp8.on = before
+    def choose_channels(self, batch: Mapping[str, Any]) -> None:
+        """Choose what products in FP8 take in of what rounding lost: the channels that weigh most in a batch.
 
-    @contextmanager
-    def counting_lost(self) -> Iterator[Fp8]:
+        Args:
+            batch: As :meth:`evaluate` takes it; several ranks choose the same channels by the same batch.
+        """
+        if self.fp8_share:
+            with self._fp8.choosing():
+                self.evaluate(batch)
+
+    def in_16_bits(self) -> AbstractContextManager[None]:
+        """While the body runs, nothing is multiplied in FP8. No graph may be recorded or replayed meanwhile."""
+        return self._fp8.off()
+
+    def counting_lost(self) -> AbstractContextManager[Fp8]:
         """While the body runs, what gradients lose in FP8 is counted; no graph may be recorded or replayed."""
-        self._fp8.counted = []
-        try:
-            yield self._fp8
-        finally:
-            self._fp8.counted = None
+        return self._fp8.counting()
 
     @torch.no_grad()
     def products_in_both(self, rows: int = 64) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:
@@ -216,7 +216,7 @@ class Engine:
                 in_fp8 = site.products(x, dy)
                 with self.in_16_bits():
                     in_16_bits = site.products(x, dy)
-                yield ", ".join(linear.name for linear in site.projection.linears), in_fp8, in_16_bits
+                yield site.name, in_fp8, in_16_bits
 
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
@@ -589,10 +589,11 @@ class Engine:
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, int]:
-        """What the dropout masks of the next micro-batch depend on."""
-        return {"seed": self.seed, "draws": self.draws}
+    def state_dict(self) -> dict[str, Any]:
+        """What the dropout masks of the next micro-batch depend on, and the channels that were chosen in FP8."""
+        return {"seed": self.seed, "draws": self.draws, "channels": self._fp8.chosen}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on drawing the masks that would have come next."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on drawing the masks that would have come next, with those channels."""
         self.seed, self.draws = state["seed"], state["draws"]
+        self._fp8.take(state.get("channels", {}))

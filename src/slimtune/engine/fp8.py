@@ -4,14 +4,19 @@ W in FP8 can carry no adapter and no bias: those stay in 16 bits, and are added 
 
     y = x8 · W8ᵀ + [u | 1 | 0] · [sB | bias | 0]ᵀ          dx = dy8 · W8          du = dy · sB
 
-A buffer of 16 bits for [W | sB | bias | 0] holds exactly W8, its transpose, and [sB | bias | 0]: a weight takes the
-same memory in either precision, and evaluation, which is in 16 bits, takes the same buffers by turns.
+Of the channels that weigh most x8 and W8 have in further columns what rounding lost (the kernels' reference says how),
+in the forward alone: what is lost on the way back is noise, what is lost in the forward is another model's loss.
+
+A buffer of 16 bits for [W | sB | bias | 0 | C] holds exactly W8 with its further columns, its transpose, and
+[sB | bias | 0]: but for C columns a weight takes the same memory in either precision, and evaluation, which is in 16
+bits, takes the same buffers by turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,7 +25,7 @@ from torch import Tensor
 from slimtune.engine.kernels import fp8
 from slimtune.engine.kernels.formats import Nf4Weight
 
-__all__ = ["Fp8", "Fp8Weight", "Lost", "Rows", "pays"]
+__all__ = ["Fp8", "Fp8Weight", "Lost", "Rows", "channels", "pays"]
 
 Rows = tuple[Tensor, Tensor]
 """Rows of e4m3, and their scales."""
@@ -34,11 +39,23 @@ _INPUTS, _OUTPUTS, _WEIGHTS, _PRODUCTS = 2048, 1024, 1 << 22, 1 << 33
 so was it on an H200, of nine shapes at 256 to 8,192 tokens (benchmarks/results/2026-11-29-fp8-shapes-h200.json). With
 these both take the same; 2,048 x 512 and 1,024 x 3,072 never gained, and by their slopes 1,024 x anything doesn't."""
 
+_CHANNELS = 64
+"""Channels whose losses are taken in come by so many: two columns each make a tile's 128."""
+
 
 def pays(tokens: int, inputs: int, outputs: int) -> bool:
     """Whether a product of this shape is faster in FP8, with all that it needs beside it."""
     weights = inputs * outputs
     return inputs >= _INPUTS and outputs >= _OUTPUTS and weights >= _WEIGHTS and tokens * weights >= _PRODUCTS
+
+
+def channels(inputs: int, outputs: int) -> int:
+    """Of how many input channels a product of this shape takes in what rounding lost.
+
+    A channel's two columns cost two of all outputs. So a product with few outputs has more of them.
+    """
+    wanted = max(_CHANNELS, round(2 * inputs / outputs) * _CHANNELS)
+    return min(wanted, inputs // _MULTIPLE * _MULTIPLE)
 
 
 class Lost(NamedTuple):
@@ -61,6 +78,48 @@ class Fp8:
     """Off: in 16 bits."""
     counted: list[tuple[Tensor, Tensor]] | None = None
     """Where what gradients lose is counted, if it is."""
+    weighing: bool = False
+    """Whether each weight is told what it multiplies in 16 bits (:meth:`Fp8Weight.weigh`)."""
+    weights: dict[str, Fp8Weight] = field(default_factory=dict)
+    """By the names of their linear layers."""
+    chosen: dict[str, list[int]] = field(default_factory=dict)
+    """Of each weight the channels that were chosen; empty before."""
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While the body runs, nothing is multiplied so."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    @contextmanager
+    def counting(self) -> Iterator[Fp8]:
+        """While the body runs, what gradients lose is counted."""
+        self.counted = []
+        try:
+            yield self
+        finally:
+            self.counted = None
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """The body multiplies each weight in 16 bits; then the channels are taken that weighed most in it."""
+        self.weighing = True
+        try:
+            yield
+        finally:
+            self.weighing = False
+        self.take({name: weight.heaviest() for name, weight in self.weights.items()})
+
+    def take(self, chosen: Mapping[str, list[int]]) -> None:
+        """Take in what rounding lost of these channels. A weight that isn't named was in 16 bits when they were chosen,
+        and keeps its own."""
+        for name, weight in self.weights.items():
+            if name in chosen and chosen[name] != self.chosen.get(name):
+                self.chosen[name] = chosen[name]
+                weight.take(chosen[name])
 
     def quantize(self, dy: Tensor, factors: Tensor) -> Rows:
         """A gradient's rows in e4m3 and their scales."""
@@ -92,6 +151,11 @@ class Fp8Weight:
         """float32 [outputs]."""
         self.ones = torch.ones(inputs, dtype=torch.float32, device=self.scales.device)
         """The transpose's: the weight's own are in dy."""
+        self.again = torch.arange(channels(inputs, self.outputs), dtype=torch.int32, device=self.scales.device)
+        """int32 [C], the channels whose losses come behind: the first ones until they are chosen."""
+        self.kept: Tensor | None = None
+        """W8 with its further columns, where that is held."""
+        self._energy: Tensor | None = None
 
     @staticmethod
     def takes(parts: Sequence[Nf4Weight]) -> bool:
@@ -102,23 +166,52 @@ class Fp8Weight:
         )
 
     def views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W8 [outputs, inputs], its transpose [inputs, outputs] and [sB | bias | 0] [outputs, extra] of a buffer.
+        """W8 [outputs, inputs + 2 C], its transpose [inputs, outputs], [sB | bias | 0] [outputs, extra] of a buffer.
 
         Args:
-            buffer: Of 16 bits, [outputs, inputs + extra].
+            buffer: Of 16 bits, [outputs, inputs + extra + C].
         """
-        size, flat = self.outputs * self.inputs, buffer.view(-1)
-        weight, turned = flat[:size].view(fp8.E4M3).view(2, size)
-        beside = flat[size:].view(self.outputs, buffer.shape[1] - self.inputs)
-        return weight.view(self.outputs, self.inputs), turned.view(self.inputs, self.outputs), beside
+        count, flat = len(self.again), buffer.view(-1)
+        size = self.outputs * (self.inputs + count)
+        eighths, beside = flat[:size].view(fp8.E4M3), flat[size:]
+        wide = self.outputs * (self.inputs + 2 * count)
+        weight, turned = eighths[:wide].view(self.outputs, -1), eighths[wide:].view(self.inputs, -1)
+        return weight, turned, beside.view(self.outputs, buffer.shape[1] - self.inputs - count)
+
+    def weigh(self, x: Tensor, weight: Tensor) -> None:
+        """Add what each channel puts into a product in 16 bits: its inputs' squares times its weights'.
+
+        Args:
+            x: [rows, inputs].
+            weight: [outputs, inputs].
+        """
+        own, other = (torch.linalg.vector_norm(each, dim=0, dtype=torch.float32) for each in (x, weight))
+        energy = (own * other).square()
+        self._energy = energy if self._energy is None else self._energy + energy
+
+    def heaviest(self) -> list[int]:
+        """The channels that weigh most in all that was weighed since it was asked last, in order."""
+        assert self._energy is not None
+        # Stable, so that of equal ones the first are taken wherever this is done again.
+        order = self._energy.sort(descending=True, stable=True).indices
+        self._energy = None
+        heaviest: list[int] = order[: len(self.again)].sort().values.tolist()
+        return heaviest
+
+    def take(self, chosen: Sequence[int]) -> None:
+        """Take in what rounding lost of these channels, in the weight that is kept too."""
+        self.again.copy_(torch.tensor(chosen, dtype=torch.int32))
+        if self.kept is not None:
+            self.write(self.kept, None)
 
     def write(self, weight: Tensor | None, turned: Tensor | None) -> None:
-        """Write W8, its transpose, or both."""
+        """Write W8 with its further columns, its transpose, or both."""
         row = 0
         for part in self._parts():
             rows = slice(row, row + part.shape[0])
             fp8.from_nf4(
                 part.packed, part.absmax, self.scales[rows], shape=part.shape, nested=part.nested,
                 out=None if weight is None else weight[rows], turned=None if turned is None else turned[:, rows],
+                again=self.again,
             )  # fmt: skip
             row = rows.stop

@@ -109,8 +109,13 @@ class Site:
         if self.dtype != torch.bfloat16 or len(found) < len(self.projection.linears) or not Fp8Weight.takes(found):
             return False
         # Asked for anew at each use: a streamed layer's lie now here, now there.
-        self._fp8 = Fp8Weight(self._nf4_weights, self.inputs, switch)
+        self._fp8 = switch.weights[self.name] = Fp8Weight(self._nf4_weights, self.inputs, switch)
         return True
+
+    @property
+    def name(self) -> str:
+        """Of its linear layers."""
+        return ", ".join(linear.name for linear in self.projection.linears)
 
     def _nf4_weights(self) -> list[Nf4Weight]:
         """Those of its linear layers that are NF4."""
@@ -121,6 +126,11 @@ class Site:
     def in_fp8(self) -> Fp8Weight | None:
         """The weight that is multiplied in FP8 just now; None: in the compute dtype."""
         return self._fp8 if self._fp8 is not None and self._fp8.switch.on else None
+
+    @property
+    def columns(self) -> int:
+        """Of the buffer that holds its weight: inputs, extra ones, and in FP8 a channel's two further ones."""
+        return self.inputs + self.extra + (0 if self._fp8 is None else len(self._fp8.again))
 
     @property
     def fp8_columns(self) -> int:
@@ -161,17 +171,17 @@ class Site:
     @property
     def kept_bytes(self) -> int:
         """Bytes that :meth:`keep` takes."""
-        return 0 if self.shared is not None else self.outputs * (self.inputs + self.extra) * self.dtype.itemsize
+        return 0 if self.shared is not None else self.outputs * self.columns * self.dtype.itemsize
 
     def keep(self) -> None:
         """Hold the weight in the compute dtype from now on, instead of making it anew at each use."""
         if self._kept is None and self.shared is None:
-            buffer = torch.zeros(self.outputs, self.inputs + self.extra, dtype=self.dtype, device=self.device)
+            buffer = torch.zeros(self.outputs, self.columns, dtype=self.dtype, device=self.device)
             if self._fp8 is None:
                 self._fill_frozen(buffer)
             else:
-                weight, turned, beside = self._fp8.views(buffer)
-                self._fp8.write(weight, turned)
+                self._fp8.kept, turned, beside = self._fp8.views(buffer)
+                self._fp8.write(self._fp8.kept, turned)
                 self._fill_bias(beside)
             self._kept = buffer
 
@@ -187,7 +197,7 @@ class Site:
             return self.shared
         if self._kept is not None and self._fp8 is None:
             return self._kept
-        buffer = self._buffer()
+        buffer = self._buffer()[:, : self.inputs + self.extra]
         if self._fp8 is not None:  # it has held FP8's views, and some of the columns are written by nobody
             buffer[:, self.inputs :].zero_()
         self._fill_frozen(buffer)
@@ -206,7 +216,7 @@ class Site:
         return across if turned else upright, beside
 
     def _buffer(self) -> Tensor:
-        return self._scratch.get((self.outputs, self.inputs + self.extra), self.dtype, self.device)
+        return self._scratch.get((self.outputs, self.columns), self.dtype, self.device)
 
     def _fill_frozen(self, buffer: Tensor) -> None:
         row = 0
@@ -296,16 +306,19 @@ class Site:
         Args:
             x: The buffer; None only beside ``eighths``, where there are no extra columns.
             out: [rows, outputs] that takes y.
-            eighths: x's first columns in FP8, where they are made already.
+            eighths: x's first columns in FP8 and what comes behind them, where they are made already.
         """
         eight = self.in_fp8
         if eight is None:
             assert x is not None
-            return torch.mm(x, self.weight().t()) if out is None else torch.mm(x, self.weight().t(), out=out)
+            own = self.weight()
+            if self._fp8 is not None and self._fp8.switch.weighing:
+                self._fp8.weigh(x[:, : self.inputs], own[:, : self.inputs])
+            return torch.mm(x, own.t()) if out is None else torch.mm(x, own.t(), out=out)
         weight, beside = self._weight_in_fp8(eight, turned=False)
         if eighths is None:
             assert x is not None
-            eighths = fp8.quantize(x[:, : self.inputs])
+            eighths = fp8.quantize(x[:, : self.inputs], again=eight.again)
         y = fp8.product(*eighths, weight, eight.scales, out=out)
         if self.extra:
             assert x is not None

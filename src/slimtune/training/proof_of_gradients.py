@@ -79,6 +79,7 @@ def prove_step(trainer: Any, texts: Sequence[Tokens], config: Config, say: Calla
         say("gradients", why)
     if trainer.engine is not None and config.precision == "fp8":
         _, room, longest = how
+        trainer.engine.choose_channels(trainer.data.batch(0))  # every rank's data begin with the same micro-batch
         trainer.fp8_pack = beside_others(text_of(texts[0], min(room, longest)), room)
         say("fp8", prove_precision(trainer, trainer.fp8_pack))
     return own_head

@@ -123,14 +123,18 @@ def launch_fp8() -> None:
         shape, blocks = (32, columns), 32 * columns // 64
         packed, scales = zeros(32 * columns // 2, dtype=torch.uint8), zeros(32, dtype=f32)
         nested = nf4.NestedScales(zeros(blocks // 256, dtype=f32), zeros(256, dtype=f32), zeros(dtype=f32))
-        out = zeros(*shape, dtype=fp8.E4M3)
+        again = zeros(64, dtype=torch.int32)
+        out, wider = (zeros(32, columns + more, dtype=fp8.E4M3) for more in (0, 2 * again.numel()))
         for codes, over in ((zeros(blocks, dtype=torch.uint8), nested), (zeros(blocks, dtype=f32), None)):
             fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, out=out)
             fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, turned=out.t().contiguous())
+            fp8.from_nf4(packed, codes, scales, shape=shape, nested=over, out=wider, again=again)
         fp8.quantize(zeros(*shape), factors=zeros(columns, dtype=f32))
+        fp8.quantize(zeros(*shape), again=again)
         gates, factors = zeros(64, 2 * columns).chunk(2, dim=1), zeros(2 * columns, dtype=f32)
         h = zeros(64, columns)
         mlp_fp8.gated_forward(*gates, out=h)
+        mlp_fp8.gated_forward(*gates, again=again)
         mlp_fp8.gated_backward(h, *gates, factors, in_place=True)
 
 

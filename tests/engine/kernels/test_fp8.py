@@ -93,3 +93,35 @@ def test_forward_and_backward_multiply_with_the_same_numbers(make: Maker) -> Non
         y = fp8.product(*given, operand, own).double()
         # Each factor of a sum is off by up to 1/16 at random: 2.6 % of what the sum's terms add up to in squares.
         assert (y - want).square().mean().sqrt() < 0.03 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_what_rounding_lost_comes_behind(make: Maker, double: bool) -> None:
+    """Of some channels the product has what both factors lost, up to what is lost twice."""
+    shape, count = (144, 576), 40
+    arguments, weight = quantised(make, shape, double=double)
+    x = make(9, 576)
+    again = torch.randperm(576, generator=make.generator)[:count].int().to(x.device)
+    scales = fp8.row_scales(arguments["absmax"], shape[0], nested=arguments["nested"])
+    place = torch.empty(shape[0], shape[1] + 2 * count, device=x.device).fill_(7.0).to(fp8.E4M3)
+    fp8.from_nf4(**arguments, scales=scales, shape=shape, out=place, again=again)
+    x8, x_scales = fp8.quantize(x, again=again)
+    exact, wide = (x.float() / x_scales).double(), x8.double()
+    weight, own = (weight / scales[:, None]).double(), place.double()
+    assert torch.equal(x8[:, :576].float(), fp8.quantize(x)[0].float())
+    assert torch.equal(place[:, :576].float(), written(arguments, scales, shape, "out")["out"])
+    assert torch.equal(wide[:, 576:][:, :count], wide[:, again])
+    assert torch.equal(own[:, 576:][:, count:], own[:, again])
+    least = 2.0**-10 * 1.001
+    lost = exact[:, again] - wide[:, again]
+    assert ((wide[:, 576 + count :] - lost).abs() <= EPS * lost.abs() + least).all()
+    lost = weight[:, again] - own[:, again]
+    assert ((own[:, 576:][:, :count] - lost).abs() <= EPS * lost.abs() + least).all()
+    more = wide @ own.t() - wide[:, :576] @ own[:, :576].t()
+    kept = (
+        wide[:, again] @ (weight - own[:, :576])[:, again].t() + (exact - wide[:, :576])[:, again] @ own[:, again].t()
+    )
+    assert (more - kept).square().mean().sqrt() < 0.03 * kept.square().mean().sqrt()
+    y = fp8.product(x8, x_scales, place, scales).double()
+    want = (wide @ own.t()) * x_scales.double() * scales.double()
+    assert (y - want).square().mean().sqrt() < 0.003 * want.square().mean().sqrt()

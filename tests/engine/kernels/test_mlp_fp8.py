@@ -29,6 +29,8 @@ def test_forward(make: Maker, activation: mlp.Activation) -> None:
     same(mlp_fp8.gated_forward(gate, up, activation=activation, out=h), fp8.quantize(want))
     assert torch.allclose(h, want, rtol=0 if h.is_cpu else 2**-7)
     assert torch.isnan(h._base[:, SIZE:]).all()
+    again = torch.tensor([3, SIZE - 1, 700], dtype=torch.int32, device=h.device)
+    same(mlp_fp8.gated_forward(gate, up, activation=activation, again=again), fp8.quantize(want, again=again))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)

@@ -179,7 +179,7 @@ class Block(ABC):
     def scratch(self) -> dict[tuple[int, ...], int]:
         """Bytes of the buffers that its weights are made anew in, by shape: others of a shape use the same."""
         return {
-            **{(site.outputs, site.inputs + site.extra): site.kept_bytes for site in self.sites},
+            **{(site.outputs, site.columns): site.kept_bytes for site in self.sites},
             **{stack.shape: stack.kept_bytes for stack in self.stacks},
         }
 

@@ -44,14 +44,15 @@ class MlpBlock(TwoProjections):
 
     def _hidden(self, gates: Tensor, on: Pass, number: int) -> tuple[Tensor | None, Rows | None]:
         """down's input buffer, and its first columns in FP8; one of them where down reads no more."""
-        halves, activation = gates.chunk(2, dim=1), self.part.activation
-        if self.down.in_fp8 is not None and not self.down.extra:
-            return None, mlp_fp8.gated_forward(*halves, activation=activation)
+        halves, activation, eight = gates.chunk(2, dim=1), self.part.activation, self.down.in_fp8
+        if eight is not None and not self.down.extra:
+            return None, mlp_fp8.gated_forward(*halves, activation=activation, again=eight.again)
         h, eighths = self.down.input_buffer(gates.shape[0]), None
-        if self.down.in_fp8 is None:
-            mlp.gated_forward(*halves, activation=activation, out=h[:, : self.down.inputs])
+        first = h[:, : self.down.inputs]
+        if eight is None:
+            mlp.gated_forward(*halves, activation=activation, out=first)
         else:
-            eighths = mlp_fp8.gated_forward(*halves, activation=activation, out=h[:, : self.down.inputs])
+            eighths = mlp_fp8.gated_forward(*halves, activation=activation, out=first, again=eight.again)
         self.down.fill_extra(h, on.seed, number)
         return h, eighths
 

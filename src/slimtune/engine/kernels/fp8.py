@@ -8,6 +8,9 @@ Layout: the product wants both operands' summed dimension contiguous. So the for
 the backward [in_features, out_features]; a pass over the 4 bits writes either. A program of the weight's
 takes a tile, one of the activations' a row, which stays in registers.
 
+What comes behind the numbers of a row (:mod:`slimtune.engine.kernels.reference_fp8`) is a gather of a few of its
+channels, which the row's own program reads once more from the cache. A weight's is a launch of its own.
+
 Dtype traps: NF4's largest code is 1, so that a row's largest weight is its largest block scale, known without looking
 at a code. A conversion to e4m3 doesn't overflow: what is above 448 by a rounding becomes 448.
 """
@@ -34,15 +37,24 @@ def row_scale(most: tl.tensor) -> tl.tensor:
 
 
 @jit
+def number_or_lost(exact: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """In e4m3 the number where that is asked for, and otherwise what its rounding takes away."""
+    return tl.where(number, exact, exact - exact.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv)
+
+
+@jit
 def _quantize(
     x: tl.tensor,
     factors: tl.tensor,
+    again: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
     x_stride: int,
     size: int,
+    count: int,
     WITH_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -53,8 +65,57 @@ def _quantize(
         value *= tl.load(factors + columns, mask=mask, other=0.0)
     scale = row_scale(tl.max(tl.abs(value), axis=0))
     tl.store(scales + row, scale)
-    value = value * tl.div_rn(1.0, scale)
-    tl.store(out + row * size + columns, value.to(tl.float8e4nv), mask=mask)
+    inverse = tl.div_rn(1.0, scale)
+    out += row * (size + 2 * count)
+    tl.store(out + columns, (value * inverse).to(tl.float8e4nv), mask=mask)
+    if AGAIN > 0:
+        each = tl.arange(0, AGAIN)
+        channel = tl.load(again + each % count, mask=each < 2 * count, other=0)
+        value = tl.load(x + row * x_stride + channel).to(tl.float32)
+        if WITH_FACTORS:
+            value *= tl.load(factors + channel)
+        tl.store(out + size + each, number_or_lost(value * inverse, each < count), mask=each < 2 * count)
+
+
+@jit
+def _again_from_nf4(
+    packed: tl.tensor,
+    absmax: tl.tensor,
+    code: tl.tensor,
+    nested_absmax: tl.tensor,
+    nested_code: tl.tensor,
+    nested_offset: tl.tensor,
+    scales: tl.tensor,
+    again: tl.tensor,
+    out: tl.tensor,
+    rows: int,
+    size: int,
+    count: int,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    each = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_r, inside_c = row < rows, each < 2 * count
+    mask = inside_r[:, None] & inside_c[None, :]
+    channel = tl.load(again + each % count, mask=inside_c, other=0)
+    place = row.to(tl.int64)[:, None] * size + channel[None, :]
+    block = place // BLOCK_SIZE
+    if NESTED:
+        level = tl.load(nested_code + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
+        scale = level * tl.load(nested_absmax + block // NESTED_BLOCK, mask=mask, other=0.0)
+        scale += tl.load(nested_offset)
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    scale *= tl.div_rn(1.0, tl.load(scales + row, mask=inside_r, other=1.0))[:, None]
+    both = tl.load(packed + place // 2, mask=mask, other=0).to(tl.int32)
+    values = tl.load(code + ((both >> ((1 - channel % 2) * 4)[None, :]) & 0xF))
+    number = (each >= count)[None, :] & inside_r[:, None]
+    behind = out + row.to(tl.int64)[:, None] * (size + 2 * count) + size + each[None, :]
+    tl.store(behind, number_or_lost(values * scale, number), mask=mask)
 
 
 @jit
@@ -109,17 +170,18 @@ def _from_nf4(
         tl.store(place, tile, mask=inside_r[:, None] & inside_c[None, :])
 
 
-def quantize(x: Tensor, *, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, factors: Tensor | None = None, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`slimtune.engine.kernels.reference_fp8.quantize`."""
     if not runs_on_triton(x):
-        return reference.quantize(x, factors=factors)
-    rows, size = x.shape
-    out = torch.empty(rows, size, dtype=E4M3, device=x.device)
+        return reference.quantize(x, factors=factors, again=again)
+    (rows, size), behind = x.shape, 0 if again is None else 2 * again.numel()
+    out = torch.empty(rows, size + behind, dtype=E4M3, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = pow2(size)
     _quantize[(rows,)](
-        x, scales if factors is None else factors, out, scales, x.stride(0), size,
-        WITH_FACTORS=factors is not None, BLOCK=block, ALIGN=row_alignment(x),
+        x, scales if factors is None else factors, scales if again is None else again, out, scales, x.stride(0), size,
+        behind // 2, WITH_FACTORS=factors is not None, BLOCK=block, AGAIN=pow2(behind) if behind else 0,
+        ALIGN=row_alignment(x),
         num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return out, scales
@@ -135,27 +197,30 @@ def from_nf4(
     blocksize: int = 64,
     out: Tensor | None = None,
     turned: Tensor | None = None,
+    again: Tensor | None = None,
 ) -> None:
     """See :func:`slimtune.engine.kernels.reference_fp8.from_nf4`."""
     if not runs_on_triton(packed):
         reference.from_nf4(
-            packed, absmax, scales, shape=shape, nested=nested, blocksize=blocksize, out=out, turned=turned
+            packed, absmax, scales, shape=shape, nested=nested, blocksize=blocksize, out=out, turned=turned, again=again
         )
         return
     code, words = table_of(NF4_CODE, packed.device), packed.view(-1).view(torch.int32)
     rows, row_words = shape[0], shape[1] // 8
+    over = (absmax, code, *((code,) * 3 if nested is None else (nested.absmax, nested.code, nested.offset)), scales)
+    how = {"NESTED": nested is not None, "NESTED_BLOCK": 256 if nested is None else nested.blocksize}
     # A launch for each: Triton 3.6 wrote another transpose where a program stored its tile both ways.
     for place, across, block_rows, block_words in ((out, False, 16, 64), (turned, True, 128, 8)):
         if place is None:
             continue
         _from_nf4[(cdiv(rows, block_rows), cdiv(row_words, block_words))](
-            words, absmax, code,
-            code if nested is None else nested.absmax, code if nested is None else nested.code,
-            code if nested is None else nested.offset,
-            scales, place, rows, row_words, place.stride(0),
-            NESTED=nested is not None, NESTED_BLOCK=256 if nested is None else nested.blocksize,
-            BLOCK_WORDS=blocksize // 8, TURNED=across, ROWS=block_rows, WORDS=block_words, num_warps=4,
-            enable_fp_fusion=False,
+            words, *over, place, rows, row_words, place.stride(0), **how, BLOCK_WORDS=blocksize // 8, TURNED=across,
+            ROWS=block_rows, WORDS=block_words, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    if out is not None and again is not None:
+        _again_from_nf4[(cdiv(rows, 32), cdiv(2 * again.numel(), 64))](
+            packed.view(-1), *over, again, out, rows, shape[1], again.numel(), **how, BLOCK_SIZE=blocksize, ROWS=32,
+            COLUMNS=64, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

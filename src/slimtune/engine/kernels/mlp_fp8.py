@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimtune.engine.kernels import fp8, mlp
 from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
-from slimtune.engine.kernels.fp8 import E4M3, row_scale
+from slimtune.engine.kernels.fp8 import E4M3, number_or_lost, row_scale
 from slimtune.engine.kernels.mlp import Activation, activate, factor, numbers
 
 __all__ = ["gated_backward", "gated_forward"]
@@ -22,10 +22,8 @@ __all__ = ["gated_backward", "gated_forward"]
 
 @jit
 def _hidden(
-    gate: tl.tensor, up: tl.tensor, start: int, size: int, alpha: float, limit: float, KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    gate: tl.tensor, up: tl.tensor, columns: tl.tensor, size: int, alpha: float, limit: float, KIND: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    columns = start + tl.arange(0, BLOCK)
     g = tl.load(gate + columns, mask=columns < size, other=0.0)
     u = tl.load(up + columns, mask=columns < size, other=0.0).to(tl.float32)
     act, _ = activate(g.to(tl.float32), alpha, limit, KIND)
@@ -38,17 +36,20 @@ def _forward(
     gate: tl.tensor,
     up: tl.tensor,
     h: tl.tensor,
+    again: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
     gate_stride: int,
     up_stride: int,
     h_stride: int,
     size: int,
+    count: int,
     alpha: float,
     limit: float,
     KIND: tl.constexpr,
     WITH_H: tl.constexpr,
     BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -58,16 +59,22 @@ def _forward(
     lanes = tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
-        value = _hidden(gate, up, start, size, alpha, limit, KIND, BLOCK)
+        value = _hidden(gate, up, start + lanes, size, alpha, limit, KIND)
         most = tl.maximum(most, tl.abs(value.to(tl.float32)))
     scale = row_scale(tl.max(most, axis=0))
     tl.store(scales + row, scale)
     inverse = tl.div_rn(1.0, scale)
+    out += row * (size + 2 * count)
     for start in range(0, size, BLOCK):
-        value, mask = _hidden(gate, up, start, size, alpha, limit, KIND, BLOCK), start + lanes < size
+        value, mask = _hidden(gate, up, start + lanes, size, alpha, limit, KIND), start + lanes < size
         if WITH_H:
             tl.store(h + start + lanes, value, mask=mask)
-        tl.store(out + row * size + start + lanes, (value.to(tl.float32) * inverse).to(tl.float8e4nv), mask=mask)
+        tl.store(out + start + lanes, (value.to(tl.float32) * inverse).to(tl.float8e4nv), mask=mask)
+    if AGAIN > 0:
+        each = tl.arange(0, AGAIN)
+        channel = tl.load(again + each % count, mask=each < 2 * count, other=0)
+        value = _hidden(gate, up, channel, size, alpha, limit, KIND).to(tl.float32)
+        tl.store(out + size + each, number_or_lost(value * inverse, each < count), mask=each < 2 * count)
 
 
 @jit
@@ -133,26 +140,33 @@ def _backward(
 
 
 def gated_forward(
-    gate: Tensor, up: Tensor, *, activation: Activation = "silu", out: Tensor | None = None
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation = "silu",
+    out: Tensor | None = None,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = act(gate) x up in e4m3 [T, F], and its rows' scales, float32 [T, 1].
+    """h = act(gate) x up in e4m3 [T, F + 2 C], and its rows' scales, float32 [T, 1].
 
     Args:
         gate: [T, F] with any row stride.
         up: Likewise.
         activation: As :func:`slimtune.engine.kernels.mlp.gated_forward` takes it.
         out: [T, F] that takes h in gate's dtype too, with any row stride.
+        again: As :func:`slimtune.engine.kernels.fp8.quantize` takes it.
     """
     if not runs_on_triton(gate):
-        return fp8.quantize(mlp.gated_forward(gate, up, activation=activation, out=out))
-    rows, size = gate.shape
-    values = torch.empty(rows, size, dtype=E4M3, device=gate.device)
+        return fp8.quantize(mlp.gated_forward(gate, up, activation=activation, out=out), again=again)
+    (rows, size), behind = gate.shape, 0 if again is None else 2 * again.numel()
+    values = torch.empty(rows, size + behind, dtype=E4M3, device=gate.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
     alpha, limit, kind = numbers(activation)
     block = _block(size)
     _forward[(rows,)](
-        gate, up, gate if out is None else out, values, scales, gate.stride(0), up.stride(0),
-        0 if out is None else out.stride(0), size, alpha, limit, KIND=kind, WITH_H=out is not None, BLOCK=block,
+        gate, up, gate if out is None else out, gate if again is None else again, values, scales, gate.stride(0),
+        up.stride(0), 0 if out is None else out.stride(0), size, behind // 2, alpha, limit, KIND=kind,
+        WITH_H=out is not None, BLOCK=block, AGAIN=pow2(behind) if behind else 0,
         ALIGN=row_alignment(gate, up, out), num_warps=block // 512, enable_fp_fusion=True,
     )  # fmt: skip
     return values, scales

@@ -1,6 +1,13 @@
 """FP8 products in plain torch: what :mod:`slimtune.engine.kernels.fp8` is held to.
 
 A matrix is numbers of e4m3 (four bits of exponent, three of mantissa, no infinity) beside a float32 scale for each row.
+
+Of some channels, C of the K that a product sums over, what rounding lost comes in as more of them. With r8 for what x8
+and w8 lack, by the same scales, a row of x and one of the weight are
+
+    [x8 | x8[channels] | rx8[channels]]          [w8 | rw8[channels] | w8[channels]]
+
+so that these channels' part of the product is x8 · w8 + x8 · rw8 + rx8 · w8. What both lost, rx · rw, is 2⁻⁸ of it.
 """
 
 from __future__ import annotations
@@ -20,21 +27,32 @@ LEAST = 1e-30
 """What a row's largest number counts as at least: a row of zeros has a scale too."""
 
 
-def quantize(x: Tensor, *, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, factors: Tensor | None = None, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each row by a scale of its own, so that its largest number becomes e4m3's: x · factors = e4m3 · scale.
 
     Args:
         x: [T, N] with any row stride.
         factors: float32 [N], what the columns are multiplied with first.
+        again: int32 [C], the channels whose numbers, and then whose losses, come behind.
 
     Returns:
-        e4m3 [T, N], contiguous, and the scales, float32 [T, 1]. A number that is none stays none; beside an infinite
-        one the whole row becomes none or zero by an infinite scale, so that its products are no numbers.
+        e4m3 [T, N + 2 C], contiguous, and the scales, float32 [T, 1]. A number that is none stays none; beside an
+        infinite one the whole row becomes none or zero by an infinite scale, so that its products are no numbers.
     """
     wide = x.float() if factors is None else x.float() * factors
     most = wide.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(1, keepdim=True).clamp(min=LEAST)
     scale = most * (1.0 / LARGEST)
-    return (wide * (1.0 / scale)).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    exact = (wide * (1.0 / scale)).clamp(-LARGEST, LARGEST)
+    values = exact.to(E4M3)
+    if again is None:
+        return values, scale
+    chosen = exact[:, again]
+    return torch.cat((exact, chosen, _lost(chosen)), dim=1).to(E4M3), scale
+
+
+def _lost(exact: Tensor) -> Tensor:
+    """What rounding to e4m3 takes away."""
+    return exact - exact.to(E4M3).float()
 
 
 def row_scales(absmax: Tensor, rows: int, *, nested: NestedScales | None = None) -> Tensor:
@@ -60,6 +78,7 @@ def from_nf4(
     blocksize: int = 64,
     out: Tensor | None = None,
     turned: Tensor | None = None,
+    again: Tensor | None = None,
 ) -> None:
     """An NF4 weight's rows in e4m3, each over its scale.
 
@@ -70,16 +89,19 @@ def from_nf4(
         shape: (out_features, in_features), multiples of 16.
         nested: The scales' own quantisation.
         blocksize: Weights that share a block scale.
-        out: e4m3 [out_features, in_features] to write into, contiguous rows: what the forward multiplies with.
+        out: e4m3 [out_features, in_features + 2 C] to write into, contiguous rows: what the forward multiplies with.
         turned: e4m3 [in_features, out_features], the transpose, with any row stride: what the backward multiplies with.
+        again: int32 [C], the channels whose losses, and then whose numbers, come behind in ``out``.
     """
     blocks = reference_nf4.block_scales(absmax, nested)
     over = (blocks.view(shape[0], -1) * (1.0 / scales)[:, None]).view(-1)
-    weight = reference_nf4.dequantize(packed, over, shape=shape, dtype=torch.float32, blocksize=blocksize)
-    weight = weight.clamp(-LARGEST, LARGEST).to(E4M3)
-    for place, value in ((out, weight), (turned, weight.t())):
-        if place is not None:
-            place.copy_(value)
+    exact = reference_nf4.dequantize(packed, over, shape=shape, dtype=torch.float32, blocksize=blocksize)
+    exact = exact.clamp(-LARGEST, LARGEST)
+    if turned is not None:
+        turned.copy_(exact.t().to(E4M3))
+    if out is not None:
+        chosen = exact[:, :0] if again is None else exact[:, again]
+        out.copy_(torch.cat((exact, _lost(chosen), chosen), dim=1).to(E4M3))
 
 
 def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:
