@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers.core_model_loading import WeightConverter
 
 from slimtune.base.load import Base, load_base
 from slimtune.base.packed import PackedTensor
 from slimtune.base.quantize import fingerprint
+from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.ram import host_of
 from slimtune.engine.stored import places_of, whole_bytes
 from slimtune.errors import UserError
@@ -149,3 +152,32 @@ def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(
             assert tensors[0].untyped_storage().nbytes() == sum(whole_bytes(tensor.nbytes) for tensor in tensors)
     ids = torch.tensor([[1, 40, 98, 7]])
     assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)
+
+
+def test_a_table_of_rows_goes_to_ram_without_being_on_the_device(
+    tmp_path: Path, model_folder: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read there by Transformers, and left there by the engine."""
+    for file in model_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / file.name)
+    models.make_base("gemma4-e2b").save_pretrained(tmp_path)
+    base, read = load_base(str(tmp_path), hardware, compute_dtype="fp32"), []
+    convert = WeightConverter.convert
+
+    def seen(self: WeightConverter, name: str, **options: Any) -> Any:
+        made = convert(self, name, **options)
+        read.extend(made if self.force_cpu else ())
+        return made
+
+    monkeypatch.setattr(WeightConverter, "convert", seen)
+    name = "model.embed_tokens_per_layer.weight"
+    loaded = load_base(str(tmp_path), hardware, compute_dtype="fp32", in_ram={name}).model
+    assert read == [name]
+    table = loaded.get_parameter(name)
+    home = host_of(table.data)
+    assert home is not None
+    assert fingerprint(loaded) == fingerprint(base.model)
+    keep_in_ram(loaded.model.embed_tokens_per_layer)
+    assert table.data_ptr() == home.data_ptr()
+    ids = torch.tensor([[1, 40, 98, 7]])
+    assert torch.equal(loaded(ids).logits, base.model(ids).logits)

@@ -230,6 +230,10 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     quantization_config: FourBitConfig
     policy: Policy
     in_ram: frozenset[str] = frozenset()
+    tables: frozenset[str] = frozenset()
+    """Of these, embeddings: they go there without being on the device."""
+    device: torch.device
+    """That reads what is in RAM."""
     shelves: Shelves | None = None
     not_finite: list[str]
     """What held a NaN or an infinity when it was read; an error raised there would be the loader's own."""
@@ -237,6 +241,9 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:  # type: ignore[override]
         self.policy, self.not_finite = policy_of(model), []
         self.in_ram = frozenset(self.quantization_config.in_ram)
+        embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        self.tables = self.in_ram & embeddings
+        self.device = torch.device("cpu" if _on_cpu(options.get("device_map")) else "cuda")
         self.shelves = self._make_shelves(model) if _on_one_device(options.get("device_map")) else None
         if not self.quantization_config.linears:
             self.policy = replace(self.policy, linears=frozenset())
@@ -284,16 +291,26 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *of_model: Any) -> list[Any]:
         """Transformers' conversions from the files' tensors to the model's, and MXFP4's if the files hold such."""
+        tables: list[Any] = [_by_way_of_the_host(name) for name in self.tables]
         if self.quantization_config.kept:
-            return []
+            return tables
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *of_model)  # type: ignore[no-untyped-call]
         for conversion in conversions:
             if _goes_one_by_one(conversion):
                 conversion.operations = [_PackOneByOne(conversion.operations, self)]
+        conversions += tables
         if not self.quantization_config.mxfp4:
             return conversions
         stacks = ("gate_up_proj", "down_proj")
         return [*conversions, *(_mxfp4_conversion(stack) for stack in stacks)]
+
+
+def _by_way_of_the_host(name: str) -> WeightConverter:
+    """Transformers reads what has a conversion of this kind to RAM, not to the device; what is there may stay."""
+    ending = ".".join(name.split(".")[-2:])
+    return WeightConverter(
+        source_patterns=[re.escape(ending)], target_patterns=ending, operations=[_AsItIs()], force_cpu=True
+    )
 
 
 def _mxfp4_conversion(stack: str) -> WeightConverter:
@@ -323,7 +340,7 @@ class _Pack(Bnb4bitQuantize):
                 made[name] = nn.Parameter(tensor, requires_grad=False)
             if name in self.hf_quantizer.in_ram:
                 try:
-                    move_to_ram(places_of(made[name]), tensor.device, "base's weights")
+                    move_to_ram(places_of(made[name]), self.hf_quantizer.device, "base's weights")
                 except SlimtuneError as error:
                     raise PassedThrough(error) from error
             elif self.hf_quantizer.shelves is not None:
@@ -405,6 +422,19 @@ class _TakeMxfp4(ConversionOps):
         # The loader casts what it reads to the compute dtype, in which a byte's numbers up to 255 are exact.
         blocks, scales = ((part[0] if isinstance(part, list) else part).to(torch.uint8) for part in (blocks, scales))
         return {name: Mxfp4Tensor.of_files(blocks, scales, dtype)}
+
+
+class _AsItIs(ConversionOps):
+    """A tensor as it is in the files."""
+
+    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        (tensor,) = input_dict.values()
+        return {options["full_layer_name"]: tensor[0] if isinstance(tensor, list) else tensor}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Itself."""
+        return self
 
 
 def _output_names(model: Any) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimtune.engine.blocks import Memory, Pass, Sinks
 from slimtune.engine.blocks.per_layer import PER_LAYER
 from slimtune.engine.kernels import norm
-from slimtune.engine.ram import keep_there
+from slimtune.engine.ram import host_of, keep_there
 from slimtune.engine.structure import PerLayerInputs
 from slimtune.engine.weights import Scratch, Site, Stack
 from slimtune.ranks.host import here
@@ -84,6 +84,10 @@ def keep_in_ram(embedding: nn.Module) -> None:
     """
     kind: Any = type(embedding)
     for parameter in embedding.parameters(recurse=False):
+        host = host_of(parameter.data)
+        if host is not None:  # it was loaded there
+            parameter.data = host
+            continue
         with here().common(parameter.nbytes, _WHAT) as (memory, writes):
             if memory is not None:
                 home = memory.view(parameter.dtype).view(parameter.shape)

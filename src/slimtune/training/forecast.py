@@ -258,6 +258,8 @@ class Forecaster:
         weights = [weight for index in plan.streamed for weight in self._layers[index].weights]
         if plan.embedding_bytes:
             weights += [place.owner for place in embedding_places(self._decoder)]
+        if self._per_layer is not None:  # the engine reads it there in any case
+            weights.append(self._per_layer.part.embedding.weight)
         return frozenset(self._names[id(weight)] for weight in weights)
 
     def with_longest(self, card: Card, budget: int | None = None, ram: int | None = None) -> Forecast:
