@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
-from slimtune.engine import fp8 as fp8_module
+from slimtune.engine import weights as weights_module
 from slimtune.engine.decoder import Keep
 from slimtune.engine.fp8 import Fp8Weight, pays
 from slimtune.engine.kernels import fp8
@@ -28,7 +28,7 @@ CHANNELS = 16
 @pytest.fixture(autouse=True)
 def _small_shapes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
-    monkeypatch.setattr(fp8_module, "channels", lambda *shape: CHANNELS)
+    monkeypatch.setattr(weights_module, "channels", lambda *shape: CHANNELS)
 
 
 def make_model(family: str = "qwen2", **options: object) -> nn.Module:

@@ -79,6 +79,24 @@ def test_sizes_are_those_of_the_loaded_model(
     assert engine._inputs.nbytes_of(64) == sum(tensor.nbytes for tensor in inputs)
 
 
+def test_sizes_in_fp8_are_those_of_the_loaded_model(
+    folder_of: Callable[[str], Path], hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine_module, forecast_module):
+        monkeypatch.setattr(module, "pays", lambda tokens, inputs, outputs: outputs > 64)
+    asked = {"targets": "all-linear", "compute_dtype": "bf16", "lora_dropout": 0.0}
+    config = Config.make(model=str(folder_of("qwen3")), precision="fp8", **asked)
+    base = load_base(str(config.model), hardware, compute_dtype="bf16")
+    model, forecaster = wrapped(base.model, lora_config(config, find_targets(config, base.model))), Forecaster(config)
+    engine = Engine(model, dtype=torch.bfloat16, tokens=64, fp8=True)
+    assert 0 < engine.fp8_share < 1
+    memory = Memory(64, 64, engine._inputs.packs_ways, 0)
+    for ours, theirs in zip(forecaster._layers, engine.layers, strict=True):
+        assert ours.working_bytes(memory) == theirs.working_bytes(memory)
+        assert [block.scratch for block in ours.blocks] == [block.scratch for block in theirs.blocks]
+        assert [site.channels for site in ours.sites] == [site.channels for site in theirs.sites]
+
+
 def test_the_adapter_takes_what_its_tensors_take() -> None:
     engine = Engine(models.add_lora(models.make_base("qwen3")), dtype=torch.float32, tokens=64)
     state = FusedAdamW8bit(engine.flat)._moments

@@ -140,10 +140,11 @@ class Fp8Weight:
     Args:
         parts: Gives the NF4 weights of its linear layers, one below the other, wherever they are just now.
         inputs: Columns.
+        count: C, the channels that have further columns.
         switch: The model's.
     """
 
-    def __init__(self, parts: Callable[[], Sequence[Nf4Weight]], inputs: int, switch: Fp8) -> None:
+    def __init__(self, parts: Callable[[], Sequence[Nf4Weight]], inputs: int, count: int, switch: Fp8) -> None:
         self._parts, self.inputs, self.switch = parts, inputs, switch
         self.outputs = sum(part.shape[0] for part in parts())
         scales = [fp8.row_scales(part.absmax, part.shape[0], nested=part.nested) for part in parts()]
@@ -151,7 +152,7 @@ class Fp8Weight:
         """float32 [outputs]."""
         self.ones = torch.ones(inputs, dtype=torch.float32, device=self.scales.device)
         """The transpose's: the weight's own are in dy."""
-        self.again = torch.arange(channels(inputs, self.outputs), dtype=torch.int32, device=self.scales.device)
+        self.again = torch.arange(count, dtype=torch.int32, device=self.scales.device)
         """int32 [C], the channels whose losses come behind: the first ones until they are chosen."""
         self.kept: Tensor | None = None
         """W8 with its further columns, where that is held."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.engine.fp8 import Fp8, Fp8Weight, Rows
+from slimtune.engine.fp8 import Fp8, Fp8Weight, Rows, channels
 from slimtune.engine.kernels import fp8, grouped_lora, lora, mxfp4, nf4
 from slimtune.engine.kernels.formats import NestedScales, Nf4Weight, dynamic_map
 from slimtune.engine.kernels.routing import Routes
@@ -101,6 +101,8 @@ class Site:
         self.a: Tensor | None = None
         self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without adapters
         self._tail[:, : int(projection.has_bias)] = 1
+        self.channels = 0
+        """Of its inputs those whose losses the product in FP8 takes in; 0: it is in 16 bits."""
         self._fp8: Fp8Weight | None = None
 
     def use_fp8(self, switch: Fp8) -> bool:
@@ -109,7 +111,8 @@ class Site:
         if self.dtype != torch.bfloat16 or len(found) < len(self.projection.linears) or not Fp8Weight.takes(found):
             return False
         # Asked for anew at each use: a streamed layer's lie now here, now there.
-        self._fp8 = switch.weights[self.name] = Fp8Weight(self._nf4_weights, self.inputs, switch)
+        self.channels = channels(self.inputs, self.outputs)
+        self._fp8 = switch.weights[self.name] = Fp8Weight(self._nf4_weights, self.inputs, self.channels, switch)
         return True
 
     @property
@@ -129,13 +132,13 @@ class Site:
 
     @property
     def columns(self) -> int:
-        """Of the buffer that holds its weight: inputs, extra ones, and in FP8 a channel's two further ones."""
-        return self.inputs + self.extra + (0 if self._fp8 is None else len(self._fp8.again))
+        """Of the buffer that holds its weight, in its dtype: inputs, extra ones, and one for a channel's two in FP8."""
+        return self.inputs + self.extra + self.channels
 
     @property
     def fp8_columns(self) -> int:
         """Bytes of one row of its product's gradient in FP8, where that is what the backward multiplies."""
-        return self.outputs if self.in_fp8 is not None else 0
+        return self.outputs if self.channels else 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
