@@ -513,6 +513,8 @@ def is_right(
             for window in ((None,) if way == "cudnn" else (None, 40))  # in a window it isn't cuDNN's that computes
             for a, b in zip(computed(way, dtype, window), computed("torch", torch.float32, window), strict=True)
         )
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
     except (RuntimeError, TritonError):  # no kernel for it
         right = False
     if not right:

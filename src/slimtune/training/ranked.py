@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -42,6 +44,9 @@ class RankedTrainer(Trainer):
     _step_losses: list[Tensor]
     _step_logs: dict[str, Any]
     _tr_loss: Tensor
+    _epoch: Iterator[Any] | None = None
+    """Where the micro-batches come from, and those of the next step that were read already."""
+    _read: list[Any]
     _given_up: GuardStop | None = None
     _told: Tensor
     unsound: tuple[int, ...] = ()
@@ -51,15 +56,29 @@ class RankedTrainer(Trainer):
 
     # -- before the pass: the tokens that a step's loss is the mean of
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """This rank's micro-batches of a step, and the supervised tokens of all ranks'."""
-        samples, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """This rank's micro-batches of a step, those first that were read ahead, and the supervised tokens of all
+        ranks'."""
+        if self._epoch is not epoch_iterator:
+            self._epoch, self._read = epoch_iterator, []
+        read = iter(self._read)
+        if self.engine is not None:  # which takes their number on the host, where nothing has to be waited for
+            device = torch.device("cpu")
+        samples, items = super().get_batch_samples(chain(read, epoch_iterator), num_batches, device)
+        self._read = list(read)
         if self.ranks.alone or not samples:
             return samples, items
         begins = self.state.global_step * self.share.step
         ends = min(begins + self.share.step, self.share.total)
         _, supervised = self.data.sizes(begins, ends)
         return samples, torch.tensor(supervised)  # on the host, where nothing has to be waited for
+
+    def read_ahead(self) -> None:
+        """Read the next step's micro-batches before this one is waited for: the device computes meanwhile."""
+        if self.engine is not None and self._epoch is not None:
+            self._read += islice(self._epoch, self.args.gradient_accumulation_steps - len(self._read))
 
     # -- after it
 

@@ -439,6 +439,7 @@ class ResumableTrainer(RankedTrainer):
         """Nothing that is no number is ever applied."""
         self._hand_over()
         loss = torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
+        self.read_ahead()
         bad = find_nonfinite(
             loss, self.model, self.optimizer
         )  # waits for the device, which has heard the ranks by then
