@@ -137,6 +137,17 @@ def test_what_attention_gave_goes_to_ram_too_where_documents_are_long(layers: li
     assert Keep.ATTENDED not in short.keep
 
 
+def test_what_attention_gave_goes_to_ram_beside_streamed_weights(layers: list[LayerComputation]) -> None:
+    weights: dict[str, Any] = {"stored": [1 << 26] * 24, "ram": 1 << 40}
+    inputs = planned(layers, 65536, VOCABULARY, 0.0, ram=1 << 40)
+    plan = planned(layers, 65536, VOCABULARY, inputs.nbytes - 3e8, **weights)
+    assert len(plan.streamed) > 0
+    assert plan.attended_in_ram == len(plan.in_ram) == 23
+    needed = planned(layers, 65536, VOCABULARY, inputs.nbytes - 3e8, lavish=False, **weights)
+    assert len(needed.streamed) > 0
+    assert needed.attended_in_ram == 0
+
+
 def test_a_device_with_room_keeps_what_attention_gave_of_long_documents(layers: list[LayerComputation]) -> None:
     least = planned(layers, 65536, VOCABULARY, 0.0)
     plans = [planned(layers, 65536, VOCABULARY, least.nbytes + more * 24 * RESULT) for more in (0, 0.5, 1.2)]

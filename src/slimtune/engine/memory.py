@@ -318,20 +318,27 @@ class _Shape:
         counts = range(_STAGED + 1, len(self.stored) + 1)
         return next((count for count in counts if self._streamed(count)[2] >= lacking), len(self.stored))
 
-    def streaming(self, sizes: Iterable[tuple[int, int, int, int]], budget: float, ram: int) -> list[MemoryPlan]:
-        """Plans that stream as few layers as fit, and all of them: what is spared may keep more."""
+    def streaming(
+        self, sizes: Iterable[tuple[int, int, int, int]], budget: float, ram: int, levels: Sequence[Keep]
+    ) -> list[MemoryPlan]:
+        """Plans that stream as few layers as fit, and all of them: what is spared may keep more.
+
+        Args:
+            sizes: Of a part, and of the chunks within it.
+            budget: As :func:`plan_memory` has it.
+            ram: As :func:`plan_memory` has it.
+            levels: What layers may keep in RAM.
+        """
         plans: list[MemoryPlan] = []
         beside, counts = self.embedding, range(1, len(self.stored) + 1)
         fitting = {count for count in counts if self.part(self._streamed(count)[1] + beside) <= ram}
         for size in sizes if len(fitting) > _STAGED else ():
-            for sparing, room in ((False, False), (True, False), (True, True)):
-                for_inputs = ram if room else self.part(beside)
-                least = self.filled(*size, 0.0, sparing=sparing, ram=for_inputs, embedding=beside)
+            for sparing, level in ((False, None), (True, None), *((True, level) for level in levels)):
+                make = partial(self.filled, *size, sparing=sparing, embedding=beside, aside=level or Keep.INPUT)
+                least = make(0.0, ram=self.part(beside) if level is None else ram)
                 for count in {self.fewest_streamed(least.nbytes - budget), max(fitting)} & fitting:
-                    most = ram if room else self.part(self._streamed(count)[1] + beside)
-                    plans.append(
-                        self.filled(*size, budget, sparing=sparing, ram=most, embedding=beside, streamed=count)
-                    )
+                    most = self.part(self._streamed(count)[1] + beside) if level is None else ram
+                    plans.append(make(budget, ram=most, streamed=count))
         return plans
 
     def _peak(
@@ -425,19 +432,19 @@ def plan_memory(
         (spared, 0, embedding),
         (spared, ram, embedding),
     )
+    levels = _ASIDES if lavish and long else _ASIDES[:1]
     for sparing, room, beside in dict.fromkeys(means):
         most = max(room, shape.part(beside))
-        levels = _ASIDES if lavish and room and long else (Keep.INPUT,)
         plans = [
             shape.filled(*size, budget, sparing=way, ram=most, embedding=beside, aside=level)
-            for way, level in itertools.product(sparing, levels)
+            for way, level in itertools.product(sparing, levels if room else _ASIDES[:1])
             for size in sizes
         ]
         fitting = [plan for plan in plans if plan.nbytes <= budget]
         if fitting:
             break
     else:
-        plans += shape.streaming(sizes, budget, ram)
+        plans += shape.streaming(sizes, budget, ram, levels)
         fitting = [plan for plan in plans if plan.nbytes <= budget]
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
