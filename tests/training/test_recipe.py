@@ -86,6 +86,7 @@ def test_a_run_in_fp8_goes_on_bit_by_bit_and_says_so(
     """On the kernels' reference: a CPU has no FP8, and this model's products are too small for it."""
     monkeypatch.setattr(Hardware, "without_fp8", None)
     monkeypatch.setattr("slimtune.engine.engine.pays", lambda *shape: True)
+    monkeypatch.setattr("slimtune.engine.weights.channels", lambda *shape: 16)
     asked = {"precision": "fp8", "compute_dtype": "bf16", "targets": "all-linear", "samples": 0, "save_steps": 1}
     whole = finetune(config(str(small), rows, tmp_path / "whole", **asked), screen=Screen())
     assert "100% of the layers' products are in FP8" in capsys.readouterr().err
@@ -94,6 +95,10 @@ def test_a_run_in_fp8_goes_on_bit_by_bit_and_says_so(
     assert whole.config().precision == "fp8"
     assert all(0 <= record["eval_fp8_lost"] < 0.05 for record in whole.metrics() if "eval_loss" in record)
     assert read_passport(whole.adapter).config["precision"] == "fp8"
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in whole.checkpoints.glob("*/state.json")]
+    chosen = states[0]["engine"]["channels"]
+    assert all(state["engine"]["channels"] == chosen for state in states)
+    assert sum(each != list(range(16)) for each in chosen.values()) > len(chosen) // 2
     stop_in_step(2)
     with pytest.raises(StopRequested):
         finetune(config(str(small), rows, tmp_path / "run", **asked))
