@@ -39,7 +39,7 @@ WORDS = {
     "RUN": "my-run",
     "PROMPTS.jsonl": "prompts.jsonl",
     "OUT.jsonl": "out-{}.jsonl",
-    "OWNER/NAME": "published-{}",
+    "OWNER/NAME": "./published-{}",
     "FOLDER": "made-{}",
 }
 """What stands for something, and what is put there; {} is a number of the command's own."""
@@ -55,7 +55,7 @@ NOT_TYPED = {
     r"slimtune [a-z]+": "a verb's name alone",
 }
 """Patterns of whole commands that aren't run here, with the reason."""
-ALONE = ("demo", "init", "doctor", "config", "runs")
+ALONE = ("init", "doctor", "config", "runs")
 """Verbs whose name alone is a command."""
 _PATIENCE = 1800.0
 _ANSWERS = ("chats.jsonl", MODEL, "task")
@@ -219,16 +219,21 @@ def main(pages: list[str]) -> int:
     """Run them and print each with its exit code; 1 if one failed."""
     done, failed = 0, []
     with tempfile.TemporaryDirectory() as name:
-        root, run = Path(name), None
+        root = Path(name)
         environment = prepare(root)
+        furnish(root / "before", None)
+        code, said = answer_for(f"slimtune train {MODEL} chats.jsonl -o my-run", root / "before", environment)
+        assert code == 0, said
         for page in pages or PAGES:
             folder = root / page.replace("/", "-")
-            furnish(folder, run)
+            furnish(folder, None if page.startswith("README") else root / "before" / "my-run")
             language = {"LC_ALL": "zh_CN.UTF-8"} if page.endswith(".zh-CN.md") else {}
             for number, typed in enumerate(typed_of(page)):
                 if typed.excuse is not None:
                     print(f"not run  {page}: {typed.text}  ({typed.excuse})", flush=True)
                     continue
+                if typed.text == "slimtune init":  # what it is to write may be there from a command before
+                    (folder / "run.yaml").unlink(missing_ok=True)
                 began = time.monotonic()
                 code, said = answer_for(typed.with_words(number), folder, {**environment, **language})
                 done += 1
@@ -237,8 +242,6 @@ def main(pages: list[str]) -> int:
                 if code:
                     failed.append(typed)
                     print(said, flush=True)
-            if run is None and (folder / "my-run" / "facts.json").is_file():
-                run = folder / "my-run"
     print(f"{done - len(failed)} of {done} commands ended with 0")
     return 1 if failed else 0
 
