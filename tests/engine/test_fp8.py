@@ -147,9 +147,13 @@ def test_every_memory_policy_gives_the_same_gradients() -> None:
 def test_weights_that_come_from_ram_are_the_same() -> None:
     model = make_model()
     engine = make_engine(model, memory=None)
+    engine.choose_channels(models.pack())
+    chosen = engine.state_dict()["channels"]
     resident, both = gradients_of(engine, model), list(engine.products_in_both())
     engine = make_engine(model, memory=0, ram=1 << 30)
     assert engine.plan.streamed
+    engine.choose_channels(models.pack())
+    assert engine.state_dict()["channels"] == chosen
     for (name, *own), (other, *found) in zip(both, engine.products_in_both(), strict=True):
         assert name == other
         assert all(torch.equal(x, y) for x, y in zip(sum(own, ()), sum(found, ()), strict=True))

@@ -17,6 +17,7 @@ Two ways in:
     )
     optimizer = FusedAdamW8bit(engine.flat, lr=..., betas=..., eps=..., weight_decay=...)
 
+    engine.choose_channels(batch)                           # once, with fp8=True: what it multiplies nearly exactly
     loss = engine.forward_backward(batch, num_supervised)   # 0-d float32 tensor on the device; adds to param.grad
     norm = optimizer.clip_(max_grad_norm)                   # 0-d float32 tensor on the device
     optimizer.nonfinite                                     # 0-d bool tensor on the device; such a step is skipped
@@ -25,7 +26,7 @@ Two ways in:
 
     loss_sum, n = engine.evaluate(batch)                    # 0-d tensor on the device, int
     engine.plan                                             # MemoryPlan: what is kept, predicted bytes
-    engine.state_dict(), engine.load_state_dict(...)        # the dropout's place; optimizer has its own
+    engine.state_dict(), engine.load_state_dict(...)        # the dropout's place, those channels; not the optimizer
 
 ``batch`` holds ``input_ids`` and ``labels`` int64 [B, S] with ``position_ids`` (packed) or ``attention_mask`` (padded
 on the right) **on the CPU**, and the documents' ``lengths`` if they are known (:mod:`slimtune.batch`);
