@@ -178,7 +178,7 @@ class Config(BaseModel):
     """Hold this share of the rows out of the training, to say what the run is worth on rows that it hasn't seen. auto:
     5 %, but 8 rows at least and 200 at most; none of fewer than 20 rows, and none where eval names data. 0: none."""
     rehearse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Mix in general prompts, as many as this share of the rows (0.1 or 10%) and 24 at least, with the base's own
+    """Mix in general prompts, as many as this share of the rows (0.1 or 10%) and 96 at least, with the base's own
     answers to them before the training, so that the adapter keeps what the base could. They stand in
     RUN/rehearsed.jsonl."""
 

@@ -78,6 +78,7 @@ def test_a_model_that_never_ends_has_nothing_to_rehearse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rehearsal, "REPLY_TOKENS", 1)
+    monkeypatch.setattr(rehearsal, "PROMPTS", PROMPTS[:4])
     config = Config.make(data=(str(requests_file),), rehearse=0.01)
     with pytest.raises(UserError, match="ended none of its answers"):
         rehearse(prove(config, tokenizer), config, opened.model, tokenizer, tmp_path / "rehearsed.jsonl")

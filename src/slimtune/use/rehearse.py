@@ -27,8 +27,8 @@ from slimtune.use.sampling import Sampling
 
 __all__ = ["answer", "rehearse", "wanted"]
 
-LEAST = 24
-"""Of fewer rows too: a few answers hold a few answers."""
+LEAST = 96
+"""Of fewer rows too: a few answers hold a few answers (decision 158)."""
 REPLY_TOKENS = 96
 """Most tokens of an answer; one that isn't ended by then is left out, as its end would be taught wrongly."""
 SPARE = 2.0
