@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,17 @@ def test_parts_hold_every_document_once(batch: dict[str, torch.Tensor], most: in
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(micro, name)), name
     assert sum(part.supervised for part in parts) == micro.supervised
     assert all(part.padded == micro.padded for part in parts)
+
+
+@pytest.mark.parametrize("least", [1, 8, 17, 18])
+def test_long_documents_are_parts_by_themselves(least: int) -> None:
+    micro = MicroBatch.of(models.pack())
+    parts = micro.apart(least)
+    assert sum((part.lengths for part in parts), ()) == micro.lengths
+    assert all(len(part.lengths) == 1 or max(part.lengths) < least for part in parts)
+    assert not any(max(a.lengths + b.lengths) < least for a, b in itertools.pairwise(parts))
+    for name in ("input_ids", "labels", "position_ids"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(micro, name)), name
 
 
 def test_a_part_is_filled_by_a_document_that_supervises_nothing() -> None:

@@ -136,6 +136,14 @@ class MicroBatch:
             at += length
         return [*parts, self._part(first, len(self.lengths), start, at)] if parts else [self]
 
+    def apart(self, least: int) -> list[MicroBatch]:
+        """Each document of ``least`` tokens or more by itself, and the others between them together."""
+        ends = np.cumsum(self.lengths)
+        long = [index for index, length in enumerate(self.lengths) if length >= least]
+        cuts = sorted({0, *long, *(index + 1 for index in long), len(self.lengths)})
+        starts = [0, *(int(ends[cut - 1]) for cut in cuts[1:])]
+        return [self._part(*cuts[n : n + 2], *starts[n : n + 2]) for n in range(len(cuts) - 1)]
+
     def _part(self, first: int, last: int, start: int, end: int) -> MicroBatch:
         return MicroBatch(
             self.input_ids[start:end], self.labels[start:end], self.lengths[first:last], padded=self.padded

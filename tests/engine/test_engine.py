@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from slimtune.engine import CannotFuse, Engine, FusedAdamW8bit
 from slimtune.engine import attention as attention_module
+from slimtune.engine import engine as engine_module
 from slimtune.engine.decoder import Keep
 from slimtune.errors import UserError
 from tests.engine import models
@@ -313,6 +314,20 @@ def test_parts_of_documents_give_the_same_gradients(part_tokens: int) -> None:
     engine.plan = replace(engine.plan, part_tokens=part_tokens)
     in_parts, actual = run(engine, model, batch, 40)
     assert in_parts == pytest.approx(loss, rel=1e-5)
+    assert models.worst_error(actual, whole) < 1e-5
+    assert engine.evaluate(batch)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+
+
+def test_long_documents_by_themselves_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as a row of a round length; of what fills the pack up nothing is computed."""
+    model = models.add_lora(models.make_base("qwen2"))
+    batch, engine = models.pack(lengths=(17, 5, 30, 12)), make_engine(model)
+    loss, whole = run(engine, model, batch, 40)
+    expected = engine.evaluate(batch)
+    monkeypatch.setattr(engine_module, "LONG", 16)
+    assert [part.lengths for part in engine._parts(engine._micro_batch(batch))] == [(64,), (5,), (64,)]
+    by_themselves, actual = run(engine, model, batch, 40)
+    assert by_themselves == pytest.approx(loss, rel=1e-5)
     assert models.worst_error(actual, whole) < 1e-5
     assert engine.evaluate(batch)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
 

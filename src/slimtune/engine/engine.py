@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.batch import MicroBatch
-from slimtune.engine.attention import ROUND, Way
+from slimtune.engine.attention import LONG, ROUND, Way
 from slimtune.engine.decoder import (
     Keep,
     LayerComputation,
@@ -349,10 +349,19 @@ class Engine:
     def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
         micro = MicroBatch.of(batch)
         # Rows of one round length have the fastest attention, and a graph of their own; a CPU needs neither.
-        return micro.levelled(ROUND, self._inputs.room) if micro.padded and self.graphs else micro
+        level = micro.padded and self.graphs and max(micro.lengths) < LONG
+        return micro.levelled(ROUND, self._inputs.room) if level else micro
 
     def _parts(self, micro: MicroBatch) -> list[MicroBatch]:
-        """Parts that the memory plan has room for, all of one size."""
+        """Parts that the memory plan has room for, all of one size; but each long document by itself.
+
+        A row of a round length has the fastest attention, and what fills a pack up beside it isn't computed.
+        """
+        longest = max(micro.lengths)
+        if longest >= LONG and (len(set(micro.lengths)) > 1 or longest % ROUND):
+            parts = [part for each in micro.apart(LONG) for part in each.split(self.plan.part_tokens)]
+            parts = [part for part in parts if part.supervised] or parts[:1]
+            return [part.levelled(ROUND, self._inputs.room) if max(part.lengths) >= LONG else part for part in parts]
         parts = micro.split(self.plan.part_tokens)
         return [part.filled(self.plan.part_tokens) for part in parts] if len(parts) > 1 else parts
 

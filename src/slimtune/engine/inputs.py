@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimtune.batch import MicroBatch
-from slimtune.engine.attention import Documents, Way, choose, padded_tokens
+from slimtune.engine.attention import LONG, Documents, Way, choose, padded_tokens
 from slimtune.engine.structure import ScoresKind
 from slimtune.errors import UserError
 
@@ -184,4 +184,5 @@ class Inputs:
             room = "efficient" not in ways or padded_tokens(most, rounded) <= self.padded_room
             if room and "torch" not in ways:
                 return ShapeKey(micro.tokens, ways, most, rounded, recordable=True)
-        return ShapeKey(micro.tokens, ways, count, longest, recordable=set(ways) == {"cudnn"})
+        # Each length of a long document would be a graph of its own, and its launches take no time that counts.
+        return ShapeKey(micro.tokens, ways, count, longest, recordable=set(ways) == {"cudnn"} and longest < LONG)
