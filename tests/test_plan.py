@@ -90,6 +90,10 @@ def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
     assert line == (
         "2 optimizer steps are little to learn from: more by --gradient-accumulation 1 --pack-tokens 192 --epochs 20"
     )
+    shared = few_steps(Config.make(epochs=3, gradient_accumulation=6), 1, documents, ranks=3)
+    assert shared == (
+        "1 optimizer step is little to learn from: more by --gradient-accumulation 3 --pack-tokens 192 --epochs 20"
+    ), "each rank takes one at least"
     assert few_steps(Config.make(max_steps=2), 1, documents) is None
     assert few_steps(config, 40, documents) is None
     padded = few_steps(Config.make(packing=False, gradient_accumulation=1, epochs=3), 5, documents)

@@ -227,20 +227,22 @@ def _more_steps(config: Config, documents: Documents, longest: int) -> dict[str,
     return taken
 
 
-def few_steps(config: Config, per_epoch: int, documents: Documents) -> str | None:
+def few_steps(config: Config, per_epoch: int, documents: Documents, ranks: int = 1) -> str | None:
     """What to say of a run of too few optimizer steps to learn from, and what to set; None if there are enough.
 
     Args:
         config: What is to run, decided. Steps that it names itself are taken as meant.
         per_epoch: Micro-batches in an epoch.
         documents: What it trains on.
+        ranks: That share a step; it has as many micro-batches at least.
     """
     steps = steps_of_run(config, per_epoch)
     if config.max_steps is not None or steps >= FEW_STEPS:
         return None
-    free: dict[str, Any] = {"epochs": "auto", "gradient_accumulation": "auto"}
+    free: dict[str, Any] = {"epochs": "auto", "gradient_accumulation": "auto" if ranks == 1 else ranks}
     free |= {"pack_tokens": "auto", "micro_batch": 1} if config.packing else {}
-    more = _more_steps(config.model_copy(update=free), documents, int(documents.lengths.max()))
+    more = {"gradient_accumulation": ranks}
+    more |= _more_steps(config.model_copy(update=free), documents, int(documents.lengths.max()))
     flags = [f"--{key.replace('_', '-')} {value:g}" for key, value in more.items() if value != getattr(config, key)]
     what = f"{steps} optimizer step{'s are' if steps > 1 else ' is'} little to learn from"
     return f"{what}: more by {' '.join(flags)}" if flags else f"{what}: more rows would teach more"

@@ -126,7 +126,7 @@ def finetune(
         screen = screen if screen is not None and ranks.first else Screen(quiet=True)
         _check_inputs(config)
         config = agreed(config, ranks, library_versions())
-        with StopSignals(silent=not ranks.first) as signals, new_folder(ranks, config) as run:
+        with StopSignals(rank=ranks.number) as signals, new_folder(ranks, config) as run:
             config = keep_stdin(config, run.path / "stdin")
             config, choices = resolve_machine(config, detect())
             config, for_ranks = resolve_ranks(config, ranks.count)
@@ -165,7 +165,7 @@ def resume(
     seconds = Config.model_fields["watchdog"].default if config is None else config.watchdog
     with together(detect, seconds) as ranks:
         screen = screen if screen is not None and ranks.first else Screen(quiet=True)
-        with StopSignals(path, silent=not ranks.first) as signals, old_folder(ranks, path) as run:
+        with StopSignals(path, rank=ranks.number) as signals, old_folder(ranks, path) as run:
             config = ranks.from_first(run.config if config is None else config.model_copy)
             config = config.model_copy(update={"output": path})
             if ranks.from_first(partial(run.is_finished, config)):
@@ -339,7 +339,7 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     data = micro_batches(proof.train, config)
     held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
     config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
-    if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
+    if (few := few_steps(config, data.per_epoch, proof.train, job.ranks.count)) is not None:
         screen.warn(few)
     choices = [*choices, *for_held_out, *for_amount, *for_rate, *for_family, *for_layout, *for_steps]
     return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)

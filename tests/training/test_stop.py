@@ -55,7 +55,7 @@ def test_a_guard_stays_a_guard() -> None:
 SECOND = """
 import os, signal, sys, time
 from slimtune.training.stop import StopSignals
-with StopSignals() as signals, signals.deferred():
+with StopSignals(rank=0 if sys.argv[2:] else None) as signals, signals.deferred():
     print("ready", flush=True)
     import threading
     threading.Event().wait() if sys.argv[1] == "wait" else [time.sleep(0.01) for _ in iter(int, 1)]
@@ -70,6 +70,19 @@ def test_a_second_signal_ends_the_process_at_once(how: str) -> None:
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+
+
+def test_a_launchers_copy_is_no_second_signal() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SECOND, "loop", "rank"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from slimtune.errors import SlimtuneError, UserError
+from slimtune.errors import SlimtuneError, StopRequested, UserError
 from slimtune.hardware import Hardware
 from slimtune.ranks.host import Host, on_host
 from slimtune.ranks.meeting import JOIN_SECONDS, excused, meeting
@@ -39,11 +39,17 @@ class Ranks:
 
     def __init__(self, place: Place, presence: Presence | None = None) -> None:
         self.rank, self.count, self._presence = place.rank, place.count, presence
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def first(self) -> bool:
         """Whether this rank writes the run's folder."""
         return self.rank == 0
+
+    @property
+    def number(self) -> int | None:
+        """Which this is; None if there is no other."""
+        return None if self.alone else self.rank
 
     @property
     def alone(self) -> bool:
@@ -54,6 +60,11 @@ class Ranks:
     def left(self) -> bool:
         """Whether it has no more to do with the others."""
         return self._presence is None
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the launcher that started this process is gone: nobody would end it any more."""
+        return self._launcher is not None and os.getppid() != self._launcher
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up all ranks' ``tensor`` in place. On a GPU nothing is waited for."""
@@ -178,8 +189,8 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
             # The group stays: a GPU in a sum with a rank that is gone would be waited for.
             if ranks._presence is not None:
                 ranks._presence.fail(error)
-                if ranks.rank and isinstance(error, SlimtuneError):
-                    error.told = True
+            if ranks.rank and isinstance(error, StopRequested if ranks.left else SlimtuneError):
+                error.told = True
             raise
         else:
             ranks.leave()

@@ -108,7 +108,10 @@ class RankedTrainer(Trainer):
 
     def _to_tell(self, weights: Tensor, gradient: Tensor) -> Tensor:
         """float64 [own micro-batches + 5]: their losses, and what stands at :data:`_FACTS`."""
-        asked = self.safety.signals.requested is not None or self.safety.stop_file()
+        signals = self.safety.signals
+        if self.ranks.abandoned and signals.requested is None:
+            signals.requested = "the end of its launcher"
+        asked = signals.requested is not None or self.safety.stop_file()
         facts = [0.0, 0.0, asked, self.progress.pieces, self._given_up is not None]
         told = torch.tensor([0.0] * self.share.own + facts, dtype=torch.float64).to(weights.device, non_blocking=True)
         if self._step_losses:

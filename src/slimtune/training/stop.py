@@ -33,6 +33,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GRACE = 4.0
 """Seconds that a phase which ends where it is has for that; what it waits for (a network, a disk, other processes) may
 never come."""
+_COPIES = 2.0
+"""Seconds in which a launcher passes on a signal that its processes have heard already."""
 _LOOK = 0.2
 """Seconds from one look to the next whether it has ended."""
 
@@ -51,14 +53,17 @@ class StopSignals:
 
     Args:
         run: See :attr:`run`.
-        silent: Another rank says that a signal was heard.
+        rank: Of this process among several; None: it is alone. Rank 0 says that a signal was heard. A launcher passes
+            signals on, and a rank may have heard them by itself, as Slurm and systemd send them to all processes of a
+            job: what comes within two seconds of the first is a copy of it.
 
     Raises:
         StopRequested: A signal came, and the body didn't end well by itself.
     """
 
-    def __init__(self, run: Path | None = None, *, silent: bool = False) -> None:
-        self.run, self.silent = run, silent
+    def __init__(self, run: Path | None = None, *, rank: int | None = None) -> None:
+        self._silent, self._copies = bool(rank), 0.0 if rank is None else _COPIES
+        self.run = run
         """The run's folder once there is something to go on from; it makes the message."""
         self.finished = False
         """Whether all that the run is for lies on the disk: then there is nothing to go on with."""
@@ -163,14 +168,17 @@ class StopSignals:
                 raise self.stop()
 
     def _watch(self, read: int) -> None:
-        seen, waited = 0, 0.0
+        seen, waited, first = 0, 0.0, 0.0
         while True:
             if select.select([read], [], [], _LOOK if seen else None)[0]:
                 data = os.read(read, 64)
                 if not data:
                     break
-                before, seen = seen, seen + sum(number in STOP_SIGNALS for number in data)
-                if seen == 1 and not before and self._deferred and not self.silent:
+                before, heard = seen, sum(number in STOP_SIGNALS for number in data)
+                first = time.monotonic() if heard and not before else first
+                copies = bool(self._copies) and time.monotonic() - first < self._copies
+                seen = max(before, min(1, heard)) if copies else before + heard
+                if seen == 1 and not before and self._deferred and not self._silent:
                     line = told("slimtune: stopping: the step is ended and saved first; again ends at once")
                     sys.stderr.write(f"{line}\n")
                     sys.stderr.flush()
