@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +33,12 @@ from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
 from slimtune.engine.memory import MemoryPlan, plan_memory
-from slimtune.engine.offload import KeptInRam
 from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
-from slimtune.engine.ram import ram_to_lock
+from slimtune.engine.placed import carry_out, most_ram
 from slimtune.engine.read import check_values, read_decoder
 from slimtune.engine.stored import unpack_for_training
-from slimtune.engine.streamed import StreamedWeights, embedding_places, in_ram, make_resident, move_to_ram
+from slimtune.engine.streamed import embedding_places, in_ram
 from slimtune.engine.structure import CannotFuse, Decoder
 from slimtune.engine.weights import Gradients, Site, Stack
 from slimtune.ranks.host import here
@@ -138,7 +138,8 @@ class Engine:
         self.graphs = graphs and self.device.type == "cuda"
         used, to_come = self._used(), self._to_come()
         budget = math.inf if memory is None else memory - used - to_come
-        self.plan: MemoryPlan = plan_memory(
+        planned = partial(
+            plan_memory,
             self.layers,
             tokens,
             self._head.shape[0],
@@ -146,15 +147,14 @@ class Engine:
             longest=longest,
             ways=self._inputs.packs_ways,
             per_layer=self._per_layer,
-            ram=self._ram() if ram is None else ram,
+            ram=most_ram(self.device) if ram is None else ram,
             stored=[layer.stored_bytes for layer in self.layers],
             embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
             sharing=here().sharing,
             lowest=self._lowest,
         )
-        self._place_embedding()
-        self._streamed = self._streamed_weights()
-        self._away = self._kept_in_ram()
+        self.plan: MemoryPlan
+        self.plan, self._streamed, self._away = carry_out(planned, self.decoder, self.layers, self.device)
         self._inputs.padded_room = self.plan.padded_room
         self.least_memory: int | None = None if self.plan.nbytes <= budget else used + to_come + self.plan.nbytes
         self._inverse = torch.ones((), dtype=self.flat.grad.dtype, device=self.device)
@@ -291,27 +291,6 @@ class Engine:
             "activations": self.plan.kept_bytes,
             "workspace": workspace + self.plan.nbytes + self.plan.spared_bytes - self.plan.kept_bytes,
         }
-
-    def _ram(self) -> int:
-        return ram_to_lock() if self.device.type == "cuda" else 0
-
-    def _kept_in_ram(self) -> KeptInRam | None:
-        sizes = dict(zip(self.plan.in_ram, self.plan.ram_sizes, strict=True))
-        return KeptInRam(sizes, self.device) if sizes else None
-
-    def _place_embedding(self) -> None:
-        if self.plan.embedding_bytes:
-            move_to_ram(embedding_places(self.decoder), self.device, "embedding")
-        else:
-            make_resident(embedding_places(self.decoder))
-
-    def _streamed_weights(self) -> StreamedWeights | None:
-        streamed = set(self.plan.streamed)
-        for index, layer in enumerate(self.layers):
-            if index not in streamed:
-                make_resident(layer.places)
-        layers = {index: self.layers[index] for index in self.plan.streamed}
-        return StreamedWeights(layers, self.device) if layers else None
 
     def _used(self) -> int:
         """Bytes on the device besides the plan's, if all weights lay there; the optimizer's state, to come, too."""
