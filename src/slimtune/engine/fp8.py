@@ -54,7 +54,7 @@ def channels(inputs: int, outputs: int) -> int:
 
     A channel's two columns cost two of all outputs. So a product with few outputs has more of them.
     """
-    wanted = max(_CHANNELS, round(2 * inputs / outputs) * _CHANNELS)
+    wanted = max(_CHANNELS, round(4 * inputs / outputs) * _CHANNELS)
     return min(wanted, inputs // _MULTIPLE * _MULTIPLE)
 
 

@@ -37,9 +37,9 @@ def row_scale(most: tl.tensor) -> tl.tensor:
 
 
 @jit
-def number_or_lost(exact: tl.tensor, number: tl.tensor) -> tl.tensor:
-    """In e4m3 the number where that is asked for, and otherwise what its rounding takes away."""
-    return tl.where(number, exact, exact - exact.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv)
+def lost(exact: tl.tensor) -> tl.tensor:
+    """What rounding to e4m3 takes away."""
+    return (exact - exact.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv)
 
 
 @jit
@@ -70,11 +70,14 @@ def _quantize(
     tl.store(out + columns, (value * inverse).to(tl.float8e4nv), mask=mask)
     if AGAIN > 0:
         each = tl.arange(0, AGAIN)
-        channel = tl.load(again + each % count, mask=each < 2 * count, other=0)
+        mask = each < count
+        channel = tl.load(again + each, mask=mask, other=0)
         value = tl.load(x + row * x_stride + channel).to(tl.float32)
         if WITH_FACTORS:
             value *= tl.load(factors + channel)
-        tl.store(out + size + each, number_or_lost(value * inverse, each < count), mask=each < 2 * count)
+        value *= inverse
+        tl.store(out + size + each, value.to(tl.float8e4nv), mask=mask)
+        tl.store(out + size + count + each, lost(value), mask=mask)
 
 
 @jit
@@ -99,9 +102,9 @@ def _again_from_nf4(
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     each = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_r, inside_c = row < rows, each < 2 * count
+    inside_r, inside_c = row < rows, each < count
     mask = inside_r[:, None] & inside_c[None, :]
-    channel = tl.load(again + each % count, mask=inside_c, other=0)
+    channel = tl.load(again + each, mask=inside_c, other=0)
     place = row.to(tl.int64)[:, None] * size + channel[None, :]
     block = place // BLOCK_SIZE
     if NESTED:
@@ -112,10 +115,10 @@ def _again_from_nf4(
         scale = tl.load(absmax + block, mask=mask, other=0.0)
     scale *= tl.div_rn(1.0, tl.load(scales + row, mask=inside_r, other=1.0))[:, None]
     both = tl.load(packed + place // 2, mask=mask, other=0).to(tl.int32)
-    values = tl.load(code + ((both >> ((1 - channel % 2) * 4)[None, :]) & 0xF))
-    number = (each >= count)[None, :] & inside_r[:, None]
+    values = tl.load(code + ((both >> ((1 - channel % 2) * 4)[None, :]) & 0xF)) * scale
     behind = out + row.to(tl.int64)[:, None] * (size + 2 * count) + size + each[None, :]
-    tl.store(behind, number_or_lost(values * scale, number), mask=mask)
+    tl.store(behind, lost(values), mask=mask)
+    tl.store(behind + count, values.to(tl.float8e4nv), mask=mask)
 
 
 @jit
@@ -174,13 +177,13 @@ def quantize(x: Tensor, *, factors: Tensor | None = None, again: Tensor | None =
     """See :func:`slimtune.engine.kernels.reference_fp8.quantize`."""
     if not runs_on_triton(x):
         return reference.quantize(x, factors=factors, again=again)
-    (rows, size), behind = x.shape, 0 if again is None else 2 * again.numel()
-    out = torch.empty(rows, size + behind, dtype=E4M3, device=x.device)
+    (rows, size), count = x.shape, 0 if again is None else again.numel()
+    out = torch.empty(rows, size + 2 * count, dtype=E4M3, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = pow2(size)
     _quantize[(rows,)](
         x, scales if factors is None else factors, scales if again is None else again, out, scales, x.stride(0), size,
-        behind // 2, WITH_FACTORS=factors is not None, BLOCK=block, AGAIN=pow2(behind) if behind else 0,
+        count, WITH_FACTORS=factors is not None, BLOCK=block, AGAIN=pow2(count) if count else 0,
         ALIGN=row_alignment(x),
         num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
@@ -218,7 +221,7 @@ def from_nf4(
             ROWS=block_rows, WORDS=block_words, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     if out is not None and again is not None:
-        _again_from_nf4[(cdiv(rows, 32), cdiv(2 * again.numel(), 64))](
+        _again_from_nf4[(cdiv(rows, 32), cdiv(again.numel(), 64))](
             packed.view(-1), *over, again, out, rows, shape[1], again.numel(), **how, BLOCK_SIZE=blocksize, ROWS=32,
             COLUMNS=64, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimtune.engine.kernels import fp8, mlp
 from slimtune.engine.kernels._triton import jit, pow2, row_alignment, runs_on_triton, tl
-from slimtune.engine.kernels.fp8 import E4M3, number_or_lost, row_scale
+from slimtune.engine.kernels.fp8 import E4M3, lost, row_scale
 from slimtune.engine.kernels.mlp import Activation, activate, factor, numbers
 
 __all__ = ["gated_backward", "gated_forward"]
@@ -72,9 +72,11 @@ def _forward(
         tl.store(out + start + lanes, (value.to(tl.float32) * inverse).to(tl.float8e4nv), mask=mask)
     if AGAIN > 0:
         each = tl.arange(0, AGAIN)
-        channel = tl.load(again + each % count, mask=each < 2 * count, other=0)
-        value = _hidden(gate, up, channel, size, alpha, limit, KIND).to(tl.float32)
-        tl.store(out + size + each, number_or_lost(value * inverse, each < count), mask=each < 2 * count)
+        mask = each < count
+        channel = tl.load(again + each, mask=mask, other=0)
+        value = _hidden(gate, up, channel, size, alpha, limit, KIND).to(tl.float32) * inverse
+        tl.store(out + size + each, value.to(tl.float8e4nv), mask=mask)
+        tl.store(out + size + count + each, lost(value), mask=mask)
 
 
 @jit
@@ -158,15 +160,15 @@ def gated_forward(
     """
     if not runs_on_triton(gate):
         return fp8.quantize(mlp.gated_forward(gate, up, activation=activation, out=out), again=again)
-    (rows, size), behind = gate.shape, 0 if again is None else 2 * again.numel()
-    values = torch.empty(rows, size + behind, dtype=E4M3, device=gate.device)
+    (rows, size), count = gate.shape, 0 if again is None else again.numel()
+    values = torch.empty(rows, size + 2 * count, dtype=E4M3, device=gate.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
     alpha, limit, kind = numbers(activation)
     block = _block(size)
     _forward[(rows,)](
         gate, up, gate if out is None else out, gate if again is None else again, values, scales, gate.stride(0),
-        up.stride(0), 0 if out is None else out.stride(0), size, behind // 2, alpha, limit, KIND=kind,
-        WITH_H=out is not None, BLOCK=block, AGAIN=pow2(behind) if behind else 0,
+        up.stride(0), 0 if out is None else out.stride(0), size, count, alpha, limit, KIND=kind,
+        WITH_H=out is not None, BLOCK=block, AGAIN=pow2(count) if count else 0,
         ALIGN=row_alignment(gate, up, out), num_warps=block // 512, enable_fp_fusion=True,
     )  # fmt: skip
     return values, scales
