@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
-from slimtune.cli.fits import fit_here, fit_of
+from slimtune.cli.fits import fit_here, fit_of, models_here
 from slimtune.config import Config
 from slimtune.hardware import Card
 from slimtune.training.forecast import Forecaster, gib
@@ -52,11 +53,32 @@ def test_without_a_gpu_ram_is_what_counts(forecaster: Forecaster) -> None:
     assert fit(forecaster, 100, gpu=False)[0] is False
 
 
-def test_what_cant_be_known_is_said(forecaster: Forecaster, tmp_path: Path) -> None:
+def test_what_cant_be_known_is_said(forecaster: Forecaster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
     found = fit_here(str(tmp_path))
+    assert found.trains is False
+    assert found.said[0].startswith("It doesn't train here: ")
+    (tmp_path / "config.json").write_text('{"model_type": "musicgen"}')
+    assert "a sequence-to-sequence model (musicgen)" in fit_here(str(tmp_path)).said[0]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = fit_here("nobody/nothing")
     assert found.trains is None
     assert found.said[0].startswith("Whether it trains here isn't known: ")
     plain = Forecaster(forecaster.config.model_copy(update={"engine": "plain"}))
     assert fit(plain, 8192)[0] is None
     assert fit(plain, 1)[0] is False
+
+
+def test_the_models_on_this_machine_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert models_here() == []
+    for name, files in (
+        ("models--a--whole", ("config.json", "model.safetensors")),
+        ("models--a--half", ("config.json",)),
+    ):
+        for file in files:
+            path = tmp_path / "hub" / name / "snapshots" / "1" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    assert models_here() == ["a/whole"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
-from slimtune.cli.init import GOALS, models_here
-from slimtune.config import load_config
+from slimtune.cli import init
+from slimtune.cli.init import GOALS
+from slimtune.config import Config, load_config
 from tests.cli.conftest import Done
 
 
@@ -76,16 +79,21 @@ def test_a_terminal_is_asked_until_the_answers_hold(data: Path, tmp_path: Path) 
     }
 
 
-def test_the_models_on_this_machine_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert models_here() == []
-    for name, files in (
-        ("models--a--whole", ("config.json", "model.safetensors")),
-        ("models--a--half", ("config.json",)),
-    ):
-        for file in files:
-            path = tmp_path / "hub" / name / "snapshots" / "1" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
-    assert models_here() == ["a/whole"]
+def test_what_trains_here_is_offered_first(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, body in (("bert", '{"model_type": "bert"}'), ("tiny", "")):
+        snapshot = tmp_path / f"models--a--{name}" / "snapshots" / "1"
+        shutil.copytree(tiny_model, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("1")
+        if body:
+            (snapshot / "config.json").write_text(body)
+    answered: list[dict[str, str]] = []
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(init, "_chosen", lambda question, choices, check: answered.append(choices) or "a/tiny")
+    model, fit = init._looked_at(None)
+    assert (model, fit.trains) == ("a/tiny", True)
+    assert list(answered[0]) == ["a/tiny", "smollm2-135m", Config().model, "a/bert"]
+    assert answered[0]["a/tiny"] == "on this machine, trains here"
+    assert answered[0]["a/bert"] == "on this machine, doesn't train here"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from slimtune.base.classes import skeleton
+from slimtune.base.classes import language_class, skeleton
 from slimtune.base.named import model_source
 from slimtune.base.packed import NF4_BLOCK, bulk_bytes
 from slimtune.base.quantizer import policy_of
@@ -97,6 +97,7 @@ def unloaded_base(
     config = from_pretrained(
         AutoConfig, source, revision=local_revision(source, revision), trust_remote_code=trust_remote_code
     )
+    language_class(config, source)
     stored = stored_format(model, config)
     made = skeleton(source, revision=local_revision(source, revision), trust_remote_code=trust_remote_code)
     tensors = _tensors(source, revision) if headers else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -17,17 +16,15 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.named import check_name
 from slimtune.cli.config import flow
 from slimtune.cli.early import check_files
-from slimtune.cli.fits import Fit, fit_here
+from slimtune.cli.fits import Fit, fit_here, models_here
 from slimtune.cli.formatting import folded
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.run.durable import replace_file
 from slimtune.words import told
 
-__all__ = ["GOALS", "command", "models_here"]
+__all__ = ["GOALS", "command"]
 
-_MOST_MODELS = 6
-"""Of those on this machine that are listed."""
 _WIDTH = 76
 
 
@@ -85,7 +82,9 @@ def _looked_at(model: str | None) -> tuple[str, Fit]:
     """The model, asked for unless it is given, and whether it trains here: one that doesn't is asked about."""
     if model is not None:
         return model, _told_fit(model)
-    models = {name: _where(name) for name in dict.fromkeys([*models_here(), EMBEDDED, Config().model])}
+    here = {name: _fit(name) for name in models_here()}
+    names = [name for name, fit in here.items() if fit.trains is not False]
+    models = {name: _where(name, here.get(name)) for name in dict.fromkeys([*names, EMBEDDED, Config().model, *here])}
     while True:
         model = _chosen(told("Which model? A number, a folder, or a hub id."), models, check_name)
         fit = _told_fit(model)
@@ -166,22 +165,13 @@ def _echo(*lines: str) -> None:
         click.echo("\n".join(f"  {part}" for part in folded(line, _WIDTH)))
 
 
-def models_here() -> list[str]:
-    """Hub ids of the models whose config and weights lie in the hub's cache on this machine, the newest first."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    folders = [path for path in root.glob("models--*--*") if any(path.glob("snapshots/*/config.json"))]
-    folders = [path for path in folders if any(path.glob("snapshots/*/*.safetensors"))]
-    folders.sort(key=lambda path: -path.stat().st_mtime)
-    return ["/".join(path.name.split("--")[1:]) for path in folders[:_MOST_MODELS]]
-
-
-def _where(name: str) -> str:
+def _where(name: str, fit: Fit | None) -> str:
+    """What is said of a model that is offered; ``fit`` of one that is here."""
     if name == EMBEDDED:
         return told("135 M parameters, comes with a package: to try things out")
-    if name not in models_here():
+    if fit is None:
         return told("downloaded when it trains")
-    match _fit(name).trains:
+    match fit.trains:
         case True:
             return told("on this machine, trains here")
         case False:
