@@ -12,7 +12,8 @@ import torch
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.hardware import detect
 from slimtune.ranks import meeting, presence
-from slimtune.ranks.group import ALONE, together
+from slimtune.ranks.group import ALONE, Ranks, together
+from slimtune.ranks.place import Place
 from slimtune.ranks.presence import Presence
 
 
@@ -24,6 +25,17 @@ def test_alone_everything_is_its_own() -> None:
     assert (ALONE.told("a"), ALONE.from_first(lambda: 7), ALONE.any(True)) == (["a"], 7, True)
     ALONE.check_same({"data": "x"}, "")
     ALONE.leave()
+
+
+def test_two_ranks_with_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(Place(1, 3))
+    for told, what in ((["a", "b", "a"], "ranks 0 and 2"), (["a", "b", "b"], "ranks 1 and 2")):
+        monkeypatch.setattr(ranks, "told", lambda _, told=told: told)
+        with pytest.raises(UserError, match=f"{what} have the same GPU"):
+            ranks.check_apart("b")
+    for told in (["a", "b", "c"], ["", "", ""]):
+        monkeypatch.setattr(ranks, "told", lambda _, told=told: told)
+        ranks.check_apart(told[1])
 
 
 def test_a_rank_that_never_comes_is_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,25 @@ class Ranks:
                 if mine != its:
                     raise UserError(f"rank {rank} has another {name}: {its}; rank 0 has {mine}", rule=rule)
 
+    def check_apart(self, card: str) -> None:
+        """See that no two ranks have one GPU: NCCL would end at the first sum.
+
+        Args:
+            card: What tells this rank's from all others; empty if it has none.
+
+        Raises:
+            UserError: Two have; on every rank.
+        """
+        told = self.told(card)
+        for rank, other in enumerate(told):
+            if other and (same := told.index(other)) < rank:
+                raise UserError(
+                    f"ranks {same} and {rank} have the same GPU",
+                    rule="One process takes one GPU.",
+                    way_out="Let each process of a host see a GPU of its own, or all of them all GPUs "
+                    "(CUDA_VISIBLE_DEVICES), and set LOCAL_RANK.",
+                )
+
     def goes_on_by(self, command: str) -> None:
         """How to go on if a rank is lost, from here on."""
         if self._presence is not None:
@@ -183,6 +202,7 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
         try:
             memory = f"{device.memory_bytes / 2**30:.0f} GiB"
             ranks.check_same({"device": f"{device.name} ({memory})"}, "A step takes as long as its slowest rank.")
+            ranks.check_apart(str(torch.cuda.get_device_properties(0).uuid) if device.device == "cuda" else "")
             with on_host(Host.of(ranks)):
                 yield ranks
         except BaseException as error:
