@@ -58,6 +58,8 @@ def test_help_screens_and_errors_are_translated() -> None:
     assert {text for text in wording.of_help() if known(text) is None and not text.startswith(commands)} <= SAME
     assert {text for text in wording.of_screens() if known(text) is None} <= COMPOSED
     assert [text for text in wording.of_errors() if known(text) is None] == []
+    assert len(wording.of_stops()) > 2
+    assert [text for text in wording.of_stops() if known(text, part=True) is None] == []
     assert len(wording.of_rows()) > 30
     assert [text for text in wording.of_rows() if catalogue().told(text, part=True) is None] == []
 

@@ -125,6 +125,17 @@ def of_rows() -> set[str]:
     }
 
 
+def of_stops() -> set[str]:
+    """What may have stopped a run, besides signals."""
+    return {
+        node.value.value
+        for tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        and any(isinstance(target, ast.Attribute) and target.attr == "requested" for target in node.targets)
+    }  # fmt: skip
+
+
 def of_screens() -> set[str]:
     """What a run's screen says, labels and texts, and what verbs say of themselves by ``told``."""
     found: set[str] = set()
