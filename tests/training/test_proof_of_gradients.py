@@ -18,7 +18,7 @@ from slimtune.engine import engine as engine_module
 from slimtune.engine.blocks import attention, delta, experts, mlp
 from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels import delta as rule
-from slimtune.engine.kernels import lora, mlp_fp8, norm, short_conv
+from slimtune.engine.kernels import fp8, lora, mlp_fp8, norm, short_conv
 from slimtune.errors import UserError
 from slimtune.training import proof_of_gradients
 from slimtune.training.proof import beside_others, prove_loss, text_of
@@ -210,6 +210,7 @@ def test_a_document_and_those_beside_it_fit(room: int, longest: int) -> None:
 def in_fp8(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer whose engine multiplies in FP8, by the kernels' reference."""
     monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
+    monkeypatch.setattr("slimtune.engine.weights.channels", lambda *shape: 16)
     model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True), target_modules="all-linear")
     engine = Engine(model, dtype=torch.bfloat16, tokens=256, fp8=True)
     return Trainer(model=model, engine=engine, _metrics={"eval": {}})
@@ -239,6 +240,18 @@ def test_a_backward_that_multiplies_with_other_numbers_is_found(
         prove_precision(in_fp8, PACK)
 
 
+def test_further_columns_of_other_channels_are_found(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that takes in what rounding lost of others is as far from bf16's as one without."""
+    quantize = fp8.quantize
+
+    def of_others(x: Tensor, *, again: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        return quantize(x, again=None if again is None else again.flip(0), **options)
+
+    monkeypatch.setattr(fp8, "quantize", of_others)
+    with pytest.raises(UserError, match=r"precision: fp8 can't be had: the product of .* is 0.0\d+ of its size"):
+        prove_precision(in_fp8, PACK)
+
+
 @pytest.mark.parametrize("way", ["product of", "gradient through"])
 def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: str) -> None:
     """Gradients alone don't tell it from rounding."""
@@ -253,15 +266,16 @@ def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: s
         prove_precision(in_fp8, PACK)
 
 
-def test_a_fused_kernel_that_is_wrong_is_found(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["gated_backward", "gated_forward"])
+def test_a_fused_kernel_that_is_wrong_is_found(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """No product shows it, and in the gradients it is as small as rounding."""
-    inner = mlp_fp8.gated_backward
+    inner = getattr(mlp_fp8, kernel)
 
     def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         values, scales = inner(*arguments, **options)
         return values, 0.5 * scales
 
-    monkeypatch.setattr(mlp_fp8, "gated_backward", wrong)
+    monkeypatch.setattr(mlp_fp8, kernel, wrong)
     assert proof_of_gradients._wrong_product(in_fp8.engine) is None
     with pytest.raises(UserError, match=r"the gradient of .*lora_. is 0\.\d+ of its size from itself"):
         prove_precision(in_fp8, PACK)
