@@ -43,20 +43,16 @@ class MlpBlock(TwoProjections):
         return y, kept
 
     def _hidden(self, gates: Tensor, on: Pass, number: int) -> tuple[Tensor | None, Rows | None]:
-        """down's input buffer, and its first columns in FP8; one of them where down reads no more.
-
-        Where it is counted what FP8 loses, by kernels one by one.
-        """
+        """down's input buffer, and its first columns in FP8; one of them where down reads no more."""
         halves, activation, eight = gates.chunk(2, dim=1), self.part.activation, self.down.in_fp8
-        fused = eight is not None and eight.switch.counted is None
-        if eight is not None and fused and not self.down.extra:
+        if eight is not None and not self.down.extra:
             return None, mlp_fp8.gated_forward(*halves, activation=activation, again=eight.again)
         h, eighths = self.down.input_buffer(gates.shape[0]), None
         first = h[:, : self.down.inputs]
-        if eight is not None and fused:
-            eighths = mlp_fp8.gated_forward(*halves, activation=activation, out=first, again=eight.again)
-        else:
+        if eight is None:
             mlp.gated_forward(*halves, activation=activation, out=first)
+        else:
+            eighths = mlp_fp8.gated_forward(*halves, activation=activation, out=first, again=eight.again)
         self.down.fill_extra(h, on.seed, number)
         return h, eighths
 
