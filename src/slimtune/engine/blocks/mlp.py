@@ -43,7 +43,7 @@ class MlpBlock(TwoProjections):
         return y, kept
 
     def _hidden(self, gates: Tensor, on: Pass, number: int) -> tuple[Tensor | None, Rows | None]:
-        """down's input buffer, and its first columns in FP8; one of them where down reads no more."""
+        """down's input buffer, and what it multiplies of that in FP8; one of them where down reads no more."""
         halves, activation, eight = gates.chunk(2, dim=1), self.part.activation, self.down.in_fp8
         if eight is not None and not self.down.extra:
             return None, mlp_fp8.gated_forward(*halves, activation=activation, again=eight.again)
