@@ -1,7 +1,7 @@
 """How near the plan's time for a step comes to steps that were measured: python benchmarks/pace.py [--fit] [OUT.json]
 
 The steps are those of other benchmarks on one H200 (their files beside each), the forecasts made without a card, from a
-config and a file of a header alone. ``--fit`` prints the five rates that suit them best, for
+config and a file of a header alone. ``--fit`` prints the six rates that suit them best, for
 ``src/slimtune/training/pace.py``: least squares of the relative errors; and how far each step is off by rates that were
 fitted to the others alone.
 """
@@ -30,7 +30,7 @@ from slimtune.training import pace  # noqa: E402
 from slimtune.training.forecast import Forecaster  # noqa: E402
 from tests.training.headers import headers  # noqa: E402
 
-FACTORS = ("_ADDED", "_PARAMETER")
+FACTORS = ("_AGAIN", "_UNPACKED", "_PARAMETER")
 RATES = ("_PRODUCTS", "_ATTENTION", "_PASSES", *FACTORS)
 """Of :mod:`slimtune.training.pace`: something is divided by the first three, and multiplied with the factors."""
 
@@ -103,13 +103,13 @@ def seconds(point: Point, forecaster: Forecaster) -> float:
 
 
 def terms(points: tuple[Point, ...], folder: Path) -> torch.Tensor:
-    """[points, rates]: the terms that each forecast is a sum of, over what was measured; told one by one, its factor 1
-    and the others' 0."""
+    """[points, rates + 1]: the terms that each forecast is a sum of, over what was measured; told one by one, its
+    factor 1 and the others' 0. The last is what has no rate: copies that nothing hides."""
     before = {name: getattr(pace, name) for name in RATES}
     forecasters = [forecaster_of(point, folder / str(number)) for number, point in enumerate(points)]
-    found = torch.empty(len(points), len(RATES), dtype=torch.float64)
+    found = torch.empty(len(points), len(RATES) + 1, dtype=torch.float64)
     try:
-        for column, name in enumerate(RATES):
+        for column, name in enumerate((*RATES, "")):
             for other in RATES:
                 setattr(pace, other, 1.0 if other == name else 0.0 if other in FACTORS else float("inf"))
             for row, (point, forecaster) in enumerate(zip(points, forecasters, strict=True)):
@@ -117,21 +117,23 @@ def terms(points: tuple[Point, ...], folder: Path) -> torch.Tensor:
     finally:
         for name, value in before.items():
             setattr(pace, name, value)
+    found[:, :-1] -= found[:, -1:]
     return found
 
 
 def fitted(found: torch.Tensor) -> torch.Tensor:
     """What each term is to be multiplied with."""
-    scale = found.amax(0)
-    ones = torch.ones(len(found), 1, dtype=torch.float64)
-    return torch.linalg.lstsq(found / scale, ones).solution[:, 0] / scale
+    rated, fixed = found[:, :-1], found[:, -1:]
+    scale = rated.amax(0)
+    return torch.linalg.lstsq(rated / scale, 1.0 - fixed).solution[:, 0] / scale
 
 
 def left_out(found: torch.Tensor) -> list[float]:
     """The error of each step by rates that were fitted to the others alone."""
     numbers = range(len(found))
     others = [torch.tensor([other != number for other in numbers]) for number in numbers]
-    return [float(found[number] @ fitted(found[kept])) - 1 for number, kept in zip(numbers, others, strict=True)]
+    told = [found[number, :-1] @ fitted(found[kept]) for number, kept in zip(numbers, others, strict=True)]
+    return [float(rated + found[number, -1]) - 1 for number, rated in enumerate(told)]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 from slimtune.engine.attention import Way
 from slimtune.engine.blocks import Keep, Memory
@@ -42,6 +43,20 @@ _ASIDES = (Keep.INPUT, Keep.ATTENDED)
 """What layers may have in RAM: the rest takes about as long over a bus as to be computed again."""
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
+
+
+class Added(NamedTuple):
+    """Seconds that a plan adds to products that keep everything, on an H100, by the cost model."""
+
+    computed: float = 0.0
+    """For what is computed again, and by products of few tokens."""
+    unpacked: float = 0.0
+    """For weights that are made anew in the compute dtype."""
+    copied: float = 0.0
+    """For copies from and to RAM that nothing hides, and launches without a graph."""
+
+
+_NOTHING = Added()
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,7 @@ class MemoryPlan:
     apart_bytes: int = 0
     """What a recorded step reserves besides ``nbytes``: its graphs' memory and the head's, which neither gives the
     other."""
-    added_seconds: float = 0.0
-    """What the cost model says that the plan adds to products that keep everything, on an H100."""
+    added: Added = _NOTHING
 
     @property
     def attended_in_ram(self) -> int:
@@ -179,45 +193,45 @@ class _Shape:
     def seconds(self, plan: MemoryPlan) -> float:
         """What plans are compared by: time that they add to a forward and a backward that keep everything."""
         again = (seconds for seconds, level in zip(self.attended, plan.keep, strict=True) if level < Keep.ATTENDED)
-        return self.added_seconds(plan) + sum(again)
+        return sum(self.added(plan)) + sum(again)
 
-    def added_seconds(self, plan: MemoryPlan) -> float:
+    def added(self, plan: MemoryPlan) -> Added:
         """Of that time all but attention over long documents."""
         # Attention's own products and the elementwise passes are about an eighth of the projections' time.
         extra = {Keep.INPUT: 1.25, Keep.ATTENDED: 1.1, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
         seconds = 2.0 * self.tokens / _FLOPS
         parts, memory = -(-self.tokens // plan.part_tokens), self.memory(plan)
-        added = device = 0.0
+        computed = unpacked = copied = device = 0.0
         for layer, places in self.kinds:
             products = sum(block.products for block in layer.blocks)
             weights = self.weights[places[0]]
             for level, count in Counter(plan.keep[place] for place in places).items():
                 again = sum(block.products_again(level) for block in layer.blocks)
-                added += count * seconds * (again * extra[level] + products * 0.01 * (level < Keep.ALL))
+                computed += count * seconds * (again * extra[level] + products * 0.01 * (level < Keep.ALL))
             for place in places:
                 if place >= plan.kept_weights:
                     uses = 2 + (plan.keep[place] < Keep.ATTENTION) + (plan.keep[place] < Keep.GATES)
-                    added += parts * uses * weights / _DEQUANTIZED / 1.5
+                    unpacked += parts * uses * weights / _DEQUANTIZED / 1.5
             filling = sum(block.products / block.rows(memory) for block in layer.blocks)
-            added += 2 * seconds * len(places) * _FILL * filling
+            computed += 2 * seconds * len(places) * _FILL * filling
             device += 2 * seconds * len(places) * products
         hidden = self.layers[0].hidden
-        added += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
+        computed += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
         if plan.in_ram:
             # A copy runs beside the layer's own work.
             work = (device / 2 + sum(self.attended)) / parts / len(self.layers)
             copies = (size / _LINK for size in plan.ram_sizes)
-            added += parts * 2 * sum(max(0.02 * copy, copy - work) for copy in copies)
+            copied += parts * 2 * sum(max(0.02 * copy, copy - work) for copy in copies)
         if plan.streamed:
             # Both ways; the layers are spread, so that a copy has those before it to run beside.
             copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
-            added += parts * 2 * max(0.02 * copy, copy - work)
+            copied += parts * 2 * max(0.02 * copy, copy - work)
         if plan.embedding_bytes:
-            added += self.tokens * hidden * self.layers[0].dtype.itemsize / _LINK
+            copied += self.tokens * hidden * self.layers[0].dtype.itemsize / _LINK
         unrecorded = plan.in_ram or plan.streamed or ("efficient" in self.ways.values() and not plan.padded_room)
         if unrecorded:  # the device may wait for the host
-            added += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added)
-        return added
+            copied += max(0.0, parts * len(self.layers) * _LAUNCHES - device - computed - unpacked - copied)
+        return Added(computed, unpacked, copied)
 
     def filled(
         self,
@@ -449,4 +463,4 @@ def plan_memory(
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
     best = min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
-    return replace(best, added_seconds=shape.added_seconds(best))
+    return replace(best, added=shape.added(best))

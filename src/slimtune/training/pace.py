@@ -1,6 +1,6 @@
 """How long a step takes on a card before one was made there: its work over rates, and what the memory plan adds.
 
-Five rates, fitted at once to twenty steps that were measured on one H200, of seven families, with and without a budget
+Six rates, fitted at once to twenty steps that were measured on one H200, of seven families, with and without a budget
 of memory (``benchmarks/pace.py`` has them, how near each comes, and how near by rates of the others). Another card's
 are these by the ratio of what its maker publishes: arithmetic, and called so.
 """
@@ -19,12 +19,13 @@ __all__ = ["MEASURED", "Step", "sum_seconds"]
 
 MEASURED = "H200"
 """The card of the rates. What is told of others is arithmetic."""
-_PRODUCTS = 563e12  # operations a second of frozen weights' products
+_PRODUCTS = 589e12  # operations a second of frozen weights' products
 _IN_FP8 = 900e12  # and of those in FP8; set by hand after one call, not fitted
-_ATTENTION = 542e12  # and of attention's
-_PASSES = 1.07e12  # bytes a second of what a layer can keep, for all that is done to it beside products
-_ADDED = 0.895  # of what the plan's own cost model says that it adds
-_PARAMETER = 2.66e-10  # seconds for each parameter that trains: its products, its gradient, its update
+_ATTENTION = 554e12  # and of attention's
+_PASSES = 0.968e12  # bytes a second of what a layer can keep, for all that is done to it beside products
+_AGAIN = 1.524  # of what the plan's own cost model says for what is computed again
+_UNPACKED = 0.299  # and for weights that are made anew
+_PARAMETER = 2.49e-10  # seconds for each parameter that trains: its products, its gradient, its update
 HOST_CARDS, HOST_LINK = 8, 12.5
 """Cards of one host, and GB a second between hosts: 100 Gb/s."""
 
@@ -54,7 +55,8 @@ class Step:
         # Seven products, and the forward's two again in layers that keep nothing of it.
         attended = (7.0 + 2.0 * again) * self.work.squares(lengths) / _ATTENTION
         moved = self.passed / _PASSES + self.trained * _PARAMETER
-        computed = multiplied + attended + _ADDED * self.plan.added_seconds
+        added = _AGAIN * self.plan.added.computed + _UNPACKED * self.plan.added.unpacked + self.plan.added.copied
+        computed = multiplied + attended + added
         return computed * like.tflops / card.tflops + moved * like.bandwidth / card.bandwidth
 
 
