@@ -60,7 +60,7 @@ def trainer(family: str, targets: str | list[str] = "all-linear", dtype: torch.d
 def test_the_engine_is_right_and_stays_as_it_was(family: str) -> None:
     made = trainer(family)
     before, random = made.engine.flat.data.clone(), torch.get_rng_state()
-    prove_loss(made, TOKENS, *HOW)
+    prove_loss(made, [TOKENS], *HOW)
     assert prove_gradients(made, [TOKENS], *HOW) is None
     assert torch.equal(made.engine.flat.data, before)
     assert torch.equal(torch.get_rng_state(), random)
@@ -100,9 +100,27 @@ def test_a_backward_that_is_three_percent_off_is_found(
 ) -> None:
     made = trainer(family)
     monkeypatch.setattr(owner, name, off(getattr(owner, name)))
-    prove_loss(made, TOKENS, *HOW)  # no loss shows it
+    prove_loss(made, [TOKENS], *HOW)  # no loss shows it
     with pytest.raises(CannotFuse, match=r"gradient of .+ on a document in a pack is 0\.\d+ of its size"):
         prove_gradients(made, [TOKENS, TOKENS[::-1]], *HOW)
+
+
+def test_a_loss_that_rounding_moved_is_looked_at_on_other_documents() -> None:
+    made, inner, offs = trainer("qwen2"), Trainer.evaluation_sum, list[float]()
+
+    def evaluation_sum(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
+        total, supervised = inner(made, model, inputs)
+        return total * (1 + offs.pop(0)), supervised
+
+    made.evaluation_sum = evaluation_sum
+    texts = [TOKENS, TOKENS[::-1], TOKENS[1:]]
+    for rounding in ([2e-4, -2e-4], [2e-4, 1e-4, -3e-4]):  # at most 1e-4 in 32 bits
+        offs[:] = rounding
+        prove_loss(made, texts, *HOW)
+        assert not offs
+    offs[:] = [2e-4, 2e-4, 2e-4]
+    with pytest.raises(CannotFuse, match="the engine's loss on a document in a pack"):
+        prove_loss(made, texts, *HOW)
 
 
 def test_what_a_single_document_says_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,14 +190,14 @@ def test_a_state_that_ends_with_its_chunk_is_found(monkeypatch: pytest.MonkeyPat
             lambda mixed, g, beta, starts, boundaries, heads: forward(mixed, g, beta, *cut(starts), heads),
         )  # fmt: skip
         with pytest.raises(CannotFuse, match="the engine's loss"):
-            prove_loss(made, TOKENS, *HOW)
+            prove_loss(made, [TOKENS], *HOW)
     monkeypatch.setattr(
         delta.delta, "delta_backward",
         lambda do, mixed, g, beta, starts, boundaries, heads, saved: backward(
             do, mixed, g, beta, *cut(starts), heads, saved
         ),
     )  # fmt: skip
-    prove_loss(made, TOKENS, *HOW)
+    prove_loss(made, [TOKENS], *HOW)
     with pytest.raises(CannotFuse, match="the engine's gradient"):
         prove_gradients(made, [TOKENS], *HOW)
 

@@ -2,11 +2,11 @@
 
 Before the first step a short document goes through the loaded model twice, dropout off: by what training computes
 (TRL's head; or the engine, with other documents beside it in a pack), and by the model's own logits (and, with the
-engine, its backward too: :mod:`slimtune.training.proof_of_gradients`). TRL's head
-multiplies the last hidden state by the head's weight and knows the scalings of some families; where the two losses
-differ, or what they say of single tokens (a soft cap hardly moves the mean), or TRL's head can't take the model, the
-model's own logits train it. Where the engine's differs, it is
-refused (:class:`slimtune.engine.structure.CannotFuse`), and the recipe begins again on the plain stack.
+engine, its backward too: :mod:`slimtune.training.proof_of_gradients`). TRL's head multiplies the last hidden state by
+the head's weight and knows the scalings of some families; where the two losses differ, or what they say of single
+tokens (a soft cap hardly moves the mean), or TRL's head can't take the model, the model's own logits train it. Where
+the engine's differs, over several documents, it is refused (:class:`slimtune.engine.structure.CannotFuse`), and the
+recipe begins again on the plain stack.
 
 After the first accumulation window every adapter's B must have a gradient (A's is zero as long as B is). One that has
 none does nothing: it sits where text doesn't pass, or in an expert that no token was sent to yet.
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,16 @@ _HEAD_TOLERANCE = {torch.float32: 2**-16, torch.float64: 2**-16, torch.bfloat16:
 roundings of 16 bits, as autocast may be on for the one alone; in 32 bits the order of a few thousand terms."""
 
 
-def prove_loss(trainer: Any, tokens: Tokens, dtype: torch.dtype, room: int, longest: int) -> str | None:
-    """Compare the loss that trains with the model's own on one document; if they differ, the model's own head trains.
+def prove_loss(trainer: Any, texts: Sequence[Tokens], dtype: torch.dtype, room: int, longest: int) -> str | None:
+    """Compare the loss that trains with the model's own; if they differ, the model's own head trains.
 
+    Without an engine one document is looked at. With one, others as long as the mean of all so far isn't the model's
+    own: in 16 bits rounding moves a single document's loss, one way or the other, and a kernel that is wrong moves all.
     Nothing of it shows afterwards: no random number is drawn, no gradient made, no metric kept.
 
     Args:
         trainer: A :class:`slimtune.training.fused.FusedTrainer` that is ready to train; its ``own_head`` is set.
-        tokens: A document; the first few tokens of it are taken, all supervised.
+        texts: Documents; the first few tokens of each are taken, all supervised.
         dtype: The compute dtype.
         room: Tokens that a micro-batch may hold.
         longest: Tokens that a document may have.
@@ -70,19 +73,19 @@ def prove_loss(trainer: Any, tokens: Tokens, dtype: torch.dtype, room: int, long
         UserError: The model can't compute a loss at all, or has no auxiliary loss and is asked for it.
         CannotFuse: The engine's loss isn't the model's own, or it can't take the model.
     """
-    most = min(_TOKENS, len(tokens)) if trainer.engine is None else min(room, longest)
-    text = text_of(tokens, most)
-    ids = torch.from_numpy(text)[None]
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    model, training = trainer.model, trainer.model.training
+    first, model, training = texts[0], trainer.model, trainer.model.training
     model.eval()
     try:
         with rng_preserved(), torch.no_grad():
+            text = text_of(first, min(_TOKENS, len(first)) if trainer.engine is None else min(room, longest))
             with model.disable_adapter():  # the base, as it is read back and used
-                check_computes(model, ids, dtype)
-            given = batch if trainer.engine is None else beside_others(text, room)
-            return _prove(trainer, batch, given, dtype)
+                check_computes(model, torch.from_numpy(text)[None], dtype)
+            if trainer.engine is None:
+                return _prove_head(trainer, text, dtype)
+            _prove_engine(trainer, [text_of(tokens, min(room, longest)) for tokens in texts], room, dtype)
+            return None
     finally:
+        trainer._metrics["eval"].clear()
         model.train(training)
 
 
@@ -107,31 +110,43 @@ def beside_others(ids: npt.NDArray[np.int64], room: int) -> dict[str, Any]:
     return MicroBatch(np.concatenate(parts), supervised, tuple(map(len, parts)), padded=False).inputs()
 
 
-def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], dtype: torch.dtype) -> str | None:
-    with _outputs(trainer.model) as outputs:
-        own = _own(trainer, batch, dtype)
-        if trainer.engine is None and trainer.aux_loss_enabled:
-            trainer.own_head = True
-            return "the model's own head, which tells the routers' auxiliary loss too"
+def _prove_engine(trainer: Any, texts: Sequence[npt.NDArray[np.int64]], room: int, dtype: torch.dtype) -> None:
+    pairs: list[tuple[float, float]] = []
+    for text in texts:
+        own = _own(trainer, _alone(text), dtype)
         try:
-            total, supervised = trainer.evaluation_sum(trainer.model, dict(given))
-            trains = float(total) / supervised
+            total, supervised = trainer.evaluation_sum(trainer.model, beside_others(text, room))
         except torch.OutOfMemoryError:
             raise
         except CANT_TAKE as error:
             said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            if trainer.engine is not None:
-                raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
+            raise _unfit(f"the engine can't compute a document in a pack ({said})") from error
+        pairs.append((float(total) / supervised, own))
+        trains, own = map(fmean, zip(*pairs, strict=True))
+        if _same(trains, own, dtype):
+            return
+    raise _unfit(f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}")
+
+
+def _prove_head(trainer: Any, text: npt.NDArray[np.int64], dtype: torch.dtype) -> str | None:
+    batch = _alone(text)
+    with _outputs(trainer.model) as outputs:
+        own = _own(trainer, batch, dtype)
+        if trainer.aux_loss_enabled:
             trainer.own_head = True
-            return f"the model's own head, as TRL's can't take it ({said})"
-        finally:
-            trainer._metrics["eval"].clear()
-    same = abs(trains - own) <= _TOLERANCE[dtype] * max(1.0, own)
-    if trainer.engine is not None:
-        if same:
-            return None
-        raise _unfit(f"the engine's loss on a document in a pack is {trains:.4f}, and the model's own {own:.4f}")
+            return "the model's own head, which tells the routers' auxiliary loss too"
+        try:
+            total, supervised = trainer.evaluation_sum(trainer.model, dict(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except CANT_TAKE as error:
+            trainer.own_head = True
+            return (
+                f"the model's own head, as TRL's can't take it ({type(error).__name__}: {str(error).splitlines()[0]})"
+            )
+    trains = float(total) / supervised
     off, allowed = _off(outputs[0].logits, outputs[-1].log_probs, batch["input_ids"], _HEAD_TOLERANCE[dtype])
+    same = _same(trains, own, dtype)
     if same and off <= allowed:
         return None
     trainer.own_head = True
@@ -140,6 +155,15 @@ def _prove(trainer: Any, batch: dict[str, Tensor], given: dict[str, Any], dtype:
         if not same
         else f"the model's own head: the log-probability of a token is {off:.2g} off by TRL's"
     )
+
+
+def _same(trains: float, own: float, dtype: torch.dtype) -> bool:
+    return abs(trains - own) <= _TOLERANCE[dtype] * max(1.0, own)
+
+
+def _alone(text: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    ids = torch.from_numpy(text)[None]
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def prove_step(trainer: Any, texts: Sequence[Tokens], config: Config, say: Calla
     for kernel, right in trainer.attention.items():
         if not right:
             say("attention", f"not by {kernel}, which computes something else on this GPU: another kernel is taken")
-    own_head = prove_loss(trainer, texts[0], *how)
+    own_head = prove_loss(trainer, texts, *how)
     if own_head is not None:
         say("loss", own_head)
     elif trainer.engine is not None and (why := prove_gradients(trainer, texts, *how)) is not None:
