@@ -147,7 +147,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml can't be read"):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
 
 

@@ -448,7 +448,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             if id(value) not in merged or key.tag == _MERGE or str(key.value) in Config.model_fields
         ]
         loaded: dict[Any, Any] = loader.construct_document(root)
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist", way_out="`slimtune init` writes one.") from None
+    except OSError as error:
+        raise UserError(f"config file {path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"config file {path} can't be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that doesn't exist is a ValueError
         raise UserError(f"config file {path} is no valid YAML: {error}") from None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from tests.cli.conftest import Done
 
@@ -20,6 +22,21 @@ def test_the_table_says_what_a_card_takes(run_here: Callable[..., Done], tiny_mo
     assert all(" yes " in line for line in lines[5:12])
     assert lines[4].endswith("a step")
     assert all(line.endswith(" s") for line in lines[5:12])
+
+
+@pytest.mark.parametrize("lang", ["en_GB", "zh_CN"])
+def test_a_narrow_terminal_gets_fewer_columns(
+    lang: str, run_here: Callable[..., Done], tiny_model: Path, requests_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LC_ALL", lang)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    done = run_here("plan", str(tiny_model), str(requests_file), "--max-length", "512")
+    table = [line for line in done.stdout.splitlines() if "GiB (" in line or "RTX" in line]
+    assert len(table) == 6
+    assert max(map(cell_len, table)) <= 80
+    for english, chinese in (("this data", "这些数据"), ("longest", "最长"), ("A wider terminal", "终端更宽时")):
+        assert (english if lang == "en_GB" else chinese) in done.stdout
 
 
 def test_json_adds_up_and_holds_what_the_data_would_do(

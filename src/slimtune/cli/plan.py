@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,10 @@ __all__ = ["command"]
 
 SIZES = {8: "RTX 4060", 12: "RTX 4070", 16: "RTX 5080", 24: "RTX 4090", 48: "L40S", 80: "H100"}
 """GiB of the cards in the table, and whose speed a size stands for."""
+_SPARED = (7, 5, 6, 4, 10, 3, 8)
+"""Columns that a narrow terminal doesn't get, the least needed first: the parts, RAM for the longest document, what
+nvidia-smi shows, RAM."""
+_GAP = "  "
 NEEDED_MOST = ("gpu", "gpus", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
 
 
@@ -119,11 +125,11 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
     from slimtune.training.forecast import gib
     from slimtune.training.pace import HOST_CARDS, HOST_LINK, MEASURED
 
-    parameters = f"{forecaster.parameters / 1e6:,.1f} M"
+    parameters = told(f"{forecaster.parameters / 1e6:,.1f} M parameters")
     loads = told(f"{gib(forecaster.base.file_bytes)} to download, {gib(forecaster.weights)} as loaded")
     trained = told(f"{forecaster.adapter_parameters:,} parameters train")
     lines = [
-        _line(told("model"), f"{config.model} · {told(f'{parameters} parameters')} · {loads}"),
+        _line(told("model"), f"{config.model} · {parameters} · {loads}"),
         _line(told("adapter"), f"r={config.lora_r} · {', '.join(forecaster.targets)} · {trained}"),
     ]
     if forecaster.unfused is not None:
@@ -158,7 +164,8 @@ def _line(label: str, text: str) -> str:
 
 
 def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
-    """The cards' lines under their heads, each column as wide as its widest cell on the screen."""
+    """The cards' lines under their heads, each column as wide as its widest cell on the screen. A terminal that is
+    too narrow gets fewer columns."""
     heads = (
         told("card"), told("trains"), told("takes"), told("shown"), told("weights"), told("adapter"),
         told("activations"), told("workspace"), told("in RAM"), told("longest"), told("in RAM"), told("a step"),
@@ -167,9 +174,14 @@ def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, An
     table = [heads, *(_cells(forecaster, row, rehearsed) for row in rows)]
     if not rehearsed:
         table = [line[:-1] for line in table]
-    widths = [max(cell_len(line[column]) for line in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
+    widths = {column: max(cell_len(line[column]) for line in table) for column in range(len(table[0]))}
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for column in _SPARED:
+        if room is not None and sum(widths.values()) + len(_GAP) * (len(widths) - 1) > room:
+            del widths[column]
+    more = [told("A wider terminal shows more columns.")] if len(widths) < len(table[0]) else []
+    return more + [
+        _GAP.join(line[column] + " " * (width - cell_len(line[column])) for column, width in widths.items()).rstrip()
         for line in table
     ]
 
