@@ -13,6 +13,7 @@ import click
 from rich.cells import cell_len
 
 from slimtune.base.named import check_name
+from slimtune.cli.formatting import folded
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.config import Config
@@ -29,6 +30,8 @@ _SPARED = (7, 5, 6, 4, 10, 3, 8)
 """Columns that a narrow terminal doesn't get, the least needed first: the parts, RAM for the longest document, what
 nvidia-smi shows, RAM."""
 _GAP = "  "
+_LABEL = 10
+"""Characters of a label with the room behind it."""
 NEEDED_MOST = ("gpu", "gpus", "memory", "max_length", "micro_batch", "lora_r", "targets", "quantization", "as_json")
 
 
@@ -156,11 +159,30 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
                 f"host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic too."
             ),
         ]
-    return [*lines, _line(told("batch"), room), "", *_table(forecaster, rows, rehearsed), "", *said]
+    return [
+        *lines,
+        _line(told("batch"), room),
+        "",
+        *_table(forecaster, rows, rehearsed),
+        "",
+        *(_broken("", text) for text in said),
+    ]
 
 
 def _line(label: str, text: str) -> str:
-    return f"{label}{' ' * (10 - cell_len(label))}{text}"
+    return _broken(f"{label}{' ' * (_LABEL - cell_len(label))}", text)
+
+
+def _broken(head: str, text: str) -> str:
+    """A text behind its head: in a terminal broken between words, clear of the head."""
+    room = _room()
+    lines = [text] if room is None else folded(text, room - cell_len(head))
+    return f"\n{'':{cell_len(head)}}".join([head + lines[0], *lines[1:]])
+
+
+def _room() -> int | None:
+    """Columns of the terminal; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, Any]) -> list[str]:
@@ -175,7 +197,7 @@ def _table(forecaster: Forecaster, rows: list[Forecast], rehearsed: dict[str, An
     if not rehearsed:
         table = [line[:-1] for line in table]
     widths = {column: max(cell_len(line[column]) for line in table) for column in range(len(table[0]))}
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    room = _room()
     for column in _SPARED:
         if room is not None and sum(widths.values()) + len(_GAP) * (len(widths) - 1) > room:
             del widths[column]
