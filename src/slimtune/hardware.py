@@ -77,6 +77,13 @@ class Card:
     """GB that it sends a second to a card beside it: by NVLink, as published, or the bus, PCIe 4.0 of 16 lanes."""
 
     @property
+    def bus(self) -> float:
+        """GB that its bus brings to RAM or back in a second: PCIe 5.0's as an H200 was measured, older ones' a half and
+        a quarter of it."""
+        major, _ = self.capability
+        return 54.0 if major >= 9 else 25.0 if major == 8 else 12.5
+
+    @property
     def compute_dtype(self) -> DType:
         """The fastest dtype that is native there."""
         return "bf16" if self.capability >= (8, 0) else "fp16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
 
 @pytest.mark.parametrize(
     ("config", "rows", "steps"),
-    [(QWEN_1_8B, 8, {120.0: 210.6, 3.9: 287.0}), (SIX_OF_30B_A3B, 4, {120.0: 50.7, 7.3: 60.75})],
+    [(QWEN_1_8B, 8, {120.0: 210.6, 3.9: 287.0}), (SIX_OF_30B_A3B, 4, {120.0: 50.7, 7.3: 60.75, 5.1: 74.45})],
     ids=["dense", "mixture"],
 )
 def test_within_15_percent_of_what_was_measured(
@@ -57,6 +58,15 @@ def test_within_15_percent_of_what_was_measured(
     for gib, milliseconds in steps.items():
         told = of.forecast(CARDS["H200"], int(gib * 2**30))
         assert 1e3 * told.step_seconds == pytest.approx(milliseconds, rel=0.15)
+
+
+def test_weights_from_ram_come_as_fast_as_a_cards_bus(forecaster: Callable[..., Forecaster]) -> None:
+    of, budget = forecaster(SIX_OF_30B_A3B, 1), int(2.5 * 2**30)
+    slower = replace(CARDS["H200"], capability=(8, 0))  # PCIe 4.0
+    fast, slow = (of.forecast(card, budget) for card in (CARDS["H200"], slower))
+    assert fast.streamed_layers
+    assert fast.streamed_layers == slow.streamed_layers
+    assert fast.step_seconds < 0.8 * slow.step_seconds
 
 
 def test_fp8_takes_what_was_measured_and_only_where_a_card_has_it(forecaster: Callable[..., Forecaster]) -> None:

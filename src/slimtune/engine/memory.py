@@ -135,6 +135,8 @@ class _Shape:
     """The first layer that has a backward; those below keep nothing."""
     longest: int = 0
     """Tokens in the longest document."""
+    bus: float = _LINK
+    """Bytes that a bus brings to RAM or back in a second."""
 
     def part(self, nbytes: int) -> int:
         """Of weights' bytes in RAM this rank's part."""
@@ -220,14 +222,14 @@ class _Shape:
         if plan.in_ram:
             # A copy runs beside the layer's own work.
             work = (device / 2 + sum(self.attended)) / parts / len(self.layers)
-            copies = (size / _LINK for size in plan.ram_sizes)
+            copies = (size / self.bus for size in plan.ram_sizes)
             copied += parts * 2 * sum(max(0.02 * copy, copy - work) for copy in copies)
         if plan.streamed:
             # Both ways; the layers are spread, so that a copy has those before it to run beside.
-            copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
+            copy, work = plan.streamed_bytes / self.bus, device / 2 / parts
             copied += parts * 2 * max(0.02 * copy, copy - work)
         if plan.embedding_bytes:
-            copied += self.tokens * hidden * self.layers[0].dtype.itemsize / _LINK
+            copied += self.tokens * hidden * self.layers[0].dtype.itemsize / self.bus
         unrecorded = plan.in_ram or plan.streamed or ("efficient" in self.ways.values() and not plan.padded_room)
         if unrecorded:  # the device may wait for the host
             copied += max(0.0, parts * len(self.layers) * _LAUNCHES - device - computed - unpacked - copied)
@@ -411,6 +413,7 @@ def plan_memory(
     sharing: int = 1,
     lowest: int = 0,
     lavish: bool = True,
+    bus: float = _LINK,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -429,6 +432,7 @@ def plan_memory(
         sharing: Ranks that have weights there in common.
         lowest: The first layer that has a backward.
         lavish: Whether RAM may be taken where that only spares time, too.
+        bus: Bytes that the card's bus brings to RAM or back in a second: the time that is told goes by it, and no plan.
     """
     longest = min(tokens, longest or tokens)
     embedding = embedding if -(-embedding // sharing) <= ram else 0
@@ -463,4 +467,4 @@ def plan_memory(
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
     best = min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
-    return replace(best, added=shape.added(best))
+    return replace(best, added=replace(shape, bus=bus).added(best))
