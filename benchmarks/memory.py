@@ -10,7 +10,8 @@ alone. Each case prints a JSON line and is left out where $BUDGET (seconds, 600)
 - ``streamed-SIZE-TOKENS-GIB``: 20 layers of a 70B (r=8 on q, k, v, o), computed as all 80 of them are planned for an
   80 GiB card with the weights resident, and for GIB with them in RAM: tokens a second of both, and peaks.
 - ``least-SIZE-TOKENS-GIB``: a whole model (r=8 on q, k, v, o) with the allocator capped at GIB.
-- ``price-TOKENS``: eight layers that keep their inputs alone, as they are, sparing, and in RAM: tokens a second, peaks.
+- ``price-TOKENS``: eight layers that keep their inputs alone, as they are, sparing, in RAM, and what attention gave in
+  RAM too: tokens a second, peaks.
 - ``fits-TOKENS-GIB``: all 32 layers with the allocator capped at GIB: plan, tokens a second, peaks by phase.
 
 With $OUT set, the lines are written to memory.json there too.
@@ -40,7 +41,7 @@ from workloads import SIZES, Workload, add_lora, make_model
 
 from slimtune.engine import Engine, FusedAdamW8bit
 from slimtune.engine import engine as engine_module
-from slimtune.engine.blocks import Keep
+from slimtune.engine.blocks import Keep, Memory
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.offload import CopiesBeside
 
@@ -82,19 +83,25 @@ def document(tokens: int, size: str = SIZE) -> dict[str, Tensor]:
 
 
 @contextmanager
-def plans(**changes: Any) -> Iterator[None]:
-    """Within this, every plan has these values instead of its own."""
+def plans(*, attended: bool = False, **changes: Any) -> Iterator[None]:
+    """Within this, every plan has these values instead of its own; what attention gave is in RAM too, if asked for."""
 
-    def changed(*args: Any, **options: Any) -> MemoryPlan:
-        return replace(plan_memory(*args, **options), **changes)
+    def changed(layers: Any, *args: Any, **options: Any) -> MemoryPlan:
+        plan = replace(plan_memory(layers, *args, **options), **changes)
+        if not attended:
+            return plan
+        memory = Memory(plan.part_tokens, plan.mlp_tokens, options["ways"], plan.padded_room, plan.sparing)
+        sizes = tuple(layers[index].kept_bytes(memory, Keep.ATTENDED) for index in plan.in_ram)
+        keep = tuple(Keep.ATTENDED if index in plan.in_ram else level for index, level in enumerate(plan.keep))
+        return replace(plan, ram_sizes=sizes, keep=keep)
 
     with mock.patch.object(engine_module, "plan_memory", changed):
         yield
 
 
-MEANS = ((False, False), (True, False), (True, True))
-"""Sparing or not, inputs in RAM or not."""
-NAMES = dict(zip(MEANS, ("as they are", "sparing", "sparing, in RAM"), strict=True))
+MEANS = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
+"""Sparing or not, inputs in RAM or not, what attention gave too or not."""
+NAMES = dict(zip(MEANS, ("as they are", "sparing", "sparing, in RAM", "what attention gave too"), strict=True))
 
 
 def least(layers: int, tokens: int, sparing: bool, ram: bool) -> dict[str, Any]:
@@ -153,8 +160,9 @@ def equal() -> None:
     layers, tokens = (6, 8192) if CUDA else (5, 128)
     model = wrapped(layers)
 
-    def gradients(sparing: bool, ram: bool, streamed: bool = False) -> Tensor:
-        away = {"streamed": tuple(range(layers))} if streamed else {}
+    def gradients(sparing: bool, ram: bool, streamed: bool = False, *, attended: bool = False) -> Tensor:
+        away: dict[str, Any] = {"streamed": tuple(range(layers))} if streamed else {}
+        away["attended"] = attended
         with plans(**least(layers, tokens, sparing, ram), **away):
             engine = Engine(model, dtype=DTYPE, tokens=tokens, graphs=False)
         for _ in range(2):  # the second one writes to places that the first one's were read from
@@ -167,10 +175,11 @@ def equal() -> None:
     torch.use_deterministic_algorithms(True)
     plain, sparing, again = gradients(False, False), gradients(True, False), gradients(True, False)
     away, streamed, both = gradients(True, True), gradients(True, False, True), gradients(True, True, True)
+    attended = gradients(True, True, True, attended=True)
     with mock.patch.object(CopiesBeside, "begin", begin_at_once):
         broken = gradients(True, False, True) if CUDA else plain.neg()
     torch.use_deterministic_algorithms(False)
-    same = {"repeats": again, "inputs_in_ram": away, "weights_in_ram": streamed, "both": both}
+    same = {"repeats": again, "inputs_in_ram": away, "weights_in_ram": streamed, "both": both, "all": attended}
     equal_to = {name: torch.equal(sparing, found) for name, found in same.items()}
     shows = not torch.equal(sparing, broken)
     say(
@@ -257,20 +266,23 @@ def least_memory(case: str, size: str, tokens: int, gib: float) -> None:
 def price(case: str, tokens: int) -> None:
     layers, rates = (8 if CUDA else 2), []
     model = wrapped(layers)
-    for means in MEANS:
+    for *means, attended in MEANS:
         free()
-        with plans(**least(layers, tokens, *means)):
+        with plans(**least(layers, tokens, *means), attended=attended):
             begin = time.perf_counter()
             engine = Engine(model, dtype=DTYPE, tokens=tokens, graphs=False)
             made = time.perf_counter() - begin
         seconds = steps(engine, document(tokens), 2 if tokens > 16384 else 4)
         rates.append(tokens / seconds)
         say(
-            case, what=NAMES[means], layers=layers, tokens_s=rates[-1], step_s=seconds, engine_made_s=made,
+            case, what=NAMES[*means, attended], layers=layers, tokens_s=rates[-1], step_s=seconds, engine_made_s=made,
             pinned_gib=engine.plan.ram_bytes / GIB, **peaks(),
         )  # fmt: skip
         del engine
-    say(case, what="price", price_of_sparing=1 - rates[1] / rates[0], price_of_ram=1 - rates[2] / rates[1])
+    say(
+        case, what="price", price_of_sparing=1 - rates[1] / rates[0], price_of_ram=1 - rates[2] / rates[1],
+        gain_by_attention=rates[3] / rates[2] - 1,
+    )  # fmt: skip
 
 
 def fits(case: str, tokens: int, gib: float) -> None:
@@ -357,7 +369,7 @@ def main() -> None:
             "equal": 20.0,
             "streamed": 45 if tokens > 8192 else 25,
             "least": 25.0,
-            "price": 8 + 6 * step / 4,
+            "price": 8 + 8 * step / 4,
             "fits": 10 + step * (2 if tokens <= 65536 else 1),
         }
         if left() < needs[name]:
