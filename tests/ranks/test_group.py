@@ -98,6 +98,19 @@ def test_a_rank_that_stops_says_why_and_one_that_is_gone_is_missed(monkeypatch: 
     other.leave()
 
 
+def test_the_second_rank_speaks_where_the_first_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "_GRACE", 3600.0)
+    first, other = pair()
+    assert (first.speaks, other.speaks) == (True, False)
+    (peer,) = first._peers
+    with socket.socket(fileno=os.dup(peer.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
+    assert other.learn()
+    assert other.speaks
+    first.leave()
+    other.leave()
+
+
 def test_a_rank_that_is_done_is_not_missed() -> None:
     first, other = pair()
     other.leave()

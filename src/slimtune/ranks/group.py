@@ -209,7 +209,8 @@ def together(hardware: Callable[[], Hardware], seconds: float) -> Iterator[Ranks
             # The group stays: a GPU in a sum with a rank that is gone would be waited for.
             if ranks._presence is not None:
                 ranks._presence.fail(error)
-            if ranks.rank and isinstance(error, StopRequested if ranks.left else SlimtuneError):
+            speaks = ranks.first if ranks._presence is None else ranks._presence.speaks
+            if not speaks and isinstance(error, StopRequested if ranks.left else SlimtuneError):
                 error.told = True
             raise
         else:

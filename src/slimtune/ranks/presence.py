@@ -23,6 +23,7 @@ from slimtune.ranks.meeting import as_told, word_of
 
 __all__ = ["Presence"]
 
+_GONE = "its process is gone"
 _GRACE = 10.0
 """Seconds that this process has to end by itself once another is gone."""
 
@@ -80,6 +81,13 @@ class Presence:
         self._left = True
         self._tell(word_of(self.rank, error))
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells the person what happened: the first, or the second where the first's process is
+        gone."""
+        first_is_gone = self.lost is not None and self.lost["rank"] == 0 and self.lost["what"] == _GONE
+        return self.rank == first_is_gone
+
     def check(self) -> None:
         """Stop here if another rank is gone.
 
@@ -126,7 +134,7 @@ class Presence:
         if self._left:
             return
         error = self.error()
-        if self.rank == 0:
+        if self.speaks:
             sys.stderr.write(f"slimtune: {error.what}. {error.way_out}\n")
             sys.stderr.flush()
         os._exit(error.exit_code)
@@ -137,7 +145,7 @@ class Presence:
         try:
             message: dict[str, Any] = json.loads(peer.recv_bytes(1 << 20))
         except (EOFError, OSError):
-            return {"rank": rank, "what": "its process is gone"}
+            return {"rank": rank, "what": _GONE}
         return message
 
 
