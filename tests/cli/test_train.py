@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from slimtune import cli
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.cli import watch
 from slimtune.config import Config
@@ -19,6 +22,7 @@ from slimtune.data.packing import micro_batches
 from slimtune.data.preflight import prove
 from slimtune.plan import steps_of_run
 from slimtune.serve.address import listen
+from slimtune.use.rehearse import ANSWER_TOKENS
 from tests.cli.conftest import Done
 from tests.serve.chromium import Browser, browser
 
@@ -68,6 +72,11 @@ def test_a_dry_run_says_what_would_be_done_and_needs_no_weights(
     assert planned["steps"] == steps_of_run(config, packs) == -(-3 * packs // 2)
     assert f"{planned['steps']} optimizer steps of 2 micro-batches, 3 epochs" in done.stderr
     assert {choice["key"]: choice["value"] for choice in planned["choices"]}["eval_share"] == 0.05
+    done = run_here(*words, "--rehearse", "10%", "--json")
+    longer = json.loads(done.stdout)
+    assert "96 general prompts at most" in run_here(*words, "--rehearse", "10%").stderr
+    assert longer["steps"] == steps_of_run(config, packs + math.ceil(96 * ANSWER_TOKENS / 128))
+    assert longer["tokens"] / planned["tokens"] == pytest.approx(longer["steps"] / planned["steps"], rel=0.1)
     assert not (tmp_path / "run").exists()
 
 
@@ -99,11 +108,14 @@ def test_the_pages_button_stops_a_run_with_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a browser, on a run that goes: two presses, exit code 75, and the page tells how to go on."""
-    run = tmp_path / "run"
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     monkeypatch.setattr(watch, "_PORT", port)
     monkeypatch.setattr(watch.secrets, "token_urlsafe", lambda size: "a-token")
+    # This process goes on, and hears signals.
+    monkeypatch.setattr(cli, "end_anyway", lambda: None)
+    monkeypatch.setattr(cli, "STOP_SIGNALS", ())
     with browser(tmp_path / "profile") as tab, ThreadPoolExecutor(1) as beside:
         pressed = beside.submit(_press, tab, port)
         done = run_here("train", str(tiny_model), str(requests_file), "-o", str(run), "--max-length", "128",
@@ -111,6 +123,7 @@ def test_the_pages_button_stops_a_run_with_a_checkpoint(
         assert done.returncode == 75, done.stderr
         assert f"slimtune resume {run}" in pressed.result()
     assert len(list((run / "checkpoints").iterdir())) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def _press(tab: Browser, port: int) -> str:

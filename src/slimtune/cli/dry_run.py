@@ -44,7 +44,7 @@ from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
 from slimtune.training.fused import too_little
-from slimtune.use.rehearse import wanted
+from slimtune.use.rehearse import ANSWER_TOKENS, wanted
 from slimtune.words import told
 
 __all__ = ["dry_run"]
@@ -74,18 +74,20 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     if (base := Path(model_source(config.model))).is_dir():
         made = skeleton(base, trust_remote_code=config.trust_remote_code)
         config, for_rate = resolve_rate(config, sum(parameter.numel() for parameter in made.parameters()))
-    config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
-    steps = steps_of_run(config, data.per_epoch)
+    answers = wanted(config, proof.train) if config.rehearse else 0
+    room = config.batch_tokens / ANSWER_TOKENS if isinstance(data, PackedBatches) else len(proof.train) / data.per_epoch
+    per_epoch = data.per_epoch + math.ceil(answers / room)
+    config, for_steps = resolve_steps(config, per_epoch, proof.eval_work)
+    steps = steps_of_run(config, per_epoch)
     choices = [*for_machine, *for_held_out, *for_amount, *for_rate, *for_steps]
     for line in remarks(tokenizer):
         screen.warn(line)
     screen.say("data", data_line(proof.facts))
     screen.say("packs", packs_line(data, config, None if isinstance(data, PackedBatches) else "asked for"))
     screen.say("steps", steps_line(steps, config, evaluates=proof.eval is not None))
-    if config.rehearse:
-        count = wanted(config, proof.train)
+    if answers:
         screen.say(
-            "rehearse", f"{count:,} general prompts at most, answered by the base first, and steps for them, more"
+            "rehearse", f"{answers:,} general prompts at most, answered by the base first; steps with them, about"
         )
     for choice in choices:
         screen.say("chosen", f"{choice.key} {choice.value}: {told(choice.reason)}")
@@ -94,7 +96,8 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     if (budget := memory_budget(config)) is not None:
         _tell_memory(Forecaster(config), budget, config, screen)
     screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
-    tokens = round(micro_batches_of_run(config, data.per_epoch) / data.per_epoch * proof.train.tokens)
+    of_epoch = proof.train.tokens + answers * ANSWER_TOKENS
+    tokens = round(micro_batches_of_run(config, per_epoch) / per_epoch * of_epoch)
     mean = math.ceil(proof.train.tokens / len(proof.train))
     return {
         "data": proof.facts, "steps": steps, "tokens": tokens, "mean_length": mean,

@@ -25,12 +25,14 @@ from slimtune.use.generate import generate
 from slimtune.use.rehearsed import PROMPTS
 from slimtune.use.sampling import Sampling
 
-__all__ = ["answer", "rehearse", "wanted"]
+__all__ = ["ANSWER_TOKENS", "answer", "rehearse", "wanted"]
 
 LEAST = 96
 """Of fewer rows too: a few answers hold a few answers (decision 158)."""
 REPLY_TOKENS = 96
 """Most tokens of an answer; one that isn't ended by then is left out, as its end would be taught wrongly."""
+ANSWER_TOKENS = 73
+"""Of a prompt with its answer, on average, as SmolLM2 gives them: what a run's length is told by, before it begins."""
 SPARE = 2.0
 """So many times the prompts that are wanted are asked."""
 
