@@ -135,7 +135,7 @@ def test_every_verb_explains_itself() -> None:
         (["train", "smollm2-135m"], "no data"),
         (["train", "smollm2-135m", "absent.jsonl", "-o", "never"], "absent.jsonl"),
         (["train", "smollm", "absent.jsonl", "-o", "never"], "unknown model 'smollm'"),
-        (["train", "--config", "absent.yaml"], "absent.yaml can't be read"),
+        (["train", "--config", "absent.yaml"], "absent.yaml does not exist"),
         (["explain", "absent"], "absent"),
         (["chat", "absent-run", "--prompt", "hi"], "absent-run"),
     ],
