@@ -317,7 +317,8 @@ def test_what_was_compared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     device, kinds = torch.device("cuda"), [(128, None, False), (256, None, False)]
     for wrong in ((), ("cudnn",), ("cudnn", "varlen")):
         monkeypatch.setattr(attention_module, "is_right", lambda way, *_, wrong=wrong: way not in wrong)
-        found = compared(device, torch.bfloat16, kinds)
+        assert compared(device, torch.bfloat16, kinds) == {"PyTorch's FlashAttention-2": "varlen" not in wrong}
+        found = compared(device, torch.bfloat16, kinds, {(64, 64)})
         assert found == {"cuDNN's attention": "cudnn" not in wrong, "PyTorch's FlashAttention-2": "varlen" not in wrong}
         left = next(way for way in ("cudnn", "varlen", "torch") if way not in wrong)
         assert choose(device, torch.bfloat16, 128, (64, 64)) == left

@@ -26,7 +26,7 @@ Shapes: T tokens, N heads, K kv heads, D head dimension.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -169,21 +169,25 @@ def choose(
 
 
 def compared(
-    device: torch.device, dtype: torch.dtype, scores: Iterable[tuple[int, float | None, bool]]
+    device: torch.device,
+    dtype: torch.dtype,
+    scores: Iterable[tuple[int, float | None, bool]],
+    packs: Collection[tuple[int, ...]] = (),
 ) -> dict[str, bool]:
-    """The kernels that :func:`choose` may take on this device and has compared with plain products, by their names.
+    """The kernels that :func:`choose` takes on this device and has compared with plain products, by their names.
 
     Args:
         device: Where attention is computed.
         dtype: In which.
         scores: Head dimension, soft cap, and whether there are sinks, of each kind of attention.
+        packs: Lengths of documents that come together, beside those of no order.
 
     Returns:
         Whether each is right; empty where nothing but plain products is taken.
     """
     found: dict[str, bool] = {}
     for head_dim, softcap, sinks in scores if device.type == "cuda" else ():
-        for lengths in ((1, 2), (ROUND, ROUND)):
+        for lengths in {(1, 2), *packs}:
             for way in _ways_of(lengths, device, dtype, head_dim, softcap, sinks)[:-1]:
                 right = is_right(way, device, dtype, head_dim, softcap is not None, sinks)
                 found[_NAMES[way]] = right and found.get(_NAMES[way], True)

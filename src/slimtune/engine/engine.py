@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.batch import MicroBatch
-from slimtune.engine.attention import LONG, ROUND, Way
+from slimtune.engine.attention import LONG, ROUND, Way, compared
 from slimtune.engine.decoder import (
     Keep,
     LayerComputation,
@@ -325,6 +325,11 @@ class Engine:
         self._set_inverse(num_supervised)
         losses = [self._step(part) for part in self._parts(self._micro_batch(batch))]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def attention_compared(self, batch: Mapping[str, Any]) -> dict[str, bool]:
+        """Attention's kernels for a micro-batch like this one: whether each computes what plain products do."""
+        packs = {part.lengths for part in self._parts(self._micro_batch(batch))}
+        return compared(self.device, self.dtype, self.decoder.scores, packs)
 
     def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
         micro = MicroBatch.of(batch)

@@ -18,7 +18,6 @@ from slimtune.base.load import torch_dtype
 from slimtune.batch import IGNORED
 from slimtune.config import Config
 from slimtune.engine import Engine, FusedAdamW8bit
-from slimtune.engine.attention import compared
 from slimtune.engine.read import EIGHT_BIT_ADAMW, fits
 from slimtune.errors import UserError
 from slimtune.plan import memory_budget
@@ -60,7 +59,7 @@ class FusedTrainer(PlainTrainer):
         is right."""
         if self.engine is None:
             return {}
-        return compared(self.engine.device, self.engine.dtype, self.engine.decoder.scores)
+        return self.engine.attention_compared(self.data.batch(0))
 
     @property
     def in_ram(self) -> tuple[int, int]:
