@@ -15,7 +15,7 @@ from slimtune.engine import Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine import weights as weights_module
 from slimtune.engine.decoder import Keep
-from slimtune.engine.fp8 import Fp8Weight, pays
+from slimtune.engine.fp8 import Fp8Weight, channels, pays
 from slimtune.engine.kernels import fp8
 from slimtune.engine.stored import dense
 from slimtune.engine.weights import Gradients, Site
@@ -250,3 +250,11 @@ def test_what_was_measured_to_gain_is_taken() -> None:
     assert not wrong
     assert not pays(16384, 2048, 64)
     assert not pays(16384, 1024, 6144)
+
+
+def test_products_with_few_outputs_take_more_channels() -> None:
+    """Further columns that are whole tiles, unless all channels have them."""
+    shapes = [(2048, 11008), (2048, 2048), (5504, 2048), (18944, 3584), (64, 64), (80, 16)]
+    counts = [channels(*shape) for shape in shapes]
+    assert counts == [64, 256, 704, 1344, 64, 80]
+    assert all(count % 64 == 0 or count == inputs for count, (inputs, _) in zip(counts, shapes, strict=True))
