@@ -109,7 +109,7 @@ def finetune(
     observe: Observer | None = None,
     screen: Screen | None = None,
 ) -> RunFolder:
-    """Fine-tune a chat model as ``config`` says, and give back the run's folder.
+    """Fine-tune a chat model as ``config`` says, and give back the run's folder; of several ranks, rank 0's is whole.
 
     Args:
         config: What to do; ``auto`` values are decided here and recorded.
@@ -318,10 +318,11 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
         base = _load(config, hardware, watchdog)
     if config.rehearse:
         activity, answers = "answering general prompts", job.run.rehearsed_file
-        with screen.working(activity), watchdog.watching(activity):
-            if not job.ranks.first:
+        with screen.working(activity):
+            if not job.ranks.first:  # unwatched: it takes what rank 0 takes, which is watched there
                 answers.write_bytes(job.ranks.from_first(bytes))
-            line = rehearse(proof, config, base.model, tokenizer, answers, partial(watchdog.beat, activity))
+            with watchdog.watching(activity):
+                line = rehearse(proof, config, base.model, tokenizer, answers, partial(watchdog.beat, activity))
             if job.ranks.first:
                 job.ranks.from_first(answers.read_bytes)
         screen.say("rehearse", line)
@@ -545,8 +546,7 @@ def _read(
 
 
 def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
-    # A download shows no progress here, and has timeouts of its own.
-    local = Path(model_source(config.model)).is_dir()
+    local = Path(model_source(config.model)).is_dir()  # a download shows no progress, and has timeouts of its own
     with watchdog.watching("loading the base") if local else nullcontext():
         base = load_base(
             config.model,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
+import click
 import pytest
 
+from slimtune.cli import gpus as cli_gpus
+from slimtune.config import Config
 from slimtune.errors import UserError
 from slimtune.ranks import launch
 from slimtune.ranks.launch import count_of, without_gpus
@@ -22,3 +27,37 @@ def test_a_number_of_gpus_is_so_many_processes(monkeypatch: pytest.MonkeyPatch) 
 def test_the_ranks_are_called_without_it() -> None:
     words = ["train", "m", "--gpus", "2", "d", "--gpus=all", "-o", "r"]
     assert without_gpus(words) == ["train", "m", "d", "-o", "r"]
+
+
+def test_what_ranks_cant_share_is_said_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cards_here", list)
+    monkeypatch.setattr(cli_gpus, "launch", lambda *_: 0)
+    uneven = Config.make(gradient_accumulation=2)
+    with pytest.raises(UserError, match="2 can't be shared evenly by 3 ranks"):
+        cli_gpus.spread("3", Place(), uneven)
+    with pytest.raises(click.exceptions.Exit):
+        cli_gpus.spread("3", Place(), Config.make())
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [({0: -6, 1: 2}, 2), ({0: 2, 1: -6}, 2), ({0: -9, 1: 75}, 75), ({0: -9}, 75)]
+)
+def test_a_process_that_aborts_while_it_ends_hides_no_other_ones_code(
+    codes: dict[int, int], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    failures = {rank: ProcessFailure(rank, 100 + rank, ended, "") for rank, ended in codes.items()}
+
+    def end(*_: str) -> None:
+        raise ChildFailedError("slimtune", failures)
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: end)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    disabled = logging.root.manager.disable
+    try:
+        assert launch.launch(2, ["train"]) == code
+    finally:
+        logging.disable(disabled)

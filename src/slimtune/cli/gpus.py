@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from slimtune.config import Config
 from slimtune.ranks.launch import count_of, launch, without_gpus
 from slimtune.ranks.place import Place
+from slimtune.ranks.share import check_even
 
 __all__ = ["option", "spread"]
 
@@ -18,12 +20,14 @@ option: Callable[[Any], Any] = click.option(
 )
 
 
-def spread(gpus: str | None, place: Place) -> None:
+def spread(gpus: str | None, place: Place, config: Config) -> None:
     """Where ``--gpus`` asks for several, run this command as so many processes, and end as they do.
 
     Raises:
-        UserError: There aren't so many GPUs.
+        UserError: There aren't so many GPUs, or they can't share a step as ``config`` says.
     """
     count = count_of(gpus, place)
     if count > 1:
+        if config.gradient_accumulation != "auto":
+            check_even(config.gradient_accumulation, count)
         raise click.exceptions.Exit(launch(count, without_gpus(sys.argv[1:])))

@@ -69,7 +69,7 @@ def command(
                 say(f"{run} is finished: nothing was changed", err=True)
                 close(folder, as_json=as_json)
                 return
-            spread(gpus, place)
+            spread(gpus, place, config)
         elif RunFolder(run).config_file.is_file():
             config = config_from_flags(config_file or RunFolder(run).config_file, flags)
         if config is not None:

@@ -73,7 +73,7 @@ def command(
             check_page()
         check_training(config if place.rank == 0 else config.model_copy(update={"output": None}))
         if not dry_run:
-            spread(gpus, place)
+            spread(gpus, place, config)
         fix_workspace(config)
         growing_segments()
         others = take_card(place)

@@ -76,8 +76,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         return StopRequested.exit_code
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        if first.exitcode < 0:
-            print(f"slimtune: rank {rank} was ended by signal {-first.exitcode}", file=sys.stderr)
-            return StopRequested.exit_code
-        return int(first.exitcode)
+        if first.exitcode > 0:
+            return int(first.exitcode)
+        print(f"slimtune: rank {rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+        # Libraries' threads may abort a process that is about to end: what the others found counts.
+        return next(
+            (int(each.exitcode) for each in failed.failures.values() if each.exitcode > 0), StopRequested.exit_code
+        )
     return 0
