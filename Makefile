@@ -24,9 +24,10 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(BIN)/lint-imports
 
-# Two processes of one thread each: most of the time goes to starting and loading, not to arithmetic.
+# Two processes of one thread each: most of the time goes to starting and loading, not to arithmetic. Files by name: by
+# their number of tests, those that take minutes in one would come last, and one process waits.
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The reliability campaigns with their full counts (an hour on 2 free cores); figures go to benchmarks/results.
 campaigns: $(STAMP)
@@ -82,13 +83,13 @@ templates: $(STAMP)
 newest: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/newest
 	VIRTUAL_ENV=$(abspath build/newest) $(BIN)/uv pip install --quiet --editable '.[demo,dev]'
-	OMP_NUM_THREADS=1 build/newest/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 build/newest/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The lowest versions that pyproject.toml names, in an environment of their own: make floors TESTS=tests/adapter
 floors: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/floors
 	VIRTUAL_ENV=$(abspath build/floors) $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[demo,dev]'
-	OMP_NUM_THREADS=1 build/floors/bin/pytest --numprocesses 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 build/floors/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # TRL's own PEFT tests, as they are and fused: make trl-tests TRL=… (a checkout of TRL, of the installed version)
 trl-tests: $(STAMP)
