@@ -11,7 +11,6 @@ import click
 from slimtune.config import Config
 from slimtune.ranks.launch import count_of, launch, without_gpus
 from slimtune.ranks.place import Place
-from slimtune.ranks.share import check_even
 
 __all__ = ["option", "spread"]
 
@@ -28,6 +27,8 @@ def spread(gpus: str | None, place: Place, config: Config) -> None:
     """
     count = count_of(gpus, place)
     if count > 1:
+        from slimtune.ranks.share import check_even  # here, as it loads numpy, and most commands need no launcher
+
         if config.gradient_accumulation != "auto":
             check_even(config.gradient_accumulation, count)
         raise click.exceptions.Exit(launch(count, without_gpus(sys.argv[1:])))
