@@ -58,8 +58,8 @@ def test_what_cant_be_known_is_said(forecaster: Forecaster, tmp_path: Path, monk
     found = fit_here(str(tmp_path))
     assert found.trains is False
     assert found.said[0].startswith("It doesn't train here: ")
-    (tmp_path / "config.json").write_text('{"model_type": "musicgen"}')
-    assert "a sequence-to-sequence model (musicgen)" in fit_here(str(tmp_path)).said[0]
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert "a sequence-to-sequence model (t5)" in fit_here(str(tmp_path)).said[0]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = fit_here("nobody/nothing")
     assert found.trains is None
