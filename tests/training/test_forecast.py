@@ -139,6 +139,10 @@ class Counted(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
+MOST = 1.02
+"""Vectors of a number a token, and an adapter's own stacks, are in no plan: here a hundredth, in a large model none."""
+
+
 @pytest.mark.parametrize(
     ("family", "budget", "ram", "adapted"),
     [
@@ -153,7 +157,8 @@ def test_a_step_takes_no_more_than_its_plan(
     monkeypatch.setattr(attention_module, "_FILLING", 1)
     upper = {} if adapted is None else {"layers_to_transform": adapted, "target_modules": ["q_proj", "down_proj"]}
     model = models.add_lora(models.make_base(family), **upper)
-    _takes_no_more_than_planned(model, Engine(model, dtype=torch.float32, tokens=1024, memory=budget, ram=ram))
+    engine = Engine(model, dtype=torch.float32, tokens=1024, memory=budget, ram=ram)
+    assert 0.8 < _taken_of_planned(model, engine) <= MOST
 
 
 def test_what_attention_gave_is_in_the_plan_when_it_is_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +173,11 @@ def test_what_attention_gave_is_in_the_plan_when_it_is_in_ram(monkeypatch: pytes
     model = models.add_lora(models.make_base("llama"))
     engine = Engine(model, dtype=torch.float32, tokens=1024, memory=0, ram=GIB)
     assert engine.plan.keep == (Keep.ATTENDED, Keep.ATTENDED, Keep.INPUT)
-    _takes_no_more_than_planned(model, engine)
+    assert 0.8 < _taken_of_planned(model, engine) <= MOST
 
 
-def _takes_no_more_than_planned(model: nn.Module, engine: Engine) -> None:
+def _taken_of_planned(model: nn.Module, engine: Engine) -> float:
+    """The most bytes that a step holds, as a share of the engine's plan."""
     tokens = 1024
     ids = torch.randint(0, models.VOCABULARY, (1, tokens))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
@@ -188,9 +194,7 @@ def _takes_no_more_than_planned(model: nn.Module, engine: Engine) -> None:
         before += engine._streamed._buffers
     with Counted(before) as counted:
         engine.forward_backward(batch, tokens)
-    # Vectors of a number a token, and an adapter's own stacks, are in no plan: here a hundredth, in a large model none.
-    planned = engine.plan.nbytes + engine.plan.spared_bytes
-    assert 0.8 * planned < counted.most <= 1.02 * planned
+    return counted.most / (engine.plan.nbytes + engine.plan.spared_bytes)
 
 
 def test_more_memory_takes_longer_documents(folder_of: Callable[[str], Path]) -> None:
