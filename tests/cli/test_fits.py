@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from slimtune.cli.fits import fit_here, fit_of, models_here
+from slimtune.cli.fits import fit_here, fit_of
 from slimtune.config import Config
 from slimtune.hardware import Card
 from slimtune.training.forecast import Forecaster, gib
@@ -67,18 +67,3 @@ def test_what_cant_be_known_is_said(forecaster: Forecaster, tmp_path: Path, monk
     plain = Forecaster(forecaster.config.model_copy(update={"engine": "plain"}))
     assert fit(plain, 8192)[0] is None
     assert fit(plain, 1)[0] is False
-
-
-def test_the_models_on_this_machine_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert models_here() == []
-    for name, files in (
-        ("models--a--whole", ("config.json", "model.safetensors")),
-        ("models--a--half", ("config.json",)),
-    ):
-        for file in files:
-            path = tmp_path / "hub" / name / "snapshots" / "1" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
-    assert models_here() == ["a/whole"]

@@ -222,6 +222,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["export", "runs/first"], "-o FOLDER is missing"),
     (["push", "absent", "owner/name"], "unknown model 'absent'"),
     (["serve", "name=absent"], "unknown model 'absent'"),
+    (["plan", "smollm2-135m", "absent.jsonl"], "data absent.jsonl does not exist"),
     (["data", "absent.jsonl"], "data absent.jsonl does not exist"),
 ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from slimtune.base.embedded import EMBEDDED, embedded_model_folder, is_embedded
 from slimtune.errors import UserError
 
-__all__ = ["check_name", "model_source", "similar"]
+__all__ = ["base_of_adapter", "check_name", "model_source", "similar"]
 
 
 def model_source(model: str) -> str:
@@ -50,13 +50,13 @@ def check_name(model: str) -> None:
         raise UserError(
             f"model {model} is an adapter, not a base",
             rule="An adapter holds only the trained part; the base is loaded first.",
-            way_out=f"Give its base{_base_of_adapter(path)}, or go on from it by `slimtune train --from RUN`.",
+            way_out=f"Give its base{_in_brackets(path)}, or go on from it by `slimtune train --from RUN`.",
         )
     if (path / "adapter" / "adapter_config.json").is_file():
         raise UserError(
             f"model {model} is a run of slimtune, not a base",
             rule="A run holds an adapter; the base is loaded first.",
-            way_out=f"Give its base{_base_of_adapter(path / 'adapter')}, or start anew from the run: "
+            way_out=f"Give its base{_in_brackets(path / 'adapter')}, or start anew from the run: "
             "`slimtune train --from RUN`.",
         )
     raise UserError(
@@ -98,9 +98,15 @@ def _check_missing(model: str) -> None:
         )
 
 
-def _base_of_adapter(folder: Path) -> str:
+def base_of_adapter(folder: Path) -> str:
+    """The base that the adapter in ``folder`` names; empty if it names none."""
     try:
         name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return ""
+    return str(name or "")
+
+
+def _in_brackets(folder: Path) -> str:
+    name = base_of_adapter(folder)
     return f" ({name})" if name else ""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slimtune.base.named import check_name
 from slimtune.cli.early import check_files
+from slimtune.cli.hub import check_model
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.options import config_from_flags, some_config_options
@@ -71,7 +71,7 @@ def command(
         if _is_model(Path(name).expanduser()):
             raise UserError(f"data {name} is a folder without rows", way_out=f"That is a model: --model {name}")
 
-    check_name(config.model)
+    check_model(config.model)
     check_files(*config.data, *config.eval)
 
     # Here, as they load torch, and --help is to answer at once.

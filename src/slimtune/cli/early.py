@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimtune.base.named import check_name
+from slimtune.base.named import base_of_adapter, check_name
+from slimtune.cli.hub import check_model, look_for_hub
 from slimtune.config import Config
 from slimtune.run.folder import RunFolder, check_free
 from slimtune.run.replaced import is_stranded
@@ -24,7 +25,9 @@ def check_training(config: Config) -> None:
     # Here, as it loads pyarrow, and --help is to answer at once.
     from slimtune.data.sources import check_sources
 
-    check_sources(config)
+    data = check_sources(config)
+    check_model(config.model)
+    look_for_hub(*data)
 
 
 def check_target(target: str) -> None:
@@ -36,7 +39,9 @@ def check_target(target: str) -> None:
     path = Path(target).expanduser()
     adapters = (path / "adapter_config.json", path / "adapter" / "adapter_config.json")
     if not RunFolder(path).config_file.is_file() and not is_stranded(path) and not any(map(Path.is_file, adapters)):
-        check_name(target)
+        check_model(target)
+    else:
+        look_for_hub(*filter(None, (base_of_adapter(file.parent) for file in adapters)))
 
 
 def check_files(*names: str) -> None:
@@ -48,4 +53,4 @@ def check_files(*names: str) -> None:
     from slimtune.data.sources import check_sources
 
     if names:
-        check_sources(Config.make(data=names))
+        look_for_hub(*check_sources(Config.make(data=names)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimtune.base.embedded import is_embedded
+from slimtune.cli.hub import cached_models
 from slimtune.cli.imports import fast_imports
 from slimtune.config import Config
 from slimtune.errors import UserError
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from slimtune.hardware import Card
     from slimtune.training.forecast import Forecaster
 
-__all__ = ["Fit", "fit_here", "fit_of", "models_here"]
+__all__ = ["Fit", "fit_here", "fit_of"]
 
-_MOST_MODELS = 6
-"""Of those on this machine that are listed."""
 _NO_LIMIT = 1 << 62
 _PROCESS, _PROOFS = 1 << 30, 2
 """Of a training without a GPU: bytes of the process itself, and so many times what the engine takes, for the comparison
@@ -39,16 +37,6 @@ class Fit:
     """Tokens that a document may have, where the usual number doesn't fit and fewer do."""
 
 
-def models_here() -> list[str]:
-    """Hub ids of the models whose config and weights lie in the hub's cache on this machine, the newest first."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    folders = [path for path in root.glob("models--*--*") if any(path.glob("snapshots/*/config.json"))]
-    folders = [path for path in folders if any(path.glob("snapshots/*/*.safetensors"))]
-    folders.sort(key=lambda path: -path.stat().st_mtime)
-    return ["/".join(path.name.split("--")[1:]) for path in folders[:_MOST_MODELS]]
-
-
 def fit_here(model: str) -> Fit:
     """Look whether ``model`` trains here by the defaults; its config and its files' headers are read, no weights."""
     with fast_imports():
@@ -64,7 +52,7 @@ def fit_here(model: str) -> Fit:
             forecaster = Forecaster(config)
         except UserError as error:
             # Of what isn't here yet it may be the network's fault.
-            here = is_embedded(model) or Path(model).expanduser().is_dir() or model in models_here()
+            here = is_embedded(model) or Path(model).expanduser().is_dir() or model in cached_models()
             if here:
                 return Fit(False, (told(f"It doesn't train here: {error.what}"),))
             return Fit(None, (told(f"Whether it trains here isn't known: {error.what}"),))

@@ -16,8 +16,9 @@ from slimtune.base.embedded import EMBEDDED
 from slimtune.base.named import check_name
 from slimtune.cli.config import flow
 from slimtune.cli.early import check_files
-from slimtune.cli.fits import Fit, fit_here, models_here
+from slimtune.cli.fits import Fit, fit_here
 from slimtune.cli.formatting import folded
+from slimtune.cli.hub import cached_models, look_for_hub
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.run.durable import replace_file
@@ -26,6 +27,8 @@ from slimtune.words import told
 __all__ = ["GOALS", "command"]
 
 _WIDTH = 76
+_MOST_MODELS = 6
+"""Of those on this machine that are listed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def command(output: Path, data: str | None, model: str | None, goal: str | None)
     data = _given(data, check_files) or _asked(
         told("What is it to learn from? A file, a folder, or a hub id."), check_files
     )
-    model, fit = _looked_at(_given(model, check_name))
+    model, fit = _looked_at(_given(model, _check_model))
     goal = goal or _chosen(told("What for?"), {name: told(each.title) for name, each in GOALS.items()}, _refuse)
     shorter = {} if fit.max_length is None else {"max_length": fit.max_length}
     _write(output, {"model": model, "data": [data], **GOALS[goal].keys, **shorter})
@@ -82,14 +85,22 @@ def _looked_at(model: str | None) -> tuple[str, Fit]:
     """The model, asked for unless it is given, and whether it trains here: one that doesn't is asked about."""
     if model is not None:
         return model, _told_fit(model)
-    here = {name: _fit(name) for name in models_here()}
+    cached = cached_models()[:_MOST_MODELS]
+    look_for_hub(*cached)
+    here = {name: _fit(name) for name in cached}
     names = [name for name, fit in here.items() if fit.trains is not False]
     models = {name: _where(name, here.get(name)) for name in dict.fromkeys([*names, EMBEDDED, Config().model, *here])}
     while True:
-        model = _chosen(told("Which model? A number, a folder, or a hub id."), models, check_name)
+        model = _chosen(told("Which model? A number, a folder, or a hub id."), models, _check_model)
         fit = _told_fit(model)
         if fit.trains is not False or click.confirm(told("  Take it all the same?")):
             return model, fit
+
+
+def _check_model(name: str) -> None:
+    """One that isn't here yet and can't be had now is good enough for a file."""
+    check_name(name)
+    look_for_hub(name)
 
 
 def _told_fit(model: str) -> Fit:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.cells import cell_len
 
-from slimtune.base.named import check_name
+from slimtune.cli.early import check_files
 from slimtune.cli.formatting import folded
+from slimtune.cli.hub import check_model
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.config import Config
@@ -58,7 +59,8 @@ def command(
     With DATA also what a run on it would do, as `slimtune train --dry-run` says it.
     """
     config = config_from_flags(config_file, {"model": model, "data": data, **flags})
-    check_name(config.model)
+    check_model(config.model)
+    check_files(*config.data)
     with fast_imports():
         from slimtune.cli.dry_run import dry_run
         from slimtune.hardware import card_named

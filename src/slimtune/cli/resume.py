@@ -11,6 +11,7 @@ from slimtune.cli.closing import close
 from slimtune.cli.formatting import say
 from slimtune.cli.gpus import option as gpus_option
 from slimtune.cli.gpus import spread
+from slimtune.cli.hub import look_for_hub
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.notify import check_targets, notifying
 from slimtune.cli.notify import option as notify_option
@@ -69,10 +70,12 @@ def command(
                 say(f"{run} is finished: nothing was changed", err=True)
                 close(folder, as_json=as_json)
                 return
-            spread(gpus, place, config)
         elif RunFolder(run).config_file.is_file():
             config = config_from_flags(config_file or RunFolder(run).config_file, flags)
         if config is not None:
+            look_for_hub(config.model)
+            if place.rank == 0:
+                spread(gpus, place, config)
             fix_workspace(config)
         growing_segments()
         take_card(place)

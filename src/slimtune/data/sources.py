@@ -82,17 +82,19 @@ def parse_source(text: str) -> Source:
     return Source(name, sample or described, weight, found)
 
 
-def check_sources(config: Config) -> None:
+def check_sources(config: Config) -> list[str]:
     """See that there is something of each name in ``data`` and ``eval``. No row is read.
+
+    Returns:
+        Those that are data sets of the hub.
 
     Raises:
         UserError: No data is named, or as :func:`parse_source`.
     """
     if not config.data:
         raise UserError("no data given", way_out="slimtune train MODEL DATA, with DATA a local file or a hub id.")
-    for name in (*config.data, *config.eval):
-        if not is_stdin(name):
-            parse_source(name)
+    sources = [parse_source(name) for name in (*config.data, *config.eval) if not is_stdin(name)]
+    return [source.name for source in sources if not source.is_local]
 
 
 def _check_hub_id(name: str) -> None:

@@ -1,0 +1,99 @@
+"""The hub where there is no network: said at once, and without its client; one that is there is left to that client."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slimtune.cli import hub
+from slimtune.cli.hub import cached_models, check_model, look_for_hub
+from slimtune.errors import UserError
+from slimtune.language import spoken
+
+VARIABLES = (*hub._ASKED_OFFLINE, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HTTP_PROXY", "NO_PROXY", "ALL_PROXY")
+SILENT = 1
+"""A port of this machine where nobody listens."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(tmp_path: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*VARIABLES, *map(str.lower, VARIABLES)):
+            patch.setenv(name, "")  # so that what the tested code sets is taken back
+            patch.delenv(name)
+        patch.setenv("HF_HOME", str(tmp_path))
+        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{SILENT}")
+        yield
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where connections are taken and nothing is answered, as by a hub that is slow."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_takes_no_connection_is_said_once_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with spoken("zh"):
+        assert not look_for_hub("smollm2-135m", "a/b")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert capsys.readouterr().err == "无法连接 127.0.0.1：连接被拒绝。只读取缓存中已有的内容，不下载。\n"
+    assert look_for_hub("a/c")
+    assert capsys.readouterr().err == ""
+
+
+def test_it_isnt_asked_without_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_unreachable", lambda url: pytest.fail(url))
+    assert look_for_hub("smollm2-135m", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert look_for_hub("a/b")
+
+
+def test_a_slow_one_is_left_to_its_client(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", listening)
+    assert look_for_hub("a/b")
+    monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{SILENT}")
+    assert not look_for_hub("a/b")
+
+
+def test_behind_a_proxy_that_is_what_must_be_there(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTP_PROXY", listening)
+    assert look_for_hub("a/b")
+    monkeypatch.setenv("NO_PROXY", "hub.invalid")
+    assert not look_for_hub("a/b")
+
+
+def test_a_model_that_is_in_its_cache_needs_no_hub(tmp_path: Path) -> None:
+    assert cached_models() == []
+    for name, files in (("whole", ("config.json", "model.safetensors")), ("half", ("config.json",)), ("none", ())):
+        folder = tmp_path / "hub" / f"models--a--{name}" / "snapshots" / "1"
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).write_text("{}")
+    assert cached_models() == ["a/whole"]
+    for name in ("whole", "half"):  # of the latter the config alone may be what is wanted
+        check_model(f"a/{name}")
+        del os.environ["HF_HUB_OFFLINE"]
+    with pytest.raises(UserError, match="a/none isn't in the hub's cache"):
+        check_model("a/none")
+
+
+@pytest.mark.parametrize("words", [("train", "a/b", __file__), ("plan", "a/b"), ("chat", "a/b")])
+def test_the_verbs_know_it_without_the_libraries(words: tuple[str, ...]) -> None:
+    script = (
+        f"import sys; sys.argv = ['slimtune', *{words!r}]\n"
+        "from slimtune.cli import main\n"
+        "try: main()\n"
+        "finally: print(*{'torch', 'huggingface_hub', 'transformers'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "\n")
+    assert "can't be reached" in done.stderr
+    assert "isn't in the hub's cache" in done.stderr
