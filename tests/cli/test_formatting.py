@@ -9,8 +9,9 @@ import pytest
 from rich.cells import cell_len
 
 from slimtune.cli import VERBS, slimtune_command
-from slimtune.cli.formatting import Context, folded
+from slimtune.cli.formatting import Context
 from slimtune.language import spoken
+from slimtune.width import folded
 
 ENGLISH = "data runs/a very long name.jsonl can't be read: no such file"
 CHINESE = "用 DATA 微调模型（Qwen、Llama 等），并保存适配器；见 slimtune train --help。"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
+from slimtune.language import Lang, spoken
 from slimtune.run.screen import Screen
 
 TEXT = "134.5 M parameters, 269.0 MB in 16 bits → 111.5 MB as loaded (nf4, bf16): embedding 56.6 MB bf16, [bold]MLP"
@@ -38,3 +41,32 @@ def test_no_name_is_markup_or_moves_the_terminal(capsys: pytest.CaptureFixture[s
         "  saved    runs/x[/b] [red]y/adapter",
         "  warning  runs/\\x1b[2J\\x202ex is damaged",
     ]
+
+
+def test_chinese_fills_its_lines() -> None:
+    screen, out = Screen(), io.StringIO()
+    screen.console = Console(file=out, force_terminal=True, color_system=None, width=40, soft_wrap=True)
+    with spoken("zh"):
+        screen.say("chosen", "optim adamw_8bit: the same 8-bit states; paging moves them between GPU and RAM, "
+                   "and here is no GPU")  # fmt: skip
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("  选定     ")
+    assert all(cell_len(line) > 32 for line in lines[:-1])
+    assert all(cell_len(line) <= 40 and line[11] not in "，。；：" for line in lines)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_bar_gives_way_to_what_a_step_says(width: int, lang: Lang) -> None:
+    record = {"step": 1106, "steps": 1160, "loss": 1.2345, "tokens_per_second": 12_345.0, "memory_bytes": 2 << 30,
+              "seconds_left": 3700.0}  # fmt: skip
+    screen, out = Screen(), io.StringIO()
+    screen.console = Console(file=out, force_terminal=True, color_system=None, width=width, soft_wrap=True)
+    with spoken(lang), screen.training(1160):
+        screen.record(record)
+    (line,) = {line for line in re.split(r"[\r\n]|\x1b\[\S*?[A-Za-z]", out.getvalue()) if "1106/1160" in line}
+    assert "…" not in line
+    assert cell_len(line) <= width
+    assert [word in line for word in ("1.2345", "1:01:40", "12,345", "2.00 GiB", "━━━━━━━━")] == [
+        True, width >= 60, width >= 80, width >= 120, width >= 80
+    ]  # fmt: skip

@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import click
 
-from slimtune.cli.formatting import Context, cells, folded, say, terminal_width
+from slimtune.cli.formatting import Context, say, terminal_width
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.language import LANGUAGES, Lang, speak, spoken
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
+from slimtune.width import cells, folded
 from slimtune.words import told
 
 __all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]

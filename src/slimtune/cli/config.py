@@ -9,10 +9,10 @@ from typing import Any
 import click
 import yaml
 
-from slimtune.cli.formatting import folded
 from slimtune.config import Config, read_yaml
 from slimtune.errors import UserError
 from slimtune.foreign import Line, recognised, translated
+from slimtune.width import folded
 from slimtune.words import told
 
 __all__ = ["command", "flow"]

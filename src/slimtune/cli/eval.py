@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from slimtune.cli.early import check_files, check_target
-from slimtune.cli.formatting import cells, say
+from slimtune.cli.formatting import say
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.named import PATH_OR_NAME
 from slimtune.cli.using import model_options
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
+from slimtune.width import cells
 from slimtune.words import told
 
 __all__ = ["command"]

@@ -10,42 +10,14 @@ from collections.abc import Iterable
 import click
 
 from slimtune.language import language
+from slimtune.width import cells, folded
 from slimtune.words import told
 
-__all__ = ["Context", "TranslatedHelp", "cells", "folded", "say", "terminal_width"]
+__all__ = ["Context", "TranslatedHelp", "say", "terminal_width"]
 
-_CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
-_OPENING, _CLOSING = "（“「《", "，。、；：！？）”」》…"
-_UNIT = re.compile(f"[{_OPENING}]*(?:[^\\s{_CHINESE}{_OPENING}{_CLOSING}]+|[{_CHINESE}])[{_CLOSING}]*\\s*|\\s+|.")
-"""What no line break may cut: a word, or a Chinese character with the signs that cling to it."""
 _FLAGS_WIDTH = 30
 _EXTRA = re.compile(r"(.*?)((?:  \[[^\]]*\])*)", re.DOTALL)
 """A flag's line, and what stands in brackets behind it: defaults, what is required."""
-
-
-def cells(text: str) -> int:
-    """Cells that a text takes in a terminal: Chinese characters take two."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len  # not on the way of English
-
-    return cell_len(text)
-
-
-def folded(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` cells, broken between words, and Chinese between characters. What is longer than a
-    line (a path) stands on one of its own."""
-    lines = []
-    for paragraph in text.split("\n"):
-        line, used = "", 0
-        for unit in _UNIT.findall(paragraph):
-            if line and used + cells(unit.rstrip()) > width:
-                lines.append(line.rstrip())
-                line, used = "", 0
-            line += unit
-            used += cells(unit)
-        lines.append(line.rstrip())
-    return lines
 
 
 def terminal_width() -> int | None:

@@ -17,11 +17,11 @@ from slimtune.base.named import check_name
 from slimtune.cli.config import flow
 from slimtune.cli.early import check_files
 from slimtune.cli.fits import Fit, fit_here
-from slimtune.cli.formatting import folded
 from slimtune.cli.hub import cached_models, look_for_hub
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
 from slimtune.run.durable import replace_file
+from slimtune.width import folded
 from slimtune.words import told
 
 __all__ = ["GOALS", "command"]

@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 import click
 
 from slimtune.cli.closing import WORSE
-from slimtune.cli.formatting import cells
 from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError, shown
 from slimtune.run.folder import RunFolder
 from slimtune.run.verdict import is_worse
+from slimtune.width import cells
 from slimtune.words import told
 
 __all__ = ["check_targets", "notifying", "option"]

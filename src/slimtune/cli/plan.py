@@ -13,11 +13,11 @@ import click
 from rich.cells import cell_len
 
 from slimtune.cli.early import check_files
-from slimtune.cli.formatting import folded
 from slimtune.cli.hub import check_model
 from slimtune.cli.imports import fast_imports
 from slimtune.cli.options import config_from_flags, config_options, grouped_command
 from slimtune.config import Config
+from slimtune.width import folded
 from slimtune.words import told
 
 if TYPE_CHECKING:

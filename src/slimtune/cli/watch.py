@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slimtune.cli.formatting import cells, say
+from slimtune.cli.formatting import say
 from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
+from slimtune.width import cells
 from slimtune.words import told
 
 if TYPE_CHECKING:

@@ -6,16 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from slimtune.errors import written_out
 from slimtune.language import language
 from slimtune.run.statement import Say
 from slimtune.run.verdict import advice_text, general_text, verdict_text
+from slimtune.width import breaks, cells
 from slimtune.words import told
 
 __all__ = ["Screen", "size_text", "time_left"]
@@ -25,6 +24,9 @@ _LOST = 0.05
 """Of the gradients' numbers that may become zero in FP8 without a word: they are the smallest of their rows."""
 _LABEL = 9
 """Characters of a label with the room behind it."""
+_HEAD = 2 + _LABEL
+_BAR, _LEAST_BAR, _NUMBERS = 20, 8, 45
+"""Cells of the bar, of one that still tells something, and of the numbers behind it that it gives way to."""
 
 
 class Screen:
@@ -34,6 +36,7 @@ class Screen:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._room = 0
 
     def say(self, label: str, text: str) -> None:
         """One line: a label and what is to be said under it."""
@@ -58,9 +61,13 @@ class Screen:
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
+        self._room = self.console.width - _HEAD - 2 * len(str(steps)) - 2
+        bar = min(_BAR, self._room - _NUMBERS)
+        if bar >= _LEAST_BAR:
+            self._room -= bar + 1
         columns = (
             TextColumn(f"  [bold]{_padded(told('training'))}[/bold]"),
-            BarColumn(bar_width=28),
+            *([BarColumn(bar_width=bar)] if bar >= _LEAST_BAR else []),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[numbers]}"),
         )
@@ -79,10 +86,7 @@ class Screen:
             self.warn(f"{lost:.0%} of what flows back is too small for FP8 by now: precision: bf16 loses none of it")
         if "loss" not in record:
             return
-        numbers = told(
-            f"loss {record['loss']:.4f} · {record['tokens_per_second']:,.0f} tokens/s · "
-            f"{size_text(record['memory_bytes'])} · {time_left(record['seconds_left'])} left"
-        )
+        numbers = _numbers(record, self._room if self._progress is not None else None)
         step, steps = int(record["step"]), int(record["steps"])
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
@@ -109,11 +113,23 @@ class Screen:
         if not self.console.is_terminal:
             self.console.print(head + body)
             return
-        grid = Table.grid()
-        grid.add_column(width=2 + _LABEL, no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(head, body)
-        self.console.print(grid, soft_wrap=False)
+        for line in body.divide(breaks(body.plain, self.console.width - _HEAD)):
+            line.rstrip()
+            self.console.print(head + line)
+            head = Text(" " * _HEAD)
+
+
+def _numbers(record: Mapping[str, Any], room: int | None) -> str:
+    """What is said of a step: as much as there is room for, the least needed left out first."""
+    loss, speed = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
+    memory, left = size_text(record["memory_bytes"]), time_left(record["seconds_left"])
+    texts = (
+        told(f"loss {loss} · {speed} tokens/s · {memory} · {left} left"),
+        told(f"loss {loss} · {speed} tokens/s · {left} left"),
+        told(f"loss {loss} · {left} left"),
+        told(f"loss {loss}"),
+    )
+    return next((text for text in texts if room is None or cells(text) <= room), "")
 
 
 def _say() -> Say:
@@ -121,7 +137,7 @@ def _say() -> Say:
 
 
 def _padded(label: str) -> str:
-    return label + " " * (_LABEL - cell_len(label))
+    return label + " " * (_LABEL - cells(label))
 
 
 def size_text(count: float) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from html import escape
 
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from slimtune.run.statement import Bar, Explanation, Lang, Section, Statement, Status, Table
+from slimtune.width import breaks
 
 __all__ = [
     "MARKS",
@@ -39,10 +39,6 @@ _WORDS: dict[Status, tuple[str, str]] = {
 _BAR_WIDTH = 40
 _SHADES = ("cyan", "blue", "magenta", "yellow", "white")
 _CODE = re.compile(r"`([^`]*)`")
-_CHINESE = "\u2e80-\u2fff\u3040-\u9fff\uf900-\ufaff"
-_CLOSING = "，。、；：！？）”…"
-_UNIT = re.compile(f"[（“]*(?:[{_CHINESE}]|[^\\s{_CHINESE}{_CLOSING}（“]+|)[{_CLOSING}]*\\s*")
-"""What no line break may cut: a Chinese character or a word, with the signs that cling to it."""
 
 
 def verdict_word(status: Status, lang: Lang) -> str:
@@ -108,16 +104,8 @@ def _statement(statement: Statement, lang: Lang, width: int) -> Text:
 
 
 def _wrapped(text: Text, width: int) -> list[Text]:
-    """Lines of at most ``width`` cells. Rich breaks at spaces only; Chinese has none, and may break between any two
-    characters but before a closing or after an opening sign."""
-    breaks, used = [], 0
-    for unit in _UNIT.finditer(text.plain):
-        size = cell_len(unit[0].rstrip())
-        if used and used + size > width:
-            breaks.append(unit.start())
-            used = 0
-        used += cell_len(unit[0])
-    lines = list(text.divide(breaks))
+    """Lines of at most ``width`` cells. Rich breaks at spaces only; Chinese has none."""
+    lines = list(text.divide(breaks(text.plain, width)))
     for line in lines:
         line.rstrip()
     return lines
