@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
+import weakref
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from slimtune.engine import Engine
 from slimtune.engine.attention import Way
-from slimtune.engine.blocks import Keep, Memory
+from slimtune.engine.blocks import Keep, Memory, MlpBlock
+from slimtune.engine.blocks.attention import AttentionBlock
+from slimtune.engine.blocks.branch import BranchComputation
+from slimtune.engine.blocks.experts import ExpertsBlock
 from slimtune.engine.decoder import LayerComputation, computations
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.read import read_decoder
+from slimtune.engine.weights import Site
 from tests.engine import models
 
 VOCABULARY, TOKENS, LONGEST = 151936, 16384, 2048
@@ -222,3 +227,48 @@ def test_layers_keep_what_they_said_to_the_byte(family: str) -> None:
         if beside is not None:
             said += beside.kept_bytes(memory) - beside.site.kept_bytes  # its weight lies in no pass
         assert kept + collected == said
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_nothing_is_held_beside_what_a_layer_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer was given is gone while its attention computes, but for what it keeps; a chunk's gates are when the
+    next one's are there."""
+    given: list[weakref.ref[torch.Tensor]] = []
+    gates: list[weakref.ref[torch.Tensor]] = []
+    enter, attend = BranchComputation.enter, AttentionBlock.forward
+    gate, project = ExpertsBlock._gates, Site.forward
+
+    def entered(self: Any, stream: list[torch.Tensor], *, own: bool = False) -> Any:
+        given[:] = [weakref.ref(each) for each in stream[1:] if own]
+        return enter(self, stream, own=own)
+
+    def attended(self: Any, n: torch.Tensor, on: Any, keep: Any) -> Any:
+        assert [each() for each in given] == [None] * len(given)
+        seen.append(len(given))
+        return attend(self, n, on, keep)
+
+    def gated(self: Any, n: torch.Tensor, weight: torch.Tensor) -> Any:
+        assert all(each() is None for each in gates)
+        made = gate(self, n, weight)
+        gates.append(weakref.ref(made.gates))
+        return made
+
+    def projected(self: Site, *args: Any, **options: Any) -> torch.Tensor:
+        gated = any(self is block.gate_up for block in feeding)
+        assert not gated or all(each() is None for each in gates)
+        made = project(self, *args, **options)
+        if gated:
+            gates.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(BranchComputation, "enter", entered)
+    monkeypatch.setattr(AttentionBlock, "forward", attended)
+    monkeypatch.setattr(ExpertsBlock, "_gates", gated)
+    monkeypatch.setattr(Site, "forward", projected)
+    seen: list[int] = []
+    engine = Engine(models.add_lora(models.make_base(family)), dtype=torch.float32, tokens=64)
+    feeding = [block for layer in engine.layers for block in layer.blocks if isinstance(block, MlpBlock)]
+    engine.plan = replace(engine.plan, keep=(Keep.INPUT,) * len(engine.layers), mlp_tokens=16)
+    engine.forward_backward(models.pack(), 64)
+    assert sum(seen) == len(engine.layers) - 1
+    assert len(gates) >= 4 * len(engine.layers)

@@ -100,31 +100,27 @@ class LayerComputation:
         self.trained = tuple(part for block in self.blocks for part in block.trained)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, on: Pass, keep: Keep | None, *, own_x: bool = False
-    ) -> tuple[Tensor, Tensor, Saved]:
+        self, stream: list[Tensor], on: Pass, keep: Keep | None, *, own: bool = False
+    ) -> tuple[list[Tensor], Saved]:
         """The layer's result as a pair to be added, both [T, H], and what it kept.
 
         Args:
-            x: [T, H].
-            residual: [T, H] that is to be added to x first.
+            stream: One tensor [T, H], or two that are to be added first.
             on: The pass.
             keep: What to keep; None keeps nothing (evaluation).
-            own_x: ``x`` may be overwritten.
+            own: The tensors are given up: the first may be overwritten, and the list is emptied.
         """
         level = keep or Keep.INPUT
         kept: list[BranchSaved] = []
         made: list[tuple[Any, ...]] = []
-        pair: tuple[Tensor, Tensor | None] = (x, residual)
         for index, branch in enumerate(self.branches):
-            y, s, saved = branch.forward(*pair, on, level, own_x=own_x or index > 0)
-            pair = (y, s)
+            stream, saved = branch.forward(stream, on, level, own=own or index > 0)
             if level < Keep.ATTENTION:
                 made.append(saved.blocks)
                 saved.blocks = ()
             if level >= Keep.ATTENTION or not kept:
                 kept.append(saved)
-        assert pair[1] is not None
-        return pair[0], pair[1], Saved(level, kept, made)
+        return stream, Saved(level, kept, made)
 
     def backward(
         self, g: Tensor, saved: Saved, on: Pass, sinks: Sinks, *, need_dx: bool = True, own_g: bool = False
@@ -188,14 +184,13 @@ class LayerComputation:
     def _again(self, saved: Saved, on: Pass) -> list[BranchSaved]:
         """What the layer keeps at :attr:`Keep.ALL`, but for the last branch: its blocks compute again by themselves."""
         kept: list[BranchSaved] = []
-        pair: tuple[Tensor, Tensor | None] = (saved.branches[0].s, None)
+        stream = [saved.branches[0].s]
         for index, branch in enumerate(self.branches[:-1]):
-            y, s, again = branch.forward(*pair, on, Keep.ALL, own_x=index > 0, made=saved.made[index])
-            pair = (y, s)
+            stream, again = branch.forward(stream, on, Keep.ALL, own=index > 0, made=saved.made[index])
             if on.sparing:
                 again.inputs = None
             kept.append(again)
-        return [*kept, self.branches[-1].again(*pair, on, own_x=bool(kept), made=saved.made[-1])]
+        return [*kept, self.branches[-1].again(stream, on, own=bool(kept), made=saved.made[-1])]
 
 
 def _block(

@@ -471,8 +471,8 @@ class Engine:
             x *= self.decoder.embedding_scale
         if self._per_layer is not None:
             self._per_layer.forward(x, self._table_rows(key), on)
-        residual: Tensor | None = None
-        saved = []
+        stream, saved = [x], []
+        del x  # a layer holds what it needs of the stream, and no more
         if self._away is not None:
             self._away.begin()
         for index, layer in enumerate(self.layers):
@@ -480,13 +480,13 @@ class Engine:
             wanted = None if keep is None or index < lowest else keep[index]
             if self._streamed is not None:
                 self._streamed.take(index, step=1)
-            x, residual, kept = layer.forward(x, residual, on, wanted, own_x=index > 0)
+            stream, kept = layer.forward(stream, on, wanted, own=index > 0)
             if self._away is not None and wanted is not None and index in self._away:
                 kept = self._away.put(index, kept)
             saved.append(kept)
         if self._away is not None:
             self._away.settle()
-        assert residual is not None
+        x, residual = stream
         return x, residual, saved
 
     def _head_and_loss(self, micro: MicroBatch, x: Tensor, residual: Tensor, g: Tensor) -> Tensor:

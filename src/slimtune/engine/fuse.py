@@ -468,7 +468,7 @@ class _FusedLayer(torch.autograd.Function):
         ctx: Any, layer: LayerComputation, on: Pass, keep: Keep | None, x: Tensor, residual: Tensor | None, *own: Tensor
     ) -> tuple[Tensor, Tensor]:
         _load_adapters(layer)
-        d, m, saved = layer.forward(x, residual, on, keep)
+        (d, m), saved = layer.forward([x] if residual is None else [x, residual], on, keep)
         ctx.layer, ctx.on, ctx.saved = layer, on, saved
         ctx.save_for_backward(*own)
         return d, m

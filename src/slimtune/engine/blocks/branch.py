@@ -46,26 +46,24 @@ class BranchComputation:
 
     def forward(
         self,
-        x: Tensor,
-        residual: Tensor | None,
+        stream: list[Tensor],
         on: Pass,
         keep: Keep | None,
         *,
-        own_x: bool = False,
+        own: bool = False,
         made: Sequence[Any] = (),
-    ) -> tuple[Tensor, Tensor, BranchSaved]:
+    ) -> tuple[list[Tensor], BranchSaved]:
         """The stream after it as a pair to be added, both [T, H], and what it kept.
 
         Args:
-            x: [T, H].
-            residual: [T, H] that is to be added to x first.
+            stream: One tensor [T, H], or two that are to be added first.
             on: The pass.
             keep: What to keep; None: there will be no backward.
-            own_x: ``x`` may be overwritten.
+            own: As :meth:`enter` has it.
             made: What each block kept at :attr:`Keep.ATTENDED`, where it computes again.
         """
         branch = self.branch
-        saved = self.enter(x, residual, own_x=own_x)
+        saved = self.enter(stream, own=own)
         assert saved.inputs is not None
         results = [
             block.forward(n, on, keep) if keep is None or was is None else block.again(n, on, keep, was)
@@ -86,32 +84,37 @@ class BranchComputation:
                 kept.y, kept.y_rstd = y, y_rstd
             y = added
         past = saved.s if branch.carry is None or branch.carry == 1.0 else saved.s * branch.carry
-        return y if branch.scale == 1.0 else y.mul_(branch.scale), past, kept
+        return [y if branch.scale == 1.0 else y.mul_(branch.scale), past], kept
 
-    def enter(self, x: Tensor, residual: Tensor | None, *, own_x: bool = False) -> BranchSaved:
-        """The stream's sum, normalised into the blocks' input buffers; it may take x's place if that is given up."""
+    def enter(self, stream: list[Tensor], *, own: bool = False) -> BranchSaved:
+        """The stream's sum, normalised into the blocks' input buffers.
+
+        If its tensors are given up (``own``) the sum takes the first one's place, and the list is emptied: nobody holds
+        the second one while the blocks compute.
+        """
+        x, residual = stream[0], stream[1] if len(stream) > 1 else None
+        if own:
+            stream.clear()
         first, over = self.blocks[0], self.branch.norm
         if over is None:
-            s = x if residual is None else torch.add(x, residual, out=x if own_x else None)
+            s = x if residual is None else torch.add(x, residual, out=x if own else None)
             return BranchSaved(s, None, tuple(self._filled(block, s) for block in self.blocks), fresh=True)
         n, hidden = x.new_empty(x.shape[0], first.columns), x.shape[1]
         _, s, rstd = norm.norm_forward(
             x, over.weight, over.eps, residual=residual, centred=over.centred, out=n[:, :hidden],
-            out_sum=x if own_x else None,
+            out_sum=x if own else None,
         )  # fmt: skip
         others = (self._filled(block, n[:, :hidden]) for block in self.blocks[1:])
         return BranchSaved(s, rstd, (n, *others), fresh=True)
 
-    def again(
-        self, x: Tensor, residual: Tensor | None, on: Pass, *, own_x: bool = False, made: Sequence[Any] = ()
-    ) -> BranchSaved:
+    def again(self, stream: list[Tensor], on: Pass, *, own: bool = False, made: Sequence[Any] = ()) -> BranchSaved:
         """What the backward needs that nothing was kept for; the blocks compute again by themselves, but for what they
         have ``made``."""
         if self.branch.norm_after is None:
-            saved = self.enter(x, residual, own_x=own_x)
+            saved = self.enter(stream, own=own)
             saved.blocks = tuple(made)
             return saved
-        return self.forward(x, residual, on, Keep.ATTENTION, own_x=own_x, made=made)[2]
+        return self.forward(stream, on, Keep.ATTENTION, own=own, made=made)[1]
 
     @staticmethod
     def _filled(block: Block, n: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class BranchComputation:
         if saved.inputs is None and any(
             was is None or block.reads_input for was, block in zip(kept, self.blocks, strict=True)
         ):
-            again = self.enter(saved.s, None)
+            again = self.enter([saved.s])
             saved.inputs, saved.fresh, saved.rstd = again.inputs, True, again.rstd
         dn: Tensor | None = None
         for index, block in enumerate(self.blocks):
@@ -215,8 +218,8 @@ class BranchBlock(Block):
 
     def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
         """See :meth:`Block.forward`."""
-        y, _, kept = self.inner.forward(n, None, on, keep)
-        return y, kept if keep is not None and keep >= Keep.ATTENTION else None
+        stream, kept = self.inner.forward([n], on, keep)
+        return stream[0], kept if keep is not None and keep >= Keep.ATTENTION else None
 
     def backward(
         self, dy: Tensor, n: Tensor | None, kept: Any, on: Pass, sinks: Sinks, *, fresh: bool, need_dx: bool
@@ -224,7 +227,7 @@ class BranchBlock(Block):
         """See :meth:`Block.backward`."""
         if kept is None:
             assert n is not None
-            kept = self.inner.again(n, None, on)
+            kept = self.inner.again([n], on)
         return self.inner.backward(dy, kept, on, sinks, need_dx=need_dx, own_g=False)
 
     # -- sizes ----------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class ExpertsBlock(Block):
             routing.combine(results, chunk.routes, weights=chunk.weights, out=y[rows])
             if keep is not None and keep >= Keep.GATES:
                 kept.append(chunk)
+            del chunk, results  # not beside the next one's
         return y, kept or None
 
     def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
@@ -133,6 +134,7 @@ class ExpertsBlock(Block):
                 )
             if need_dx:
                 self._input_backward(dx[:, : self.gate_up.inputs], dw, None if n is None else n[rows], chunk, dn[rows])
+            del chunk, dw, dx  # not beside the next chunk's
         return dn if need_dx else None
 
     def _input_backward(self, dx: Tensor, dw: Tensor, n: Tensor | None, chunk: _Kept, out: Tensor) -> None:

@@ -40,6 +40,7 @@ class MlpBlock(TwoProjections):
             weight = self._weight(n[rows])
             if weight is not None:
                 y[rows] *= weight
+            del gates, h, eighths  # not beside the next chunk's
         return y, kept
 
     def _hidden(self, gates: Tensor, on: Pass, number: int) -> tuple[Tensor | None, Rows | None]:
@@ -87,7 +88,7 @@ class MlpBlock(TwoProjections):
                 dn = d
             elif d is not None and d.data_ptr() != out.data_ptr():
                 out.copy_(d)
-            del d  # not beside the next chunk's
+            del d, gates, eighths  # not beside the next chunk's
         return dn
 
     def _gates_backward(
