@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slimtune.adapter.lora import lora_config, wrapped
 from slimtune.adapter.targets import find_targets
@@ -34,6 +30,7 @@ from slimtune.plan import memory_budget
 from slimtune.training import forecast as forecast_module
 from slimtune.training.forecast import Forecaster, _fits_in_16_bits, names_in_ram
 from tests.engine import models
+from tests.engine.counted import most_of_a_step
 
 GIB = 1 << 30
 
@@ -106,39 +103,6 @@ def test_the_adapter_takes_what_its_tensors_take() -> None:
     assert flat < said <= flat + codes
 
 
-class Counted(TorchDispatchMode):
-    """The most bytes that tensors take at once, those that a kernel's specification makes for itself left out: it
-    stands for a kernel, which makes none. Memory that is there before is not counted."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._live = {tensor.untyped_storage()._cdata: 0 for tensor in before}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        frame: Any = sys._getframe()
-        while frame is not None:
-            if "engine/kernels/" in frame.f_code.co_filename:
-                return made
-            frame = frame.f_back
-        for leaf in tree_leaves((args, kwargs, made)):  # a kernel's result is seen where it is used
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._live:
-            self._live[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._live.pop(key, 0)
-
-
 MOST = 1.02
 """Vectors of a number a token, and an adapter's own stacks, are in no plan: here a hundredth, in a large model none."""
 
@@ -178,23 +142,7 @@ def test_what_attention_gave_is_in_the_plan_when_it_is_in_ram(monkeypatch: pytes
 
 def _taken_of_planned(model: nn.Module, engine: Engine) -> float:
     """The most bytes that a step holds, as a share of the engine's plan."""
-    tokens = 1024
-    ids = torch.randint(0, models.VOCABULARY, (1, tokens))
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
-    engine.forward_backward(batch, tokens)
-    inputs, tables = engine._inputs, engine._tables.values()
-    before = [
-        *model.parameters(), *model.buffers(), engine.flat.data, engine.flat.grad, engine._sums, engine._head,
-        inputs._fixed, inputs._boundaries, *(x for table in tables for x in (table.cos, table.sin)),
-    ]  # fmt: skip
-    if engine._away is not None:
-        before += engine._away._places.values()
-    if engine._streamed is not None:
-        before += [x for homes in engine._streamed._homes.values() for x in homes]
-        before += engine._streamed._buffers
-    with Counted(before) as counted:
-        engine.forward_backward(batch, tokens)
-    return counted.most / (engine.plan.nbytes + engine.plan.spared_bytes)
+    return most_of_a_step(model, engine, tokens=1024) / (engine.plan.nbytes + engine.plan.spared_bytes)
 
 
 def test_more_memory_takes_longer_documents(folder_of: Callable[[str], Path]) -> None:

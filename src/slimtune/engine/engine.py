@@ -165,9 +165,9 @@ class Engine:
         self._warm: set[tuple[Way, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._top_gradient: Tensor | None = None
-        for layer in self.layers[: self.plan.kept_weights]:
+        for index, layer in enumerate(self.layers[: self.plan.kept_weights]):
             for block in layer.blocks:
-                block.keep_weights()
+                block.keep_weights(turned=index < self.plan.kept_turned)
 
     def _use_fp8(self, tokens: int) -> float:
         """Let the projections that gain by it multiply in FP8; their share of all layers' products."""

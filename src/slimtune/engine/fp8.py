@@ -7,9 +7,10 @@ W in FP8 can carry no adapter and no bias: those stay in 16 bits, and are added 
 Of the channels that weigh most x8 and W8 have in further columns what rounding lost (the kernels' reference says how),
 in the forward alone: what is lost on the way back is noise, what is lost in the forward is another model's loss.
 
-A buffer of 16 bits for [W | sB | bias | 0 | C] holds exactly W8 with its further columns, its transpose, and
-[sB | bias | 0]: but for C columns a weight takes the same memory in either precision, and evaluation, which is in 16
-bits, takes the same buffers by turns.
+The forward reads W8 and the backward its transpose, so a buffer of 16 bits for [W | sB | bias | 0] holds either, and
+[sB | bias | 0] behind it; evaluation, which is in 16 bits, takes the same buffers by turns. What is kept is W8, half of
+a weight in 16 bits, and of as many layers its transpose too as take no more together than they would in 16 bits:
+elsewhere that is written from the 4 bits at each use.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def pays(tokens: int, inputs: int, outputs: int) -> bool:
 def channels(inputs: int, outputs: int) -> int:
     """Of how many input channels a product of this shape takes in what rounding lost.
 
-    A channel's two columns cost two of all outputs. So a product with few outputs has more of them.
+    A channel's two columns cost two of all outputs. So a product with few outputs has more of them, up to half of its
+    channels: more would not fit a buffer of 16 bits.
     """
     wanted = max(_CHANNELS, round(4 * inputs / outputs) * _CHANNELS)
-    return min(wanted, inputs // _MULTIPLE * _MULTIPLE)
+    return min(wanted, inputs // (2 * _MULTIPLE) * _MULTIPLE)
 
 
 class Lost(NamedTuple):
@@ -135,7 +137,7 @@ class Fp8:
 
 
 class Fp8Weight:
-    """One projection's weight in FP8: its scales, and views of a buffer.
+    """One projection's weight in FP8: its scales, and what of it is held.
 
     Args:
         parts: Gives the NF4 weights of its linear layers, one below the other, wherever they are just now.
@@ -156,6 +158,8 @@ class Fp8Weight:
         """int32 [C], the channels whose losses come behind: the first ones until they are chosen."""
         self.kept: Tensor | None = None
         """W8 with its further columns, where that is held."""
+        self.kept_turned: Tensor | None = None
+        """Its transpose, where that is held too."""
         self._energy: Tensor | None = None
 
     @staticmethod
@@ -166,18 +170,40 @@ class Fp8Weight:
             for part in parts
         )
 
-    def views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W8 [outputs, inputs + 2 C], its transpose [inputs, outputs], [sB | bias | 0] [outputs, extra] of a buffer.
+    def keep(self, extra: int, *, turned: bool) -> Tensor:
+        """Hold W8 from now on, and its transpose if that is asked for.
+
+        One behind the other, as many small pieces would leave more between them.
 
         Args:
-            buffer: Of 16 bits, [outputs, inputs + extra + C].
+            extra: Columns of 16 bits that are held beside them.
+            turned: Whether the transpose is held.
+
+        Returns:
+            Those columns [outputs, extra], zeros.
         """
-        count, flat = len(self.again), buffer.view(-1)
-        size = self.outputs * (self.inputs + count)
-        eighths, beside = flat[:size].view(fp8.E4M3), flat[size:]
-        wide = self.outputs * (self.inputs + 2 * count)
-        weight, turned = eighths[:wide].view(self.outputs, -1), eighths[wide:].view(self.inputs, -1)
-        return weight, turned, beside.view(self.outputs, buffer.shape[1] - self.inputs - count)
+        columns = self.inputs + 2 * len(self.again), self.inputs * turned, 2 * extra
+        sizes = [self.outputs * each for each in columns]
+        held = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.scales.device)
+        eighths, across, beside = torch.split(held, sizes)
+        self.kept = eighths.view(fp8.E4M3).view(self.outputs, -1)
+        self.kept_turned = across.view(fp8.E4M3).view(self.inputs, -1) if turned else None
+        self.write(self.kept, self.kept_turned)
+        return beside.view(torch.bfloat16).view(self.outputs, extra)
+
+    def operand(self, buffer: Callable[[], Tensor], *, turned: bool) -> Tensor:
+        """W8 [outputs, inputs + 2 C] or its transpose [inputs, outputs], as held or written.
+
+        Args:
+            buffer: Gives a flat one of 16 bits, with room for [outputs, inputs]; what is written begins where it does.
+            turned: Whether the transpose is asked for.
+        """
+        held = self.kept_turned if turned else self.kept
+        if held is None:
+            rows, columns = (self.inputs, self.outputs) if turned else (self.outputs, self.inputs + 2 * len(self.again))
+            held = buffer().view(fp8.E4M3)[: rows * columns].view(rows, columns)
+            self.write(None if turned else held, held if turned else None)
+        return held
 
     def weigh(self, x: Tensor, weight: Tensor) -> None:
         """Add what each channel puts into a product in 16 bits: its inputs' squares times its weights'.

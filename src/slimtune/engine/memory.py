@@ -66,7 +66,7 @@ class MemoryPlan:
     keep: tuple[Keep, ...]
     """For each layer."""
     kept_weights: int
-    """How many layers, from the first, hold their weights in the compute dtype."""
+    """How many layers, from the first, hold their weights as they are multiplied."""
     part_tokens: int
     """A larger micro-batch is split into parts of whole documents, and their gradients are added up."""
     mlp_tokens: int
@@ -99,6 +99,9 @@ class MemoryPlan:
     """What a recorded step reserves besides ``nbytes``: its graphs' memory and the head's, which neither gives the
     other."""
     added: Added = _NOTHING
+    kept_turned: int = 0
+    """Of the layers that hold their weights, how many, from the first, hold the transposes too that FP8 takes for the
+    way back."""
 
     @property
     def attended_in_ram(self) -> int:
@@ -152,8 +155,18 @@ class _Shape:
 
     @cached_property
     def weights(self) -> list[int]:
-        """Bytes of each layer's weights in the compute dtype."""
+        """Bytes of each layer's weights as they are multiplied; in FP8 without their transposes."""
         return self._by_layer(lambda layer: sum(block.weight_bytes for block in layer.blocks))
+
+    @cached_property
+    def turned(self) -> list[int]:
+        """Bytes of each layer's transposes."""
+        return self._by_layer(lambda layer: sum(block.turned_bytes for block in layer.blocks))
+
+    @cached_property
+    def spared(self) -> int:
+        """What all layers' weights in FP8 take less than in the compute dtype, without their transposes."""
+        return sum(self._by_layer(lambda layer: sum(block.spared_bytes for block in layer.blocks)))
 
     @cached_property
     def attended(self) -> list[float]:
@@ -206,14 +219,14 @@ class _Shape:
         computed = unpacked = copied = device = 0.0
         for layer, places in self.kinds:
             products = sum(block.products for block in layer.blocks)
-            weights = self.weights[places[0]]
+            weights, turned = self.weights[places[0]], self.turned[places[0]]
             for level, count in Counter(plan.keep[place] for place in places).items():
                 again = sum(block.products_again(level) for block in layer.blocks)
                 computed += count * seconds * (again * extra[level] + products * 0.01 * (level < Keep.ALL))
             for place in places:
-                if place >= plan.kept_weights:
-                    uses = 2 + (plan.keep[place] < Keep.ATTENTION) + (plan.keep[place] < Keep.GATES)
-                    unpacked += parts * uses * weights / _DEQUANTIZED / 1.5
+                uses = 2 + (plan.keep[place] < Keep.ATTENTION) + (plan.keep[place] < Keep.GATES)
+                made = (uses * weights - turned) * (place >= plan.kept_weights) + turned * (place >= plan.kept_turned)
+                unpacked += parts * made / _DEQUANTIZED / 1.5
             filling = sum(block.products / block.rows(memory) for block in layer.blocks)
             computed += 2 * seconds * len(places) * _FILL * filling
             device += 2 * seconds * len(places) * products
@@ -294,7 +307,8 @@ class _Shape:
             kept_weights += 1
         raise_layers(Keep.GATES, Keep.ATTENTION)
         raise_layers(Keep.ALL, Keep.GATES)
-        weights = sum(self.weights[:kept_weights])
+        kept_turned = self._kept_turned(kept_weights, room)
+        weights = sum(self.weights[:kept_weights]) + sum(self.turned[:kept_turned])
         head, scratch = self._head_bytes(part_tokens, head_tokens), self.scratch(kept_weights)
         # Below the lowest adapter nothing is kept, but what goes through there is.
         layers = self._peak(memory, sizes, keep, held, beside) + stream * (self.lowest > 0)
@@ -308,8 +322,16 @@ class _Shape:
             tuple(keep), kept_weights, part_tokens, mlp_tokens, head_tokens, padded_room, nbytes - spared,
             tuple(beside), tuple(beside.values()), sum(beside.values()) - len(beside) * stream, sparing,
             sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
-            apart_bytes=0 if beside or streamed else max(0, apart),
+            apart_bytes=0 if beside or streamed else max(0, apart), kept_turned=kept_turned,
         )  # fmt: skip
+
+    def _kept_turned(self, kept_weights: int, room: float) -> int:
+        """Of so many layers that hold their weights, how many hold their transposes too, if they have any.
+
+        Weights in FP8 take no more with them than in 16 bits, where those that are all held need no buffer.
+        """
+        room = min(room, self.spared - self.scratch(len(self.layers)))
+        return sum(size <= room for size in itertools.accumulate(self.turned[:kept_weights]))
 
     def _aside(self, sizes: Mapping[Keep, list[int]], stream: int, ram: int, most: Keep) -> dict[int, Keep]:
         """The layers of which there is room in RAM for what they keep, each with how much that is."""

@@ -132,8 +132,13 @@ class Site:
 
     @property
     def columns(self) -> int:
-        """Of the buffer that holds its weight, in its dtype: inputs, extra ones, and one for a channel's two in FP8."""
-        return self.inputs + self.extra + self.channels
+        """Of its weight in the compute dtype: inputs and extra ones."""
+        return self.inputs + self.extra
+
+    @property
+    def buffer_shape(self) -> tuple[int, ...]:
+        """Of the buffer that it is made anew in: flat where FP8's numbers come into it, which leave no zeros."""
+        return (self.outputs * self.columns,) if self.channels else (self.outputs, self.columns)
 
     @property
     def fp8_columns(self) -> int:
@@ -173,26 +178,35 @@ class Site:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that :meth:`keep` takes."""
+        """Bytes that :meth:`keep` takes, in FP8 without the transpose."""
+        if self.channels:
+            return self.outputs * (self.inputs + 2 * self.channels + self.extra * self.dtype.itemsize)
+        return self.buffer_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffer that it is made anew in, and of the weight in the compute dtype."""
         return 0 if self.shared is not None else self.outputs * self.columns * self.dtype.itemsize
 
-    def keep(self) -> None:
-        """Hold the weight in the compute dtype from now on, instead of making it anew at each use."""
-        if self._kept is None and self.shared is None:
-            buffer = torch.zeros(self.outputs, self.columns, dtype=self.dtype, device=self.device)
-            if self._fp8 is None:
-                self._fill_frozen(buffer)
-            else:
-                self._fp8.kept, turned, beside = self._fp8.views(buffer)
-                self._fp8.write(self._fp8.kept, turned)
-                self._fill_bias(beside)
-            self._kept = buffer
+    def keep(self, *, turned: bool = False) -> None:
+        """Hold the weight from now on, as it is multiplied, instead of making it anew at each use.
+
+        Args:
+            turned: In FP8, its transpose too.
+        """
+        if self._kept is not None or self.shared is not None:
+            return
+        if self._fp8 is None:
+            self._kept = torch.zeros(self.outputs, self.columns, dtype=self.dtype, device=self.device)
+            self._fill_frozen(self._kept)
+        else:
+            self._kept = self._fp8.keep(self.extra, turned=turned)
+            self._fill_bias(self._kept)
 
     def refresh(self) -> None:
         """Take over new values of the adapters; only a kept weight holds any."""
         if self._kept is not None:
-            beside = self._kept[:, self.inputs :] if self._fp8 is None else self._fp8.views(self._kept)[2]
-            self._fill_adapters(beside)
+            self._fill_adapters(self._kept[:, self.inputs :] if self._fp8 is None else self._kept)
 
     def weight(self) -> Tensor:
         """[W | sB | bias | 0] of shape [outputs, inputs + extra]; valid until another site's is asked for."""
@@ -200,26 +214,25 @@ class Site:
             return self.shared
         if self._kept is not None and self._fp8 is None:
             return self._kept
-        buffer = self._buffer()[:, : self.inputs + self.extra]
-        if self._fp8 is not None:  # it has held FP8's views, and some of the columns are written by nobody
+        buffer = self._buffer().view(self.outputs, self.columns)
+        if self._fp8 is not None:  # it has held FP8's numbers, and some of the columns are written by nobody
             buffer[:, self.inputs :].zero_()
         self._fill_frozen(buffer)
         self._fill_adapters(buffer[:, self.inputs :])
         return buffer
 
     def _weight_in_fp8(self, weight: Fp8Weight, *, turned: bool) -> tuple[Tensor, Tensor]:
-        """W8 [outputs, inputs] or its transpose, and [sB | bias | 0]; valid as long as what :meth:`weight` gives."""
-        buffer = self._buffer() if self._kept is None else self._kept
-        upright, across, beside = weight.views(buffer)
-        if self._kept is None:
-            weight.write(None if turned else upright, across if turned else None)
+        """W8 [outputs, inputs + 2 C] or its transpose, and [sB | bias | 0]; valid as :meth:`weight` is."""
+        operand, beside = weight.operand(self._buffer, turned=turned), self._kept
+        if beside is None:
+            beside = self._buffer()[self.outputs * self.inputs :].view(self.outputs, self.extra)
             beside.zero_()
             self._fill_bias(beside)
             self._fill_adapters(beside)
-        return across if turned else upright, beside
+        return operand, beside
 
     def _buffer(self) -> Tensor:
-        return self._scratch.get((self.outputs, self.columns), self.dtype, self.device)
+        return self._scratch.get(self.buffer_shape, self.dtype, self.device)
 
     def _fill_frozen(self, buffer: Tensor) -> None:
         row = 0

@@ -238,7 +238,8 @@ class AttentionBlock(TwoProjections):
         # do for all heads beside it, or dx once they are gone; the gradient's way back through norms isn't in place.
         columns = max(q + self.o.extra, self.columns) + qkv * self._normed
         columns += (self.qkv.outputs + 2 * q) * part.gated
-        return group + tokens * (columns * size + self.qkv.fp8_columns)
+        # The product's gradient in FP8 comes after the group.
+        return max(group, tokens * self.qkv.fp8_columns) + tokens * columns * size
 
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""

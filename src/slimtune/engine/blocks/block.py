@@ -172,21 +172,35 @@ class Block(ABC):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its weights in the compute dtype, where they are held or made anew."""
+        """Bytes of its weights as they are multiplied, where they are held; in FP8 without their transposes."""
         return sum(part.kept_bytes for part in self.parts)
+
+    @property
+    def turned_bytes(self) -> int:
+        """Bytes of those transposes."""
+        return sum(site.inputs * site.outputs for site in self.sites if site.channels)
+
+    @property
+    def spared_bytes(self) -> int:
+        """What weights in FP8 take less than in the compute dtype, with their scales and without their transposes."""
+        eighths = [site for site in self.sites if site.channels]
+        scales = sum(4 * (site.outputs + site.inputs + site.channels) for site in eighths)
+        return sum(site.buffer_bytes - site.kept_bytes for site in eighths) - scales
 
     @property
     def scratch(self) -> dict[tuple[int, ...], int]:
         """Bytes of the buffers that its weights are made anew in, by shape: others of a shape use the same."""
         return {
-            **{(site.outputs, site.columns): site.kept_bytes for site in self.sites},
+            **{site.buffer_shape: site.buffer_bytes for site in self.sites},
             **{stack.shape: stack.kept_bytes for stack in self.stacks},
         }
 
-    def keep_weights(self) -> None:
-        """Hold the weights in the compute dtype from now on."""
-        for part in self.parts:
-            part.keep()
+    def keep_weights(self, *, turned: bool = False) -> None:
+        """Hold the weights as they are multiplied from now on, in FP8 with their transposes if ``turned``."""
+        for site in self.sites:
+            site.keep(turned=turned)
+        for stack in self.stacks:
+            stack.keep()
 
     @property
     @abstractmethod
@@ -235,7 +249,7 @@ class Block(ABC):
     @property
     def kind(self) -> tuple[object, ...]:
         """What its sizes follow from: blocks of one kind have the same."""
-        return type(self), self.columns, self.products, *self.scratch.items()
+        return type(self), self.columns, self.products, self.weight_bytes, *self.scratch.items()
 
     @abstractmethod
     def kept_bytes(self, memory: Memory, keep: Keep) -> int:
