@@ -60,7 +60,7 @@ class SlimtuneError(Exception):
     told = False
     """Another rank of the run shows it to the person."""
     last: Callable[[], None] | None = None
-    """What the command does once it has said it: other ranks may be waiting for this one."""
+    """What is done once it has been said, by the command or at the process's end: other ranks may wait for this one."""
 
     def __init__(self, what: str, *, rule: str = "", way_out: str = "") -> None:
         self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+from collections.abc import Iterator
 
 import click
 import pytest
 
 from slimtune.cli import gpus as cli_gpus
 from slimtune.config import Config
-from slimtune.errors import UserError
+from slimtune.errors import StopRequested, UserError
 from slimtune.ranks import launch
 from slimtune.ranks.launch import count_of, without_gpus
 from slimtune.ranks.place import Place
@@ -39,6 +42,35 @@ def test_what_ranks_cant_share_is_said_before_they_start(monkeypatch: pytest.Mon
         cli_gpus.spread("3", Place(), Config.make())
 
 
+@pytest.fixture
+def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launcher sets in its own process is taken back."""
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+
+
+@pytest.mark.usefixtures("launching")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_there_are_ranks_is_said(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.launcher import api
+
+    before, handled = signal.getsignal(number), []
+
+    def begin(config: api.LaunchConfig, *_: str) -> None:
+        handled.extend(config.signals_to_handle.split(","))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(api, "elastic_launch", begin)
+    with pytest.raises(StopRequested, match=f"stopped by {number.name}"):
+        launch.launch(2, ["train"])
+    assert signal.getsignal(number) is before
+    assert number.name in handled, "from then on torch passes it on to the ranks"
+
+
+@pytest.mark.usefixtures("launching")
 @pytest.mark.parametrize(
     ("codes", "code"), [({0: -6, 1: 2}, 2), ({0: 2, 1: -6}, 2), ({0: -9, 1: 75}, 75), ({0: -9}, 75)]
 )
@@ -54,10 +86,4 @@ def test_a_process_that_aborts_while_it_ends_hides_no_other_ones_code(
         raise ChildFailedError("slimtune", failures)
 
     monkeypatch.setattr(api, "elastic_launch", lambda *_: end)
-    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "1")
-    disabled = logging.root.manager.disable
-    try:
-        assert launch.launch(2, ["train"]) == code
-    finally:
-        logging.disable(disabled)
+    assert launch.launch(2, ["train"]) == code

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,6 +27,7 @@ def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(module, "_MEETINGS", itertools.repeat(0))
     monkeypatch.setattr(module, "JOIN_SECONDS", 20.0)
+    monkeypatch.setattr(module.atexit, "register", lambda do: None)  # this process goes on
 
 
 def come(place: Place) -> SlimtuneError | None:
@@ -77,6 +80,26 @@ def test_ranks_that_all_end_for_one_reason_wait_for_nobody() -> None:
     with pytest.raises(UserError), excused(Place()):
         raise NO_GPU
     assert NO_GPU.last is None, "who is alone is waited for by nobody"
+
+
+SCRIPT = """
+import torch.distributed, itertools
+from slimtune.errors import UserError
+from slimtune.ranks import meeting
+from slimtune.ranks.place import Place
+meeting._MEETINGS = itertools.repeat(0)
+with meeting.excused(Place(1, 2)):
+    raise UserError("rank 1 has no GPU")
+"""
+
+
+def test_nobody_waits_for_a_program_of_ones_own_that_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=subprocess.PIPE, text=True) as process:
+        (heard,) = each((come, Place(0, 2)))
+        said = process.communicate(timeout=30)[1]
+    assert isinstance(heard, UserError)
+    assert heard.what == "rank 1 has no GPU"
+    assert said.endswith("UserError: rank 1 has no GPU\n"), said
 
 
 @pytest.mark.parametrize(

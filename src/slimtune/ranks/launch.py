@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from types import FrameType
 
 from slimtune.errors import StopRequested, UserError
 from slimtune.ranks.place import Place, cards_here
@@ -45,11 +47,30 @@ def without_gpus(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run ``slimtune`` with ``arguments`` as ``count`` ranks; gives the exit code, which is that of who ended first.
 
     What rank 0 says is on the screen; a rank that fails is named there by its number.
+
+    Raises:
+        StopRequested: A signal came before there were ranks, which would say so.
     """
+    before = {number: signal.signal(number, _stop) for number in _STOPS}
+    try:
+        return _launched(count, arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise StopRequested(f"stopped by {signal.Signals(number).name}", way_out="Give the same command again.")
+
+
+def _launched(count: int, arguments: Sequence[str]) -> int:
     # Here, as it loads torch, and most commands need no launcher.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,6 +90,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle=",".join(["SIGHUP", "SIGQUIT", *(number.name for number in _STOPS)]),  # once it has begun
     )
     try:
         elastic_launch(config, sys.executable)("-m", "slimtune", *arguments)

@@ -6,13 +6,14 @@ before it has come (it has no GPU, its host lacks the data) leaves word there, s
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import GuardStop, SlimtuneError, StopRequested, UserError
@@ -66,7 +67,8 @@ def meeting(place: Place) -> Iterator[Store]:
         if store.check(["absent"]):
             word = json.loads(store.get("absent"))
             error = as_told(word)
-            error.told, error.last = place.rank > 0, partial(_until_heard, store, place)
+            error.told = place.rank > 0
+            _do_last(error, partial(_until_heard, store, place))
             raise error
         missing = [rank for rank in range(place.count) if not store.check([f"here-{rank}"])]
         if missing:
@@ -84,8 +86,14 @@ def excused(place: Place) -> Iterator[None]:
         yield
     except SlimtuneError as error:
         if not place.alone:
-            error.last = partial(_leave_word, place, error)
+            _do_last(error, partial(_leave_word, place, error))
         raise
+
+
+def _do_last(error: SlimtuneError, do: Callable[[], None]) -> None:
+    """Do it once ``error`` has been said: the command sees to that, and for a program of one's own its end does."""
+    error.last = cache(do)
+    atexit.register(error.last)
 
 
 def _leave_word(place: Place, error: SlimtuneError) -> None:
@@ -141,7 +149,7 @@ def _astray(store: Store, place: Place, what: str) -> UserError:
         way_out="See what the launcher sets; another run may be meeting at the same MASTER_ADDR and MASTER_PORT.",
     )
     store.compare_set("absent", "", json.dumps(word_of(place.rank, error)))
-    error.last = partial(_until_heard, store, place)
+    _do_last(error, partial(_until_heard, store, place))
     return error
 
 
