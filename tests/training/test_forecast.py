@@ -92,6 +92,8 @@ def test_sizes_in_fp8_are_those_of_the_loaded_model(
         assert ours.working_bytes(memory) == theirs.working_bytes(memory)
         assert [block.scratch for block in ours.blocks] == [block.scratch for block in theirs.blocks]
         assert [site.channels for site in ours.sites] == [site.channels for site in theirs.sites]
+        for size in ("weight_bytes", "turned_bytes", "spared_bytes"):
+            assert [getattr(block, size) for block in ours.blocks] == [getattr(block, size) for block in theirs.blocks]
 
 
 def test_the_adapter_takes_what_its_tensors_take() -> None:
