@@ -1,7 +1,8 @@
 """Compile kernels for a GPU that isn't here: python compile_for.py CAPABILITY DTYPE SHARED [attention HEAD_DIM SOFTCAP]
 
 SHARED is what one program may take there, in bytes. Without the last three all kernels but attention's are compiled.
-Prints one JSON line a kernel: its name and the shared memory that one program takes, in bytes.
+Prints one JSON line a kernel: its name, the shared memory that one program takes, in bytes, and whether it reads numbers
+of e4m3 back.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def compile_instead_of_running() -> None:
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
-        print(json.dumps({"kernel": name, "shared": kernel.metadata.shared}))
+        reads = "f16x2.e4m3x2" in kernel.asm["ptx"]
+        print(json.dumps({"kernel": name, "shared": kernel.metadata.shared, "reads_e4m3": reads}))
         return kernel
 
     jit.JITFunction.run = warm_up

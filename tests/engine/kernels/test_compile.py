@@ -39,9 +39,12 @@ def compiled(capability: int, *arguments: object) -> list[dict[str, Any]]:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("capability", "dtype"), [(75, "float16"), (90, "bfloat16")])
 def test_compiles_for(capability: int, dtype: str) -> None:
-    assert len({entry["kernel"] for entry in compiled(capability, dtype, LIMITS[capability])}) == (
+    kernels = compiled(capability, dtype, LIMITS[capability])
+    assert len({entry["kernel"] for entry in kernels}) == (
         KERNELS + DELTA_KERNELS * (capability >= 80) + FP8_KERNELS * (capability >= 89)
     )
+    # ptxas 12.8, of Triton 3.6, loses numbers of e4m3 that are stored in pairs of pairs and read back as well.
+    assert not [entry["kernel"] for entry in kernels if entry["reads_e4m3"]]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
