@@ -14,15 +14,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tasks import TASKS, score
 from workers import measure, options_of
 
-TRAINED_ON = ("home", "dates", "labels")
-WAYS = ((0.0, 0), (0.1, 96))
-"""(share of the rows, fewest answers)."""
+TRAINED_ON = ("labels", "dates", "home")
+WAYS = ((0.1, 287, 2), (0.1, 96, 4), (0.1, 287, 4), (0.1, 287, 1), (0.1, 96, 0), (0.0, 0, 0))
+"""(share of the rows, fewest answers, passes over them; 0: the run's own epochs)."""
 SEEDS = (1, 2, 3)
 _REPLY_TOKENS, _GENERAL_TOKENS = 40, 48
 _base_general: list[float] = []
@@ -31,8 +33,9 @@ _base_general: list[float] = []
 
 def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     """One training, and what its model can."""
+    from slimtune import recipes
     from slimtune.config import Config
-    from slimtune.recipes import finetune
+    from slimtune.data.documents import Together
     from slimtune.use import rehearse
     from slimtune.use.ask import ask
     from slimtune.use.general import GENERAL
@@ -42,6 +45,21 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     train, test = (part[:24] if tiny else part for part in TASKS[job["task"]].pairs())
     general = GENERAL[:6] if tiny else GENERAL
     found: dict[str, Any] = {}
+    amount, add, passes, repeats = recipes.resolve_amount, recipes.rehearse, job["passes"], 1
+
+    def fewer(config: Any, rows: Any, held_out: Any) -> Any:
+        """As many epochs over the answers, in each of which the rows come so often that they are seen as often."""
+        nonlocal repeats
+        config, choices = amount(config, rows, held_out)
+        repeats = max(1, round(config.passes / passes))
+        return config.model_copy(update={"epochs": config.passes / repeats}), choices
+
+    def beside_more(proof: Any, *others: Any) -> str:
+        rows = proof.train
+        line: str = add(proof, *others)
+        for _ in range(repeats - 1):
+            proof.train = Together(rows, proof.train)
+        return line
 
     def general_scores(model: Any, tokenizer: Any) -> list[float]:
         replies = ask(model, tokenizer, [question.messages for question in general], _GENERAL_TOKENS)
@@ -75,7 +93,11 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
             model=base, data=str(file), output=Path(name) / "run", seed=job["seed"], rehearse=job["share"],
             **values,
         )  # fmt: skip
-        run = finetune(config, observe=look)
+        with ExitStack() as patches:
+            if passes:
+                patches.enter_context(mock.patch.object(recipes, "resolve_amount", fewer))
+                patches.enter_context(mock.patch.object(recipes, "rehearse", beside_more))
+            run = recipes.finetune(config, observe=look)
         facts = run.read_json(run.facts_file)
         whole = time.monotonic() - began
     verdict, could = facts["verdict"], sum(_base_general)
@@ -89,6 +111,7 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
         "kept_of_the_right": sum(map(min, found["general"], _base_general)) / max(1.0, could),
         "loss": verdict["end"],
         "outcome": verdict["outcome"],
+        "engine": facts["training"]["engine"],
         "steps": facts["training"]["steps"],
         "tokens": facts["training"]["tokens"],
         "rehearsed": facts["data"].get("rehearsed"),
@@ -106,13 +129,13 @@ def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     from slimtune.run.interval import bootstrap
 
     without = {(r["task"], r["seed"]): r for r in results if not r["share"]}
-    for share, least in WAYS:
-        found = [r for r in results if (r["share"], r["least"]) == (share, least)]
+    for share, least, passes in WAYS:
+        found = [r for r in results if (r["share"], r["least"], r["passes"]) == (share, least, passes)]
         pairs = [(r, without[key]) for r in found if (key := (r["task"], r["seed"])) in without]
         pairs = [(r, other) for r, other in pairs if r["loss"] and other["loss"]]
         if pairs:
             yield {
-                "share": share, "least": least, "runs": len(found),
+                "share": share, "least": least, "passes": passes, "runs": len(found),
                 **{
                     key: round(statistics.fmean(r[key] for r in found), 4)
                     for key in ("kept", "kept_of_the_right", "general", "score", "training_seconds", "run_seconds")
@@ -129,8 +152,8 @@ def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     options = options_of(__doc__).parse_args()
     jobs = [
-        {"task": task, "seed": seed, "share": share, "least": least}
-        for seed, task, (share, least) in itertools.product(SEEDS, TRAINED_ON, WAYS)
+        {"task": task, "seed": seed, "share": share, "least": least, "passes": passes}
+        for (share, least, passes), task, seed in itertools.product(WAYS, TRAINED_ON, SEEDS)
     ]
     if options.tiny:
         jobs = [jobs[0], jobs[2]]

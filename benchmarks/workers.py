@@ -100,12 +100,13 @@ def measure(
     jobs: Sequence[Job],
     trained: Callable[..., Job],
     summary: Callable[[list[Job]], Iterable[Job]],
+    **more: Any,
 ) -> None:
-    """Do the jobs, print what they come to, and write both where ``options`` say."""
+    """Do the jobs, print what they come to, and write both where ``options`` say. ``more`` goes to ``trained``."""
     from slimtune.base.named import model_source
 
     model_source(options.model)  # the embedded one is converted once, not by each worker
-    do = functools.partial(trained, base=options.model, tiny=options.tiny)
+    do = functools.partial(trained, base=options.model, tiny=options.tiny, **more)
     header: Job = {}
     if options.out is not None:
         from peers import machine
