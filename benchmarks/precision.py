@@ -1,9 +1,9 @@
 """Does FP8 learn what bf16 learns? python benchmarks/precision.py [MODEL] DATA [--seconds 190] [--workers 12]
 
 Trains MODEL (SmolLM2-135M) on DATA (alpaca-like rows; the last 200 are held out of all runs) with three seeds, in bf16
-and with ``precision: fp8`` in every projection, however small, 200 and 600 steps of two rows of 1,024 tokens, no dropout,
-by `slimtune train`'s own recipe; and on the demo's task in FP8. Held-out loss is bf16's on the 4-bit base in all of
-them. The last lines are the differences from the same seed's bf16. ``--tiny`` takes a few steps of each on few tokens.
+and with ``precision: fp8`` in every projection, however small, 200 and 600 steps of two rows of 1,024 tokens, no
+dropout, by `slimtune train`'s own recipe; and on the demo's task in FP8. Held-out loss is bf16's on the 4-bit base in
+all of them. The last lines are the differences from the same seed's bf16. ``--tiny`` takes a few steps of each on few tokens.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             apart = [difference(fp8["losses"], bf16["losses"]) for bf16, fp8 in whole]
             yield {
                 "steps": steps,
-                **{key: [round(each[key], 5) for each in apart] for key in ("mean_of_differences", "difference_of_means")},
+                **{
+                    key: [round(each[key], 5) for each in apart]
+                    for key in ("mean_of_differences", "difference_of_means")
+                },
                 "mean": round(statistics.fmean(each["mean_of_differences"] for each in apart), 5),
                 "held_out_bf16": [round(bf16["held_out"], 5) for bf16, _ in whole],
                 "held_out_fp8": [round(fp8["held_out"], 5) for _, fp8 in whole],

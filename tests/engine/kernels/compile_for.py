@@ -1,8 +1,8 @@
 """Compile kernels for a GPU that isn't here: python compile_for.py CAPABILITY DTYPE SHARED [attention HEAD_DIM SOFTCAP]
 
 SHARED is what one program may take there, in bytes. Without the last three all kernels but attention's are compiled.
-Prints one JSON line a kernel: its name, the shared memory that one program takes, in bytes, and whether it reads numbers
-of e4m3 back.
+Prints one JSON line a kernel: its name, the shared memory that one program takes, in bytes, and whether it reads
+numbers of e4m3 back.
 """
 
 from __future__ import annotations
