@@ -3,7 +3,7 @@
 Trains MODEL (SmolLM2-135M) on DATA (alpaca-like rows; the last 200 are held out of all runs) with three seeds, in bf16
 and with ``precision: fp8`` in every projection, however small, 200 and 600 steps of two rows of 1,024 tokens, no
 dropout, by `slimtune train`'s own recipe; and on the demo's task in FP8. Held-out loss is bf16's on the 4-bit base in
-all of them. The last lines are the differences from the same seed's bf16. ``--tiny`` takes a few steps of each on few tokens.
+all of them. The last lines are the differences from the same seed's bf16. ``--tiny`` takes a few steps of each.
 """
 
 from __future__ import annotations
