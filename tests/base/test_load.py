@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, Gemma2Config
 from transformers.core_model_loading import WeightConverter
 
@@ -19,6 +20,7 @@ from slimtune.base.quantize import fingerprint
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.ram import host_of
 from slimtune.engine.stored import places_of, whole_bytes
+from slimtune.engine.streamed import move_to_ram
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
 from tests.engine import models
@@ -152,6 +154,11 @@ def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(
             assert tensors[0].untyped_storage().nbytes() == sum(whole_bytes(tensor.nbytes) for tensor in tensors)
     ids = torch.tensor([[1, 40, 98, 7]])
     assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)
+    left = StorageWeakRef(tensors[0].untyped_storage())  # layer 2's memory, which leaves the device later
+    move_to_ram([place for name, each in loaded.model.named_parameters() if f".layers.{layer}." in name
+                 for place in places_of(each)], torch.device("cpu"), "layer's weights")  # fmt: skip
+    del tensors
+    assert left.expired()
 
 
 def test_a_table_of_rows_goes_to_ram_without_being_on_the_device(

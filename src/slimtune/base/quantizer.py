@@ -273,6 +273,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         # To PEFT, TRL and the Trainer it is a model of bitsandbytes'.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
         self.quantization_config.in_ram, self.quantization_config.kept = [], False  # of this load, not of the model
+        self.shelves = None  # which would hold the memory of layers that leave the device later
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **options)
 

@@ -93,21 +93,22 @@ def _run_seconds(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any
 
 def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     """What was asked for first, then a card of each size."""
+    from slimtune.engine.ram import ram_to_lock
     from slimtune.hardware import CARDS, Card, detect
     from slimtune.plan import memory_budget
 
     if forecaster.unfused is not None:
         return []
-    if card is None and detect().device == "cuda":
-        card = detect().card
-    budget, asked = memory_budget(config), []
+    machine, budget, asked = detect(), memory_budget(config), []
+    ram = ram_to_lock() if card is None and machine.device == "cuda" else None  # as a run here plans
+    card = card if ram is None else machine.card
     if budget is not None:
-        within = Card(config.memory, budget, (8, 0))
-        if card is not None:
-            within = replace(card, name=f"{config.memory} of {card.name}", memory_bytes=budget)
-        asked = [forecaster.with_longest(within, budget)]
-    elif card is not None:
-        asked = [forecaster.with_longest(card)]
+        named = Card(config.memory, budget, (8, 0))
+        card = named if card is None else replace(card, name=f"{named.name} of {card.name}", memory_bytes=budget)
+    if card is not None:
+        told = forecaster.with_longest(card, budget, ram)
+        # What it takes with more RAM, where here is too little.
+        asked = [told if told.trains or ram is None else forecaster.with_longest(card, budget)]
     sizes = [replace(CARDS[like], name=f"{size}GiB ({like})", memory_bytes=size << 30) for size, like in SIZES.items()]
     return asked + [forecaster.with_longest(each) for each in sizes]
 
