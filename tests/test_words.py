@@ -17,6 +17,7 @@ from slimtune.hardware import Hardware, detect
 from slimtune.language import language, spoken
 from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_rate, resolve_steps
 from slimtune.run.lines import base_line, data_line, in_ram_line, memory_line, steps_line
+from slimtune.use.parity import Certificate
 from slimtune.words import CATALOGUE, Catalogue, catalogue, in_chinese, told
 from tests import wording
 from tests.test_plan import documents_of
@@ -105,12 +106,17 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         "12 micro-batches of up to 2,048 tokens, 91.0% full",
         in_ram_line(31, 0, 32, 31 << 29), in_ram_line(31, 30, 32, 61 << 29),
         few_steps(config, 5, few), few_steps(Config.make(epochs=1), 1, few),
+        *(
+            Certificate("a b on its base's own weights", copy, "", 16, 16, 16, 216, 0.995, 9e-4, 1, 0.02, 1, kl).line()
+            for copy in ("a b, merged into its base", "a.gguf, read back by Transformers")
+            for kl in (None, 0.01)
+        ),
     }  # fmt: skip
     assert len(lines) >= 16
     for line in filter(None, lines):
         chinese = in_chinese(line)
         assert re.search("[\u4e00-\u9fff]", chinese), line
-        assert not re.search(r"\b(the|of|and|every|steps?)\b", chinese), chinese
+        assert not re.search(r"\b(the|of|and|every|steps?|against|its|by)\b", chinese), chinese
         # The figures and names in it are kept.
         figures = [re.findall(r"\d[\d,.]*\d%?|\d%?", text) for text in (line, chinese)]
         assert set(figures[0]) == set(figures[1]), line

@@ -1,4 +1,4 @@
-"""A bar for work that is counted, on standard error; nothing where that is no terminal."""
+"""What is seen while something takes long, on standard error; nothing where that is no terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slimtune.words import told
 
-__all__ = ["counting"]
+__all__ = ["busy", "counting"]
+
+_turning: list[str] = []
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """A spinner beside ``text`` while the body takes seconds; one of them at a time, the first."""
+    console = Console(stderr=True)
+    if _turning or not console.is_terminal:
+        yield
+        return
+    _turning.append(text)
+    try:
+        with console.status(f"  {told(text)}"):
+            yield
+    finally:
+        _turning.pop()
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def command(
     """
     check_target(target)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.chat import ChatSession
         from slimtune.use.load import open_model
@@ -64,9 +65,10 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     with upstream_to_log(None):
-        opened = open_model(
-            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
-        )
+        with busy("loading the model"):
+            opened = open_model(
+                target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+            )
         say_if_slow(opened)
         session = ChatSession(opened, sampling, system)
         if prompt is not None:

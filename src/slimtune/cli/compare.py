@@ -65,7 +65,7 @@ def command(
     check_target(target)
     check_files(*[data] if data else [])
     with fast_imports():
-        from slimtune.cli.bar import counting
+        from slimtune.cli.bar import busy, counting
         from slimtune.run.durable import check_writable, replace_file
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.compare import compare, fail_if, load_checker, parse_condition
@@ -80,9 +80,10 @@ def command(
     folder = output or Path(target)
     check_writable(folder)
     with upstream_to_log(None):
-        opened = open_model(
-            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
-        )
+        with busy("loading the model"):
+            opened = open_model(
+                target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+            )
         say_if_slow(opened)
         asked = data or _held_out(opened)
         with counting(_WORKS) as tell:

@@ -55,13 +55,14 @@ def command(
             "nothing to evaluate on", rule=f"{target} held no rows out.", way_out="Give DATA, or --tasks NAMES."
         )
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.evaluate import documents_of, losses, run_tasks
         from slimtune.use.held_out import held_out_of
         from slimtune.use.load import open_model
 
     made: dict[str, Any] = {}
-    with upstream_to_log(None):
+    with upstream_to_log(None), busy("computing the loss"):
         opened = open_model(
             target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
         )

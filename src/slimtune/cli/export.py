@@ -38,6 +38,7 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
             raise click.UsageError("-o FOLDER is missing")
         check_new(output)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.export import check_needs, export_gguf
         from slimtune.use.load import find
@@ -47,7 +48,7 @@ def command(target: str, kind: Any, output: Path | None, base: str | None, parit
         return
     assert output is not None
     check_needs(kind)
-    with upstream_to_log(None):
+    with upstream_to_log(None), busy(f"exporting as {kind}"):
         certificate = export_gguf(find(target, base=base), output, kind, parity=parity)
     if certificate is not None:
         say(certificate.line())

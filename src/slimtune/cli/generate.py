@@ -62,7 +62,7 @@ def command(
     check_target(target)
     check_files(prompts)
     with fast_imports():
-        from slimtune.cli.bar import counting
+        from slimtune.cli.bar import busy, counting
         from slimtune.run.durable import check_writable
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.answers import answer_file
@@ -76,9 +76,10 @@ def command(
     questions = questions[part]
     check_writable(output.parent)
     with upstream_to_log(None):
-        opened = open_model(
-            target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
-        )
+        with busy("loading the model"):
+            opened = open_model(
+                target, base=base, quantization=quantization, dtype=compute_dtype, trust_remote_code=trust_remote_code
+            )
         say_if_slow(opened)
         with counting({"replies": "answering"}) as tell:
             already = answer_file(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 __all__ = ["fast_imports"]
 
@@ -20,10 +21,16 @@ def fast_imports() -> Iterator[None]:
     can't fetch here) is no person's business.
     """
     before = logging.root.manager.disable
+    shown: AbstractContextManager[None] = nullcontext()
+    if sys.stderr.isatty():
+        from slimtune.cli.bar import busy  # loads rich, which few mistakes need
+
+        shown = busy("starting")
     gc.disable()
     logging.disable(logging.WARNING)
     try:
-        yield
+        with shown:
+            yield
     finally:
         logging.disable(before)
         gc.freeze()

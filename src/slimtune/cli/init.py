@@ -112,9 +112,9 @@ def _told_fit(model: str) -> Fit:
 
 
 def _fit(model: str) -> Fit:
-    from rich.console import Console
+    from slimtune.cli.bar import busy
 
-    with Console(stderr=True).status("  " + told(f"looking whether {model} fits")):  # to load torch takes seconds
+    with busy(f"looking whether {model} fits"):  # to load torch takes seconds
         return fit_here(model)
 
 

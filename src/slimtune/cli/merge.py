@@ -30,12 +30,13 @@ def command(target: str, output: Path, base: str | None, parity: bool, trust_rem
     check_target(target)
     check_new(output)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.export import prove_merged
         from slimtune.use.load import find
         from slimtune.use.merge import merge
 
-    with upstream_to_log(None):
+    with upstream_to_log(None), busy("merging"):
         found = find(target, base=base, trust_remote_code=trust_remote_code)
         certificate = merge(found, output, prove=prove_merged if parity else None)
     say(f"merged into {output}")

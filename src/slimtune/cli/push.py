@@ -24,10 +24,11 @@ def command(target: str, repository: str, base: str | None, public: bool) -> Non
     """
     check_target(target)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.use.load import find
         from slimtune.use.push import push
 
-    with upstream_to_log(None):
+    with upstream_to_log(None), busy("publishing"):
         where = push(find(target, base=base), repository, private=not public)
     say(f"published: {where}")

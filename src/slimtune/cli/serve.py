@@ -64,6 +64,7 @@ def command(
         path = target.partition("=")[2]
         check_target(target if not path or Path(target).exists() else path)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
         from slimtune.serve.address import check_address, listen
         from slimtune.serve.installed import check_installed
@@ -94,8 +95,9 @@ def command(
         from slimtune.serve.thread import CallingThread
         from slimtune.use.attention import any_length
 
-        found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
-        models = open_all(found, quantization=quantization, dtype=compute_dtype)
+        with busy("loading the model"):
+            found = find_all(targets, base=base, trust_remote_code=trust_remote_code)
+            models = open_all(found, quantization=quantization, dtype=compute_dtype)
         computing = CallingThread()
         api = Api(models, bounds, computing, key)
         if api.slow is not None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from slimtune.errors import GuardStop, StopRequested
 from slimtune.training.backstop import Backstop, Unheard
@@ -44,6 +44,15 @@ def end_anyway() -> None:
     timer = threading.Timer(_GRACE, os._exit, (StopRequested.exit_code,))
     timer.daemon = True
     timer.start()
+
+
+def _exit() -> NoReturn:
+    """End the process without unwinding. A bar or a spinner that is shown keeps its line, and gives the cursor back."""
+    with suppress(OSError, ValueError):  # nobody reads any more
+        sys.stderr.flush()
+        if os.isatty(2):
+            os.write(2, b"\n\x1b[?25h")  # past Rich, which has put its own in the place of sys.stderr
+    os._exit(StopRequested.exit_code)
 
 
 class StopSignals:
@@ -185,11 +194,10 @@ class StopSignals:
             elif not self._deferred:
                 waited += _LOOK
             if seen > 1:
-                os._exit(StopRequested.exit_code)
+                _exit()
             if waited >= _GRACE:
                 sys.stderr.write(f"slimtune: {self.stop(f', and did not end by itself within {_GRACE:.0f} s')}\n")
-                sys.stderr.flush()
-                os._exit(StopRequested.exit_code)
+                _exit()
         os.close(read)
 
 
@@ -280,8 +288,7 @@ class Watchdog:
         writer.start()
         writer.join(min(10.0, self.seconds))
         sys.stderr.write(f"{line}All threads' stacks are in {self.stacks}\n")
-        sys.stderr.flush()
-        os._exit(StopRequested.exit_code)
+        _exit()
 
     def _write_stacks(self, line: str) -> None:
         self._file.write(line)

@@ -148,7 +148,7 @@ def prove_merged(found: Found, folder: Path) -> Certificate:
     """
     said = reference(_on_16_bits(found))
     merged = open_model(str(folder), quantization="none", dtype="fp32", trust_remote_code=found.trust_remote_code)
-    copy = transformers_voice(merged, f"{found.name}, merged")
+    copy = transformers_voice(merged, f"{found.name}, merged into its base")
     certificate = certify(
         said, copy, kl_mean_allowed=KL_ALLOWED["merged"], first_token_allowed=FIRST_TOKEN_ALLOWED["merged"]
     )

@@ -126,7 +126,7 @@ class Certificate:
 
 def reference(opened: Opened, prompts: Iterable[Sequence[Any]] = PROMPTS) -> Reference:
     """Ask the adapter on its base: greedy replies, and the distributions along them."""
-    voice = transformers_voice(opened, f"{opened.found.name} on its base")
+    voice = transformers_voice(opened, f"{opened.found.name} on its base's own weights")
     made = Reference(voice.name, [], [], [])
     made.prompts.extend(voice.prompt_ids(messages) for messages in prompts)
     replies = {
