@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+from pathlib import Path
 
 PRINTS = """
 from slimtune.cli.page import Page
@@ -23,3 +29,15 @@ def test_a_reader_that_leaves_changes_no_exit_code() -> None:
     writer.stdout.close()
     assert writer.wait(60) == 2
     assert writer.stderr.read() == b""
+
+
+def test_what_goes_through_a_pipe_fits_the_terminal_that_it_is_read_in(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    command = [sys.executable, "-c", "from slimtune.cli.page import Page; print(Page().width)"]
+    piped = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
+    with (file := tmp_path / "file").open("w") as kept:
+        subprocess.run(command, stdout=kept, stderr=theirs, check=True)
+    os.close(theirs)
+    os.close(ours)
+    assert (piped.stdout, file.read_text()) == ("60\n", "120\n")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import sys
+
 from rich.console import Console
 
 from slimtune.cli import nobody_reads
@@ -20,9 +24,18 @@ class Page(Console):
     def __init__(self) -> None:
         super().__init__(highlight=False)
         if not self.is_terminal:
-            self.width = _WIDTH_OF_FILES
+            self.width = _terminal_behind() or _WIDTH_OF_FILES
 
     def on_broken_pipe(self) -> None:
         """Print no more."""
         self.quiet = True
         nobody_reads()
+
+
+def _terminal_behind() -> int | None:
+    """Columns of the terminal in which a pipe (to less, to head) is likely read: standard error's; None of a file."""
+    try:
+        piped = stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+        return os.get_terminal_size(sys.stderr.fileno()).columns if piped else None
+    except (OSError, ValueError):  # no terminal, or no files at all
+        return None
