@@ -49,6 +49,10 @@ def test_without_a_terminal_nothing_is_asked(run_here: Callable[..., Done], data
     assert done.returncode == 2
     assert "Without one, it is told: --model --goal" in done.stderr
     assert not file.exists()
+    there = tmp_path / "file"
+    there.touch()
+    done = run_here("init", "-o", str(there / "run.yaml"), "--data", f"{data}l", "--model", "no", "--goal", "task")
+    assert f"nothing can be written into {there}" in done.stderr, "before anything is asked"
     done = run_here("init", "-o", str(file), "--data", f"{data}l")
     assert "does not exist" in done.stderr or "here is none" in done.stderr
 

@@ -45,7 +45,8 @@ def test_it_answers_and_ends_with_0_on_a_signal(tiny_model: Path) -> None:
         asking = pool.submit(ask_and_stop)
         result = called(f"tiny={tiny_model}", "--port", port)
     assert result.exit_code == 0, result.exception
-    assert result.output == f"serving tiny on http://127.0.0.1:{port}\n"
+    assert result.stdout == f"serving tiny on http://127.0.0.1:{port}\n"
+    assert result.stderr == "slimtune: ending\n"
     # What was under way was brought to its end.
     assert asking.result() > 20
     assert signal.getsignal(signal.SIGINT) is handler

@@ -20,7 +20,7 @@ from slimtune.cli.fits import Fit, fit_here
 from slimtune.cli.hub import cached_models, look_for_hub
 from slimtune.config import Config
 from slimtune.errors import SlimtuneError, UserError
-from slimtune.run.durable import replace_file
+from slimtune.run.durable import check_writable, replace_file
 from slimtune.width import folded
 from slimtune.words import told
 
@@ -67,6 +67,7 @@ def command(output: Path, data: str | None, model: str | None, goal: str | None)
             rule=f"Without one, it is told: {' '.join(missing)}",
             way_out="Or begin with the documented defaults: slimtune config > run.yaml",
         )
+    check_writable(output.parent)
     data = _given(data, check_files) or _asked(
         told("What is it to learn from? A file, a folder, or a hub id."), check_files
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Protocol
 
 import uvicorn
@@ -18,6 +20,7 @@ from slimtune.serve.connection import WAITING_OUTSIDE, connection_type, places
 from slimtune.serve.installed import check_uvicorn
 from slimtune.serve.limits import Limits
 from slimtune.serve.thread import CallingThread
+from slimtune.words import told
 
 __all__ = ["Served", "WebServer", "run"]
 
@@ -118,6 +121,13 @@ class WebServer(uvicorn.Server):
             listening.listen(WAITING_OUTSIDE)  # asyncio takes what it accepts at a time for how many may wait
         if self.started and self._api.fault is None:
             self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End, and say so at once: what is under way may take its seconds."""
+        if not self.should_exit:
+            begin = "\n" if sys.stderr.isatty() else ""  # behind the terminal's ^C
+            sys.stderr.write(f"{begin}{told('slimtune: ending')}\n")
+        super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to end: because it was asked to, or because an engine has stopped."""
