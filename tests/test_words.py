@@ -138,6 +138,15 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         ),
         ("Mend that. Give the same command again.", "请修正它。请再给一次同样的命令。"),  # sentence by sentence
         ("Go on: slimtune resume 'my run'", "继续：slimtune resume 'my run'"),  # a short one may name words behind it
+        (
+            "the checkpoint of step 6 could not be saved: No space left on device (my run/checkpoints); there is no "
+            "checkpoint yet",
+            "第 6 步的检查点没能保存：磁盘已满（my run/checkpoints）；还没有检查点",
+        ),
+        (
+            "the last step can't be saved: 7.0 MiB are needed, and the disk has 3.0 MiB free (my run/checkpoints)",
+            "最后一步无法保存：需要 7.0 MiB，磁盘只剩 3.0 MiB（my run/checkpoints）",
+        ),
         ("because of \\1 and {}", "because of \\1 and {}"),
         ("data", "数据"),
     ],

@@ -438,6 +438,7 @@ def test_a_disk_that_never_comes_back_ends_in_exit_3_with_the_last_good_one(
     disk.breaks_at(run, 8)
     with pytest.raises(GuardStop, match="No space left") as stop:
         run.fit()
+    assert run.warnings[-1] == "the last step waits 1 s for room on the disk"
     assert stop.value.exit_code == 3
     assert str(run.safety.checkpoints.path(6)) in str(stop.value)
     disk.broken = False

@@ -43,6 +43,7 @@ from slimtune.run.durable import (
     verify,
     write_file,
 )
+from slimtune.run.screen import size_text
 
 __all__ = ["Checkpoints", "OffDevice", "Snapshot", "from_plain", "read_checkpoint", "share_newest", "to_plain"]
 
@@ -253,7 +254,8 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)  # somebody may have deleted it
         needed, free = sum(map(len, files.values())) + _SLACK, free_bytes(self.folder)
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(self.folder))
+            room = f"{size_text(needed)} are needed, and the disk has {size_text(free)} free"
+            raise OSError(errno.ENOSPC, room, str(self.folder))
         with atomic_folder(self.path(snapshot.step)) as folder:
             for name, data in files.items():
                 write_file(folder / name, data)

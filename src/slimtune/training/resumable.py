@@ -267,7 +267,7 @@ class ResumableTrainer(RankedTrainer):
             GuardStop: It couldn't be saved, even after waiting for room.
         """
         checkpoints, signals = self.safety.checkpoints, self.safety.signals
-        deadline = time.monotonic() + self.safety.patience
+        deadline, waiting = time.monotonic() + self.safety.patience, False
         self._hand_over()
         while checkpoints.wait() != self.state.global_step:
             self._see_last_save()
@@ -277,6 +277,9 @@ class ResumableTrainer(RankedTrainer):
                 if time.monotonic() >= deadline:
                     what = f"the last step can't be saved: {reason_of(checkpoints.failure.error)}"
                     raise self._stop_by_guard(what, [], f"Make room, then: {signals.resume}")
+                if not waiting:
+                    waiting = True
+                    self.safety.warn(f"the last step waits {self.safety.patience:.0f} s for room on the disk")
                 time.sleep(min(1.0, self.safety.patience))
             self.safety.watchdog.beat("step")
             self._save_checkpoint(self.model, None)
