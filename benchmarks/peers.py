@@ -5,7 +5,8 @@ trained for a dozen steps by the peer's usual way in, paged_adamw_8bit throughou
 does: data read and proven, SFTTrainer subclass, logging. A step's time is the median after the first four: for peers
 from the beginning to the end of the Trainer's step, the device waited for; for slimtune from one log line to the next,
 data and logging included. Peak memory is what PyTorch's allocator had given out at most. A peer that isn't installed
-is left out, and said so. slimtune+fp8 is slimtune with its frozen weights multiplied in FP8.
+is left out, and said so. slimtune+fp8 is slimtune with its frozen weights multiplied in FP8. With $STEPS there are so
+many, and a third of them are left out; ``8b-long``, one document of 65,536 tokens a step, wants few.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 from workloads import SIZES, WORKLOADS, Workload
 
 HERE = Path(__file__).parent
-STEPS, WARM_UP = 12, 4
+STEPS = int(os.environ.get("STEPS", "12"))
+WARM_UP = STEPS // 3
 STATES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 """The projections of Qwen3.5's linear attention; of other models, PEFT finds none."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "axolotl", "unsloth", "triton")
@@ -38,6 +40,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "W2": ("slimtune", "trl", "trl+liger", "unsloth", "trl+fuse"),
     "W3": ("slimtune", "trl", "trl+liger", "trl-packing"),
     "W4": ("slimtune", "slimtune+fp8", "trl+liger", "unsloth"),
+    "8b-long": ("slimtune@13.8GiB", "slimtune+fp8@13.8GiB", "unsloth"),
     "tiny": ("slimtune", "trl", "trl+fuse"),
     "tiny-chats": ("slimtune", "trl"),
 }
@@ -53,7 +56,7 @@ def make_folder(size: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        **SIZES[size], max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False, bos_token_id=1,
+        **SIZES[size], max_position_embeddings=131072, rope_theta=1e6, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16,
     )  # fmt: skip
     before = torch.get_default_dtype()
@@ -308,7 +311,7 @@ def table(about: dict[str, Any], results: list[dict[str, Any]]) -> str:
         f"# slimtune and its peers, {about['date']}",
         "",
         f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}; {versions}.",
-        "Each once, in a process of its own; the median step after four. Made by `python benchmarks/peers.py`.",
+        f"Each once, in a process of its own; the median step after {WARM_UP}. Made by `python benchmarks/peers.py`.",
         "",
         "| workload | stack | step, ms | real tokens/s | peak, GiB |",
         "| --- | --- | --- | --- | --- |",

@@ -87,6 +87,7 @@ WORKLOADS = {
     "W3": Workload("W3", "1.8b", 8, 2048, chats=True),
     "W4": Workload("W4", "7b", 4, 2048),
     "8b-all": Workload("8b-all", "8b", 2, 4096, targets="all-linear", r=16, dropout=0.0),
+    "8b-long": Workload("8b-long", "8b", 1, 65536, targets="all-linear", r=16, dropout=0.0),
     "tiny": Workload("tiny", "tiny", 2, 64),
     "tiny-chats": Workload("tiny-chats", "tiny", 4, 64, chats=True),
 }
