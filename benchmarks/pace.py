@@ -15,6 +15,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
@@ -51,7 +52,7 @@ class Point(NamedTuple):
 
 
 BY_TURNS, BUDGET, MEMORY = "engine-by-turns", "engine-budget-by-turns", "memory"
-ROWS, AGAIN, STATES = "decoders", "decoders-again", "decoders-states"
+ROWS, STATES, WHOLE = "decoders", "decoders-states", "whole-mixture"
 POINTS = (
     Point("1.8b", 8, 2048, 210.6, BUDGET, targets=ATTENTION),
     Point("1.8b", 8, 2048, 287.0, BUDGET, memory=3.9, targets=ATTENTION),
@@ -75,6 +76,13 @@ POINTS = (
     Point("qwen3.5", 4, 2048, 187.45, STATES),
 )
 """Files in ``benchmarks/results``, dated 2026-11-29; with the shapes of ``decoders.py`` and ``workloads.py``."""
+STREAMED = (
+    Point("moe", 4, 2048, 96.3, "plan-again", memory=3.2),
+    Point("moe", 4, 2048, 604.5, WHOLE, memory=6.75, layers=48),
+    Point("moe", 8, 2048, 827.7, WHOLE, memory=6.75, layers=48),
+    Point("moe", 16, 2048, 1560.9, WHOLE, memory=6.75, layers=48),
+)
+"""The same; weights come from RAM. What a step waits for them is no sum of terms, so they are in no fit."""
 
 
 def config_of(point: Point) -> Any:
@@ -84,6 +92,7 @@ def config_of(point: Point) -> Any:
         kind = transformers.LlamaConfig if point.shape == "8b" else transformers.Qwen2Config
         return kind(**values, max_position_embeddings=1 << 20, tie_word_embeddings=False)
     name, options = decoders.SHAPES[point.shape]
+    options = {**options, "num_hidden_layers": point.layers or options["num_hidden_layers"]}
     return getattr(transformers, name)(**options, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2)
 
 
@@ -103,37 +112,35 @@ def seconds(point: Point, forecaster: Forecaster) -> float:
 
 
 def terms(points: tuple[Point, ...], folder: Path) -> torch.Tensor:
-    """[points, rates + 1]: the terms that each forecast is a sum of, over what was measured; told one by one, its
-    factor 1 and the others' 0. The last is what has no rate: copies that nothing hides."""
+    """[points, rates]: the terms that each forecast is a sum of, over what was measured; told one by one, its factor 1
+    and the others' 0. Nothing is waited for: of these points copies take a hundredth at most."""
     before = {name: getattr(pace, name) for name in RATES}
     forecasters = [forecaster_of(point, folder / str(number)) for number, point in enumerate(points)]
-    found = torch.empty(len(points), len(RATES) + 1, dtype=torch.float64)
+    found = torch.empty(len(points), len(RATES), dtype=torch.float64)
     try:
-        for column, name in enumerate((*RATES, "")):
+        for column, name in enumerate(RATES):
             for other in RATES:
                 setattr(pace, other, 1.0 if other == name else 0.0 if other in FACTORS else float("inf"))
             for row, (point, forecaster) in enumerate(zip(points, forecasters, strict=True)):
-                found[row, column] = seconds(point, forecaster) / point.milliseconds * 1e3
+                with mock.patch.object(pace.Step, "_waited", return_value=0.0):
+                    found[row, column] = seconds(point, forecaster) / point.milliseconds * 1e3
     finally:
         for name, value in before.items():
             setattr(pace, name, value)
-    found[:, :-1] -= found[:, -1:]
     return found
 
 
 def fitted(found: torch.Tensor) -> torch.Tensor:
     """What each term is to be multiplied with."""
-    rated, fixed = found[:, :-1], found[:, -1:]
-    scale = rated.amax(0)
-    return torch.linalg.lstsq(rated / scale, 1.0 - fixed).solution[:, 0] / scale
+    scale, ones = found.amax(0), torch.ones(len(found), 1, dtype=found.dtype)
+    return torch.linalg.lstsq(found / scale, ones).solution[:, 0] / scale
 
 
 def left_out(found: torch.Tensor) -> list[float]:
     """The error of each step by rates that were fitted to the others alone."""
     numbers = range(len(found))
     others = [torch.tensor([other != number for other in numbers]) for number in numbers]
-    told = [found[number, :-1] @ fitted(found[kept]) for number, kept in zip(numbers, others, strict=True)]
-    return [float(rated + found[number, -1]) - 1 for number, rated in enumerate(told)]
+    return [float(found[number] @ fitted(found[kept])) - 1 for number, kept in zip(numbers, others, strict=True)]
 
 
 def main() -> None:
@@ -150,7 +157,7 @@ def main() -> None:
             errors = left_out(found)
             print(json.dumps({"left_out": [round(error, 4) for error in errors]}))
             print(f"worst of steps left out of the fit {max(map(abs, errors)):.1%}")
-        for number, point in enumerate(POINTS):
+        for number, point in enumerate((*POINTS, *STREAMED)):
             forecast_ms = 1e3 * seconds(point, forecaster_of(point, Path(scratch) / str(number)))
             case = f"{point.rows} x {point.length}, r={point.r}" + (f" within {point.memory}" if point.memory else "")
             rows.append({"shape": point.shape, "case": case, "measured_ms": point.milliseconds,

@@ -52,8 +52,6 @@ class Added(NamedTuple):
     """For what is computed again, and by products of few tokens."""
     unpacked: float = 0.0
     """For weights that are made anew in the compute dtype."""
-    copied: float = 0.0
-    """For copies from and to RAM that nothing hides, and launches without a graph."""
 
 
 _NOTHING = Added()
@@ -138,8 +136,6 @@ class _Shape:
     """The first layer that has a backward; those below keep nothing."""
     longest: int = 0
     """Tokens in the longest document."""
-    bus: float = _LINK
-    """Bytes that a bus brings to RAM or back in a second."""
 
     def part(self, nbytes: int) -> int:
         """Of weights' bytes in RAM this rank's part."""
@@ -208,15 +204,16 @@ class _Shape:
     def seconds(self, plan: MemoryPlan) -> float:
         """What plans are compared by: time that they add to a forward and a backward that keep everything."""
         again = (seconds for seconds, level in zip(self.attended, plan.keep, strict=True) if level < Keep.ATTENDED)
-        return sum(self.added(plan)) + sum(again)
+        added = sum(self.added(plan))
+        return added + self._waited(plan, added) + sum(again)
 
     def added(self, plan: MemoryPlan) -> Added:
-        """Of that time all but attention over long documents."""
+        """Of that time all but attention over long documents, copies and launches."""
         # Attention's own products and the elementwise passes are about an eighth of the projections' time.
         extra = {Keep.INPUT: 1.25, Keep.ATTENDED: 1.1, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
         seconds = 2.0 * self.tokens / _FLOPS
         parts, memory = -(-self.tokens // plan.part_tokens), self.memory(plan)
-        computed = unpacked = copied = device = 0.0
+        computed = unpacked = 0.0
         for layer, places in self.kinds:
             products = sum(block.products for block in layer.blocks)
             weights, turned = self.weights[places[0]], self.turned[places[0]]
@@ -229,24 +226,29 @@ class _Shape:
                 unpacked += parts * made / _DEQUANTIZED / 1.5
             filling = sum(block.products / block.rows(memory) for block in layer.blocks)
             computed += 2 * seconds * len(places) * _FILL * filling
-            device += 2 * seconds * len(places) * products
-        hidden = self.layers[0].hidden
-        computed += 2 * seconds * self.vocabulary * hidden * _FILL / min(plan.head_tokens, plan.part_tokens)
+        head = self.vocabulary * self.layers[0].hidden
+        computed += 2 * seconds * head * _FILL / min(plan.head_tokens, plan.part_tokens)
+        return Added(computed, unpacked)
+
+    def _waited(self, plan: MemoryPlan, added: float) -> float:
+        """For copies from and to RAM that products don't hide, and for launches without a graph."""
+        copied, parts = 0.0, -(-self.tokens // plan.part_tokens)
+        device = 4.0 * self.tokens / _FLOPS * sum(block.products for layer in self.layers for block in layer.blocks)
         if plan.in_ram:
             # A copy runs beside the layer's own work.
             work = (device / 2 + sum(self.attended)) / parts / len(self.layers)
-            copies = (size / self.bus for size in plan.ram_sizes)
+            copies = (size / _LINK for size in plan.ram_sizes)
             copied += parts * 2 * sum(max(0.02 * copy, copy - work) for copy in copies)
         if plan.streamed:
             # Both ways; the layers are spread, so that a copy has those before it to run beside.
-            copy, work = plan.streamed_bytes / self.bus, device / 2 / parts
+            copy, work = plan.streamed_bytes / _LINK, device / 2 / parts
             copied += parts * 2 * max(0.02 * copy, copy - work)
         if plan.embedding_bytes:
-            copied += self.tokens * hidden * self.layers[0].dtype.itemsize / self.bus
+            copied += self.tokens * self.layers[0].hidden * self.layers[0].dtype.itemsize / _LINK
         unrecorded = plan.in_ram or plan.streamed or ("efficient" in self.ways.values() and not plan.padded_room)
         if unrecorded:  # the device may wait for the host
-            copied += max(0.0, parts * len(self.layers) * _LAUNCHES - device - computed - unpacked - copied)
-        return Added(computed, unpacked, copied)
+            copied += max(0.0, parts * len(self.layers) * _LAUNCHES - device - added - copied)
+        return copied
 
     def filled(
         self,
@@ -435,7 +437,6 @@ def plan_memory(
     sharing: int = 1,
     lowest: int = 0,
     lavish: bool = True,
-    bus: float = _LINK,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -454,7 +455,6 @@ def plan_memory(
         sharing: Ranks that have weights there in common.
         lowest: The first layer that has a backward.
         lavish: Whether RAM may be taken where that only spares time, too.
-        bus: Bytes that the card's bus brings to RAM or back in a second: the time that is told goes by it, and no plan.
     """
     longest = min(tokens, longest or tokens)
     embedding = embedding if -(-embedding // sharing) <= ram else 0
@@ -489,4 +489,4 @@ def plan_memory(
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
     best = min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
-    return replace(best, added=replace(shape, bus=bus).added(best))
+    return replace(best, added=shape.added(best))

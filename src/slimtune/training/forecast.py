@@ -302,7 +302,6 @@ class Forecaster:
             embedding=self._embedding,
             sharing=self.sharing,
             lowest=lowest_trained(self._layers, self._per_layer),
-            bus=1e9 * card.bus,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:

@@ -7,6 +7,7 @@ are these by the ratio of what its maker publishes: arithmetic, and called so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _PASSES = 0.968e12  # bytes a second of what a layer can keep, for all that is d
 _AGAIN = 1.524  # of what the plan's own cost model says for what is computed again
 _UNPACKED = 0.299  # and for weights that are made anew
 _PARAMETER = 2.49e-10  # seconds for each parameter that trains: its products, its gradient, its update
+_LAUNCHES = 6e-3  # seconds in which a host launches a layer both ways: 5.2 to 10 on four hosts; not fitted
 HOST_CARDS, HOST_LINK = 8, 12.5
 """Cards of one host, and GB a second between hosts: 100 Gb/s."""
 
@@ -47,17 +49,37 @@ class Step:
         """Of a micro-batch of documents of these lengths, every token supervised; 0 where nobody knows the card."""
         if not card.tflops or not card.bandwidth:
             return 0.0
-        like = CARDS[MEASURED]
-        again = sum(keep == Keep.INPUT for keep in self.plan.keep) / max(1, len(self.plan.keep))
+        like, plan = CARDS[MEASURED], self.plan
+        slower, moves = like.tflops / card.tflops, like.bandwidth / card.bandwidth
+        again = sum(keep == Keep.INPUT for keep in plan.keep) / max(1, len(plan.keep))
         tokens = sum(lengths)
         eighths = self.in_fp8 * self.work.linear
         multiplied = 4.0 * tokens * ((self.work.linear - eighths + self.work.head) / _PRODUCTS + eighths / _IN_FP8)
-        # Seven products, and the forward's two again in layers that keep nothing of it.
-        attended = (7.0 + 2.0 * again) * self.work.squares(lengths) / _ATTENTION
-        moved = self.passed / _PASSES + self.trained * _PARAMETER
-        added = _AGAIN * self.plan.added.computed + _UNPACKED * self.plan.added.unpacked + self.plan.added.copied
-        computed = multiplied + attended + added
-        return computed * like.tflops / card.tflops + moved * like.bandwidth / card.bandwidth
+        attended = self.work.squares(lengths) / _ATTENTION  # a product; the forward has two, the backward five
+        unpacked, moved = _UNPACKED * plan.added.unpacked, moves * (self.passed / _PASSES + self.trained * _PARAMETER)
+        shared = slower * (multiplied + unpacked) + moved
+        forward = shared / 2 + slower * 2.0 * attended
+        # In layers that keep nothing the forward's two products are made again.
+        backward = shared / 2 + slower * ((5.0 + 2.0 * again) * attended + _AGAIN * plan.added.computed)
+        return forward + backward + self._waited(forward, backward, tokens, card)
+
+    def _waited(self, forward: float, backward: float, tokens: int, card: Card) -> float:
+        """For copies, beyond what they run beside: a forward brings weights and sends away what layers keep, on a bus
+        that does both at once; a backward brings both. And for a host that gives the device work without a graph."""
+        plan, layers = self.plan, len(self.plan.keep)
+        if not (plan.in_ram or plan.streamed):
+            return 0.0
+        parts = math.ceil(tokens / plan.part_tokens)
+        kept, weights = (parts * nbytes / (1e9 * card.bus) for nbytes in (plan.ram_bytes, plan.streamed_bytes))
+        # Streamed layers are spread over all others; layers in RAM have their own work to run beside.
+        share = 1.0 if plan.streamed else len(plan.in_ram) / layers
+        copied = _beyond(max(kept, weights), share * forward) + _beyond(kept + weights, share * backward)
+        return max(copied, parts * layers * _LAUNCHES - forward - backward)
+
+
+def _beyond(copy: float, work: float) -> float:
+    """What a copy takes beyond the work beside it; to begin and to end it is never free."""
+    return max(0.02 * copy, copy - work)
 
 
 def sum_seconds(trained: int, count: int, card: Card) -> float:
