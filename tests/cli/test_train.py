@@ -66,6 +66,7 @@ def test_a_dry_run_says_what_would_be_done_and_needs_no_weights(
     assert done.returncode == 0, done.stderr
     assert "200 rows" in done.stderr
     assert "10 documents held out" in done.stderr
+    assert "With documents of 128 tokens it takes" in done.stderr
     planned = json.loads(run_here(*words, "--json").stdout)
     config = Config.make(model=str(model), data=str(requests_file), max_length=128, eval_share=0.05)
     packs = micro_batches(prove(config, load_tokenizer(str(model))).train, config).per_epoch

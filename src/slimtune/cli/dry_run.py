@@ -12,6 +12,7 @@ from slimtune.base.classes import skeleton
 from slimtune.base.named import model_source
 from slimtune.base.tokenizer import remarks
 from slimtune.base.vocabulary import tokenizer_of
+from slimtune.cli.fits import fit_of
 from slimtune.config import Config
 from slimtune.data.packing import PackedBatches, micro_batches
 from slimtune.data.preflight import prove
@@ -95,6 +96,9 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
         screen.warn(few)
     if (budget := memory_budget(config)) is not None:
         _tell_memory(Forecaster(config), budget, config, screen)
+    else:
+        within = config.model_copy(update={"max_length": min(config.max_length, config.batch_tokens)})
+        screen.say("memory", " ".join(fit_of(Forecaster(within, headers=False), detect().card, None, 0).said))
     screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
     of_epoch = proof.train.tokens + answers * ANSWER_TOKENS
     tokens = round(micro_batches_of_run(config, per_epoch) / per_epoch * of_epoch)

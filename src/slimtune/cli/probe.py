@@ -58,10 +58,13 @@ def probe(config: Config, planned: Mapping[str, Any], screen: Screen) -> dict[st
     speed = statistics.median(record["tokens_per_second"] for record in counting)
     evaluation = FORWARD_SHARE * held_out * planned["mean_length"] / speed
     seconds = steps * step + evaluations * evaluation
+    about, of, looks = _in_words(seconds), f"{step:.3g}", counted(evaluations, "evaluation")
     screen.say(
         "time",
-        f"about {_in_words(seconds)}: {steps:,} steps of {step:.3g} s, measured here, and "
-        f"{counted(evaluations, 'evaluation')} of about {evaluation:.2g} s; loading and proofs beside",
+        f"about {about}: {counted(steps, 'step')} of {of} s, measured here, and {looks} of about {evaluation:.2g} s; "
+        "loading and proofs beside"
+        if evaluations
+        else f"about {about}: {counted(steps, 'step')} of {of} s, measured here; loading and proofs beside",
     )
     return {"step": step, "evaluation": evaluation, "run": seconds}
 
