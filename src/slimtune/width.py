@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-__all__ = ["breaks", "cells", "folded"]
+__all__ = ["CHINESE", "breaks", "cells", "folded"]
 
-_CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
+CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
+"""Characters of Chinese text, as a class of a regular expression has them."""
 _OPENING, _CLOSING = "（“「《", "，。、；：！？）”」》…"
-_UNIT = re.compile(f"[{_OPENING}]*(?:[^\\s{_CHINESE}{_OPENING}{_CLOSING}]+|[{_CHINESE}])[{_CLOSING}]*\\s*|\\s+|.")
+_UNIT = re.compile(f"[{_OPENING}]*(?:[^\\s{CHINESE}{_OPENING}{_CLOSING}]+|[{CHINESE}])[{_CLOSING}]*\\s*|\\s+|.")
 """What no line break may cut: a word, or a Chinese character with the signs that cling to it."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from slimtune.cli.help import TOPICS
 from slimtune.language import LANGUAGES, Lang, spoken
@@ -67,6 +69,15 @@ def test_a_pager_shows_colours_and_chinese_as_such() -> None:
     said = os.read(ours, 4096).split()
     os.close(ours)
     assert said == [b"-FRX", b"utf-8"]
+
+
+def test_chinese_has_no_spaces_between_its_signs_and_fills_its_lines(run_here: RunHere) -> None:
+    with spoken("zh"):
+        shown = run_here("help", "guide").stdout
+    assert re.search(r"[，。：；] [\u4e00-\u9fff（]", shown) is None
+    first = next(block for block in shown.split("\n\n") if "SmolLM2-135M" in block)
+    assert len(lines := first.strip().splitlines()) > 2
+    assert all(90 < cell_len(line.rstrip()) <= 100 for line in lines[:-1]), first
 
 
 def test_what_is_no_topic_is_told_with_the_nearest(run_here: RunHere) -> None:

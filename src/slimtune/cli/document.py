@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import Markdown, MarkdownElement, TableElement
+from rich.markdown import Markdown, MarkdownElement, Paragraph, TableElement
 from rich.table import Table
+
+from slimtune.width import breaks
 
 __all__ = ["Document"]
 
@@ -22,7 +24,21 @@ class _Whole(TableElement):
             yield shown
 
 
-class Document(Markdown):
-    """Rich's Markdown, whose tables would cut such words off."""
+class _Lines(Paragraph):
+    """A paragraph in lines by :func:`slimtune.width.breaks`: Rich knows no other end of a word than a space."""
 
-    elements: ClassVar[dict[str, type[MarkdownElement]]] = {**Markdown.elements, "table_open": _Whole}
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text in self.text.split("\n", allow_blank=True):
+            for line in text.divide(breaks(text.plain, options.max_width)):
+                line.rstrip()
+                yield line
+
+
+class Document(Markdown):
+    """Rich's Markdown, which would cut such words off in tables, and leave lines of Chinese half empty."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "table_open": _Whole,
+        "paragraph_open": _Lines,
+    }

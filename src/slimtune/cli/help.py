@@ -13,6 +13,7 @@ import click
 from slimtune.cli.page import Page
 from slimtune.errors import UserError
 from slimtune.language import language
+from slimtune.width import CHINESE
 from slimtune.words import told
 
 __all__ = ["TOPICS", "command"]
@@ -34,6 +35,8 @@ _WIDEST = 100
 _LINK_INSIDE = re.compile(r"\[([^\]]+)\]\((?!https?://)[^)]*\)")
 """A link to another file, which a terminal can't follow."""
 _OTHER_LANGUAGE = re.compile(r"^\[(?:中文|English)\]\([^)]*\)\n+", re.MULTILINE)
+_WITHIN_CHINESE = re.compile(f"(?<=[{CHINESE}])\n(?=[{CHINESE}])")
+"""Where a line of the source ends within a sentence; Markdown makes a space of it."""
 _FOR_LESS = {"LESS": "-FRX", "LESSCHARSET": "utf-8"}
 """As git has it: colours as such, no waiting where all of it fits the screen. And Chinese where a locale is named that
 isn't installed."""
@@ -70,6 +73,7 @@ def command(topic: str | None) -> None:
     page = Page()
     page.width = min(page.width, _WIDEST)
     source = _OTHER_LANGUAGE.sub("", _document(topic).read_text(encoding="utf-8"))
+    source = _WITHIN_CHINESE.sub("", source)
     text = Document(_LINK_INSIDE.sub(r"\1", source))
     if page.is_terminal and sys.stdin.isatty():
         os.environ.update({name: value for name, value in _FOR_LESS.items() if name not in os.environ})
