@@ -34,7 +34,9 @@ _ASIDE = 0.25
 """Of a layer's products, what its attention takes at most for the plan to have no eye on it: it is in ``extra``."""
 _FILL = 160  # tokens at which a product runs at half its rate
 _LINK = 25e9  # bytes that a bus brings to RAM or back in a second: PCIe 4.0 of 16 lanes
-_LAUNCHES = 0.8e-3  # seconds in which a host gives the device a layer's forward and backward without a graph
+_LAUNCHES = 0.8e-3
+"""Seconds in which a fast host launches a layer both ways without a graph. With what hosts take
+(:mod:`slimtune.training.pace`) plans for few tokens would all cost the same, however much the device does."""
 _STAGED = 2
 """Streamed layers' weights that the device has room for at once."""
 _ROUGHLY = 1.05
