@@ -22,6 +22,7 @@ from slimtune.plan import (
     resolve_held_out,
     resolve_rate,
     resolve_steps,
+    rounds_of_rows,
     steps_of_run,
 )
 from slimtune.recipes import finetune
@@ -82,6 +83,19 @@ def documents_of(folder: Path, count: int, *, tokens: int = 39) -> Documents:
             ids = np.full(tokens, number, np.int32)
             writer.add(ids, np.ones(tokens, bool), 0, Place("rows.jsonl", number + 1, "line"))
     return Documents(DocumentStore(folder), np.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("given", "rounds"),
+    [({}, 1), ({"epochs": 0.3}, 1), ({"epochs": 18}, 4), ({"epochs": 20}, 5), ({"epochs": 20, "max_steps": 9}, 1)],
+)
+def test_a_run_goes_over_its_answers_about_four_times(given: dict[str, Any], rounds: int) -> None:
+    assert rounds_of_rows(Config.make(**given)) == 1
+    config = Config.make(rehearse=0.1, **given)
+    assert rounds_of_rows(config) == rounds
+    decided, choices = resolve_steps(config, 64.3)
+    assert "epochs" not in {choice.key for choice in choices}  # what is read from the run's folder means the same
+    assert rounds_of_rows(decided) == rounds
 
 
 def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:

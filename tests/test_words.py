@@ -16,7 +16,7 @@ from slimtune.errors import UserError
 from slimtune.hardware import Hardware, detect
 from slimtune.language import language, spoken
 from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_rate, resolve_steps
-from slimtune.run.lines import base_line, data_line, in_ram_line, memory_line, steps_line
+from slimtune.run.lines import base_line, data_line, in_ram_line, memory_line, rehearsed_line, steps_line
 from slimtune.use.parity import Certificate
 from slimtune.words import CATALOGUE, Catalogue, catalogue, in_chinese, told
 from tests import wording
@@ -95,7 +95,7 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
     config = Config.make(save_steps=6, eval_steps=1, gradient_accumulation=1, epochs=3)
     lines |= {
         data_line({**facts, "held_out": {"documents": 8}}), data_line({**facts, "rows_dropped": 0}),
-        steps_line(160, config, evaluates=True), steps_line(1, config, evaluates=False),
+        rehearsed_line(96), steps_line(160, config, evaluates=True), steps_line(1, config, evaluates=False),
         base_line(SimpleNamespace(  # type: ignore[arg-type]
             parameters=134_515_008, bytes_16bit=269_030_016, bytes_now=111_500_000, quantization="nf4",
             compute_dtype="bf16",

@@ -179,8 +179,8 @@ class Config(BaseModel):
     5 %, but 8 rows at least and 200 at most; none of fewer than 20 rows, and none where eval names data. 0: none."""
     rehearse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Mix in general prompts, as many as this share of the rows (0.1 or 10%) and 96 at least, with the base's own
-    answers to them before the training, so that the adapter keeps what the base could. They stand in
-    RUN/rehearsed.jsonl."""
+    answers to them before the training, so that the adapter keeps what the base could. In a run of six epochs or
+    more each is seen about four times. They stand in RUN/rehearsed.jsonl."""
 
     # -- training -----------------------------------------------------------------------------------------------------
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | Literal["auto"] = "auto"

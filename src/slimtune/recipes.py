@@ -253,7 +253,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
 
         # 4. Train, and save the adapter alone.
         job.observed(trainer, tokenizer)
-        with job.screen.training(steps_of_run(config, ready.data.per_epoch)):
+        with job.screen.training(steps_of_run(config, ready.data.per_round)):
             trainer.fit()
         if not job.ranks.first:
             return
@@ -339,8 +339,8 @@ def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardwar
     config = resolved(config, for_layout)
     data = micro_batches(proof.train, config)
     held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
-    config, for_steps = resolve_steps(config, data.per_epoch, proof.eval_work)
-    if (few := few_steps(config, data.per_epoch, proof.train, job.ranks.count)) is not None:
+    config, for_steps = resolve_steps(config, data.per_round, proof.eval_work)
+    if (few := few_steps(config, data.per_round, proof.train.rows, job.ranks.count)) is not None:
         screen.warn(few)
     choices = [*choices, *for_held_out, *for_amount, *for_rate, *for_family, *for_layout, *for_steps]
     return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
@@ -353,7 +353,7 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     for line in filter(None, (base_line(facts.base), ready.base.kept)):
         screen.say("base", line)
     screen.say("packs", packs_line(ready.data, config, facts.data["unpacked"]))
-    steps = steps_of_run(config, ready.data.per_epoch)
+    steps = steps_of_run(config, ready.data.per_round)
     screen.say("steps", steps_line(steps, config, evaluates=ready.held_out is not None))
     identity = identity_of(config, facts.base.fingerprint_before, ready.tokenizer, run)
     job.ranks.check_same(identity.in_words(), "All ranks compute the same model on the same data.")
@@ -369,7 +369,7 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
 def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) -> SlimTrainer:
     """SFTTrainer around the plain base, which it wraps; with the engine, where that runs the steps."""
     config, base, data = ready.config, ready.base, ready.data
-    total = micro_batches_of_run(config, data.per_epoch)
+    total = micro_batches_of_run(config, data.per_round)
     floor = Floor.measure(base.model, torch_dtype(config.compute_dtype), config.batch_tokens)
     sinks, ranks = (job.run.append_metrics, job.screen.record), job.ranks
     metrics = MetricsCallback(data, total, config.accumulation, floor, *sinks, ranks=ranks.count)
@@ -379,7 +379,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
             config,
             hardware,
             job.run.checkpoints,
-            steps=steps_of_run(config, data.per_epoch),
+            steps=steps_of_run(config, data.per_round),
             fused=ready.unfused is None,
             recompute=base.model.supports_gradient_checkpointing,
             ranks=ranks.count,

@@ -73,10 +73,11 @@ def test_a_dry_run_says_what_would_be_done_and_needs_no_weights(
     assert planned["steps"] == steps_of_run(config, packs) == -(-3 * packs // 2)
     assert f"{planned['steps']} optimizer steps of 2 micro-batches, 3 epochs" in done.stderr
     assert {choice["key"]: choice["value"] for choice in planned["choices"]}["eval_share"] == 0.05
-    done = run_here(*words, "--rehearse", "10%", "--json")
-    longer = json.loads(done.stdout)
+    # Eight epochs, in each of which half of the answers come.
+    done = run_here(*words, "--rehearse", "10%", "--epochs", "8", "--json")
+    longer, config = json.loads(done.stdout), config.model_copy(update={"epochs": 8.0})
     assert "96 general prompts at most" in run_here(*words, "--rehearse", "10%").stderr
-    assert longer["steps"] == steps_of_run(config, packs + math.ceil(96 * ANSWER_TOKENS / 128))
+    assert longer["steps"] == steps_of_run(config, packs + math.ceil(96 * ANSWER_TOKENS / 128) / 2)
     assert longer["tokens"] / planned["tokens"] == pytest.approx(longer["steps"] / planned["steps"], rel=0.1)
     assert not (tmp_path / "run").exists()
 

@@ -139,7 +139,7 @@ def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
 def test_sizes_are_those_of_the_micro_batches(proof: Proof) -> None:
     """Across an epoch's end; of documents that stand twice too, and of two stores together."""
     twice = Documents(proof.train.store, np.concatenate([proof.train.chosen, proof.train.chosen[:50]]))
-    for documents in (proof.train, twice, Together(proof.train, twice)):
+    for documents in (proof.train, twice, Together(proof.train, twice, 2)):
         data = PackedBatches(documents, tokens=512, seed=3, longest=256)
         first, end = data.per_epoch - 2, data.per_epoch + 2
         lengths, supervised = data.sizes(first, end)

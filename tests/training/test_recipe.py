@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from slimtune import recipes
+from slimtune import plan, recipes
 from slimtune.adapter.passport import read_passport
 from slimtune.config import Config
 from slimtune.errors import GuardStop, StopRequested, UserError
@@ -357,7 +357,15 @@ def test_what_a_run_rehearses_is_its_own_at_a_resume(
 
     monkeypatch.setattr(rehearsal, "answer", answer)
     monkeypatch.setattr(rehearsal, "LEAST", 8)
-    values: dict[str, Any] = {"rehearse": 0.25, "max_length": 256}
+    rows = campaign.make_rows(tmp_path / "few.jsonl", 20)
+    # Three passes over the rows to one over the answers; 14 epochs, to which these are rounded up, would have four.
+    values: dict[str, Any] = {
+        "rehearse": 0.25,
+        "max_length": 256,
+        "max_steps": None,
+        "epochs": 13.9,
+        "pack_tokens": 1024,
+    }
     plain = finetune(config(str(small), rows, tmp_path / "plain", max_length=256))
     whole = finetune(config(str(small), rows, tmp_path / "whole", **values))
     stop_in_step(3)
@@ -369,12 +377,18 @@ def test_what_a_run_rehearses_is_its_own_at_a_resume(
     with pytest.raises(UserError, match=r"data rehearsed\.jsonl"):
         resume(tmp_path / "run")
     answers.write_text(kept)
+    with monkeypatch.context() as other:  # a slimtune whose runs go over their answers with every pass
+        other.setattr(plan, "ANSWER_PASSES", 100)
+        with pytest.raises(UserError, match="rows beside each answer"):
+            resume(tmp_path / "run")
     run = resume(tmp_path / "run")
-    assert asked == [8, 8]  # a quarter of the 28 documents that aren't held out is fewer
+    assert asked == [8, 8]  # a quarter of the 12 documents that aren't held out is fewer
     assert campaign.trajectory(run.path) == campaign.trajectory(whole.path)
     assert campaign.adapter_sha256(run.path) == campaign.adapter_sha256(whole.path)
     assert campaign.adapter_sha256(run.path) != campaign.adapter_sha256(plain.path)
-    data = run.read_json(run.facts_file)["data"]
-    assert data["rehearsed"]["documents"] == 8
+    facts = run.read_json(run.facts_file)
+    data = facts["data"]
+    assert (data["rehearsed"]["documents"], data["rehearsed"]["rounds"]) == (8, 3)
+    assert (run.config().epochs, facts["training"]["epochs"]) == (13.9, 14.0)
     # What is held out is the data's alone, and the same.
     assert data["held_out"] == plain.read_json(plain.facts_file)["data"]["held_out"]

@@ -39,7 +39,7 @@ def test_the_bases_answers_stand_behind_the_data(
     monkeypatch.setattr(rehearsal, "REPLY_TOKENS", 12)
     prompts = (("Answer with one word: what is ice?", ""), ("Hi!", ""), ("Answer with one word: is fire cold?", ""))
     monkeypatch.setattr(rehearsal, "PROMPTS", prompts)
-    config = Config.make(data=(str(requests_file),), rehearse="1.5%", eval_share=0.1)
+    config = Config.make(data=(str(requests_file),), rehearse="1.5%", eval_share=0.1, epochs=8)
     proof, plain = prove(config, tokenizer), prove(config, tokenizer)
     beats: list[int] = []
     with opened.as_base():
@@ -52,16 +52,22 @@ def test_the_bases_answers_stand_behind_the_data(
     assert told == {text: reply for (text, _), reply in zip(prompts, said, strict=True) if text in told}
     count, made = len(plain.train), len(rows)
     assert line.startswith(f"{made} general prompts" if made == 3 else f"{made} of 3 general prompts")
-    assert len(proof.train) == count + made == len(proof.train.lengths)
-    assert proof.train.tokens == plain.train.tokens + proof.facts["rehearsed"]["tokens"]
-    assert str(proof.train.place(count)) == "rehearsed.jsonl:1"
-    for at in (0, count - 1):
-        assert proof.train[at][0].tolist() == plain.train[at][0].tolist()
-    ids, supervised = proof.train[count]
+    # The rows come twice as often: eight epochs see each of them eight times, and each answer four times.
+    assert line.endswith("; seen 4 times in 8 epochs")
+    assert proof.facts["rehearsed"]["rounds"] == proof.train.rounds == 2
+    assert len(proof.train) == 2 * count + made == len(proof.train.lengths) == len(proof.train.targets)
+    assert len(proof.train.rows) == count
+    assert proof.train.tokens == 2 * plain.train.tokens + proof.facts["rehearsed"]["tokens"]
+    assert str(proof.train.place(2 * count)) == "rehearsed.jsonl:1"
+    for at in (0, count - 1, count, 2 * count - 1):
+        assert proof.train[at][0].tolist() == plain.train[at % count][0].tolist()
+        assert proof.train.lengths[at] == len(proof.train[at][0])
+        assert proof.train.place(at) == plain.train.place(at % count)
+    ids, supervised = proof.train[2 * count]
     assert rows[0][0]["content"] in tokenizer.decode(ids)
     assert tokenizer.decode(ids[supervised]).strip() == f"{rows[0][1]['content']}<|im_end|>"
-    supervised_there = sum(int(proof.train[count + at][1].sum()) for at in range(made))
-    assert proof.train.supervised_tokens == plain.train.supervised_tokens + supervised_there
+    supervised_there = sum(int(proof.train[2 * count + at][1].sum()) for at in range(made))
+    assert proof.train.supervised_tokens == 2 * plain.train.supervised_tokens + supervised_there
     # A run that goes on takes what was answered, whatever the model would say now.
     again = prove(config, tokenizer)
     rehearse(again, config, None, tokenizer, tmp_path / "rehearsed.jsonl")

@@ -88,8 +88,9 @@ def command(
         from slimtune.data.stdin import keep_stdin
         from slimtune.data.view import hints, sample, summary, table
         from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_steps, steps_of_run
-        from slimtune.run.lines import steps_line
+        from slimtune.run.lines import rehearsed_line, steps_line
         from slimtune.run.quiet import upstream_to_log
+        from slimtune.use.rehearse import expected
 
     errors, named = Console(stderr=True, highlight=False), config.data
     reading = errors.status("  " + told("reading the tokenizer"))
@@ -107,11 +108,13 @@ def command(
     variables = renderer_for(tokenizer, Manner.of(config)).variables
     lines, said = table(proof, config, batches), [*remarks(tokenizer), *hints(proof, config, variables)]
     if batches is not None:
-        decided, _ = resolve_steps(config, batches.per_epoch, proof.eval_work)
-        steps = steps_of_run(config, batches.per_epoch)
+        answers, per_epoch = expected(config, batches)
+        decided, _ = resolve_steps(config, per_epoch, proof.eval_work)
+        steps = steps_of_run(config, per_epoch)
         lines.append(("steps", steps_line(steps, decided, evaluates=proof.eval is not None)))
+        lines += [("rehearse", rehearsed_line(answers))] if answers else []
         lines += [("chosen", f"{choice.key} {choice.value:g}: {told(choice.reason)}") for choice in amount]
-        if (line := few_steps(config, batches.per_epoch, proof.train)) is not None:
+        if (line := few_steps(config, per_epoch, proof.train)) is not None:
             said.append(f"{line}.")
     refusal = proof.refusal
     if ledger_file is not None:

@@ -29,6 +29,7 @@ from slimtune.plan import (
     resolve_machine,
     resolve_rate,
     resolve_steps,
+    rounds_of_rows,
     steps_of_run,
 )
 from slimtune.run.lines import (
@@ -37,6 +38,7 @@ from slimtune.run.lines import (
     in_ram_line,
     memory_line,
     packs_line,
+    rehearsed_line,
     steps_line,
     streamed_line,
 )
@@ -45,7 +47,7 @@ from slimtune.run.screen import Screen
 from slimtune.training.arguments import check_arguments
 from slimtune.training.forecast import Forecaster
 from slimtune.training.fused import too_little
-from slimtune.use.rehearse import ANSWER_TOKENS, wanted
+from slimtune.use.rehearse import ANSWER_TOKENS, expected
 from slimtune.words import told
 
 __all__ = ["dry_run"]
@@ -75,9 +77,7 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     if (base := Path(model_source(config.model))).is_dir():
         made = skeleton(base, trust_remote_code=config.trust_remote_code)
         config, for_rate = resolve_rate(config, sum(parameter.numel() for parameter in made.parameters()))
-    answers = wanted(config, proof.train) if config.rehearse else 0
-    room = config.batch_tokens / ANSWER_TOKENS if isinstance(data, PackedBatches) else len(proof.train) / data.per_epoch
-    per_epoch = data.per_epoch + math.ceil(answers / room)
+    answers, per_epoch = expected(config, data)
     config, for_steps = resolve_steps(config, per_epoch, proof.eval_work)
     steps = steps_of_run(config, per_epoch)
     choices = [*for_machine, *for_held_out, *for_amount, *for_rate, *for_steps]
@@ -87,12 +87,10 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
     screen.say("packs", packs_line(data, config, None if isinstance(data, PackedBatches) else "asked for"))
     screen.say("steps", steps_line(steps, config, evaluates=proof.eval is not None))
     if answers:
-        screen.say(
-            "rehearse", f"{answers:,} general prompts at most, answered by the base first; steps with them, about"
-        )
+        screen.say("rehearse", rehearsed_line(answers))
     for choice in choices:
         screen.say("chosen", f"{choice.key} {choice.value}: {told(choice.reason)}")
-    if (few := few_steps(config, data.per_epoch, proof.train)) is not None:
+    if (few := few_steps(config, per_epoch, proof.train)) is not None:
         screen.warn(few)
     if (budget := memory_budget(config)) is not None:
         _tell_memory(Forecaster(config), budget, config, screen)
@@ -100,7 +98,7 @@ def dry_run(config: Config, screen: Screen) -> dict[str, Any]:
         within = config.model_copy(update={"max_length": min(config.max_length, config.batch_tokens)})
         screen.say("memory", " ".join(fit_of(Forecaster(within, headers=False), detect().card, None, 0).said))
     screen.say("dry run", "nothing was written. Targets, engine and layout are decided on the loaded model.")
-    of_epoch = proof.train.tokens + answers * ANSWER_TOKENS
+    of_epoch = proof.train.tokens + answers * ANSWER_TOKENS / rounds_of_rows(config)
     tokens = round(micro_batches_of_run(config, per_epoch) / per_epoch * of_epoch)
     mean = math.ceil(proof.train.tokens / len(proof.train))
     return {

@@ -100,11 +100,19 @@ class Documents:
     A number may come twice (a source of weight 2). Lengths are in tokens.
     """
 
+    rounds = 1
+    """How often :attr:`rows` stand in it."""
+
     def __init__(self, store: DocumentStore, chosen: npt.NDArray[np.int64]) -> None:
         self.store, self.chosen = store, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    @property
+    def rows(self) -> Documents:
+        """Those of the data itself, once."""
+        return self
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -151,32 +159,49 @@ class Documents:
 
 
 class Together(Documents):
-    """Documents of one store, and behind them those of another."""
+    """The data's documents so many times, and behind them those of another store once.
 
-    def __init__(self, first: Documents, second: Documents) -> None:
-        super().__init__(first.store, first.chosen)
-        self._first, self._second = first, second
+    Args:
+        rows: The data's.
+        others: What is learnt beside them.
+        rounds: How often the rows stand in it.
+    """
+
+    def __init__(self, rows: Documents, others: Documents, rounds: int) -> None:
+        super().__init__(rows.store, rows.chosen)
+        self._rows, self._others, self.rounds = rows, others, rounds
 
     def __len__(self) -> int:
-        return len(self._first) + len(self._second)
+        return self.rounds * len(self._rows) + len(self._others)
+
+    @property
+    def rows(self) -> Documents:  # noqa: D102 - the base says it
+        return self._rows
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:  # noqa: D102 - the base says it
-        return np.concatenate([self._first.lengths, self._second.lengths])
+        return np.concatenate([np.tile(self._rows.lengths, self.rounds), self._others.lengths])
 
     def __getitem__(self, at: int) -> tuple[Ids, Mask]:
-        return self._first[at] if at < len(self._first) else self._second[at - len(self._first)]
+        part, at = self._part(at)
+        return part[at]
 
     def place(self, at: int) -> Place:  # noqa: D102 - the base says it
-        return self._first.place(at) if at < len(self._first) else self._second.place(at - len(self._first))
+        part, at = self._part(at)
+        return part.place(at)
 
     @property
     def supervised_tokens(self) -> int:  # noqa: D102 - the base says it
-        return self._first.supervised_tokens + self._second.supervised_tokens
+        return self.rounds * self._rows.supervised_tokens + self._others.supervised_tokens
 
     @property
     def targets(self) -> npt.NDArray[np.int32]:  # noqa: D102 - the base says it
-        return np.concatenate([self._first.targets, self._second.targets])
+        return np.concatenate([np.tile(self._rows.targets, self.rounds), self._others.targets])
+
+    def _part(self, at: int) -> tuple[Documents, int]:
+        """Where a document stands: in which of the two, and its number there."""
+        behind = at - self.rounds * len(self._rows)
+        return (self._others, behind) if behind >= 0 else (self._rows, at % len(self._rows))
 
 
 def _parts(documents: int) -> Iterator[slice]:

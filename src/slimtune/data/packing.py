@@ -61,6 +61,11 @@ class MicroBatches(ABC):
     def __init__(self, documents: Documents, seed: int) -> None:
         self.documents, self.seed = documents, seed
 
+    @property
+    def per_round(self) -> float:
+        """Micro-batches to one pass over the data's rows, of which an epoch has several where it rehearses."""
+        return self.per_epoch / self.documents.rounds
+
     @abstractmethod
     def members(self, position: int) -> npt.NDArray[np.int64]:
         """Numbers of the documents in the micro-batch at ``position``, in their order."""

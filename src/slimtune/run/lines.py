@@ -50,6 +50,11 @@ def steps_line(steps: int, config: Config, *, evaluates: bool) -> str:
     return f"{counted(steps, 'optimizer step')} of {of}{length}; a checkpoint {_every(config.save_steps)}{evaluation}"
 
 
+def rehearsed_line(answers: int) -> str:
+    """What is told of a rehearsal before its answers are there; of ``answers`` at most."""
+    return f"{answers:,} general prompts at most, answered by the base first; steps with them, about"
+
+
 def _every(steps: int | str) -> str:
     return "after every step" if steps == 1 else f"every {steps} steps"
 

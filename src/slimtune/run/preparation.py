@@ -163,7 +163,7 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
     if data.get("eval"):
         told.append(_held_out(data["eval"], say))
     if data.get("rehearsed"):
-        told.append(_rehearsed(data["rehearsed"], say))
+        told.append(_rehearsed(data["rehearsed"], (facts.get("training") or {}).get("epochs"), say))
     if data.get("duplicates"):
         count = data["duplicates"]
         told.append(
@@ -196,14 +196,16 @@ def _held_out(data: Facts, say: Say) -> Statement:
     )
 
 
-def _rehearsed(rehearsed: Facts, say: Say) -> Statement:
-    count, tokens = rehearsed["documents"], rehearsed["tokens"]
+def _rehearsed(rehearsed: Facts, epochs: float | None, say: Say) -> Statement:
+    count, tokens, passes = rehearsed["documents"], rehearsed["tokens"], (epochs or 0.0) / rehearsed.get("rounds", 1)
+    often_en, often_zh = (f", {passes:.3g} times each", f"，每个 {passes:.3g} 遍") if passes else ("", "")
     return Statement(
         say(
             f"Beside them {counted(count, 'general prompt')} with what the base itself had answered "
-            f"({tokens:,} tokens, `rehearsed.jsonl`) were trained on, so that the adapter keeps what the base could.",
-            f"此外还混入了 {count:,} 个通用提示，以及基座自己在训练前的回答（{tokens:,} 个 token，`rehearsed.jsonl`），"
-            f"使适配器保住基座原有的本领。",
+            f"({tokens:,} tokens, `rehearsed.jsonl`) were trained on{often_en}, so that the adapter keeps what the "
+            f"base could.",
+            f"此外还混入了 {count:,} 个通用提示，以及基座自己在训练前的回答（{tokens:,} 个 token，`rehearsed.jsonl`）"
+            f"{often_zh}，使适配器保住基座原有的本领。",
         )
     )
 
@@ -212,6 +214,11 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
     per_epoch = data.get("micro_batches_per_epoch")
     if per_epoch is None:
         return []
+    # Each pass over what is rehearsed stands among several over the rows, which are the run's epochs.
+    rounds = data.get("rehearsed", {}).get("rounds", 1)
+    epoch_en, epoch_zh = "one epoch is", "每轮（epoch）"
+    if rounds > 1:
+        epoch_en, epoch_zh = f"{rounds} epochs are", f"{rounds} 轮（epoch）共 "
     if not data.get("packed"):
         fill = data.get("fill")
         full_en, full_zh = ("", "") if fill is None else (f", {fill:.1%} full", f"，利用率 {fill:.1%}")
@@ -219,8 +226,8 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
         return [
             Statement(
                 say(
-                    f"Unpacked ({why}), one epoch is {counted(per_epoch, 'padded micro-batch', 'es')}{full_en}.",
-                    f"不打包（{in_chinese(why)}），每轮（epoch）{per_epoch:,} 个补齐后的微批次{full_zh}。",
+                    f"Unpacked ({why}), {epoch_en} {counted(per_epoch, 'padded micro-batch', 'es')}{full_en}.",
+                    f"不打包（{in_chinese(why)}），{epoch_zh}{per_epoch:,} 个补齐后的微批次{full_zh}。",
                 )
             )
         ]
@@ -228,8 +235,8 @@ def _batches(data: Facts, say: Say) -> list[Statement]:
     return [
         Statement(
             say(
-                f"Packed, one epoch is {counted(per_epoch, 'micro-batch', 'es')} of {size:,} tokens, {fill:.1%} full.",
-                f"打包之后，每轮（epoch）{per_epoch:,} 个微批次，每个 {size:,} token，利用率 {fill:.1%}。",
+                f"Packed, {epoch_en} {counted(per_epoch, 'micro-batch', 'es')} of {size:,} tokens, {fill:.1%} full.",
+                f"打包之后，{epoch_zh}{per_epoch:,} 个微批次，每个 {size:,} token，利用率 {fill:.1%}。",
             )
         )
     ]

@@ -71,7 +71,7 @@ class MetricsCallback(TrainerCallback):
             steps, elapsed = state.global_step - self.last_step, now - self.last_time
             lengths, supervised = self.data.sizes(self._position(self.last_step), self._position(state.global_step))
             tokens = sum(lengths)
-            record["epoch"] = round(self._position(state.global_step) / self.data.per_epoch, 4)
+            record["epoch"] = round(self._position(state.global_step) / self.data.per_round, 4)
             record["tokens"], record["supervised_tokens"] = tokens, supervised
             record["tokens_per_second"] = round(tokens / elapsed, 1) if elapsed > 0 else 0.0
             if self.floor is not None:

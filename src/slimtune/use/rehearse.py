@@ -8,6 +8,7 @@ Robins 1995; by a language model's own output in Scialom et al. 2022, arXiv:2205
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
 from slimtune.data.documents import Documents, Together
+from slimtune.data.packing import MicroBatches, PackedBatches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.render import Manner, prompt_ids
 from slimtune.errors import UserError
+from slimtune.plan import rounds_of_rows
 from slimtune.run.durable import replace_file
+from slimtune.run.statement import counted
 from slimtune.use.ask import opened_as_it_is
 from slimtune.use.generate import generate
 from slimtune.use.rehearsed import PROMPTS
 from slimtune.use.sampling import Sampling
 
-__all__ = ["ANSWER_TOKENS", "answer", "rehearse", "wanted"]
+__all__ = ["ANSWER_TOKENS", "answer", "expected", "rehearse"]
 
 LEAST = 96
 """Of fewer rows too: a few answers hold a few answers (decision 158)."""
@@ -42,6 +46,22 @@ def wanted(config: Config, documents: Documents) -> int:
     return min(len(PROMPTS), max(LEAST, round(config.rehearse * len(documents))))
 
 
+def expected(config: Config, data: MicroBatches) -> tuple[int, float]:
+    """What a run's length is told by before there are answers: (how many they are at most, about how many micro-batches
+    a pass over the rows has with its share of them).
+
+    Args:
+        config: Decided but for its steps.
+        data: The rows' micro-batches alone.
+    """
+    if not config.rehearse:
+        return 0, data.per_epoch
+    rows = data.documents
+    answers = wanted(config, rows)
+    held = config.batch_tokens / ANSWER_TOKENS if isinstance(data, PackedBatches) else len(rows) / data.per_epoch
+    return answers, data.per_epoch + math.ceil(answers / held) / rounds_of_rows(config)
+
+
 def rehearse(
     proof: Proof,
     config: Config,
@@ -53,7 +73,8 @@ def rehearse(
     """Add what ``config.rehearse`` asks for to the documents that ``proof`` trains on; gives the line that says it.
 
     Args:
-        proof: Of the data; its facts get ``rehearsed``: wanted, documents, tokens.
+        proof: Of the data; its facts get ``rehearsed``: wanted, documents, tokens, and the passes over the rows to each
+            over the answers.
         config: Decided.
         model: The base, not wrapped yet.
         tokenizer: With the chat template.
@@ -67,10 +88,14 @@ def rehearse(
     if not file.is_file():
         answer(model, tokenizer, config, count, file, beat)
     made = _documents(config, tokenizer, file)
-    proof.train = Together(proof.train, made)
-    proof.facts["rehearsed"] = {"wanted": count, "documents": len(made), "tokens": made.tokens}
-    of = f" of {count:,}" if len(made) < count else ""
-    return f"{len(made):,}{of} general prompts, {made.tokens:,} tokens, answered by the base as it was"
+    rounds = rounds_of_rows(config)
+    proof.train = Together(proof.train, made, rounds)
+    proof.facts["rehearsed"] = {"wanted": count, "documents": len(made), "tokens": made.tokens, "rounds": rounds}
+    many = f"{len(made):,} of {count:,}" if len(made) < count else f"{len(made):,}"
+    line = f"{many} general prompts, {made.tokens:,} tokens, answered by the base as it was"
+    if rounds > 1:
+        line += f"; seen {config.passes / rounds:.3g} times in {counted(config.passes, 'epoch')}"
+    return line
 
 
 def answer(
