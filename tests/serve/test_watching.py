@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from slimtune.language import spoken
 from slimtune.run.live import LiveRun
 from slimtune.run.lock import is_asked, lock_run
 from slimtune.serve import watching
@@ -215,6 +216,16 @@ def test_beside_a_training_it_ends_with_it(
         page.ask("/")
     with watch.beside(None):
         pass
+
+
+def test_the_address_asks_for_the_language_that_is_spoken() -> None:
+    from slimtune.cli.watch import _url
+
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        assert _url(listening, "token") == f"http://127.0.0.1:{port}/token/"
+        with spoken("zh"):
+            assert _url(listening, "token") == f"http://127.0.0.1:{port}/token/?lang=zh"
 
 
 def test_in_a_browser(run: Path, serving: Callable[..., Any], tmp_path: Path) -> None:

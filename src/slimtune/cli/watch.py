@@ -17,6 +17,7 @@ import click
 
 from slimtune.cli.formatting import say
 from slimtune.errors import UserError
+from slimtune.language import language
 from slimtune.run.folder import RunFolder
 from slimtune.width import cells
 from slimtune.words import told
@@ -103,10 +104,10 @@ def _elsewhere(listening: socket.socket) -> str:
 
 
 def _url(listening: socket.socket, token: str) -> str:
-    """The page's address."""
+    """The page's address; it is in Chinese where that is spoken here, else as the browser asks for."""
     from slimtune.serve.address import url_of
 
-    return f"{url_of(listening)}/{token}/"
+    return f"{url_of(listening)}/{token}/{'?lang=zh' if language() == 'zh' else ''}"
 
 
 def check_page() -> None:
