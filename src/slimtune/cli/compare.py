@@ -103,9 +103,8 @@ def _show(made: Comparison, page: Path) -> None:
     """The table, and what got worse, at the width that there is."""
     from rich.box import SIMPLE
     from rich.table import Table
-    from rich.text import Text
 
-    from slimtune.cli.page import Page
+    from slimtune.cli.page import Page, Prose
 
     screen = Page()
     table = Table("", told("base"), told("tuned"), told("change"), box=SIMPLE)
@@ -116,7 +115,7 @@ def _show(made: Comparison, page: Path) -> None:
     if worse:
         lost = Table(told("got worse"), told("base"), told("tuned"), box=SIMPLE, expand=True)
         for item in worse[:_SHOWN]:
-            lost.add_row(*(Text(_short(text)) for text in (item.asked, item.base_reply, item.reply)))
+            lost.add_row(*(Prose(_short(text)) for text in (item.asked, item.base_reply, item.reply)))
         screen.print(lost)
     if len(worse) > _SHOWN:
         say(f"and {len(worse) - _SHOWN} more")

@@ -153,30 +153,31 @@ def _show(
 ) -> None:
     from rich.padding import Padding
     from rich.table import Table
-    from rich.text import Text
 
-    console.print(Text(written_out(", ".join(data)), style="bold"))
+    from slimtune.cli.page import Prose
+
+    console.print(Prose(written_out(", ".join(data)), style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     styles = {"dropped": "yellow", "repaired": "cyan"}
     for label, text in lines:
-        grid.add_row(told(label), Text(written_out(told(text)), style=styles.get(label.removeprefix("eval "), "")))
+        grid.add_row(told(label), Prose(written_out(told(text)), style=styles.get(label.removeprefix("eval "), "")))
     console.print(Padding(grid, (0, 0, 0, 2)))
     for hint in said:
-        console.print(Text(f"  {told('look: ')}{written_out(told(hint))}", style="yellow"))
+        console.print(Prose(f"  {told('look: ')}{written_out(told(hint))}", style="yellow"))
     if shown is None:
         return
     console.print()
-    legend = Text(told(f"One conversation, as the model sees it ({written_out(shown.place)}); "))
+    legend = Prose(told(f"One conversation, as the model sees it ({written_out(shown.place)}); "))
     legend.append(told("what is learnt is green"), style="bold green")
     console.print(legend)
-    body = Text()
+    body = Prose()
     for segment in shown.segments:
         body.append(written_out(_shortened(segment.text)), style="bold green" if segment.supervised else "dim")
     console.print(Padding(body, (0, 0, 0, 2)))
     if not refused:
-        console.print(Text(told("Every row is accounted for; training may begin."), style="green"))
+        console.print(Prose(told("Every row is accounted for; training may begin."), style="green"))
 
 
 def _shortened(text: str) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown, MarkdownElement, Paragraph, TableElement
 from rich.table import Table
 
-from slimtune.width import breaks
+from slimtune.cli.page import Prose
 
 __all__ = ["Document"]
 
@@ -25,13 +25,10 @@ class _Whole(TableElement):
 
 
 class _Lines(Paragraph):
-    """A paragraph in lines by :func:`slimtune.width.breaks`: Rich knows no other end of a word than a space."""
+    """A paragraph that is broken as prose."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for text in self.text.split("\n", allow_blank=True):
-            for line in text.divide(breaks(text.plain, options.max_width)):
-                line.rstrip()
-                yield line
+        yield Prose.assemble(self.text)
 
 
 class Document(Markdown):

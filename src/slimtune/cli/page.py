@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.containers import Lines
+from rich.text import Text
 
 from slimtune.cli import nobody_reads
+from slimtune.width import breaks
 
-__all__ = ["Page"]
+__all__ = ["Page", "Prose"]
 
 _WIDTH_OF_FILES = 120
 
@@ -30,6 +34,20 @@ class Page(Console):
         """Print no more."""
         self.quiet = True
         nobody_reads()
+
+
+class Prose(Text):
+    """Text that is broken by :func:`slimtune.width.breaks`, in a table's cell as anywhere: Rich knows no other end of a
+    word than a space, and leaves lines of Chinese half empty."""
+
+    def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+        """The lines."""
+        made = Lines()
+        for line in self.split(allow_blank=True):
+            for part in line.divide(breaks(line.plain, width)):
+                part.rstrip()
+                made.extend(part.wrap(console, width, **options))  # which cuts what is longer than a line
+        return made
 
 
 def _terminal_behind() -> int | None:
