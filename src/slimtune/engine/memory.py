@@ -41,6 +41,8 @@ _STAGED = 2
 """Streamed layers' weights that the device has room for at once."""
 _ROUGHLY = 1.05
 """Of a budget, for what is reserved where graphs are recorded: a card's budget leaves a tenth of it."""
+_ROUNDED_UP = 0.02
+"""Of weights, what an allocator may take beside those of FP8 that it doesn't beside bf16's, as it rounds up blocks."""
 _ASIDES = (Keep.INPUT, Keep.ATTENDED)
 """What layers may have in RAM: the rest takes about as long over a bus as to be computed again."""
 _SUMS = 512 << 20
@@ -334,7 +336,8 @@ class _Shape:
 
         Weights in FP8 take no more with them than in 16 bits, where those that are all held need no buffer.
         """
-        room = min(room, self.spared - self.scratch(len(self.layers)))
+        in_16_bits = sum(self.weights) + self.spared
+        room = min(room, self.spared - self.scratch(len(self.layers)) - _ROUNDED_UP * in_16_bits)
         return sum(size <= room for size in itertools.accumulate(self.turned[:kept_weights]))
 
     def _aside(self, sizes: Mapping[Keep, list[int]], stream: int, ram: int, most: Keep) -> dict[int, Keep]:
