@@ -62,6 +62,7 @@ def command(
     check_model(config.model)
     check_files(*config.data)
     with fast_imports():
+        from slimtune.cli.bar import busy
         from slimtune.cli.dry_run import dry_run
         from slimtune.hardware import card_named
         from slimtune.run.quiet import upstream_to_log
@@ -71,8 +72,9 @@ def command(
     card = None if gpu is None else card_named(gpu)
     with upstream_to_log(None):
         rehearsed = dry_run(config, Screen(quiet=as_json)) if config.data else {}
-        forecaster = Forecaster(config, _lengths(config, rehearsed), gpus)
-        rows = _rows(forecaster, config, card)
+        with busy("planning"):
+            forecaster = Forecaster(config, _lengths(config, rehearsed), gpus)
+            rows = _rows(forecaster, config, card)
     if as_json:
         click.echo(json.dumps(_facts(forecaster, rows, rehearsed) | rehearsed, ensure_ascii=False, indent=2))
     else:
