@@ -11,6 +11,7 @@ gpt-oss-20b, experts in MXFP4 as it is published; in 16 bits for the others), ``
 - ``slimtune``, ``trl``, ``unsloth``: LoRA r=8 on what mixes tokens; a mixture's experts stay in 16 bits in TRL.
 - ``…-all``: every linear layer and all experts, r=16. ``…-chats``: chats of 16 to 2,048 tokens, TRL packing them.
 - ``slimtune@7.3``: within so many GiB. ``slimtune-plain``: without the engine. ``…-16bit``: nothing quantised.
+  ``slimtune-fp8``: with ``precision: fp8``.
 - ``whole``: the layers repeated to 48, one row of 2,048 tokens, by the engine alone: what it takes in all.
   ``whole-rows``: four such rows. ``…@8``: within so many GiB, weights in RAM where they don't fit.
 - ``slimtune-skewed``: a router that sends nearly all tokens to a few experts, and none to many.
@@ -324,6 +325,8 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         options["engine"] = "plain"
     if kind == "16bit":
         options["quantization"] = "none"
+    if kind == "fp8":
+        options["precision"] = "fp8"
     return train(folder, workload, profile=stack == "profile", **options)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from slimtune.engine import Engine
 from slimtune.engine import attention as attention_module
@@ -19,13 +19,17 @@ from slimtune.engine import weights as weights_module
 from slimtune.engine.decoder import Keep
 from slimtune.engine.fp8 import Fp8Weight, channels, pays
 from slimtune.engine.kernels import fp8, mlp_fp8
+from slimtune.engine.stacks import Stack
 from slimtune.engine.stored import dense
-from slimtune.engine.weights import Gradients, Site
+from slimtune.engine.weights import Site
 from tests.engine import models
 from tests.engine.counted import most_of_a_step, seen
 
 COUNT = 40
 CHANNELS = 16
+MIXERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BOTH = pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+"""A model all of whose projections are adapted, and a mixture without an adapter on its experts."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +39,7 @@ def _small_shapes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make_model(family: str = "qwen2", **options: object) -> nn.Module:
+    options = {"target_modules": MIXERS if family == "qwen3_moe" else "all-linear", **options}
     return models.add_lora(models.quantize(models.make_base(family), double=True), **options)
 
 
@@ -48,15 +53,15 @@ def gradients_of(engine: Engine, model: nn.Module) -> dict[str, Tensor]:
     return models.gradients(model)
 
 
-def all_sites(engine: Engine) -> list[Site]:
-    return [site for layer in engine.layers for site in layer.sites]
+def all_parts(engine: Engine) -> list[Site | Stack]:
+    return [part for layer in engine.layers for block in layer.blocks for part in block.parts]
 
 
-def hold_nothing(site: Site) -> None:
+def hold_nothing(part: Site | Stack) -> None:
     """Its weight is made anew at each use."""
-    site._kept = None
-    if site._fp8 is not None:
-        site._fp8.kept = site._fp8.kept_turned = None
+    part._kept = None
+    if part._fp8 is not None:
+        part._fp8.kept = part._fp8.kept_turned = None
 
 
 def rms(x: Tensor) -> float:
@@ -72,7 +77,7 @@ def test_a_projection_is_its_formula() -> None:
     x, dy = torch.randn(64, site.inputs).bfloat16(), torch.randn(64, site.outputs).bfloat16()
     site.refresh()
     buffer = site.buffer_of(x, None)
-    y, sink = site.forward(buffer), Gradients.zeros(site)
+    y, sink = site.forward(buffer), site.fresh_sink()
     dx = site.backward(dy, buffer, None, sink)
     assert dx is not None
 
@@ -100,13 +105,14 @@ def test_a_projection_is_its_formula() -> None:
     assert rms(sink.a - du.t() @ x.double()) < 0.004 * rms(sink.a)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "qwen3_5_text", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "qwen3_5_text", "qwen3_moe", "qwen3_moe-all"])
 def test_gradients_stay_near_the_models_own(family: str) -> None:
-    model = make_model(family)
+    model = make_model(family.removesuffix("-all"), **({"target_modules": "all-linear"} if "-all" in family else {}))
     loss, expected = models.reference(model, models.pack(), COUNT)
     engine = make_engine(model)
-    # Experts, and a projection with fewer than 16 outputs for one thing, are in 16 bits.
-    assert engine.fp8_share > {"qwen3_moe": 0.2, "qwen3_5_text": 0.5}.get(family, 0.99)
+    # Adapted experts, and a projection with fewer than 16 outputs for one thing, are in 16 bits.
+    assert engine.fp8_share > {"qwen3_moe-all": 0.2, "qwen3_5_text": 0.5}.get(family, 0.99)
+    assert engine.experts_in_16_bits == ("experts stay in bf16, as they have adapters" if "-all" in family else "")
     engine.flat.grad.zero_()
     found = float(engine.forward_backward(models.pack(), COUNT))
     assert found == pytest.approx(loss, rel=0.02)
@@ -119,10 +125,12 @@ def test_gradients_stay_near_the_models_own(family: str) -> None:
     assert all(apart[name] < 40 * own[name] for name in own)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
-def test_counting_what_is_lost_changes_nothing(targets: list[str] | str) -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"), [("qwen2", "all-linear"), ("qwen2", ["q_proj", "v_proj"]), ("qwen3_moe", MIXERS)], ids=str
+)
+def test_counting_what_is_lost_changes_nothing(family: str, targets: list[str] | str) -> None:
     """It goes by way of 16 bits, where the MLP's results otherwise go straight into FP8."""
-    model = make_model(target_modules=targets)
+    model = make_model(family, target_modules=targets)
     engine = make_engine(model)
     straight = gradients_of(engine, model)
     with engine.counting_lost() as fp8:
@@ -132,25 +140,27 @@ def test_counting_what_is_lost_changes_nothing(targets: list[str] | str) -> None
     assert 0 < lost.lost < 0.05 * lost.of
 
 
-def test_weights_that_are_kept_and_that_are_made_anew_are_the_same() -> None:
-    model = make_model()
+@BOTH
+def test_weights_that_are_kept_and_that_are_made_anew_are_the_same(family: str) -> None:
+    model = make_model(family)
     engine = make_engine(model)
     assert engine.plan.kept_weights == len(engine.layers)
     kept = gradients_of(engine, model)
-    for site in all_sites(engine):
+    for site in all_parts(engine):
         assert site._fp8 is not None
         assert site._fp8.kept_turned is None
         hold_nothing(site)
     anew = gradients_of(engine, model)
-    for site in all_sites(engine):
+    for site in all_parts(engine):
         site.keep(turned=True)
     turned = gradients_of(engine, model)
     assert all(torch.equal(kept[name], value) for found in (anew, turned) for name, value in found.items())
 
 
-def test_every_memory_policy_gives_the_same_gradients() -> None:
+@BOTH
+def test_every_memory_policy_gives_the_same_gradients(family: str) -> None:
     """Rows are quantised one by one, so that no chunk and nothing that is computed again makes other numbers."""
-    model = make_model(lora_dropout=0.2)
+    model = make_model(family, lora_dropout=0.2)
     engine, results = make_engine(model), []
     for level in Keep:
         engine.plan = replace(engine.plan, keep=(level,) * len(engine.layers), mlp_tokens=24, head_tokens=7)
@@ -162,8 +172,9 @@ def test_every_memory_policy_gives_the_same_gradients() -> None:
     assert all(models.worst_error(found, results[0]) < 1e-6 for found in results[1:])
 
 
-def test_weights_that_come_from_ram_are_the_same() -> None:
-    model = make_model()
+@BOTH
+def test_weights_that_come_from_ram_are_the_same(family: str) -> None:
+    model = make_model(family)
     engine = make_engine(model, memory=None)
     engine.choose_channels(models.pack())
     chosen = engine.state_dict()["channels"]
@@ -179,14 +190,15 @@ def test_weights_that_come_from_ram_are_the_same() -> None:
     assert all(torch.equal(resident[name], streamed[name]) for name in resident)
 
 
-def test_each_projection_is_multiplied_both_ways_and_left_as_it_was() -> None:
+@BOTH
+def test_each_product_is_multiplied_both_ways_and_left_as_it_was(family: str) -> None:
     """Without adapters and biases, which are none of the product's."""
-    model = make_model()
+    model = make_model(family)
     engine = make_engine(model)
     before, made = gradients_of(engine, model), list(engine.products_in_both())
     assert len(made) == 4 * len(engine.layers)
     for name, in_fp8, in_16_bits in made:
-        assert name.startswith("layers.")
+        assert "layers." in name
         for eight, sixteen, least, most in zip(in_fp8, in_16_bits, (0.001, 0.02), (0.02, 0.05), strict=True):
             assert eight.shape == sixteen.shape
             assert least * rms(sixteen) < rms(eight - sixteen) < most * rms(sixteen)
@@ -194,11 +206,12 @@ def test_each_projection_is_multiplied_both_ways_and_left_as_it_was() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@BOTH
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "anew"])
-def test_evaluation_is_in_16_bits_and_leaves_nothing_behind(kept: bool) -> None:
-    model, batch = make_model(), models.pack()
+def test_evaluation_is_in_16_bits_and_leaves_nothing_behind(kept: bool, family: str) -> None:
+    model, batch = make_model(family), models.pack()
     engine, plain = make_engine(model), make_engine(model, fp8=False)
-    for site in () if kept else all_sites(engine):
+    for site in () if kept else all_parts(engine):
         hold_nothing(site)
     want, before = plain.evaluate(batch)[0], gradients_of(engine, model)
     assert torch.equal(engine.evaluate(batch)[0], want)
@@ -213,29 +226,33 @@ def test_a_weight_of_the_same_shape_in_16_bits_has_a_buffer_of_its_own() -> None
     base = models.quantize(models.make_base("qwen2"), double=True)
     base.model.layers[1].mlp.down_proj = nn.Linear(192, 64, bias=False, dtype=torch.bfloat16)
     engine = make_engine(models.add_lora(base))
-    (alone,) = (site for site in all_sites(engine) if site.in_fp8 is None)
-    for site in all_sites(engine):
+    (alone,) = (site for site in all_parts(engine) if site.in_fp8 is None)
+    for site in all_parts(engine):
         hold_nothing(site)
     engine.forward_backward(models.pack(), COUNT)
     assert alone.columns > alone.inputs + alone.rank
     assert not alone.weight()[:, alone.inputs + alone.rank :].any()
 
 
-def wider_model(layers: int, **options: object) -> nn.Module:
+def wider_model(layers: int, *, mixture: bool = False, **options: object) -> nn.Module:
     """So wide that weights, and the head, weigh as much as they do in real ones."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0,
-    )  # fmt: skip
-    return models.add_lora(models.quantize(LlamaForCausalLM(config), double=True), r=4, **options)
+    sizes = {
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024, "pad_token_id": 0,
+    }  # fmt: skip
+    if mixture:
+        experts = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 4}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+        return models.add_lora(models.quantize(model, double=True), r=4, target_modules=MIXERS)
+    return models.add_lora(models.quantize(LlamaForCausalLM(LlamaConfig(**sizes)), double=True), r=4, **options)
 
 
 def taken(model: nn.Module, engine: Engine) -> tuple[int, int]:
     """The most bytes that a step takes, and of those what holds weights: kept, made anew, and their scales."""
     held = {}
     engine.evaluate(models.pack())
-    for site in all_sites(engine):
+    for site in all_parts(engine):
         eight = [] if site._fp8 is None else vars(site._fp8).values()
         for part in (site._kept, *site._scratch._buffers.values(), *eight):
             if isinstance(part, Tensor):
@@ -252,6 +269,8 @@ def _results_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         (fp8, "product"),
         (mlp_fp8, "gated_forward"),
         (mlp_fp8, "gated_backward"),
+        (fp8, "grouped_product"),
+        (mlp_fp8, "experts_backward"),
     ):
         monkeypatch.setattr(module, kernel, seen(getattr(module, kernel)))
 
@@ -275,13 +294,15 @@ def test_a_step_takes_no_more_than_in_bf16(targets: list[str] | str) -> None:
 
 
 @pytest.mark.usefixtures("_results_are_counted")
+@pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])
 @pytest.mark.parametrize(("tokens", "share"), [(1024, 0.0), (256, 0.7)])
-def test_a_step_keeps_to_its_plan(tokens: int, share: float) -> None:
+def test_a_step_keeps_to_its_plan(tokens: int, share: float, mixture: bool) -> None:
     """In chunks too: what one made in FP8 is gone before the next."""
-    model = wider_model(2)
+    model = wider_model(2, mixture=mixture)
     whole = make_engine(model, tokens=tokens, fp8=False).plan.nbytes
     engine = make_engine(model, tokens=tokens, memory=int(share * whole), ram=0)
-    scales = sum(4 * (site.outputs + site.inputs + CHANNELS) for site in all_sites(engine))
+    eights = [part._fp8 for part in all_parts(engine) if part._fp8 is not None]
+    scales = sum(each.nbytes for eight in eights for each in (eight.scales, eight.ones, eight.again))
     assert 0.8 < (taken(model, engine)[0] - scales) / engine.plan.nbytes < 1.02
     assert engine.plan.nbytes <= share * whole or share == 0.0
 
@@ -290,7 +311,7 @@ def test_a_step_keeps_to_its_plan(tokens: int, share: float) -> None:
 def test_the_channels_that_weigh_most_are_chosen_and_multiplied_nearly_exactly(kept: bool) -> None:
     model = make_model()
     engine, batch = make_engine(model), models.pack()
-    for site in () if kept else all_sites(engine):
+    for site in () if kept else all_parts(engine):
         hold_nothing(site)
     heavy = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:CHANNELS].sort().values
     for layer in engine.decoder.backbone.layers:

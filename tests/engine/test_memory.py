@@ -250,7 +250,7 @@ def test_nothing_is_held_beside_what_a_layer_needs(family: str, monkeypatch: pyt
     def gated(self: Any, n: torch.Tensor, weight: torch.Tensor) -> Any:
         assert all(each() is None for each in gates)
         made = gate(self, n, weight)
-        gates.append(weakref.ref(made.gates))
+        gates.append(weakref.ref(made[1]))
         return made
 
     def projected(self: Site, *args: Any, **options: Any) -> torch.Tensor:

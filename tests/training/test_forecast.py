@@ -76,17 +76,23 @@ def test_sizes_are_those_of_the_loaded_model(
     assert engine._inputs.nbytes_of(64) == sum(tensor.nbytes for tensor in inputs)
 
 
+@pytest.mark.parametrize(("family", "targets"), [("qwen3", "all-linear"), ("qwen3_moe", ("q_proj", "o_proj"))])
 def test_sizes_in_fp8_are_those_of_the_loaded_model(
-    folder_of: Callable[[str], Path], hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    targets: Any,
+    folder_of: Callable[[str], Path],
+    hardware: Hardware,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (engine_module, forecast_module):
-        monkeypatch.setattr(module, "pays", lambda tokens, inputs, outputs: outputs > 64)
-    asked = {"targets": "all-linear", "compute_dtype": "bf16", "lora_dropout": 0.0}
-    config = Config.make(model=str(folder_of("qwen3")), precision="fp8", **asked)
+        monkeypatch.setattr(module, "pays", lambda tokens, inputs, outputs, experts=0: outputs > 64 or experts)
+    asked = {"targets": targets, "compute_dtype": "bf16", "lora_dropout": 0.0}
+    config = Config.make(model=str(folder_of(family)), precision="fp8", **asked)
     base = load_base(str(config.model), hardware, compute_dtype="bf16")
     model, forecaster = wrapped(base.model, lora_config(config, find_targets(config, base.model))), Forecaster(config)
     engine = Engine(model, dtype=torch.bfloat16, tokens=64, fp8=True)
     assert 0 < engine.fp8_share < 1
+    assert engine.fp8_share == forecaster._in_fp8(CARDS["H200"])
     memory = Memory(64, 64, engine._inputs.packs_ways, 0)
     for ours, theirs in zip(forecaster._layers, engine.layers, strict=True):
         assert ours.working_bytes(memory) == theirs.working_bytes(memory)

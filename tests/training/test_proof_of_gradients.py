@@ -227,9 +227,19 @@ def test_a_document_and_those_beside_it_fit(room: int, longest: int) -> None:
 @pytest.fixture
 def in_fp8(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer whose engine multiplies in FP8, by the kernels' reference."""
+    return trainer_in_fp8("qwen2", "all-linear", monkeypatch)
+
+
+@pytest.fixture
+def mixture_in_fp8(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """The same of a mixture, experts and all."""
+    return trainer_in_fp8("qwen3_moe", ["q_proj", "k_proj", "v_proj", "o_proj"], monkeypatch)
+
+
+def trainer_in_fp8(family: str, targets: str | list[str], monkeypatch: pytest.MonkeyPatch) -> Trainer:
     monkeypatch.setattr(engine_module, "pays", lambda *shape: True)
     monkeypatch.setattr("slimtune.engine.weights.channels", lambda *shape: 16)
-    model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True), target_modules="all-linear")
+    model = models.add_lora(models.quantize(models.make_base(family), double=True), target_modules=targets)
     engine = Engine(model, dtype=torch.bfloat16, tokens=256, fp8=True)
     return Trainer(model=model, engine=engine, _metrics={"eval": {}})
 
@@ -284,18 +294,35 @@ def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: s
         prove_precision(in_fp8, PACK)
 
 
-def test_a_fused_kernel_that_is_wrong_is_found(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product shows it, and in the gradients it is as small as rounding."""
-    inner = mlp_fp8.gated_backward
+@pytest.mark.parametrize("way", ["product of", "gradient through"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_experts_that_are_two_percent_off_are_found(mixture_in_fp8: Trainer, way: str, place: int) -> None:
+    assert prove_precision(mixture_in_fp8, PACK).startswith("an experiment: 100% of the layers' products are in FP8")
+    stack = mixture_in_fp8.engine.layers[1].blocks[1].stacks[place]
+    eight = stack.in_fp8
+    assert eight is not None
+    (eight.scales if way == "product of" else eight.ones).mul_(1.02)
+    with pytest.raises(UserError, match=rf"fp8 can't be had: the {way} {stack.name} is .*, 0\.0[12]\d* along"):
+        prove_precision(mixture_in_fp8, PACK)
+
+
+@pytest.mark.parametrize(
+    ("made", "kernel", "off"), [("in_fp8", "gated_backward", 0.5), ("mixture_in_fp8", "experts_backward", 8.0)]
+)
+def test_a_fused_kernel_that_is_wrong_is_found(
+    made: str, kernel: str, off: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No product shows it, and in the gradients it is as small as rounding; random experts have little of them."""
+    trainer, inner = request.getfixturevalue(made), getattr(mlp_fp8, kernel)
 
     def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         values, scales = inner(*arguments, **options)
-        return values, 0.5 * scales
+        return values, off * scales
 
-    monkeypatch.setattr(mlp_fp8, "gated_backward", wrong)
-    assert proof_of_gradients._wrong_product(in_fp8.engine) is None
+    monkeypatch.setattr(mlp_fp8, kernel, wrong)
+    assert proof_of_gradients._wrong_product(trainer.engine) is None
     with pytest.raises(UserError, match=r"the gradient of .*lora_. is 0\.\d+ of its size from itself"):
-        prove_precision(in_fp8, PACK)
+        prove_precision(trainer, PACK)
 
 
 def test_a_device_that_cannot_multiply_so_is_told(in_fp8: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from slimtune.engine.decoder import (
     rotary_tables,
 )
 from slimtune.engine.fp8 import Fp8, pays
+from slimtune.engine.fp8_products import InBoth, in_both
 from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -37,10 +38,11 @@ from slimtune.engine.optimizer import FlatParameters, adapter_bytes, state_bytes
 from slimtune.engine.per_layer import keep_in_ram
 from slimtune.engine.placed import carry_out, most_ram
 from slimtune.engine.read import check_values, read_decoder
+from slimtune.engine.stacks import Stack
 from slimtune.engine.stored import unpack_for_training
 from slimtune.engine.streamed import embedding_places, in_ram
 from slimtune.engine.structure import CannotFuse, Decoder
-from slimtune.engine.weights import Gradients, Site, Stack
+from slimtune.engine.weights import Gradients, Site
 from slimtune.ranks.host import here
 
 __all__ = ["WORKSPACE", "Engine"]
@@ -170,14 +172,17 @@ class Engine:
                 block.keep_weights(turned=index < self.plan.kept_turned)
 
     def _use_fp8(self, tokens: int) -> float:
-        """Let the projections that gain by it multiply in FP8; their share of all layers' products."""
-        taken = sum(
-            site.inputs * site.outputs
-            for layer in self.layers
-            for site in layer.sites
-            if pays(tokens, site.inputs, site.outputs) and site.use_fp8(self._fp8)
-        )
-        return taken / sum(block.products for layer in self.layers for block in layer.blocks)
+        """Let what gains by it multiply in FP8; its share of all layers' products."""
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        for block in blocks:
+            block.use_fp8(pays, tokens, self._fp8)
+        return sum(block.fp8_products for block in blocks) / sum(block.products for block in blocks)
+
+    @property
+    def experts_in_16_bits(self) -> str:
+        """Why experts stay there where FP8 was asked for, in words; empty: none do."""
+        blocks = (block for layer in self.layers for block in layer.blocks)
+        return next((block.in_16_bits for block in blocks if block.in_16_bits), "")
 
     def choose_channels(self, batch: Mapping[str, Any]) -> None:
         """Choose what products in FP8 take in of what rounding lost: the channels that weigh most in a batch.
@@ -198,26 +203,19 @@ class Engine:
         return self._fp8.counting()
 
     @torch.no_grad()
-    def products_in_both(self, rows: int = 64) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """Of each projection that is multiplied in FP8: its name, and its products both ways, in FP8 and in 16 bits.
+    def products_in_both(self, rows: int = 64) -> Iterator[InBoth]:
+        """Of each projection and stack that is multiplied in FP8: its products both ways, in FP8 and in 16 bits.
 
         Args:
-            rows: Of random numbers from a generator of their own; the chosen channels weigh most in them.
+            rows: Of random numbers from a generator of their own, of each expert a sixteenth of them; the chosen
+                channels weigh most in them.
         """
         draw = torch.Generator(self.device).manual_seed(0)
         for index, layer in enumerate(self.layers):
             if self._streamed is not None:
                 self._streamed.take(index, step=1)
-            for site, eight in ((site, site.in_fp8) for site in layer.sites if site.in_fp8 is not None):
-                x, dy = (
-                    torch.randn(rows, columns, generator=draw, dtype=self.dtype, device=self.device)
-                    for columns in (site.inputs, site.outputs)
-                )
-                x[:, eight.again] *= 32
-                in_fp8 = site.products(x, dy)
-                with self.in_16_bits():
-                    in_16_bits = site.products(x, dy)
-                yield site.name, in_fp8, in_16_bits
+            for part in (part for block in layer.blocks for part in block.parts if part.in_fp8 is not None):
+                yield in_both(part, draw, rows)
 
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
@@ -264,7 +262,7 @@ class Engine:
             site.a = self.flat.data[start:end].view(shape)
             return Gradients(self._sums[start:end].view(shape), b_sums, self._whole_b(site, b_sums))
         # Different ranks, or sizes that are no multiple of the optimizer's block: a stack of its own, copied both ways.
-        stack, gradients = torch.zeros(shape, dtype=self.flat.data.dtype, device=self.device), Gradients.zeros(site)
+        stack, gradients = torch.zeros(shape, dtype=self.flat.data.dtype, device=self.device), site.fresh_sink()
         site.a = stack
         for index, adapter in enumerate(adapters):
             rows = slice(index * site.rank, index * site.rank + adapter.rank)

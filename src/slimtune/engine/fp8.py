@@ -25,11 +25,14 @@ from torch import Tensor
 
 from slimtune.engine.kernels import fp8
 from slimtune.engine.kernels.formats import Nf4Weight
+from slimtune.engine.kernels.reference_experts import Routes
 
 __all__ = ["Fp8", "Fp8Weight", "Lost", "Rows", "channels", "pays"]
 
 Rows = tuple[Tensor, Tensor]
 """Rows of e4m3, and their scales."""
+Channels = list[int] | list[list[int]]
+"""A projection's that were chosen; of a stack each expert's."""
 
 _BLOCK = 64
 """Weights to an NF4 scale: a row that is a whole number of them has its largest weight among its scales."""
@@ -40,12 +43,24 @@ _INPUTS, _OUTPUTS, _WEIGHTS, _PRODUCTS = 2048, 1024, 1 << 22, 1 << 33
 so was it on an H200, of nine shapes at 256 to 8,192 tokens (benchmarks/results/2026-11-29-fp8-shapes-h200.json). With
 these both take the same; 2,048 x 512 and 1,024 x 3,072 never gained, and by their slopes 1,024 x anything doesn't."""
 
+_EXPERT, _EXPERT_ROWS = 1 << 20, 64
+"""The same of an expert's matrix, and of the rows that each has on average."""
+
 _CHANNELS = 64
 """Channels whose losses are taken in come by so many: two columns each make a tile's 128."""
 
 
-def pays(tokens: int, inputs: int, outputs: int) -> bool:
-    """Whether a product of this shape is faster in FP8, with all that it needs beside it."""
+def pays(tokens: int, inputs: int, outputs: int, experts: int = 0) -> bool:
+    """Whether a product of this shape is faster in FP8, with all that it needs beside it.
+
+    Args:
+        tokens: Rows; of a stack all experts' together.
+        inputs: Of one matrix.
+        outputs: Likewise.
+        experts: In a stack; 0: a projection.
+    """
+    if experts:
+        return inputs * outputs >= _EXPERT and tokens >= experts * _EXPERT_ROWS
     weights = inputs * outputs
     return inputs >= _INPUTS and outputs >= _OUTPUTS and weights >= _WEIGHTS and tokens * weights >= _PRODUCTS
 
@@ -83,8 +98,8 @@ class Fp8:
     weighing: bool = False
     """Whether each weight is told what it multiplies in 16 bits (:meth:`Fp8Weight.weigh`)."""
     weights: dict[str, Fp8Weight] = field(default_factory=dict)
-    """By the names of their linear layers."""
-    chosen: dict[str, list[int]] = field(default_factory=dict)
+    """Those with channels, by the names of their linear layers or stacks."""
+    chosen: dict[str, Channels] = field(default_factory=dict)
     """Of each weight the channels that were chosen; empty before."""
 
     @contextmanager
@@ -115,7 +130,7 @@ class Fp8:
             self.weighing = False
         self.take({name: weight.heaviest() for name, weight in self.weights.items()})
 
-    def take(self, chosen: Mapping[str, list[int]]) -> None:
+    def take(self, chosen: Mapping[str, Channels]) -> None:
         """Take in what rounding lost of these channels. A weight that isn't named was in 16 bits when they were chosen,
         and keeps its own."""
         for name, weight in self.weights.items():
@@ -123,11 +138,12 @@ class Fp8:
                 self.chosen[name] = chosen[name]
                 weight.take(chosen[name])
 
-    def quantize(self, dy: Tensor, factors: Tensor) -> Rows:
-        """A gradient's rows in e4m3 and their scales."""
-        values, scales = fp8.quantize(dy, factors=factors)
+    def quantize(self, dy: Tensor, factors: Tensor | None = None, routes: Routes | None = None) -> Rows:
+        """A gradient's rows in e4m3 and their scales; with routes as :func:`slimtune.engine.kernels.fp8.quantize`."""
+        values, scales = fp8.quantize(dy, factors=factors, routes=routes)
         if self.counted is not None:
-            self.counted.append((torch.count_nonzero(dy), torch.count_nonzero(values.view(torch.uint8) & 0x7F)))
+            before = torch.count_nonzero(dy) * (len(values) // len(dy))
+            self.counted.append((before, torch.count_nonzero(values.view(torch.uint8) & 0x7F)))
         return values, scales
 
     def lost(self) -> Lost:
@@ -147,7 +163,7 @@ class Fp8Weight:
     """
 
     def __init__(self, parts: Callable[[], Sequence[Nf4Weight]], inputs: int, count: int, switch: Fp8) -> None:
-        self._parts, self.inputs, self.switch = parts, inputs, switch
+        self._parts, self.inputs, self.count, self.switch = parts, inputs, count, switch
         self.outputs = sum(part.shape[0] for part in parts())
         scales = [fp8.row_scales(part.absmax, part.shape[0], nested=part.nested) for part in parts()]
         self.scales = torch.cat(scales)
@@ -182,7 +198,7 @@ class Fp8Weight:
         Returns:
             Those columns [outputs, extra], zeros.
         """
-        columns = self.inputs + 2 * len(self.again), self.inputs * turned, 2 * extra
+        columns = self.inputs + 2 * self.count, self.inputs * turned, 2 * extra
         sizes = [self.outputs * each for each in columns]
         held = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.scales.device)
         eighths, across, beside = torch.split(held, sizes)
@@ -200,7 +216,7 @@ class Fp8Weight:
         """
         held = self.kept_turned if turned else self.kept
         if held is None:
-            rows, columns = (self.inputs, self.outputs) if turned else (self.outputs, self.inputs + 2 * len(self.again))
+            rows, columns = (self.inputs, self.outputs) if turned else (self.outputs, self.inputs + 2 * self.count)
             held = buffer().view(fp8.E4M3)[: rows * columns].view(rows, columns)
             self.write(None if turned else held, held if turned else None)
         return held
@@ -216,16 +232,16 @@ class Fp8Weight:
         energy = (own * other).square()
         self._energy = energy if self._energy is None else self._energy + energy
 
-    def heaviest(self) -> list[int]:
+    def heaviest(self) -> Channels:
         """The channels that weigh most in all that was weighed since it was asked last, in order."""
         assert self._energy is not None
         # Stable, so that of equal ones the first are taken wherever this is done again.
         order = self._energy.sort(descending=True, stable=True).indices
         self._energy = None
-        heaviest: list[int] = order[: len(self.again)].sort().values.tolist()
+        heaviest: Channels = order[..., : self.count].sort().values.tolist()
         return heaviest
 
-    def take(self, chosen: Sequence[int]) -> None:
+    def take(self, chosen: Channels) -> None:
         """Take in what rounding lost of these channels, in the weight that is kept too."""
         self.again.copy_(torch.tensor(chosen, dtype=torch.int32))
         if self.kept is not None:

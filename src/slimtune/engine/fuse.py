@@ -41,7 +41,6 @@ from slimtune.engine.per_layer import PerLayerComputation
 from slimtune.engine.read import check_values, read_decoder
 from slimtune.engine.stored import unpack_for_training
 from slimtune.engine.structure import CannotFuse, Decoder, Rotary
-from slimtune.engine.weights import Gradients
 
 __all__ = ["Fusion", "fuse"]
 
@@ -484,7 +483,7 @@ class _FusedLayer(torch.autograd.Function):
         ctx.saved = None
         _ = ctx.saved_tensors  # torch raises if a matrix was changed since the forward
         _load_adapters(layer)
-        sinks = {part: Gradients.zeros(part) for part in layer.trained}
+        sinks = {part: part.fresh_sink() for part in layer.trained}
         dx = layer.backward(g.contiguous(), saved, ctx.on, sinks, need_dx=any(ctx.needs_input_grad[3:5]))
         return None, None, None, dx, dx if ctx.needs_input_grad[4] else None, *_matrix_gradients(layer, sinks)
 
@@ -505,7 +504,7 @@ class _FusedPerLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         computation: PerLayerComputation = ctx.computation
         _ = ctx.saved_tensors  # as above
-        sinks = {part: Gradients.zeros(part) for part in computation.trained}
+        sinks = {part: part.fresh_sink() for part in computation.trained}
         if computation.trained:
             _load_adapters(computation)
             computation.backward(ctx.on, sinks)

@@ -189,7 +189,7 @@ class _Shape:
         for layer, places in self.kinds:
             for block in layer.blocks:
                 # What is multiplied in FP8 is evaluated in 16 bits.
-                if places[-1] >= kept_weights or any(site.channels for site in block.sites):
+                if places[-1] >= kept_weights or block.turned_bytes:
                     shapes |= block.scratch
         return sum(shapes.values())
 

@@ -17,8 +17,9 @@ from slimtune.engine.blocks import Memory, Pass, Sinks
 from slimtune.engine.blocks.per_layer import PER_LAYER
 from slimtune.engine.kernels import norm
 from slimtune.engine.ram import host_of, keep_there
+from slimtune.engine.stacks import Stack
 from slimtune.engine.structure import PerLayerInputs
-from slimtune.engine.weights import Scratch, Site, Stack
+from slimtune.engine.weights import Scratch, Site
 from slimtune.ranks.host import here
 
 __all__ = ["PerLayerComputation", "keep_in_ram"]

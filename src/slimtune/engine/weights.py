@@ -11,26 +11,23 @@ In FP8 they do: :mod:`slimtune.engine.fp8`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.engine.fp8 import Fp8, Fp8Weight, Rows, channels
-from slimtune.engine.kernels import fp8, grouped_lora, lora, mxfp4, nf4
-from slimtune.engine.kernels.formats import NestedScales, Nf4Weight, dynamic_map
-from slimtune.engine.kernels.routing import Routes
+from slimtune.engine.kernels import fp8, lora
+from slimtune.engine.kernels.formats import Nf4Weight
 from slimtune.engine.stored import nf4_weight, write_weight
-from slimtune.engine.structure import Adapter, ExpertStack, Projection
+from slimtune.engine.structure import Adapter, Projection
 
-__all__ = ["Gradients", "Scratch", "Site", "Stack"]
+__all__ = ["ALIGNMENT", "Gradients", "Scratch", "Site"]
 
-_NESTED_BLOCK = 256  # scales to one scale of scales, as base.packed makes them
 _MASKS = 3  # adapters on one input that lora's kernels draw dropout masks for at once
-_ALIGNMENT = 8  # columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on
+ALIGNMENT = 8
+"""Columns: 16 bytes of a 16-bit dtype, what a tensor-core product wants its rows to start on."""
 
 
 class Scratch:
@@ -64,16 +61,6 @@ class Gradients:
     def __init__(self, a: Tensor, b: Sequence[Tensor], whole_b: Tensor | None = None) -> None:
         self.a, self.b, self.whole_b = a, tuple(b), whole_b
 
-    @classmethod
-    def zeros(cls, site: Site | Stack) -> Gradients:
-        """Fresh buffers on the site's device."""
-        if isinstance(site, Stack):
-            a, b = (torch.zeros(x.shape, dtype=site.wide, device=site.device) for x in site.parameters)
-            return site.sink(a, b)
-        adapters = site.projection.adapters
-        a = torch.zeros(site.groups * site.rank, site.inputs, dtype=site.wide, device=site.device)
-        return cls(a, [torch.zeros(x.b.shape, dtype=site.wide, device=site.device) for x in adapters])
-
 
 class Site:
     """One projection at work: its weight in the compute dtype, and its adapters.
@@ -93,7 +80,7 @@ class Site:
         self.groups = len(projection.adapters)
         self.rank = max((adapter.rank for adapter in projection.adapters), default=0)
         used = self.groups * self.rank + projection.has_bias
-        self.extra = -(-used // _ALIGNMENT) * _ALIGNMENT
+        self.extra = -(-used // ALIGNMENT) * ALIGNMENT
         self.inputs, self.outputs = projection.in_features, projection.out_features
         self.dropout = projection.adapters[0].dropout if projection.adapters else 0.0
         self._scratch = scratch
@@ -105,15 +92,17 @@ class Site:
         """Of its inputs those whose losses the product in FP8 takes in; 0: it is in 16 bits."""
         self._fp8: Fp8Weight | None = None
 
-    def use_fp8(self, switch: Fp8) -> bool:
-        """Multiply in FP8 from now on while the switch is on; False if this weight can't be."""
-        found = self._nf4_weights()
-        if self.dtype != torch.bfloat16 or len(found) < len(self.projection.linears) or not Fp8Weight.takes(found):
-            return False
-        # Asked for anew at each use: a streamed layer's lie now here, now there.
+    def use_fp8(self, switch: Fp8 | None) -> None:
+        """Multiply in FP8 from now on while the switch is on, if this weight can be; without one, take the sizes."""
+        if switch is not None:
+            found = self._nf4_weights()
+            if self.dtype != torch.bfloat16 or len(found) < len(self.projection.linears) or not Fp8Weight.takes(found):
+                return
         self.channels = channels(self.inputs, self.outputs)
-        self._fp8 = switch.weights[self.name] = Fp8Weight(self._nf4_weights, self.inputs, self.channels, switch)
-        return True
+        if switch is not None:
+            # Asked for anew at each use: a streamed layer's lies now here, now there.
+            self._fp8 = Fp8Weight(self._nf4_weights, self.inputs, self.channels, switch)
+            switch.weights[self.name] = self._fp8
 
     @property
     def name(self) -> str:
@@ -155,6 +144,12 @@ class Site:
     def wide(self) -> torch.dtype:
         """What gradients are summed in."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def fresh_sink(self) -> Gradients:
+        """Zeros on its device, to add gradients to."""
+        adapters = self.projection.adapters
+        a = torch.zeros(self.groups * self.rank, self.inputs, dtype=self.wide, device=self.device)
+        return Gradients(a, [torch.zeros(x.b.shape, dtype=self.wide, device=self.device) for x in adapters])
 
     def gradients(self, sink: Gradients) -> list[Tensor]:
         """What a sink holds for each of :attr:`parameters`."""
@@ -431,158 +426,3 @@ class Site:
             if linear.adapter is not None:
                 yield linear.adapter, slice(start, start + linear.out_features)
             start += linear.out_features
-
-
-class Stack:
-    """The matrices of all experts at work, and their adapters: as :class:`Site`, with a matrix for each expert.
-
-    They are written as they are stored, each turned or not, so that nothing has to be transposed.
-
-    Args:
-        stack: The expert stack.
-        dtype: Compute dtype.
-        device: Where it computes.
-        scratch: Buffers for weights that aren't kept.
-    """
-
-    def __init__(self, stack: ExpertStack, dtype: torch.dtype, device: torch.device, scratch: Scratch) -> None:
-        self.stack, self.dtype, self.device = stack, dtype, device
-        self.inputs, self.outputs, self.experts = stack.in_features, stack.out_features, stack.experts
-        self.rank = 0 if stack.adapter is None else stack.adapter.rank // stack.experts
-        used = self.rank + (stack.bias is not None)
-        self.extra = -(-used // _ALIGNMENT) * _ALIGNMENT
-        columns = self.inputs + self.extra
-        # A packed tensor may be turned itself: what counts is how its bytes lie.
-        self._turned = stack.transposed != getattr(stack.weight, "turned", False)
-        sides = (columns, self.outputs) if self._turned else (self.outputs, columns)
-        self.shape = (self.experts, *sides)
-        self._scratch = scratch
-        self._kept: Tensor | None = None
-        self._tail = torch.zeros(1, self.extra, dtype=dtype, device=device)  # the extra columns without an adapter
-        self._tail[:, : int(stack.bias is not None)] = 1
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """A and B, if it has an adapter."""
-        adapter = self.stack.adapter
-        return [] if adapter is None else [adapter.a, adapter.b]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What gradients are summed in."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def a(self) -> Tensor:
-        """[E, r, inputs], the adapter's own memory."""
-        assert self.stack.adapter is not None
-        return self.stack.adapter.a.detach().view(self.experts, self.rank, self.inputs)
-
-    @property
-    def scaling(self) -> float:
-        """The adapter's."""
-        assert self.stack.adapter is not None
-        return self.stack.adapter.scaling
-
-    def sink(self, a: Tensor, b: Tensor) -> Gradients:
-        """Where gradients are added, as [E, r, inputs] and [E, outputs, r], over memory laid out as A and B are."""
-        return Gradients(a.view(self.experts, self.rank, self.inputs), [self._by_expert(b)])
-
-    def gradients(self, sink: Gradients) -> list[Tensor]:
-        """What a sink holds for each of :attr:`parameters`."""
-        return [x.reshape(p.shape) for x, p in zip((sink.a, sink.b[0].permute(1, 2, 0)), self.parameters, strict=True)]
-
-    def _by_expert(self, b: Tensor) -> Tensor:
-        """[outputs, r E] as [E, outputs, r], the same memory."""
-        return b.view(self.outputs, self.rank, self.experts).permute(2, 0, 1)
-
-    @property
-    def weights(self) -> list[Any]:
-        """The model's own parameter."""
-        return [self.stack.weight]
-
-    @property
-    def shared(self) -> Tensor | None:
-        """The model's own weight, where that serves as it is."""
-        weight = self.stack.weight
-        plain = self.extra == 0 and not hasattr(weight, "parts") and weight.dtype == self.dtype
-        return self._upright(weight.detach()) if plain else None
-
-    @property
-    def bias_column(self) -> int | None:
-        """Which column of the weight, and of the input and its gradient, is the bias'; None without one."""
-        return None if self.stack.bias is None else self.inputs + self.rank
-
-    def _upright(self, stored: Tensor) -> Tensor:
-        """[E, outputs, columns] of what lies as it is stored, the same memory."""
-        return stored.transpose(1, 2) if self._turned else stored
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that :meth:`keep` takes."""
-        return 0 if self.shared is not None else math.prod(self.shape) * self.dtype.itemsize
-
-    def keep(self) -> None:
-        """Hold the weights in the compute dtype from now on, instead of making them anew at each use."""
-        if self._kept is None and self.shared is None:
-            self._kept = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-            self._fill_frozen(self._kept)
-
-    def refresh(self) -> None:
-        """Take over new values of the adapter; only a kept weight holds any."""
-        if self._kept is not None:
-            self._fill_adapter(self._kept)
-
-    def weight(self) -> Tensor:
-        """[W | sB | bias | 0] of shape [E, outputs, inputs + extra], one of its last two dimensions contiguous.
-
-        Valid until another stack's of its shape is asked for.
-        """
-        if self.shared is not None:
-            return self.shared
-        if self._kept is not None:
-            return self._upright(self._kept)
-        buffer = self._scratch.get(self.shape, self.dtype, self.device)
-        self._fill_frozen(buffer)
-        self._fill_adapter(buffer)
-        return self._upright(buffer)
-
-    def _fill_frozen(self, buffer: Tensor) -> None:
-        self._write(buffer[:, : self.inputs] if self._turned else buffer[:, :, : self.inputs])
-        bias = self.stack.bias
-        if bias is not None:
-            self._upright(buffer)[:, :, self.inputs + self.rank] = bias.detach()
-
-    def _write(self, out: Tensor) -> None:
-        """The frozen matrices, as they are stored."""
-        weight = self.stack.weight
-        parts = getattr(weight, "parts", None)
-        if parts is None:
-            out.copy_(weight.detach())
-            return
-        if weight.format == "mxfp4":
-            mxfp4.dequantize_stack(parts["blocks"], parts["exponents"], dtype=self.dtype, out=out)
-            return
-        nested = None
-        if "scale" in parts:
-            nested = NestedScales(parts["scale"], self._code, parts["offset"], _NESTED_BLOCK)
-        shape = (out.shape[1], out.shape[2])
-        nf4.dequantize_stack(parts["codes"], parts["absmax"], shape=shape, dtype=self.dtype, nested=nested, out=out)
-
-    def _fill_adapter(self, buffer: Tensor) -> None:
-        adapter = self.stack.adapter
-        if adapter is not None:
-            columns = self._upright(buffer)[:, :, self.inputs : self.inputs + self.rank]
-            torch.mul(self._by_expert(adapter.b.detach()), adapter.scaling, out=columns)
-
-    def fill_extra(self, x: Tensor, routes: Routes) -> None:
-        """Compute the extra columns of an input buffer [R, inputs + extra], its first columns written."""
-        first, extra = x[:, : self.inputs], x[:, self.inputs :]
-        if self.rank:
-            grouped_lora.expert_down(first, self.a, routes, out=extra, ones=self.stack.bias is not None)
-        elif self.extra:
-            extra.copy_(self._tail)
-
-    @cached_property
-    def _code(self) -> Tensor:
-        return dynamic_map(signed=True).to(self.device)

@@ -30,7 +30,7 @@ from slimtune.engine.attention import Way, expected_way
 from slimtune.engine.blocks import Keep, Memory, MlpBlock
 from slimtune.engine.decoder import LayerComputation, computations, lowest_trained, per_layer_inputs
 from slimtune.engine.engine import WORKSPACE
-from slimtune.engine.fp8 import channels, pays
+from slimtune.engine.fp8 import pays
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import adapter_bytes
@@ -182,9 +182,8 @@ class Forecaster:
     def _layers(self) -> list[LayerComputation]:
         layers = [x for x in computations(self._decoder, self._dtype, torch.device("meta")) if x is not None]
         if self.config.precision == "fp8":
-            for site in (site for layer in layers for site in layer.sites):
-                if pays(self.config.batch_tokens, site.inputs, site.outputs):
-                    site.channels = channels(site.inputs, site.outputs)
+            for block in (block for layer in layers for block in layer.blocks):
+                block.use_fp8(pays, self.config.batch_tokens, None)
         return layers
 
     @cached_property
@@ -250,8 +249,8 @@ class Forecaster:
         """Of the layers' products the share that the run asks to have in FP8, and this card has so."""
         if self.config.precision != "fp8" or card.capability < (8, 9):
             return 0.0
-        taken = sum(x.inputs * x.outputs for layer in self._layers for x in layer.sites if x.channels)
-        return taken / sum(block.products for layer in self._layers for block in layer.blocks)
+        blocks = [block for layer in self._layers for block in layer.blocks]
+        return sum(block.fp8_products for block in blocks) / sum(block.products for block in blocks)
 
     @property
     def step_tokens(self) -> int:

@@ -84,6 +84,8 @@ def prove_step(trainer: Any, texts: Sequence[Tokens], config: Config, say: Calla
         trainer.engine.choose_channels(trainer.data.batch(0))  # every rank's data begin with the same micro-batch
         trainer.fp8_pack = beside_others(text_of(texts[0], min(room, longest)), room)
         say("fp8", prove_precision(trainer, trainer.fp8_pack))
+        if trainer.engine.experts_in_16_bits:
+            say("fp8", trainer.engine.experts_in_16_bits)
     return own_head
 
 

@@ -140,6 +140,28 @@ def launch_fp8() -> None:
         mlp_fp8.gated_backward(h, *gates, factors, in_place=True)
 
 
+def launch_fp8_experts() -> None:
+    f32, (count, inner, hidden) = torch.float32, (128, 768, 2048)
+    again = zeros(count, 64, dtype=torch.int32)
+    routes = routing.sort_by_expert(zeros(256, 8, dtype=torch.int64), count)
+    x, scales = zeros(256, hidden), zeros(count, 2 * inner, dtype=f32)
+    values, own = fp8.quantize(x, routes=routes, again=again)
+    fp8.quantize(x, routes=routes, factors=zeros(count, hidden, dtype=f32))
+    wide = zeros(count, 2 * inner, hidden + 2 * again.shape[1], dtype=fp8.E4M3)
+    fp8.grouped_product(values, own, wide, scales, routes.ends)
+    weights, h = zeros(256, 8, dtype=f32), zeros(2048, inner)
+    gates = zeros(2048, 2 * inner).chunk(2, dim=1)
+    mlp_fp8.gated_forward(*gates, again=again, routes=routes)
+    mlp_fp8.experts_backward(h, *gates, scales, activation="silu", routes=routes, weights=weights, dw=weights)
+    blocks = 2 * inner * hidden // 64
+    nested = nf4.NestedScales(zeros(count, blocks // 256, dtype=f32), zeros(256, dtype=f32), zeros(count, dtype=f32))
+    fp8.stack_from_nf4(
+        zeros(count, blocks * 32, dtype=torch.uint8), zeros(count, blocks, dtype=torch.uint8), scales,
+        shape=(2 * inner, hidden), nested=nested, out=wide, turned=zeros(count, hidden, 2 * inner, dtype=fp8.E4M3),
+        again=again,
+    )  # fmt: skip
+
+
 def launch_experts() -> None:
     tokens, slots, count, hidden = 256, 8, 128, 2048
     routes = routing.sort_by_expert(zeros(tokens, slots, dtype=torch.int64), count)
@@ -211,4 +233,5 @@ if __name__ == "__main__":
         launch_experts()
         if CAPABILITY >= 89:
             launch_fp8()
+            launch_fp8_experts()
         launch_delta()

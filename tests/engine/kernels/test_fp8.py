@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimtune.engine.kernels import fp8, nf4
+from slimtune.engine.kernels import fp8, nf4, reference_fp8, routing
+from slimtune.engine.kernels.reference_experts import experts_of
 from tests.engine.kernels.maker import Maker
 
 SHAPES = [(144, 576), (16, 64)]
@@ -124,4 +125,66 @@ def test_what_rounding_lost_comes_behind(make: Maker, double: bool) -> None:
     assert (more - kept).square().mean().sqrt() < 0.03 * kept.square().mean().sqrt()
     y = fp8.product(x8, x_scales, place, scales).double()
     want = (wide @ own.t()) * x_scales.double() * scales.double()
+    assert (y - want).square().mean().sqrt() < 0.003 * want.square().mean().sqrt()
+
+
+def routed(make: Maker, tokens: int, count: int, k: int = 2) -> routing.Routes:
+    """Some experts get no token."""
+    experts = torch.randint(0, count - 1, (tokens, k), generator=make.generator).to(make.device)
+    return routing.sort_by_expert(experts, count)
+
+
+def test_rows_of_experts_are_their_tokens_by_the_experts_factors(make: Maker) -> None:
+    x, routes = make.strided_copy(make(9, 160)), routed(make, 9, 5)
+    rows, own = x[(routes.order // 2).long()], experts_of(routes)
+    again = torch.randint(0, 160, (5, 3), generator=make.generator, dtype=torch.int32).to(x.device)
+    factors = make(5, 160, dtype=torch.float32).abs() + 0.1
+    for found, want in (
+        (fp8.quantize(x, routes=routes, again=again), reference_fp8.quantize(rows, again=again[own])),
+        (fp8.quantize(x, routes=routes, factors=factors), fp8.quantize(rows.float() * factors[own])),
+    ):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, want, strict=True))
+    assert torch.equal(own, torch.repeat_interleave(torch.arange(5, device=x.device), counts(routes)))
+
+
+def counts(routes: routing.Routes) -> Tensor:
+    """Rows of each expert."""
+    return torch.diff(routes.ends, prepend=routes.ends.new_zeros(1))
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_a_stack_is_its_matrices(make: Maker, double: bool) -> None:
+    """Blocks of scales that no scale of scales covers whole, and means of their own."""
+    shape, each = (48, 192), []
+    for scale in (1.0, 0.01, 30.0):
+        arguments, _ = quantised(make, shape, double=double)
+        arguments["absmax"] = arguments["absmax"].clone()
+        each.append(arguments if double else {**arguments, "absmax": arguments["absmax"] * scale})
+    packed = torch.stack([one["packed"].view(-1) for one in each])
+    absmax, nested = torch.stack([one["absmax"] for one in each]), None
+    if double:
+        parts = [one["nested"] for one in each]
+        nested = nf4.NestedScales(
+            torch.stack([one.absmax for one in parts]), parts[0].code, torch.stack([one.offset for one in parts])
+        )
+    scales = torch.stack([fp8.row_scales(one["absmax"], shape[0], nested=one["nested"]) for one in each])
+    again = torch.randint(0, shape[1], (3, 3), generator=make.generator, dtype=torch.int32).to(packed.device)
+    wide, across = (3, shape[0], shape[1] + 6), (3, *shape[::-1])
+    made = {"out": torch.empty(wide, dtype=fp8.E4M3, device=packed.device)}
+    made["turned"] = torch.empty(across, dtype=fp8.E4M3, device=packed.device)
+    fp8.stack_from_nf4(packed, absmax, scales, shape=shape, nested=nested, again=again, **made)
+    for index, one in enumerate(each):
+        own = {name: torch.empty_like(place[index]) for name, place in made.items()}
+        fp8.from_nf4(**one, scales=scales[index], shape=shape, again=again[index], **own)
+        assert all(torch.equal(own[name].float(), made[name][index].float()) for name in own)
+
+
+def test_a_grouped_product_is_each_experts(make: Maker) -> None:
+    routes = routed(make, 40, 5)
+    x8, scales = fp8.quantize(make(40, 64), routes=routes)
+    weights, own = make(5, 48, 64, dtype=torch.float32), make(5, 48, dtype=torch.float32).abs()
+    weights = weights.to(fp8.E4M3)
+    y = fp8.grouped_product(x8, scales, weights, own, routes.ends)
+    expert = experts_of(routes)
+    want = torch.einsum("rk,rnk->rn", x8.double(), weights.double()[expert]) * scales * own[expert]
     assert (y - want).square().mean().sqrt() < 0.003 * want.square().mean().sqrt()

@@ -17,7 +17,7 @@ def routed(make: Maker, counts: tuple[int, ...]) -> tuple[Routes, Tensor]:
     """Rows of one slot each in any order, and each row's expert."""
     ends, expert = ends_of(counts, make.device)
     order = torch.randperm(len(expert), generator=make.generator).to(make.device)
-    return Routes(order.int(), order.argsort().int()[:, None], ends), expert
+    return Routes(order.int(), order.argsort().int()[:, None], ends, expert[order.argsort()][:, None]), expert
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)

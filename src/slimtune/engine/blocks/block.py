@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.attention import Documents, Way
+from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels.formats import Pairs
+from slimtune.engine.stacks import Stack
 from slimtune.engine.structure import Projection, Rotary, ScoresKind
-from slimtune.engine.weights import Gradients, Scratch, Site, Stack
+from slimtune.engine.weights import Gradients, Scratch, Site
 
-__all__ = ["Block", "Keep", "Lent", "Memory", "Pass", "RotaryTable", "Sinks", "TwoProjections"]
+__all__ = ["Block", "Keep", "Lent", "Memory", "Pass", "Pays", "RotaryTable", "Sinks", "TwoProjections"]
 
 Sinks = Mapping[Site | Stack, Gradients]
 """Where the adapters' gradients of each site and stack are added; one without adapters has no entry."""
+
+Pays = Callable[..., bool]
+"""Whether a product of so many tokens, inputs and outputs, or of a stack of so many experts, gains by FP8."""
 
 
 class Keep(IntEnum):
@@ -178,29 +183,51 @@ class Block(ABC):
     @property
     def turned_bytes(self) -> int:
         """Bytes of those transposes."""
-        return sum(site.inputs * site.outputs for site in self.sites if site.channels)
+        sites = sum(site.inputs * site.outputs for site in self.sites if site.channels)
+        return sites + sum(stack.turned_bytes for stack in self.stacks)
 
     @property
     def spared_bytes(self) -> int:
         """What weights in FP8 take less than in the compute dtype, with their scales and without their transposes."""
         eighths = [site for site in self.sites if site.channels]
         scales = sum(4 * (site.outputs + site.inputs + site.channels) for site in eighths)
-        return sum(site.buffer_bytes - site.kept_bytes for site in eighths) - scales
+        sites = sum(site.buffer_bytes - site.kept_bytes for site in eighths) - scales
+        return sites + sum(stack.spared_bytes for stack in self.stacks)
 
     @property
     def scratch(self) -> dict[tuple[int, ...], int]:
         """Bytes of the buffers that its weights are made anew in, by shape: others of a shape use the same."""
         return {
             **{site.buffer_shape: site.buffer_bytes for site in self.sites},
-            **{stack.shape: stack.kept_bytes for stack in self.stacks},
+            **{stack.buffer_shape: stack.buffer_bytes for stack in self.stacks},
         }
 
     def keep_weights(self, *, turned: bool = False) -> None:
         """Hold the weights as they are multiplied from now on, in FP8 with their transposes if ``turned``."""
+        for part in self.parts:
+            part.keep(turned=turned)
+
+    def use_fp8(self, pays: Pays, tokens: int, switch: Fp8 | None) -> None:
+        """Multiply in FP8 what gains by it.
+
+        Args:
+            pays: As :func:`slimtune.engine.fp8.pays`.
+            tokens: In a micro-batch.
+            switch: The model's; None: take the sizes of it alone.
+        """
         for site in self.sites:
-            site.keep(turned=turned)
-        for stack in self.stacks:
-            stack.keep()
+            if pays(tokens, site.inputs, site.outputs):
+                site.use_fp8(switch)
+
+    @property
+    def in_16_bits(self) -> str:
+        """Why experts of its stay there where FP8 was asked for, in words; empty: none do."""
+        return ""
+
+    @property
+    def fp8_products(self) -> float:
+        """Of :attr:`products`, those in FP8."""
+        return float(sum(site.inputs * site.outputs for site in self.sites if site.channels))
 
     @property
     @abstractmethod

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
+from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Pays, Sinks
+from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels import norm
 from slimtune.engine.structure import Branch
 
@@ -205,6 +206,21 @@ class BranchBlock(Block):
         self.inner = inner
         self.sites = tuple(site for block in inner.blocks for site in block.sites)
         self.stacks = tuple(stack for block in inner.blocks for stack in block.stacks)
+
+    def use_fp8(self, pays: Pays, tokens: int, switch: Fp8 | None) -> None:
+        """See :meth:`Block.use_fp8`."""
+        for block in self.inner.blocks:
+            block.use_fp8(pays, tokens, switch)
+
+    @property
+    def fp8_products(self) -> float:
+        """See :attr:`Block.fp8_products`."""
+        return sum(block.fp8_products for block in self.inner.blocks)
+
+    @property
+    def in_16_bits(self) -> str:
+        """See :attr:`Block.in_16_bits`."""
+        return next((block.in_16_bits for block in self.inner.blocks if block.in_16_bits), "")
 
     @property
     def columns(self) -> int:

@@ -9,33 +9,23 @@ Adapters have PEFT's ``target_parameters`` form, without dropout; their columns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Sinks
-from slimtune.engine.kernels import grouped, grouped_lora, mlp, norm, router, routing
+from slimtune.engine.blocks.block import Block, Keep, Memory, Pass, Pays, Sinks
+from slimtune.engine.blocks.experts_products import In16Bits, InFp8, Products, Routed
+from slimtune.engine.fp8 import Fp8, channels
+from slimtune.engine.kernels import fp8, norm, router, routing
+from slimtune.engine.stacks import Stack
 from slimtune.engine.structure import Experts, Norm
-from slimtune.engine.weights import Scratch, Stack
+from slimtune.engine.weights import Scratch
 
 __all__ = ["ExpertsBlock"]
 
-
-@dataclass
-class _Kept:
-    """Of one chunk of tokens."""
-
-    logits: Tensor
-    """[T, E]."""
-    weights: Tensor
-    """float32 [T, k]."""
-    experts: Tensor
-    """int32 [T, k]."""
-    routes: routing.Routes
-    gates: Tensor
-    """[R, 2 F]."""
+_CHANNELS = 64
+"""Of each expert's inputs, those whose losses its products in FP8 take in at most."""
 
 
 class ExpertsBlock(Block):
@@ -48,6 +38,7 @@ class ExpertsBlock(Block):
         self.gate_up, self.down = (Stack(stack, dtype, device, scratch) for stack in part.stacks)
         self.stacks = (self.gate_up, self.down)
         wide = torch.promote_types(dtype, torch.float32) if part.router.wide else dtype
+        self._in_16_bits = ""
         self._router = part.router.weight.detach().to(wide)
         bias = part.router.logits_bias
         self._logits_bias = None if bias is None else bias.detach().to(wide)
@@ -62,23 +53,58 @@ class ExpertsBlock(Block):
         """For the gradients of gate_up's adapters, and for the norms' backward."""
         return self.gate_up.rank > 0 or self.part.norm is not None or self.part.router.norm is not None
 
+    def use_fp8(self, pays: Pays, tokens: int, switch: Fp8 | None) -> None:
+        """See :meth:`Block.use_fp8`; both stacks or none."""
+        rows, stacks = tokens * self.part.router.choice.k, self.stacks
+        if any(stack.rank for stack in stacks):
+            self._in_16_bits = "experts stay in bf16, as they have adapters"
+        elif self.part.interleaved or not all(stack.fits_fp8 and (not switch or stack.is_nf4) for stack in stacks):
+            self._in_16_bits = "experts stay in bf16, as they have biases or aren't in NF4"
+        elif not all(pays(rows, stack.inputs, stack.outputs, stack.experts) for stack in stacks):
+            self._in_16_bits = "experts stay in bf16, as they are too small or get too few tokens to gain by FP8"
+        elif not all(fp8.has_grouped_product(stack.device, stack.experts) for stack in stacks):
+            self._in_16_bits = "experts stay in bf16, as torch has no grouped product in FP8 on this GPU"
+        else:
+            for stack in stacks:
+                own = min(_CHANNELS, channels(stack.inputs, stack.outputs))
+                stack.use_fp8(switch, own, recomputed=stack is self.gate_up)
+
+    @property
+    def in_16_bits(self) -> str:
+        """See :attr:`Block.in_16_bits`."""
+        return self._in_16_bits
+
+    @property
+    def fp8_products(self) -> float:
+        """See :attr:`Block.fp8_products`."""
+        return self.products if self.gate_up.eighths else 0.0
+
     # -- forward --------------------------------------------------------------------------------------------------
 
     def forward(self, n: Tensor, on: Pass, keep: Keep | None) -> tuple[Tensor, Any]:
         """See :meth:`Block.forward`."""
-        gate_up, down = self.gate_up.weight(), self.down.weight()
+        products = self._products(gates=True, results=True)
         y = torch.empty(on.tokens, self.columns, dtype=self.dtype, device=n.device)
         kept = []
         for rows in on.chunks:
-            chunk = self._gates(n[rows], gate_up)
-            results = grouped.grouped_forward(self._hidden(chunk), down, chunk.routes.ends)
-            routing.combine(results, chunk.routes, weights=chunk.weights, out=y[rows])
+            routed, gates = self._gates(n[rows], products)
+            hidden = products.hidden(gates, routed.routes)
             if keep is not None and keep >= Keep.GATES:
-                kept.append(chunk)
-            del chunk, results  # not beside the next one's
+                kept.append((routed, gates))
+            del gates  # not beside the results
+            results = products.results(hidden, routed.routes)
+            del hidden
+            routing.combine(results, routed.routes, weights=routed.weights, out=y[rows])
+            del routed, results  # not beside the next chunk's
         return y, kept or None
 
-    def _gates(self, n: Tensor, gate_up: Tensor) -> _Kept:
+    def _products(self, *, gates: bool = False, results: bool = False, backward: bool = False) -> Products:
+        """One pass's, of which so much will be asked."""
+        if self.gate_up.in_fp8 is None:
+            return In16Bits(self.part, self.gate_up, self.down)
+        return InFp8(self.part, self.gate_up, self.down, gates=gates, results=results, backward=backward)
+
+    def _gates(self, n: Tensor, products: Products) -> tuple[Routed, Tensor]:
         """Routes and gates of some tokens' n [T, H]."""
         by = self.part.router
         logits = torch.nn.functional.linear(
@@ -86,27 +112,8 @@ class ExpertsBlock(Block):
         )
         weights, experts = router.choose(logits, by.choice, bias=by.bias, expert_scale=by.expert_scale)
         routes = routing.sort_by_expert(experts, self.part.gate_up.experts)
-        gates = grouped.grouped_forward(self._inputs(n, routes), gate_up, routes.ends)
-        return _Kept(logits, weights, experts, routes, gates)
-
-    def _inputs(self, n: Tensor, routes: routing.Routes) -> Tensor:
-        """gate_up's input [R, H + extra]."""
-        x = n.new_empty(routes.order.shape[0], self.gate_up.inputs + self.gate_up.extra)
-        routing.gather_rows(self._normed(n, self.part.norm), routes, out=x[:, : self.gate_up.inputs])
-        self.gate_up.fill_extra(x, routes)
-        return x
-
-    def _hidden(self, chunk: _Kept) -> Tensor:
-        """down's input [R, F + extra]."""
-        h = chunk.gates.new_empty(chunk.gates.shape[0], self.down.inputs + self.down.extra)
-        mlp.gated_forward(*self._halves(chunk), activation=self.part.activation, out=h[:, : self.down.inputs])
-        self.down.fill_extra(h, chunk.routes)
-        return h
-
-    def _halves(self, chunk: _Kept) -> tuple[Tensor, Tensor]:
-        """Gate and up, each [R, F]."""
-        gates, inner = chunk.gates, self.down.inputs
-        return (gates[:, ::2], gates[:, 1::2]) if self.part.interleaved else (gates[:, :inner], gates[:, inner:])
+        gates = products.gates(self._normed(n, self.part.norm), routes)
+        return Routed(logits, weights, experts, routes), gates
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -116,39 +123,37 @@ class ExpertsBlock(Block):
         """See :meth:`Block.backward`."""
         if not need_dx and not self.trained:
             return None
-        gate_up, down = self.gate_up.weight(), self.down.weight()
+        products = self._products(gates=kept is None, backward=True)
         dn = torch.empty(on.tokens, self.columns, dtype=self.dtype, device=dy.device)
         for number, rows in enumerate(on.chunks):
+            own = None if n is None else n[rows]
             if kept is None:
-                assert n is not None
-                chunk = self._gates(n[rows], gate_up)
+                assert own is not None
+                routed, gates = self._gates(own, products)
             else:
-                chunk = kept[number]
+                routed, gates = kept[number]
                 kept[number] = None
-            dw = self._down_backward(dy[rows], chunk, down, sinks)
-            dx = grouped.grouped_backward(chunk.gates, gate_up, chunk.routes.ends)
-            if self.gate_up.rank:
-                assert n is not None
-                self._adapter_backward(
-                    self.gate_up, chunk.gates, self._inputs(n[rows], chunk.routes), dx, chunk.routes, None, sinks
-                )
+            dw, dgates = products.down_backward(dy[rows], gates, routed, sinks)
+            del gates  # in FP8 not beside dx
+            read = self._normed(own, self.part.norm) if self.gate_up.rank and own is not None else None
+            dx = products.gates_backward(dgates, read, routed.routes, sinks)
             if need_dx:
-                self._input_backward(dx[:, : self.gate_up.inputs], dw, None if n is None else n[rows], chunk, dn[rows])
-            del chunk, dw, dx  # not beside the next chunk's
+                self._input_backward(dx, dw, own, routed, dn[rows])
+            del routed, dw, dgates, dx  # not beside the next chunk's
         return dn if need_dx else None
 
-    def _input_backward(self, dx: Tensor, dw: Tensor, n: Tensor | None, chunk: _Kept, out: Tensor) -> None:
+    def _input_backward(self, dx: Tensor, dw: Tensor, n: Tensor | None, routed: Routed, out: Tensor) -> None:
         """dn [T, H] of the rows' dx [R, H] and the router weights' gradient [T, k], by way of the norms."""
         by = self.part.router
-        dlogits = router.choose_backward(dw, chunk.logits, chunk.experts, by.choice, expert_scale=by.expert_scale)
+        dlogits = router.choose_backward(dw, routed.logits, routed.experts, by.choice, expert_scale=by.expert_scale)
         through_router = torch.mm(dlogits.to(self._router.dtype), self._router).to(self.dtype)
         if by.norm is None:
-            routing.combine(dx, chunk.routes, addend=through_router, out=out)
+            routing.combine(dx, routed.routes, addend=through_router, out=out)
             return
         assert n is not None
         assert self.part.norm is not None
         d = self._norm_backward(through_router, n, by.norm)
-        self._norm_backward(routing.combine(dx, chunk.routes), n, self.part.norm, beside=d, out=out)
+        self._norm_backward(routing.combine(dx, routed.routes), n, self.part.norm, beside=d, out=out)
 
     @staticmethod
     def _normed(n: Tensor, over: Norm | None) -> Tensor:
@@ -162,48 +167,6 @@ class ExpertsBlock(Block):
         """The gradient of n, and what is added to it; the norm is computed again."""
         rstd = norm.norm_forward(n, over.weight, over.eps, centred=over.centred)[2]
         return norm.norm_backward(d, n, over.weight, rstd, dresidual=beside, centred=over.centred, out=out)
-
-    def _down_backward(self, dy: Tensor, chunk: _Kept, down: Tensor, sinks: Sinks) -> Tensor:
-        """The router weights' gradient [T, k]; the chunk's gates are overwritten with theirs."""
-        dy = routing.gather_rows(dy, chunk.routes)
-        dh = grouped.grouped_backward(dy, down, chunk.routes.ends)
-        if self.down.rank:
-            self._adapter_backward(self.down, dy, self._hidden(chunk), dh, chunk.routes, chunk.weights, sinks)
-        dw = torch.empty_like(chunk.weights)
-        mlp.gated_backward_(
-            dh[:, : self.down.inputs], *self._halves(chunk),
-            activation=self.part.activation, routes=chunk.routes, weights=chunk.weights, dw=dw,
-        )  # fmt: skip
-        if self.down.bias_column is not None:
-            dw += dh[:, self.down.bias_column][chunk.routes.place]
-        return dw
-
-    @staticmethod
-    def _adapter_backward(
-        stack: Stack,
-        dy: Tensor,
-        x: Tensor,
-        dx: Tensor,
-        routes: routing.Routes,
-        weights: Tensor | None,
-        sinks: Sinks,
-    ) -> None:
-        """Add the adapter's gradients, and its share to dx [R, inputs + extra], whose further columns hold du.
-
-        Args:
-            stack: The stack.
-            dy: [R, outputs].
-            x: [R, inputs + extra], the stack's input with u.
-            dx: The frozen product's.
-            routes: The rows'.
-            weights: The rows' own, where dy is without them.
-            sinks: Where the gradients go.
-        """
-        sink, columns = sinks[stack], slice(stack.inputs, stack.inputs + stack.rank)
-        grouped_lora.expert_up_backward_(dy, x[:, columns], routes, stack.scaling, db=sink.b[0], weights=weights)
-        grouped_lora.expert_down_backward_(
-            dx[:, columns], x[:, : stack.inputs], stack.a, routes, da=sink.a, dx=dx[:, : stack.inputs], weights=weights
-        )
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
@@ -228,8 +191,13 @@ class ExpertsBlock(Block):
             columns += gates // 2
         if self.gate_up.rank:
             columns = max(columns, 2 * hidden + gates + 2 * self.gate_up.extra)
-        chunk = min(memory.tokens, memory.mlp_tokens) * self.part.router.choice.k * columns
-        return (memory.tokens * 3 * hidden + chunk) * self.dtype.itemsize
+        nbytes = columns * self.dtype.itemsize
+        if self.gate_up.eighths:
+            # dy's rows and dh beside gates; or gates' gradient beside dx; or x's rows beside gates. And rows' scales.
+            gradient, own = gates, hidden + 2 * self.gate_up.channels
+            nbytes = 8 + max(hidden + 3 * gates, 4 * gates, gradient + 2 * hidden, own + 2 * gates)
+        chunk = min(memory.tokens, memory.mlp_tokens) * self.part.router.choice.k * nbytes
+        return memory.tokens * 3 * hidden * self.dtype.itemsize + chunk
 
     def rows(self, memory: Memory) -> int:
         """See :meth:`Block.rows`."""

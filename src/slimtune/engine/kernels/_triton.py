@@ -21,6 +21,7 @@ __all__ = [
     "TritonError",
     "cdiv",
     "constant",
+    "interpreted",
     "jit",
     "jit_one_for_all",
     "pow2",
@@ -41,16 +42,21 @@ def jit_one_for_all(*names: str) -> Callable[[Any], Any]:
     return lambda function: function if triton is None else triton.jit(function, do_not_specialize=names)
 
 
-def constant(value: float) -> Any:
-    """A number of a module's that its kernels may read."""
+def constant(value: float | str) -> Any:
+    """A number or text of a module's that its kernels may read."""
     return value if tl is None else tl.constexpr(value)
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, which knows no assembler."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def runs_on_triton(x: Tensor) -> bool:
     """Whether kernels take x: on CUDA, and on the CPU under Triton's interpreter; never in float64."""
     if triton is None or x.dtype == torch.float64:
         return False
-    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+    return x.is_cuda or interpreted()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "expert_down",
     "expert_down_backward_",
     "expert_up_backward_",
+    "experts_of",
     "gather_rows",
     "grouped_backward",
     "grouped_forward",
@@ -40,11 +41,13 @@ class Routes:
         order: int32 [R], a row's pair.
         place: int32 [T, k], a pair's row.
         ends: int32 [E], the row after each expert's last: what ``torch.nn.functional.grouped_mm`` takes as ``offs``.
+        experts: int32 or int64 [T, k], a pair's expert.
     """
 
     order: Tensor
     place: Tensor
     ends: Tensor
+    experts: Tensor
 
 
 # -- routing -----------------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def sort_by_expert(experts: Tensor, count: int) -> Routes:
     place = torch.empty_like(order, dtype=torch.int32)
     place[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
     ends = torch.bincount(chosen, minlength=count).cumsum(0)
-    return Routes(order.int(), place.view(experts.shape), ends.int())
+    return Routes(order.int(), place.view(experts.shape), ends.int(), experts)
 
 
 def gather_rows(x: Tensor, routes: Routes, *, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -122,6 +125,11 @@ def row_dot(a: Tensor, b: Tensor, routes: Routes, *, out: Tensor | None = None) 
     """
     products = (wide(a) * wide(b)).sum(-1)[routes.place]
     return products if out is None else out.copy_(products)
+
+
+def experts_of(routes: Routes) -> Tensor:
+    """[R], the expert of each row."""
+    return routes.experts.reshape(-1)[routes.order]
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,19 @@ from torch import Tensor
 
 from slimtune.engine.kernels import reference_nf4
 from slimtune.engine.kernels.formats import NestedScales
+from slimtune.engine.kernels.reference_experts import Routes, experts_of
 
-__all__ = ["E4M3", "LARGEST", "LEAST", "from_nf4", "product", "quantize", "row_scales"]
+__all__ = [
+    "E4M3",
+    "LARGEST",
+    "LEAST",
+    "from_nf4",
+    "grouped_product",
+    "product",
+    "quantize",
+    "row_scales",
+    "stack_from_nf4",
+]
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -27,18 +38,24 @@ LEAST = 1e-30
 """What a row's largest number counts as at least: a row of zeros has a scale too."""
 
 
-def quantize(x: Tensor, *, factors: Tensor | None = None, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, *, factors: Tensor | None = None, again: Tensor | None = None, routes: Routes | None = None
+) -> tuple[Tensor, Tensor]:
     """Each row by a scale of its own, so that its largest number becomes e4m3's: x · factors = e4m3 · scale.
 
     Args:
         x: [T, N] with any row stride.
-        factors: float32 [N], what the columns are multiplied with first.
-        again: int32 [C], the channels whose numbers, and then whose losses, come behind.
+        factors: float32 [N], what the columns are multiplied with first; with routes [E, N], each expert's own.
+        again: int32 [C], the channels whose numbers, and then whose losses, come behind; with routes [E, C] as factors.
+        routes: A row of the result for each of theirs, its token's; else one for each of x.
 
     Returns:
         e4m3 [T, N + 2 C], contiguous, and the scales, float32 [T, 1]. A number that is none stays none; beside an
         infinite one the whole row becomes none or zero by an infinite scale, so that its products are no numbers.
     """
+    if routes is not None:
+        x, own = x[routes.order // routes.place.shape[1]], experts_of(routes)
+        factors, again = (None if each is None else each[own] for each in (factors, again))
     wide = x.float() if factors is None else x.float() * factors
     most = wide.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(1, keepdim=True).clamp(min=LEAST)
     scale = most * (1.0 / LARGEST)
@@ -46,7 +63,7 @@ def quantize(x: Tensor, *, factors: Tensor | None = None, again: Tensor | None =
     values = exact.to(E4M3)
     if again is None:
         return values, scale
-    chosen = exact[:, again]
+    chosen = exact[:, again] if again.ndim == 1 else exact.gather(1, again.long())
     return torch.cat((exact, chosen, _lost(chosen)), dim=1).to(E4M3), scale
 
 
@@ -104,6 +121,40 @@ def from_nf4(
         out.copy_(torch.cat((exact, _lost(chosen), chosen), dim=1).to(E4M3))
 
 
+def stack_from_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    scales: Tensor,
+    *,
+    shape: tuple[int, int],
+    nested: NestedScales | None = None,
+    blocksize: int = 64,
+    out: Tensor | None = None,
+    turned: Tensor | None = None,
+    again: Tensor | None = None,
+) -> None:
+    """A stack of NF4 weights, each as :func:`from_nf4` writes it.
+
+    Args:
+        packed: As :func:`slimtune.engine.kernels.reference_nf4.dequantize_stack` takes it.
+        absmax: Likewise; a row is a whole number of blocks.
+        scales: float32 [stack, out_features].
+        shape: Of one matrix.
+        nested: As there.
+        blocksize: Weights that share a block scale.
+        out: e4m3 [stack, out_features, in_features + 2 C] to write into.
+        turned: e4m3 [stack, in_features, out_features], the transposes.
+        again: int32 [stack, C].
+    """
+    for index, (codes, levels) in enumerate(zip(packed, absmax, strict=True)):
+        own = nested and NestedScales(nested.absmax[index], nested.code, nested.offset[index], nested.blocksize)
+        written, across, chosen = (None if each is None else each[index] for each in (out, turned, again))
+        from_nf4(
+            codes, levels, scales[index], shape=shape, nested=own, blocksize=blocksize, out=written, turned=across,
+            again=chosen,
+        )  # fmt: skip
+
+
 def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:
     """bfloat16 [T, N]: x · weightᵀ times x's scales and the weight's, summed in float32.
 
@@ -116,3 +167,21 @@ def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out:
     """
     y = (x.float() @ weight.float().t()) * x_scales * scales
     return y.bfloat16() if out is None else out.copy_(y)
+
+
+def grouped_product(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+    """bfloat16 [R, N]: each row times its expert's matrix, as :func:`product`.
+
+    Args:
+        x: e4m3 [R, K], sorted by expert.
+        x_scales: float32 [R, 1].
+        weights: e4m3 [E, N, K].
+        scales: float32 [E, N].
+        ends: int32 [E], the row after each expert's last; the last of them is R.
+    """
+    y = torch.empty(x.shape[0], weights.shape[1], dtype=torch.bfloat16, device=x.device)
+    first = 0
+    for expert, end in enumerate(ends.tolist()):
+        product(x[first:end], x_scales[first:end], weights[expert], scales[expert], out=y[first:end])
+        first = end
+    return y

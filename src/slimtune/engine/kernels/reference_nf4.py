@@ -11,12 +11,12 @@ __all__ = ["block_scales", "dequantize", "dequantize_stack"]
 
 
 def block_scales(absmax: Tensor, nested: NestedScales | None) -> Tensor:
-    """Block scales, float32 [blocks], from themselves or from their 8-bit codes."""
+    """Block scales, float32 [blocks] or of a stack [stack, blocks], from themselves or from their 8-bit codes."""
     if nested is None:
         return absmax
-    scales = nested.code[absmax.int()].view(-1)
-    repeated = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
-    return scales * repeated + nested.offset
+    scales = nested.code[absmax.int()]
+    repeated = nested.absmax.repeat_interleave(nested.blocksize, dim=-1)[..., : scales.shape[-1]]
+    return scales * repeated + nested.offset[..., None]
 
 
 def dequantize(

@@ -169,6 +169,7 @@ def sort_by_expert(experts: Tensor, count: int) -> Routes:
         torch.empty(pairs, dtype=torch.int32, device=chosen.device),
         torch.empty(experts.shape, dtype=torch.int32, device=chosen.device),
         torch.empty(count, dtype=torch.int32, device=chosen.device),
+        experts.contiguous(),
     )
     _place[(blocks,)](
         chosen, sums, routes.order, routes.place, routes.ends, pairs, blocks, count,
