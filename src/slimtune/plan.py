@@ -12,7 +12,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.config import Config
+from slimtune.config import SMALL_BASE, SMALL_RATE, Config
 from slimtune.data.packing import micro_batches
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
@@ -55,8 +55,6 @@ ANSWER_PASSES = 4
 base's general score on average, in each of up to twenty epochs 84 %, in up to three times the steps (decision 174)."""
 REHEARSED_TOKENS = 256
 """A general prompt with its answer takes no more, in most templates."""
-SMALL_BASE, SMALL_RATE = 200_000_000, 1e-3
-"""Measured at 135 million parameters (benchmarks/defaults.py); larger bases take the usual rate, unmeasured here."""
 LEAST_DOCUMENTS = 4
 """Of a pack, on average: what a step of fewer says depends on which they are."""
 _TILE = 64
