@@ -101,6 +101,13 @@ def test_a_lower_rate_is_the_bases_own_unless_that_failed(parameters: int, rate:
     assert given.rate < rate or float(lower) < given.rate
 
 
+def test_a_run_that_stopped_early_isnt_to_be_longer() -> None:
+    records = [evaluation(step, loss) for step, loss in {0: 3.0, 20: 2.5, 40: 2.0, 60: 2.05}.items()]
+    found = judge(records, Config.make(early_stopping=1), TRAINING, 40, HELD_OUT)
+    assert (found.outcome, found.advice, found.suggestion) == ("better", "", "")
+    assert judge(records[:-1], Config.make(), TRAINING, 40, HELD_OUT).advice == "longer"
+
+
 def test_without_held_out_rows_only_losses_that_are_none_are_seen() -> None:
     for last, outcome in ((1.0, "unmeasured"), (4.0, "unmeasured"), (5.0, "worse"), (math.nan, "worse")):
         training = TrainingFacts(**{**vars(TRAINING), "last_loss": last})

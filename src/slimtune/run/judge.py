@@ -88,6 +88,8 @@ def judge(
     advice = _advice(outcome, same, best, step)
     if outcome == "same" and advice == "longer" and config.rate > HIGH_RATE:
         advice = "slower"
+    if advice == "longer" and max(found) > step:  # early stopping went on from what is saved, and found no better
+        advice = ""
     by_replies = replies.most and outcome != "worse"
     if by_replies:
         outcome = "worse"
