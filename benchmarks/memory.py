@@ -188,6 +188,19 @@ def equal() -> None:
     )  # fmt: skip
 
 
+def cut_to(count: int, plan: MemoryPlan, stored: Sequence[int]) -> MemoryPlan:
+    """A whole model's plan for so many layers like its own, of so many bytes as they are stored."""
+    times, sizes = len(plan.keep) // count, dict(zip(plan.in_ram, plan.ram_sizes, strict=True))
+    streamed = tuple(index for index in range(count) if index * times in plan.streamed)
+    in_ram = tuple(index for index in range(count - 1) if index * times in sizes)
+    return replace(
+        plan, keep=plan.keep[::times], kept_weights=plan.kept_weights // times, in_ram=in_ram, streamed=streamed,
+        ram_sizes=tuple(sizes[index * times] for index in in_ram),
+        streamed_bytes=sum(stored[index] for index in streamed),
+        spared_bytes=sum(stored[index] for index in streamed) - (2 * max(stored) if streamed else 0),
+    )  # fmt: skip
+
+
 @contextmanager
 def part_of(whole: int, budget: float, ram: int) -> Iterator[dict[str, MemoryPlan]]:
     """Within this, an engine of a few layers computes as those of ``whole`` like them would, within a budget."""
@@ -200,15 +213,7 @@ def part_of(whole: int, budget: float, ram: int) -> Iterator[dict[str, MemoryPla
         options |= {"stored": stored * times, "ram": ram}
         plan = made["whole"] = plan_memory(list(layers) * times, tokens, vocabulary, room, **options)
         made["room"] = room  # type: ignore[assignment]
-        streamed = tuple(index for index in range(count) if index * times in plan.streamed)
-        sizes = dict(zip(plan.in_ram, plan.ram_sizes, strict=True))
-        in_ram = tuple(index for index in range(count - 1) if index * times in sizes)
-        return replace(
-            plan, keep=plan.keep[::times], kept_weights=plan.kept_weights // times, in_ram=in_ram, streamed=streamed,
-            ram_sizes=tuple(sizes[index * times] for index in in_ram),
-            streamed_bytes=sum(stored[index] for index in streamed),
-            spared_bytes=sum(stored[index] for index in streamed) - (2 * max(stored) if streamed else 0),
-        )  # fmt: skip
+        return cut_to(count, plan, stored)
 
     with mock.patch.object(engine_module, "plan_memory", cut):
         yield made

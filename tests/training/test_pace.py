@@ -19,6 +19,10 @@ QWEN_1_8B = Qwen2Config(
     vocab_size=151936, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
     num_key_value_heads=16, tie_word_embeddings=False,
 )  # fmt: skip
+QWEN_7B = Qwen2Config(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
 SIX_OF_30B_A3B = Qwen3MoeConfig(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=6,
     num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
@@ -31,13 +35,13 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
     def made(
         config: Any, rows: int, lengths: list[int] | None = None, cards: int = 1, accumulation: int = 1,
-        precision: Any = "auto",
+        precision: Any = "auto", length: int = 2048, layers: list[int] | None = None,
     ) -> Forecaster:  # fmt: skip
-        tokens = rows * 2048
+        tokens = rows * length
         return Forecaster(
             Config.make(
-                model=str(headers(tmp_path / "model", config)), max_length=2048, micro_batch=rows, pack_tokens=tokens,
-                targets=QKVO, lora_r=8, gradient_accumulation=accumulation, precision=precision,
+                model=str(headers(tmp_path / "model", config)), max_length=length, micro_batch=rows, pack_tokens=tokens,
+                targets=QKVO, lora_r=8, gradient_accumulation=accumulation, precision=precision, layers=layers,
             ),
             lengths,
             cards,
@@ -48,8 +52,12 @@ def forecaster(tmp_path: Path) -> Callable[..., Forecaster]:
 
 @pytest.mark.parametrize(
     ("config", "rows", "steps"),
-    [(QWEN_1_8B, 8, {120.0: 210.6, 3.9: 287.0}), (SIX_OF_30B_A3B, 4, {120.0: 50.7, 7.3: 60.75, 5.1: 74.45, 3.2: 96.3})],
-    ids=["dense", "mixture"],
+    [
+        (QWEN_1_8B, 8, {120.0: 210.6, 3.9: 287.0}),
+        (QWEN_7B, 4, {120.0: 415.0, 8.0: 553.2}),
+        (SIX_OF_30B_A3B, 4, {120.0: 50.7, 7.3: 60.75, 5.1: 74.45, 3.2: 96.3}),
+    ],
+    ids=["dense", "wide", "mixture"],
 )
 def test_within_15_percent_of_what_was_measured(
     config: Any, rows: int, steps: dict[float, float], forecaster: Callable[..., Forecaster]
@@ -89,6 +97,35 @@ def test_short_documents_attend_to_less(forecaster: Callable[..., Forecaster], t
     (tmp_path / "model").rename(tmp_path / "other")
     short = forecaster(QWEN_1_8B, 8, [128] * 128).forecast(CARDS["H200"]).step_seconds
     assert 0.8 * long < short < long
+
+
+def test_documents_of_many_lengths_attend_more_slowly(forecaster: Callable[..., Forecaster], tmp_path: Path) -> None:
+    """They have FlashAttention-2, and rows of one length cuDNN; before Hopper that is no faster."""
+    rows, mixed = [2048] * 8, [2048] * 7 + [2047]
+    of = forecaster(QWEN_1_8B, 8, rows)
+    (tmp_path / "model").rename(tmp_path / "other")
+    others = forecaster(QWEN_1_8B, 8, mixed)
+    assert others.forecast(CARDS["H200"]).step_seconds > 1.05 * of.forecast(CARDS["H200"]).step_seconds
+    assert others.forecast(CARDS["A100"]).step_seconds < of.forecast(CARDS["A100"]).step_seconds
+
+
+def test_layers_below_the_lowest_adapter_have_no_way_back(
+    forecaster: Callable[..., Forecaster], tmp_path: Path
+) -> None:
+    all_of_them = forecaster(QWEN_1_8B, 8).forecast(CARDS["H200"]).step_seconds
+    (tmp_path / "model").rename(tmp_path / "other")
+    upper = forecaster(QWEN_1_8B, 8, layers=list(range(12, 24))).forecast(CARDS["H200"]).step_seconds
+    assert 0.6 * all_of_them < upper < 0.8 * all_of_them
+
+
+def test_few_tokens_without_a_graph_take_what_a_host_takes(forecaster: Callable[..., Forecaster]) -> None:
+    """126 to 243 ms in six calls."""
+    of, card = forecaster(QWEN_1_8B, 1, length=512), CARDS["H200"]
+    told = of.forecast(card, 1 << 30)
+    assert told.streamed_layers == 24
+    assert 0.126 < told.step_seconds < 0.243
+    assert of.forecast(replace(card, tflops=2 * card.tflops), 1 << 30).step_seconds == pytest.approx(told.step_seconds)
+    assert of.forecast(card, 16 << 30).step_seconds < 0.2 * told.step_seconds  # recorded
 
 
 @pytest.mark.parametrize(

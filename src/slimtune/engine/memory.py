@@ -11,9 +11,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
 
 from slimtune.engine.attention import Way
 from slimtune.engine.blocks import Keep, Memory
@@ -47,18 +46,6 @@ _ASIDES = (Keep.INPUT, Keep.ATTENDED)
 """What layers may have in RAM: the rest takes about as long over a bus as to be computed again."""
 _SUMS = 512 << 20
 """Bytes that the memory-efficient kernel's sums may take, so that it takes documents of any lengths at once."""
-
-
-class Added(NamedTuple):
-    """Seconds that a plan adds to products that keep everything, on an H100, by the cost model."""
-
-    computed: float = 0.0
-    """For what is computed again, and by products of few tokens."""
-    unpacked: float = 0.0
-    """For weights that are made anew in the compute dtype."""
-
-
-_NOTHING = Added()
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,6 @@ class MemoryPlan:
     apart_bytes: int = 0
     """What a recorded step reserves besides ``nbytes``: its graphs' memory and the head's, which neither gives the
     other."""
-    added: Added = _NOTHING
     kept_turned: int = 0
     """Of the layers that hold their weights, how many, from the first, hold the transposes too that FP8 takes for the
     way back."""
@@ -208,10 +194,10 @@ class _Shape:
     def seconds(self, plan: MemoryPlan) -> float:
         """What plans are compared by: time that they add to a forward and a backward that keep everything."""
         again = (seconds for seconds, level in zip(self.attended, plan.keep, strict=True) if level < Keep.ATTENDED)
-        added = sum(self.added(plan))
+        added = self.added(plan)
         return added + self._waited(plan, added) + sum(again)
 
-    def added(self, plan: MemoryPlan) -> Added:
+    def added(self, plan: MemoryPlan) -> float:
         """Of that time all but attention over long documents, copies and launches."""
         # Attention's own products and the elementwise passes are about an eighth of the projections' time.
         extra = {Keep.INPUT: 1.25, Keep.ATTENDED: 1.1, Keep.ATTENTION: 1.1, Keep.GATES: 1.0, Keep.ALL: 1.0}
@@ -232,7 +218,7 @@ class _Shape:
             computed += 2 * seconds * len(places) * _FILL * filling
         head = self.vocabulary * self.layers[0].hidden
         computed += 2 * seconds * head * _FILL / min(plan.head_tokens, plan.part_tokens)
-        return Added(computed, unpacked)
+        return computed + unpacked
 
     def _waited(self, plan: MemoryPlan, added: float) -> float:
         """For copies from and to RAM that products don't hide, and for launches without a graph."""
@@ -493,5 +479,4 @@ def plan_memory(
         fitting = [plan for plan in plans if plan.nbytes <= budget]
     # What graphs and head can't give each other has to be there too, within what allocators leave free anyway.
     apart = [plan for plan in fitting if plan.nbytes + plan.apart_bytes <= _ROUGHLY * budget]
-    best = min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)
-    return replace(best, added=shape.added(best))
+    return min(apart or fitting, key=shape.seconds) if fitting else min(plans, key=lambda plan: plan.nbytes)

@@ -27,7 +27,7 @@ from slimtune.base.named import model_source
 from slimtune.base.unloaded import Unloaded, unloaded_base
 from slimtune.config import Config
 from slimtune.engine.attention import Way, expected_way
-from slimtune.engine.blocks import Keep, Memory, MlpBlock
+from slimtune.engine.blocks import Memory, MlpBlock
 from slimtune.engine.decoder import LayerComputation, computations, lowest_trained, per_layer_inputs
 from slimtune.engine.engine import WORKSPACE
 from slimtune.engine.fp8 import pays
@@ -43,7 +43,6 @@ from slimtune.errors import UserError
 from slimtune.hardware import Card, Hardware
 from slimtune.plan import MEMORY_SHARE, memory_budget, resolve_ranks
 from slimtune.ranks.host import here
-from slimtune.training.floor import Work
 from slimtune.training.fused import too_little, why_unfused
 from slimtune.training.pace import HOST_CARDS, Step, sum_seconds
 
@@ -166,7 +165,6 @@ class Forecaster:
         self._bulk = {id(each): self.base.bulk_of(name, each) for name, each in model.named_parameters()}
         self.unfused = why_unfused(config, model, adapted_names(lora, model))
         self.lengths = lengths or [config.max_length] * max(1, config.batch_tokens // config.max_length)
-        self._work = Work.of(model)
         self._wrapped = None if self.unfused is not None else wrapped(self._as_loaded(), lora)
 
     def _as_loaded(self) -> PreTrainedModel:
@@ -235,12 +233,9 @@ class Forecaster:
 
     def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float]:
         """Of a step, and of it to add up gradients."""
-        if self._work is None:
-            return 0.0, 0.0
         memory = Memory(plan.part_tokens, plan.mlp_tokens, self._ways(card), plan.padded_room, plan.sparing)
-        passed = sum(layer.kept_bytes(memory, Keep.ALL) for layer in self._layers)
-        parts = self.config.batch_tokens / plan.part_tokens
-        step = Step(self._work, plan, round(passed * parts), self.adapter_parameters, self._in_fp8(card))
+        head, lowest = self._decoder.head.numel(), lowest_trained(self._layers, self._per_layer)
+        step = Step(self._layers, head, plan, memory, self.adapter_parameters, lowest, self._in_fp8(card))
         computed = self.config.accumulation // self.cards * step.seconds(self.lengths, card)
         summed = sum_seconds(self.adapter_parameters, self.cards, card) if computed else 0.0
         return computed + summed, summed

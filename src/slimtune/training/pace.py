@@ -1,8 +1,9 @@
 """How long a step takes on a card before one was made there: its work over rates, and what the memory plan adds.
 
-Six rates, fitted at once to twenty steps that were measured on one H200, of seven families, with and without a budget
-of memory (``benchmarks/pace.py`` has them, how near each comes, and how near by rates of the others). Another card's
-are these by the ratio of what its maker publishes: arithmetic, and called so.
+Each way through the layers is so many operations of frozen weights' products, so many of attention's, and so many bytes
+through memory for everything else; what is computed or unpacked again is more of the same. Five rates are fitted at
+once to 56 steps that were measured on one H200 (``benchmarks/pace.py`` has them, how near each comes, and how near by
+rates of the others). Another card's are these by the ratio of what its maker publishes: arithmetic, and called so.
 """
 
 from __future__ import annotations
@@ -11,37 +12,66 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimtune.engine.blocks import Keep
+from slimtune.engine.attention import LONG, ROUND
+from slimtune.engine.blocks import Keep, Memory
+from slimtune.engine.decoder import LayerComputation
 from slimtune.engine.memory import MemoryPlan
+from slimtune.engine.structure import SelfAttention
 from slimtune.hardware import CARDS, Card
-from slimtune.training.floor import Work
 
 __all__ = ["MEASURED", "Step", "sum_seconds"]
 
 MEASURED = "H200"
 """The card of the rates. What is told of others is arithmetic."""
-_PRODUCTS = 589e12  # operations a second of frozen weights' products
-_IN_FP8 = 900e12  # and of those in FP8; set by hand after one call, not fitted
-_ATTENTION = 554e12  # and of attention's
-_PASSES = 0.968e12  # bytes a second of what a layer can keep, for all that is done to it beside products
-_AGAIN = 1.524  # of what the plan's own cost model says for what is computed again
-_UNPACKED = 0.299  # and for weights that are made anew
-_PARAMETER = 2.49e-10  # seconds for each parameter that trains: its products, its gradient, its update
-_LAUNCHES = 6e-3  # seconds in which a host launches a layer both ways: 5.2 to 10 on four hosts; not fitted
+_PRODUCTS = 661e12  # operations a second of frozen weights' products
+_IN_FP8 = 1000e12  # and of those in FP8
+_ATTENTION = 535e12  # and of attention's
+_MOVED = 2.78e12  # bytes a second of all that passes through memory
+_PARAMETER = 3.14e-10  # seconds for each parameter that trains: its gradient, its update
+_FILLING = 112
+"""Rows of which a product takes as long as for none: as if each had so many more."""
+_PASSES = 5.0
+"""Times that what a layer can keep goes through memory: a third of them forward."""
+_APART = 0.4
+"""FlashAttention-2's speed on Hopper and the engine's own kernel's, of cuDNN's: 180 to 290 of 530 to 650 TFLOP/s."""
+_UNPACKED_IN_FP8 = 1.5
+"""Times as long as a byte in 16 bits takes one of a weight in FP8 to be made anew: a kernel bound by instructions."""
+_LAUNCHES = 1.05e-3
+"""Seconds in which a host launches a product both ways, and again its adapters' own: 0.9 to 1.7 on others."""
 HOST_CARDS, HOST_LINK = 8, 12.5
 """Cards of one host, and GB a second between hosts: 100 Gb/s."""
+
+
+@dataclass
+class _Way:
+    """What one way through the model takes."""
+
+    products: float = 0.0
+    """Operations of frozen weights' products in the layers, the rows among them that fill the device."""
+    head: float = 0.0
+    """And in the head."""
+    attended: float = 0.0
+    """Of attention, as many as cuDNN does in the time."""
+    moved: float = 0.0
+    """Bytes through memory."""
+    unpacked: float = 0.0
+    """Bytes of weights made anew."""
 
 
 @dataclass(frozen=True)
 class Step:
     """What one micro-batch's time follows from."""
 
-    work: Work
+    layers: Sequence[LayerComputation]
+    head: int
+    """Weights of the head."""
     plan: MemoryPlan
-    passed: int
-    """Bytes that layers keep where they keep everything."""
+    memory: Memory
+    """What the plan asks blocks about."""
     trained: int
     """Parameters that train."""
+    lowest: int = 0
+    """The first layer that has a backward."""
     in_fp8: float = 0.0
     """Of the frozen weights' products the share in FP8."""
 
@@ -49,32 +79,79 @@ class Step:
         """Of a micro-batch of documents of these lengths, every token supervised; 0 where nobody knows the card."""
         if not card.tflops or not card.bandwidth:
             return 0.0
-        like, plan = CARDS[MEASURED], self.plan
-        slower, moves = like.tflops / card.tflops, like.bandwidth / card.bandwidth
-        again = sum(keep == Keep.INPUT for keep in plan.keep) / max(1, len(plan.keep))
-        tokens = sum(lengths)
-        eighths = self.in_fp8 * self.work.linear
-        multiplied = 4.0 * tokens * ((self.work.linear - eighths + self.work.head) / _PRODUCTS + eighths / _IN_FP8)
-        attended = self.work.squares(lengths) / _ATTENTION  # a product; the forward has two, the backward five
-        unpacked, moved = _UNPACKED * plan.added.unpacked, moves * (self.passed / _PASSES + self.trained * _PARAMETER)
-        shared = slower * (multiplied + unpacked) + moved
-        forward = shared / 2 + slower * 2.0 * attended
-        # In layers that keep nothing the forward's two products are made again.
-        backward = shared / 2 + slower * ((5.0 + 2.0 * again) * attended + _AGAIN * plan.added.computed)
-        return forward + backward + self._waited(forward, backward, tokens, card)
+        forward, backward = (self._seconds(way, card) for way in self._ways(lengths, card))
+        backward += CARDS[MEASURED].bandwidth / card.bandwidth * self.trained * _PARAMETER
+        return forward + backward + self._waited(forward, backward, sum(lengths), card)
+
+    def _seconds(self, way: _Way, card: Card) -> float:
+        """Each term over its rate."""
+        like, eighths = CARDS[MEASURED], self.in_fp8 * way.products
+        computed = (way.products - eighths + way.head) / _PRODUCTS + eighths / _IN_FP8 + way.attended / _ATTENTION
+        unpacked = way.unpacked * (1 + (_UNPACKED_IN_FP8 - 1) * self.in_fp8)
+        return like.tflops / card.tflops * computed + like.bandwidth / card.bandwidth * (way.moved + unpacked) / _MOVED
+
+    def _ways(self, lengths: Sequence[int], card: Card) -> tuple[_Way, _Way]:
+        """Forward and backward."""
+        tokens, plan = sum(lengths), self.plan
+        filled = 1 + _FILLING / min(plan.head_tokens, plan.part_tokens)
+        forward, backward = (_Way(head=2.0 * tokens * self.head * filled) for _ in range(2))
+        for index, layer in enumerate(self.layers):
+            self._add_layer(index, tokens, forward, backward)
+            if layer.layer.attention is not None:
+                product = self._attended(layer.layer.attention, lengths, card)
+                forward.attended += 2 * product
+                if index >= self.lowest:
+                    backward.attended += (5 + 2 * (plan.keep[index] == Keep.INPUT)) * product
+        return forward, backward
+
+    def _add_layer(self, index: int, tokens: int, forward: _Way, backward: _Way) -> None:
+        """All of a layer's but attention. Below the lowest adapter there is no way back."""
+        plan, memory, layer = self.plan, self.memory, self.layers[index]
+        keep, back = plan.keep[index], index >= self.lowest
+        parts = math.ceil(tokens / plan.part_tokens)
+        whole, kept = (layer.kept_bytes(memory, level) * tokens / plan.part_tokens for level in (Keep.ALL, keep))
+        # An adapter's own products read and write each end of the layer's; four times in all.
+        ends = 4.0 * tokens * sum(block.adapted_columns for block in layer.blocks)
+        forward.moved += (_PASSES * whole + ends) / 3
+        backward.moved += back * (2 * (_PASSES * whole + ends) + _PASSES * (whole - kept)) / 3
+        held, held_turned = index < plan.kept_weights, index < plan.kept_turned
+        for block in layer.blocks:
+            filled = 2.0 * tokens * (1 + _FILLING / block.rows(memory))
+            again = block.products_again(keep)
+            forward.products += filled * block.products
+            backward.products += back * filled * (block.products + again)
+            uses, upright = parts * block.chunks(memory), block.weight_bytes
+            forward.unpacked += uses * upright * (not held)
+            turned = block.turned_bytes
+            anew = (upright - turned + upright * again / block.products) * (not held) + turned * (not held_turned)
+            backward.unpacked += back * uses * anew
+
+    def _attended(self, part: SelfAttention, lengths: Sequence[int], card: Card) -> float:
+        """Operations of one of attention's products, as long as cuDNN would take for them."""
+        width, found = part.heads * part.head_dim, 0.0
+        rows = len(set(lengths)) == 1 and lengths[0] % ROUND == 0
+        before = card.capability < (9, 0)  # what is fast there is FlashAttention-2
+        for length in lengths:
+            window = min(part.window or length, length)
+            fast = self.memory.ways[part.kind] == "varlen" and part.head_dim <= 128 and window == length
+            speed = 1.0 if before or (fast and (rows or length >= LONG)) else _APART
+            found += width * (2.0 * length * window - window * window) / speed
+        return found
 
     def _waited(self, forward: float, backward: float, tokens: int, card: Card) -> float:
-        """For copies, beyond what they run beside: a forward brings weights and sends away what layers keep, on a bus
-        that does both at once; a backward brings both. And for a host that gives the device work without a graph."""
+        """For copies, beyond the work of their own way, beside which both kinds take turns on the bus. And for a host
+        that gives the device work without a graph."""
         plan, layers = self.plan, len(self.plan.keep)
         if not (plan.in_ram or plan.streamed):
             return 0.0
         parts = math.ceil(tokens / plan.part_tokens)
-        kept, weights = (parts * nbytes / (1e9 * card.bus) for nbytes in (plan.ram_bytes, plan.streamed_bytes))
+        copy = parts * (plan.ram_bytes + plan.streamed_bytes) / (1e9 * card.bus)
         # Streamed layers are spread over all others; layers in RAM have their own work to run beside.
         share = 1.0 if plan.streamed else len(plan.in_ram) / layers
-        copied = _beyond(max(kept, weights), share * forward) + _beyond(kept + weights, share * backward)
-        return max(copied, parts * layers * _LAUNCHES - forward - backward)
+        copied = _beyond(copy, share * forward) + _beyond(copy, share * backward)
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        launches = sum(block.chunks(self.memory) * (len(block.parts) + len(block.trained)) for block in blocks)
+        return max(copied, parts * launches * _LAUNCHES - forward - backward)
 
 
 def _beyond(copy: float, work: float) -> float:

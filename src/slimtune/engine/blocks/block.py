@@ -290,6 +290,15 @@ class Block(ABC):
     def rows(self, memory: Memory) -> int:
         """Rows that a product takes at once: few don't fill a device."""
 
+    def chunks(self, memory: Memory) -> int:
+        """Products that a part goes through each weight in, one after the other: it is made anew for each."""
+        return 1
+
+    @property
+    def adapted_columns(self) -> int:
+        """Columns of one token that its adapters' own products read and write: inputs and outputs."""
+        return sum(part.inputs + part.outputs for part in self.trained)
+
     @property
     @abstractmethod
     def products(self) -> float:

@@ -266,6 +266,15 @@ class BranchBlock(Block):
         """See :meth:`Block.rows`."""
         return min(block.rows(memory) for block in self.inner.blocks)
 
+    def chunks(self, memory: Memory) -> int:
+        """See :meth:`Block.chunks`."""
+        return max(block.chunks(memory) for block in self.inner.blocks)
+
+    @property
+    def adapted_columns(self) -> int:
+        """See :attr:`Block.adapted_columns`."""
+        return sum(block.adapted_columns for block in self.inner.blocks)
+
     @property
     def products(self) -> float:
         """See :attr:`Block.products`."""

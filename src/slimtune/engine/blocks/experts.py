@@ -204,6 +204,15 @@ class ExpertsBlock(Block):
         pairs = min(memory.tokens, memory.mlp_tokens) * self.part.router.choice.k
         return max(1, pairs // self.part.gate_up.experts)
 
+    def chunks(self, memory: Memory) -> int:
+        """See :meth:`Block.chunks`."""
+        return -(-memory.tokens // memory.mlp_tokens)
+
+    @property
+    def adapted_columns(self) -> int:
+        """See :attr:`Block.adapted_columns`."""
+        return self.part.router.choice.k * super().adapted_columns
+
     @property
     def products(self) -> float:
         """See :attr:`Block.products`."""

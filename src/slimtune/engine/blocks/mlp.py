@@ -155,6 +155,10 @@ class MlpBlock(TwoProjections):
         """See :meth:`Block.rows`."""
         return min(memory.tokens, memory.mlp_tokens)
 
+    def chunks(self, memory: Memory) -> int:
+        """See :meth:`Block.chunks`."""
+        return -(-memory.tokens // memory.mlp_tokens)
+
     def products_again(self, keep: Keep) -> float:
         """See :meth:`Block.products_again`."""
         return float(self.gate_up.inputs * self.gate_up.outputs) if keep < Keep.GATES else 0.0
