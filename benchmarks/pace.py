@@ -229,7 +229,7 @@ def terms(points: tuple[Point, ...], folder: Path) -> torch.Tensor:
             for column, name in enumerate(RATES):
                 for other in RATES:
                     setattr(pace, other, 1.0 if other == name else 0.0 if other in FACTORS else float("inf"))
-                with mock.patch.object(pace.Step, "_waited", return_value=0.0):
+                with mock.patch.multiple(pace.Step, _copied=lambda *_: 0.0, launching=lambda *_: 0.0):
                     found[row, column] = seconds(point, forecaster) / measured * 1e3
     finally:
         for name, value in before.items():

@@ -154,6 +154,8 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
         told("Other cards: by the rates that their makers publish, which is arithmetic."),
         told("Saves and evaluations come on top."),
     ]
+    if any(row.launched for row in rows):
+        said.append(told("~: as long as a host takes to launch the work, and hosts differ by half and more."))
     if forecaster.cards > 1:
         most = max((row.sum_seconds for row in rows), default=0.0)
         said += [
@@ -222,7 +224,8 @@ def _cells(forecaster: Forecaster, row: Forecast, rehearsed: dict[str, Any]) -> 
     ram, longest_ram = (gib(nbytes) if nbytes else "-" for nbytes in (row.locked_bytes, row.longest_ram))
     seconds = row.step_seconds if row.trains else 0.0
     whole = _run_seconds(forecaster, row, rehearsed) if row.trains else 0.0
-    times = (f"{seconds:.2g} s" if seconds else "-", time_left(whole) if whole else "-")
+    about = "~" if row.launched else ""
+    times = (f"{about}{seconds:.2g} s" if seconds else "-", time_left(whole) if whole else "-")
     return (
         row.card,
         told("yes") if row.trains else told("no"),

@@ -93,6 +93,8 @@ class Forecast:
     """Of an optimizer step; 0 where nobody knows the card's speed."""
     sum_seconds: float = 0.0
     """Of these: to add up the gradients of several cards."""
+    launched: bool = False
+    """The time is what a host takes to launch the work: hosts differ by half and more."""
     longest: int = 0
     """Tokens of the longest document that can be trained on; 0: none, or not asked."""
     longest_ram: int = 0
@@ -231,14 +233,15 @@ class Forecaster:
             *self._seconds(plan, card), sharing=self.sharing,
         )  # fmt: skip
 
-    def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float]:
-        """Of a step, and of it to add up gradients."""
+    def _seconds(self, plan: MemoryPlan, card: Card) -> tuple[float, float, bool]:
+        """Of a step, and of it to add up gradients; whether that is for a host's launches."""
         memory = Memory(plan.part_tokens, plan.mlp_tokens, self._ways(card), plan.padded_room, plan.sparing)
         head, lowest = self._decoder.head.numel(), lowest_trained(self._layers, self._per_layer)
         step = Step(self._layers, head, plan, memory, self.adapter_parameters, lowest, self._in_fp8(card))
-        computed = self.config.accumulation // self.cards * step.seconds(self.lengths, card)
+        once = step.seconds(self.lengths, card)
+        computed = self.config.accumulation // self.cards * once
         summed = sum_seconds(self.adapter_parameters, self.cards, card) if computed else 0.0
-        return computed + summed, summed
+        return computed + summed, summed, 0 < once == step.launching(sum(self.lengths))
 
     def _in_fp8(self, card: Card) -> float:
         """Of the layers' products the share that the run asks to have in FP8, and this card has so."""

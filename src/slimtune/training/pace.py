@@ -81,7 +81,16 @@ class Step:
             return 0.0
         forward, backward = (self._seconds(way, card) for way in self._ways(lengths, card))
         backward += CARDS[MEASURED].bandwidth / card.bandwidth * self.trained * _PARAMETER
-        return forward + backward + self._waited(forward, backward, sum(lengths), card)
+        tokens = sum(lengths)
+        return max(forward + backward + self._copied(forward, backward, tokens, card), self.launching(tokens))
+
+    def launching(self, tokens: int) -> float:
+        """Seconds in which a host launches the work for so many tokens; 0 where graphs are recorded."""
+        if not (self.plan.in_ram or self.plan.streamed):
+            return 0.0
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        products = sum(block.chunks(self.memory) * (len(block.parts) + len(block.trained)) for block in blocks)
+        return math.ceil(tokens / self.plan.part_tokens) * products * _LAUNCHES
 
     def _seconds(self, way: _Way, card: Card) -> float:
         """Each term over its rate."""
@@ -138,20 +147,13 @@ class Step:
             found += width * (2.0 * length * window - window * window) / speed
         return found
 
-    def _waited(self, forward: float, backward: float, tokens: int, card: Card) -> float:
-        """For copies, beyond the work of their own way, beside which both kinds take turns on the bus. And for a host
-        that gives the device work without a graph."""
-        plan, layers = self.plan, len(self.plan.keep)
-        if not (plan.in_ram or plan.streamed):
-            return 0.0
-        parts = math.ceil(tokens / plan.part_tokens)
-        copy = parts * (plan.ram_bytes + plan.streamed_bytes) / (1e9 * card.bus)
+    def _copied(self, forward: float, backward: float, tokens: int, card: Card) -> float:
+        """What copies take beyond the work of their own way, beside which both kinds take turns on the bus."""
+        plan = self.plan
+        copy = math.ceil(tokens / plan.part_tokens) * (plan.ram_bytes + plan.streamed_bytes) / (1e9 * card.bus)
         # Streamed layers are spread over all others; layers in RAM have their own work to run beside.
-        share = 1.0 if plan.streamed else len(plan.in_ram) / layers
-        copied = _beyond(copy, share * forward) + _beyond(copy, share * backward)
-        blocks = [block for layer in self.layers for block in layer.blocks]
-        launches = sum(block.chunks(self.memory) * (len(block.parts) + len(block.trained)) for block in blocks)
-        return max(copied, parts * launches * _LAUNCHES - forward - backward)
+        share = 1.0 if plan.streamed else len(plan.in_ram) / len(plan.keep)
+        return _beyond(copy, share * forward) + _beyond(copy, share * backward)
 
 
 def _beyond(copy: float, work: float) -> float:
