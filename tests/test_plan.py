@@ -112,6 +112,9 @@ def test_too_few_steps_are_said_with_what_to_set(tmp_path: Path) -> None:
     assert few_steps(config, 40, documents) is None
     padded = few_steps(Config.make(packing=False, gradient_accumulation=1, epochs=3), 5, documents)
     assert padded == "15 optimizer steps are little to learn from: more by --epochs 20"
+    beside = few_steps(Config.make(epochs=3, gradient_accumulation=1, rehearse=0.1), 1, documents)
+    assert beside is not None
+    assert "--pack-tokens 256" in beside, "the answers that are rehearsed fit in"
     decided, _ = resolve_amount(Config.make(), documents, None)
     assert few_steps(decided, 2, documents) == "40 optimizer steps are little to learn from: more rows would teach more"
 

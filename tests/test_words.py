@@ -148,6 +148,12 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
             "最后一步无法保存：需要 7.0 MiB，磁盘只剩 3.0 MiB（my run/checkpoints）",
         ),
         ("because of \\1 and {}", "because of \\1 and {}"),
+        (
+            "min 31 · p10 31 · median 1,043 · p90 1,100 · p99 1,100 · max 1,100",
+            "最短 31 · p10 31 · 中位 1,043 · p90 1,100 · p99 1,100 · 最长 1,100",
+        ),
+        ("off: asked for → padded rows, 1 micro-batch", "关闭：按要求 → 补齐的行，1 个微批次"),
+        ("6 of 512 tokens, 87.6% full; 2 epochs together", "6 包，每包 512 个 token，填满 87.6%；2 轮合计"),
         ("data", "数据"),
     ],
 )

@@ -32,6 +32,8 @@ from slimtune.values import must_be
 
 __all__ = [
     "FREE_KEYS",
+    "SMALL_BASE",
+    "SMALL_RATE",
     "TARGET_WORDS",
     "USUAL_ACCUMULATION",
     "USUAL_EPOCHS",
@@ -45,6 +47,8 @@ USUAL_EPOCHS = 3.0
 USUAL_ACCUMULATION = 2
 """What ``auto`` is where the data makes enough steps."""
 USUAL_RATE = 2e-4
+SMALL_BASE, SMALL_RATE = 200_000_000, 1e-3
+"""Measured at 135 million parameters (benchmarks/defaults.py); larger bases take the usual rate, unmeasured here."""
 
 FREE_KEYS = frozenset(
     {

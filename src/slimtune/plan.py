@@ -12,7 +12,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.config import Config
+from slimtune.config import SMALL_BASE, SMALL_RATE, Config
 from slimtune.data.packing import micro_batches
 from slimtune.errors import UserError
 from slimtune.hardware import Hardware
@@ -55,8 +55,6 @@ ANSWER_PASSES = 4
 base's general score on average, in each of up to twenty epochs 84 %, in up to three times the steps (decision 174)."""
 REHEARSED_TOKENS = 256
 """A general prompt with its answer takes no more, in most templates."""
-SMALL_BASE, SMALL_RATE = 200_000_000, 1e-3
-"""Measured at 135 million parameters (benchmarks/defaults.py); larger bases take the usual rate, unmeasured here."""
 LEAST_DOCUMENTS = 4
 """Of a pack, on average: what a step of fewer says depends on which they are."""
 _TILE = 64
@@ -189,9 +187,7 @@ def resolve_amount(config: Config, train: Documents, held_out: Documents | None)
     Raises:
         UserError: The packs that were asked for don't hold the longest document.
     """
-    longest = max(int(part.lengths.max()) for part in (train, held_out) if part is not None)
-    if config.rehearse and config.pack_tokens == "auto":
-        longest = max(longest, min(REHEARSED_TOKENS, config.batch_tokens))
+    longest = _longest(config, *(part for part in (train, held_out) if part is not None))
     if config.packing and longest > config.batch_tokens:
         raise UserError(
             f"pack_tokens {config.batch_tokens:,} is less than the longest conversation, which has {longest:,} tokens",
@@ -209,6 +205,14 @@ def resolve_amount(config: Config, train: Documents, held_out: Documents | None)
         if value != usual[key]
     ]
     return config.model_copy(update=taken), choices
+
+
+def _longest(config: Config, *parts: Documents) -> int:
+    """Tokens of the longest document that a pack is to hold; of what is rehearsed, where packs are made for it."""
+    longest = max(int(part.lengths.max()) for part in parts)
+    if config.rehearse and config.pack_tokens == "auto":
+        longest = max(longest, min(REHEARSED_TOKENS, config.batch_tokens))
+    return longest
 
 
 def _steps_at_least(config: Config, documents: Documents) -> int:
@@ -254,7 +258,8 @@ def few_steps(config: Config, per_epoch: float, documents: Documents, ranks: int
     free: dict[str, Any] = {"epochs": "auto", "gradient_accumulation": "auto" if ranks == 1 else ranks}
     free |= {"pack_tokens": "auto", "micro_batch": 1} if config.packing else {}
     more = {"gradient_accumulation": ranks}
-    more |= _more_steps(config.model_copy(update=free), documents, int(documents.lengths.max()))
+    freed = config.model_copy(update=free)
+    more |= _more_steps(freed, documents, _longest(freed, documents))
     flags = [f"--{key.replace('_', '-')} {value:g}" for key, value in more.items() if value != getattr(config, key)]
     what = f"{steps} optimizer step{'s are' if steps > 1 else ' is'} little to learn from"
     return f"{what}: more by {' '.join(flags)}" if flags else f"{what}: more rows would teach more"

@@ -272,7 +272,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
                 facts.training.ram_layers, facts.training.ram_bytes = trainer.in_ram
                 facts.training.streamed_layers, facts.training.streamed_bytes = trainer.streamed
                 step, held_out, sampled = trainer.saved_step, facts.data.get("held_out"), read_samples(run.samples())
-                facts.verdict = judge(records, config, facts.training, step, held_out, sampled)
+                facts.verdict = judge(records, config, facts.training, step, held_out, sampled, facts.base.parameters)
             facts.base.fingerprint_after = fingerprint(trainer.model)
             data = ready.data
             del trainer, ready  # the fresh base takes their room

@@ -44,7 +44,7 @@ def test_a_hub_that_takes_no_connection_is_said_once_and_left_alone(capsys: pyte
         assert not look_for_hub("smollm2-135m", "a/b")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert capsys.readouterr().err == "无法连接 127.0.0.1：连接被拒绝。只读取缓存中已有的内容，不下载。\n"
-    assert look_for_hub("a/c")
+    assert not look_for_hub("a/c")
     assert capsys.readouterr().err == ""
 
 
@@ -53,6 +53,9 @@ def test_it_isnt_asked_without_need(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert look_for_hub("smollm2-135m", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert look_for_hub("a/b")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "yes")
+    with pytest.raises(UserError, match="a/b isn't in the hub's cache"):
+        check_model("a/b")
 
 
 def test_a_slow_one_is_left_to_its_client(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,34 @@ def test_a_second_ctrl_c_on_the_way_out_says_no_more() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr == "\nslimtune: interrupted\n"
+
+
+INTERRUPTED_EARLY = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "click":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from slimtune.__main__ import main
+main()
+"""
+
+
+def test_a_ctrl_c_before_the_command_line_is_there_is_one_line_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_EARLY],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "zh_CN.UTF-8"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "\nslimtune: 已中断\n")
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert scripts == {"slimtune": "slimtune.__main__:main"}
 
 
 def test_a_stop_that_was_asked_for_is_no_error(

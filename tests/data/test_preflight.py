@@ -89,6 +89,15 @@ def test_overlong_drop_and_error_name_the_row(tmp_path: Path, tokenizer: PreTrai
         overlong(tmp_path, tokenizer, "error")
 
 
+def test_overlong_split_that_doesnt_help_isnt_advised(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for how, advised in (("split", False), ("drop", True)):
+        refusal = overlong(tmp_path, tokenizer, how, 8).refusal
+        assert refusal is not None
+        assert refusal.way_out is not None
+        assert "Raise --max-length to" in refusal.way_out
+        assert ("--overlong" in refusal.way_out) == advised
+
+
 def test_overlong_split_keeps_every_reply_and_the_system_turn(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

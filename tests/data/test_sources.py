@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from slimtune.data.readers import file_rows
 from slimtune.data.rows import RowRefused
 from slimtune.data.sources import Place, content_hash, parse_source, read_rows
 from slimtune.errors import UserError
+from slimtune.words import catalogue
 
 ROWS = [{"instruction": f"Say {n},\nplease", "output": f'"{n}" — 船'} for n in range(5)]
 
@@ -153,6 +155,29 @@ def test_a_hub_set_that_cant_be_had_is_one_message(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"^hub data 'owner/name' can't be loaded: no network\nA hub id is"):
         list(read_rows(parse_source("owner/name")))
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (None, "hub data 'owner/name' isn't in the cache on this machine"),  # by the library itself, without a network
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist"), "the hub has no data"),
+    ],
+)
+def test_what_the_hubs_library_says_of_a_missing_set_is_said_in_ones_own_words(
+    raised: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(repo: str, split: str) -> datasets.Dataset:
+        assert raised is not None
+        raise raised
+
+    if raised is None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=said) as refused:
+        list(read_rows(parse_source("owner/name")))
+    assert all(told is not None for told in map(catalogue().told, str(refused.value).split("\n")))
 
 
 # -- raw text ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from slimtune.config import Config
+from slimtune.plan import resolve_rate
 from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import bootstrap
 from slimtune.run.judge import judge, parts_record
@@ -79,6 +80,32 @@ def test_the_flag_is_the_one_that_the_run_was_given() -> None:
     assert verdict({0: 3.0, 20: 2.5, 40: 2.0, 60: 1.5}, max_steps=60).suggestion == "--max-steps 120"
     assert verdict({0: 3.0, 60: 9.0}, learning_rate=5).suggestion == "--learning-rate 0.0002"
     assert verdict({0: 3.0, 20: 3.0, 60: 3.0}, learning_rate=5).suggestion == "--learning-rate 0.0002"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate", "lower"),
+    [
+        (135_000_000, 5.0, "0.001"), (135_000_000, 2e-3, "0.001"), (135_000_000, 1e-3, "0.0001"),
+        (7_000_000_000, 1e-3, "0.0002"), (7_000_000_000, 2e-4, "2e-05"),
+    ],
+)  # fmt: skip
+def test_a_lower_rate_is_the_bases_own_unless_that_failed(parameters: int, rate: float, lower: str) -> None:
+    config = Config.make(learning_rate=rate)
+    records = [evaluation(0, 3.0), evaluation(60, 9.0)]
+    found = judge(records, config, TRAINING, 60, HELD_OUT, None, parameters)
+    assert found.suggestion == f"--learning-rate {lower}"
+    unmeasured = TrainingFacts(**{**vars(TRAINING), "last_loss": math.nan})
+    assert judge([], config, unmeasured, 60, None, None, parameters).suggestion == found.suggestion
+    # What it is given by itself is what the advice goes by.
+    given, _ = resolve_rate(Config.make(), parameters)
+    assert given.rate < rate or float(lower) < given.rate
+
+
+def test_a_run_that_stopped_early_isnt_to_be_longer() -> None:
+    records = [evaluation(step, loss) for step, loss in {0: 3.0, 20: 2.5, 40: 2.0, 60: 2.05}.items()]
+    found = judge(records, Config.make(early_stopping=1), TRAINING, 40, HELD_OUT)
+    assert (found.outcome, found.advice, found.suggestion) == ("better", "", "")
+    assert judge(records[:-1], Config.make(), TRAINING, 40, HELD_OUT).advice == "longer"
 
 
 def test_without_held_out_rows_only_losses_that_are_none_are_seen() -> None:

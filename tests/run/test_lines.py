@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+
 from slimtune.config import Config
-from slimtune.run.lines import in_ram_line, steps_line
+from slimtune.data.documents import Documents, DocumentStore, DocumentWriter, Together
+from slimtune.data.packing import micro_batches
+from slimtune.data.sources import Place
+from slimtune.run.lines import in_ram_line, packs_line, steps_line
 
 
 def test_the_length_of_a_run_is_said() -> None:
@@ -21,3 +28,16 @@ def test_what_waits_in_ram_is_said_with_its_price() -> None:
         "micro-batch of full length, beside the layers' work"
     )
     assert "backward, and of 30 what attention gave (30.50GiB locked): 61.00GiB" in in_ram_line(31, 30, 32, 61 << 29)
+
+
+def test_packs_of_several_epochs_are_told_as_such(tmp_path: Path) -> None:
+    with DocumentWriter(tmp_path) as writer:
+        for row in range(4):
+            writer.add(np.arange(32, dtype=np.int32), np.ones(32, np.bool_), 0, Place("a", row, "row"))
+    rows = Documents(DocumentStore(tmp_path), np.arange(3))
+    config = Config.make(pack_tokens=128)
+    assert packs_line(micro_batches(rows, config), config, None) == "1 of 128 tokens, 75.0% full"
+    twice = Together(rows, Documents(rows.store, np.arange(3, 4)), 2)
+    assert packs_line(micro_batches(twice, config), config, None) == "2 of 128 tokens, 87.5% full; 2 epochs together"
+    alone = Config.make(packing=False)
+    assert packs_line(micro_batches(twice, alone), alone, "asked for").endswith("7 micro-batches; 2 epochs together")

@@ -448,7 +448,7 @@ def test_a_disk_that_never_comes_back_ends_in_exit_3_with_the_last_good_one(
 def test_room_is_checked_before_a_save(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_module, "free_bytes", lambda path: 1000)
     run = make_run("run")
-    with pytest.raises(GuardStop, match=r"needed, 1,000 free"):
+    with pytest.raises(GuardStop, match=r"1\.0 MiB are needed, and the disk has 1\.0 KiB free"):
         run.fit()
     assert list(run.safety.checkpoints.folder.iterdir()) == []
 

@@ -63,7 +63,8 @@ def upstream_errors(source: str) -> Iterator[None]:
 
 def _load_error(source: str, error: BaseException) -> UserError:
     text = str(error).strip()
-    first = shown(text.splitlines()[0] if text else type(error).__name__, 300)
+    lines = text.splitlines() or [type(error).__name__]
+    first = shown(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
     if "trust_remote_code" in text or "custom code" in text:
         return UserError(
             f"{source} needs Python code of its own to load",

@@ -71,8 +71,8 @@ def command(
         if _is_model(Path(name).expanduser()):
             raise UserError(f"data {name} is a folder without rows", way_out=f"That is a model: --model {name}")
 
-    check_model(config.model)
     check_files(*config.data, *config.eval)
+    check_model(config.model)
 
     # Here, as they load torch, and --help is to answer at once.
     with fast_imports():

@@ -21,6 +21,8 @@ __all__ = ["cached_models", "check_model", "look_for_hub"]
 _PATIENCE = 5.0
 """Seconds within which a connection must stand: a packet that is lost is sent again after one and after three."""
 _ASKED_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""As the hub's client reads them."""
 _PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
 
 
@@ -28,10 +30,13 @@ def look_for_hub(*names: str) -> bool:
     """Where one of the names can only be a hub id, and no connection to the hub can be made: say so, return False, and
     let the hub's client read its cache alone, in this process and those that it starts. A slow one is waited for.
 
-    Called before that client is imported, which reads its setting then; a person's own setting is left alone.
+    Called before that client is imported, which reads its setting then; a person's own setting is left alone, and
+    nothing is said of one that has it read its cache alone already.
     """
-    if any(name in os.environ for name in _ASKED_OFFLINE) or not any(map(_is_remote, names)):
+    if not any(map(_is_remote, names)):
         return True
+    if asked := [os.environ[name] for name in _ASKED_OFFLINE if name in os.environ]:
+        return not any(value.upper() in _TRUE for value in asked)
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     reason = _unreachable(url)
     if reason is None:

@@ -11,6 +11,7 @@ from slimtune.errors import UserError
 __all__ = ["hub_fingerprint", "hub_rows"]
 
 _BATCH = 1000
+_RULE = "A hub id is owner/name or owner/name:split; a local file needs an existing path."
 
 
 def hub_rows(name: str) -> Iterator[Row]:
@@ -32,11 +33,23 @@ def _load(name: str) -> Any:
     repo, _, split = name.partition(":")
     try:
         return datasets.load_dataset(repo, split=split or "train")
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(
+            f"the hub has no data {repo!r}, or shows it only to those who may see it",
+            rule=_RULE,
+            way_out="Check the id; where access is needed, give it by HF_TOKEN.",
+        ) from None
     except Exception as error:  # noqa: BLE001 - datasets, the hub's client and fsspec raise dozens of types here
+        if isinstance(error, ConnectionError) and str(error).startswith("Couldn't reach"):
+            raise UserError(
+                f"hub data {repo!r} isn't in the cache on this machine, and the hub wasn't reached",
+                rule=_RULE,
+                way_out="Check the id and the network; or download the file and give its path.",
+            ) from None
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"hub data {name!r} can't be loaded: {first}",
-            rule="A hub id is owner/name or owner/name:split; a local file needs an existing path.",
+            rule=_RULE,
             way_out="Check the id, the split and the network; or download the file and give its path.",
         ) from None
 

@@ -308,7 +308,10 @@ def _way_out(facts: dict[str, Any], config: Config, dropped: int, ledger: Path) 
             fits, left = int(length), left - count
             if left <= config.max_dropped * facts["rows"]:
                 break
-        ways.append(f"Raise --max-length to {fits}, or choose --overlong split or keep-end.")
+        if config.overlong == "drop":
+            ways.append(f"Raise --max-length to {fits}, or choose --overlong split or keep-end.")
+        else:
+            ways.append(f"Raise --max-length to {fits}.")
     if "preference" in facts["dropped"]:
         ways.append("Take the better replies by --prefer chosen.")
     if facts["dropped"].get("encoding", 0) > dropped / 2:

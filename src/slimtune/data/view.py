@@ -83,7 +83,12 @@ def table(proof: Proof, config: Config, batches: MicroBatches | None) -> list[tu
 def _part(facts: dict[str, Any]) -> list[tuple[str, str]]:
     shapes = ", ".join(f"{shape} ({count:,})" for shape, count in facts["shapes"].items()) or "none"
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
-    lengths = " · ".join(f"{name} {value:,}" for name, value in facts["lengths"].items()) or "none"
+    lengths = "none"
+    if at := facts["lengths"]:
+        lengths = (
+            f"min {at['min']:,} · p10 {at['p10']:,} · median {at['median']:,} · p90 {at['p90']:,}"
+            f" · p99 {at['p99']:,} · max {at['max']:,}"
+        )
     return [
         ("shape", shapes),
         (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimtune.config import USUAL_RATE, Config
+from slimtune.config import SMALL_BASE, SMALL_RATE, USUAL_RATE, Config
 from slimtune.run.facts import TrainingFacts, VerdictFacts
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.run.repeats import Stuck, stuck_replies
@@ -57,6 +57,7 @@ def judge(
     step: int,
     held_out: Mapping[str, Any] | None,
     sampled: Sampled | None = None,
+    parameters: int = SMALL_BASE + 1,
 ) -> VerdictFacts:
     """Compare what was saved with what the training began with.
 
@@ -67,11 +68,12 @@ def judge(
         step: The optimizer step that was saved.
         held_out: What the data's proof says of the held-out documents; None if there are none.
         sampled: What held-out prompts were answered.
+        parameters: Of the base.
     """
     found = {record["step"]: _parts(record) for record in records if "held_out_nats" in record}
     start, end = found.get(0), found.get(step)
     if not held_out or start is None or end is None or not np.array_equal(start[1], end[1]):
-        return _by_training(config, training)
+        return _by_training(config, training, parameters)
     same = {at: parts for at, parts in found.items() if at <= step and np.array_equal(start[1], parts[1])}
     losses = {at: float(nats.sum() / max(1, tokens.sum())) for at, (nats, tokens) in same.items()}
     trained = {at: loss for at, loss in losses.items() if at > 0 and math.isfinite(loss)}
@@ -86,6 +88,8 @@ def judge(
     advice = _advice(outcome, same, best, step)
     if outcome == "same" and advice == "longer" and config.rate > HIGH_RATE:
         advice = "slower"
+    if advice == "longer" and max(found) > step:  # early stopping went on from what is saved, and found no better
+        advice = ""
     by_replies = replies.most and outcome != "worse"
     if by_replies:
         outcome = "worse"
@@ -101,7 +105,7 @@ def judge(
         best_step=best,
         best_loss=None if best is None else trained[best],
         advice=advice,
-        suggestion=_suggestion(advice, config, training, best, step),
+        suggestion=_suggestion(advice, config, training, best, step, parameters),
         answered=replies.answered,
         stuck=replies.stuck,
         stuck_reply=replies.example,
@@ -141,10 +145,14 @@ def _advice(outcome: str, found: Mapping[int, Parts], best: int | None, step: in
     return "longer" if still or outcome == "same" else ""
 
 
-def _suggestion(advice: str, config: Config, training: TrainingFacts, best: int | None, step: int) -> str:
-    """The flag that follows the advice."""
+def _suggestion(
+    advice: str, config: Config, training: TrainingFacts, best: int | None, step: int, parameters: int
+) -> str:
+    """The flag that follows the advice. A lower rate is the one that such a base is given by itself, unless it is what
+    failed, or as good as that."""
     if advice == "slower":
-        rate = min(config.rate / 10, USUAL_RATE)
+        usual = SMALL_RATE if parameters <= SMALL_BASE else USUAL_RATE
+        rate = usual if 2 * usual <= config.rate else config.rate / 10
         return f"--learning-rate {rate:.2g}"
     if advice not in ("longer", "shorter"):
         return ""
@@ -155,12 +163,13 @@ def _suggestion(advice: str, config: Config, training: TrainingFacts, best: int 
     return f"--epochs {epochs:.2g}"
 
 
-def _by_training(config: Config, training: TrainingFacts) -> VerdictFacts:
+def _by_training(config: Config, training: TrainingFacts, parameters: int) -> VerdictFacts:
     """No row was held out: all that can be seen is losses that are none."""
     first, last = training.first_loss, training.last_loss
     if math.isfinite(last) and not last > RISE * first:
         return VerdictFacts(outcome="unmeasured")
-    return VerdictFacts(outcome="worse", advice="slower", suggestion=_suggestion("slower", config, training, None, 0))
+    suggestion = _suggestion("slower", config, training, None, 0, parameters)
+    return VerdictFacts(outcome="worse", advice="slower", suggestion=suggestion)
 
 
 def _plain(interval: Interval) -> dict[str, float]:

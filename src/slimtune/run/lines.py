@@ -35,11 +35,14 @@ def data_line(facts: Mapping[str, Any]) -> str:
 
 def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:
     """How documents fill micro-batches; where they aren't packed, why."""
+    together = f"{data.documents.rounds:,} epochs together" if data.documents.rounds > 1 else ""
     if isinstance(data, PackedBatches):
-        return f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
-    how = "documents one at a time" if config.layout == "alone" else "padded rows"
-    full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
-    return f"off: {unpacked} → {how}, {counted(data.per_epoch, 'micro-batch', 'es')}{full}"
+        filled = f"{data.per_epoch:,} of {data.tokens:,} tokens, {data.fill:.1%} full"
+    else:
+        how = "documents one at a time" if config.layout == "alone" else "padded rows"
+        full = f" of up to {data.tokens:,} tokens, {data.fill:.1%} full" if isinstance(data, FilledBatches) else ""
+        filled = f"off: {unpacked} → {how}, {counted(data.per_epoch, 'micro-batch', 'es')}{full}"
+    return "; ".join(filter(None, (filled, together)))
 
 
 def steps_line(steps: int, config: Config, *, evaluates: bool) -> str:
