@@ -49,7 +49,7 @@ def test_a_run_says_whether_the_model_is_better(
     assert done.returncode == 4, done.stderr
     assert json.loads((tmp_path / "told.json").read_text())["outcome"] == "worse"
     assert "WORSE than before the training on 10 held-out documents" in done.stderr
-    assert "Take a lower learning rate: --learning-rate 0.0002" in done.stderr
+    assert "Take a lower learning rate: --learning-rate 0.001" in done.stderr
     assert "WORSE" in (bad / "report.md").read_text()
     first, second = (json.loads((run / "facts.json").read_text())["verdict"] for run in (good, bad))
     assert second["start"]["value"] == first["end"]["value"]

@@ -247,7 +247,7 @@ def test_a_merge_whose_proof_fails_or_dies_leaves_nothing(tmp_path: Path, monkey
         merge(found, tmp_path / "dead", prove=dies)
     plain = merging.MergedWeights
     monkeypatch.setattr(merging, "MergedWeights", lambda base, adapter, **_: plain(base, None))
-    with pytest.raises(GuardStop, match="merged does not say what"):
+    with pytest.raises(GuardStop, match="merged into its base does not say what"):
         merge(found, tmp_path / "other", prove=export.prove_merged)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
 
