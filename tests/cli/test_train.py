@@ -44,7 +44,7 @@ def test_a_run_says_whether_the_model_is_better(
 
     # From what the first one has learned there is something to lose.
     told = f"cat > {tmp_path / 'told.json'}"
-    more = ("--from", str(good), "--learning-rate", "50", "--max-steps", "4", "--notify", told)
+    more = ("--from", str(good), "--learning-rate", "500", "--max-steps", "4", "--notify", told)
     done = run_here(*words, "-o", str(bad), *more)
     assert done.returncode == 4, done.stderr
     assert json.loads((tmp_path / "told.json").read_text())["outcome"] == "worse"
