@@ -186,6 +186,7 @@ def planned(point: Point) -> Iterator[None]:
     """Within this, a plan is what the point's step was planned as."""
 
     def made(layers: Any, tokens: int, vocabulary: int, room: float, **options: Any) -> MemoryPlan:
+        options["turned_head"] = 0  # the head was in 16 bits when these were measured
         if point.whole:
             return part_of(point, layers, tokens, vocabulary, room, options)
         plan = plan_memory(layers, tokens, vocabulary, room, **options)

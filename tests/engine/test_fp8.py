@@ -206,6 +206,37 @@ def test_each_product_is_multiplied_both_ways_and_left_as_it_was(family: str) ->
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_heads_gradient_is_in_fp8_where_its_transpose_fits_and_evaluation_never() -> None:
+    model, batch = wider_model(6), models.pack()
+    plain = make_engine(model, tokens=128, fp8=False)
+    assert plain.head_in_both() is None
+    evaluated, expected = plain.evaluate(batch)[0], gradients_of(plain, model)
+    engine = make_engine(model, tokens=128)
+    assert engine.plan.turned_head
+    both = engine.head_in_both()
+    assert both is not None
+    assert 0.01 * rms(both[1]) < rms(both[0] - both[1]) < 0.03 * rms(both[1])
+    assert torch.equal(engine.evaluate(batch)[0], evaluated)
+
+    found = gradients_of(engine, model)
+    with engine.in_16_bits():
+        off = gradients_of(engine, model)
+    assert all(torch.equal(off[name], value) for name, value in expected.items())
+    engine._head_in_fp8 = None
+    alone = gradients_of(engine, model)
+    (last,) = (name for name in alone if "layers.5.mlp.down_proj.lora_B" in name)
+    # What reaches the last layer is the head's alone.
+    assert 0.002 < rms(found[last] - alone[last]) / rms(alone[last]) < 0.03
+
+    # Each byte less, and it stays in 16 bits; whatever there is room for beside it goes first.
+    least = make_engine(model, tokens=128, memory=0, ram=0)
+    assert least.plan.turned_head == 0
+    budget = least.plan.nbytes + engine.plan.turned_head
+    assert make_engine(model, tokens=128, memory=budget - 1, ram=0).plan.turned_head == 0
+    tight = make_engine(model, tokens=128, memory=budget, ram=0).plan
+    assert (tight.turned_head, tight.kept_weights, tight.nbytes) == (engine.plan.turned_head, 0, budget)
+
+
 @BOTH
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "anew"])
 def test_evaluation_is_in_16_bits_and_leaves_nothing_behind(kept: bool, family: str) -> None:
@@ -257,6 +288,8 @@ def taken(model: nn.Module, engine: Engine) -> tuple[int, int]:
         for part in (site._kept, *site._scratch._buffers.values(), *eight):
             if isinstance(part, Tensor):
                 held[part.untyped_storage().data_ptr()] = part
+    if engine._head_in_fp8 is not None:
+        held |= {part.data_ptr(): part for part in (engine._head_in_fp8.turned, engine._head_in_fp8.scales)}
     weights = sum(part.untyped_storage().nbytes() for part in held.values())
     return weights + most_of_a_step(model, engine, tokens=engine._inputs.room, beside=held.values()), weights
 
@@ -279,12 +312,13 @@ def _results_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]], ids=str)
 def test_a_step_takes_no_more_than_in_bf16(targets: list[str] | str) -> None:
     """Where there is room for all, transposes are held as far as weights take no more for it."""
-    model = wider_model(5, target_modules=targets)
+    model = wider_model(6, target_modules=targets)
     engines = [make_engine(model, tokens=128, fp8=eighths) for eighths in (False, True)]
     (in_bf16, sixteen), (in_fp8, eight) = (taken(model, engine) for engine in engines)
     plan, layers = engines[1].plan, engines[1].layers
     assert set(plan.keep) == {Keep.ALL}
     assert 0 < plan.kept_turned < plan.kept_weights == len(layers)
+    assert plan.turned_head > 0
     for index, layer in enumerate(layers):
         held = [site._kept.untyped_storage().nbytes() for site in layer.sites if site._kept is not None]
         turned = sum(block.turned_bytes for block in layer.blocks) * (index < plan.kept_turned)

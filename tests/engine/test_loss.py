@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimtune.engine.fp8 import Fp8
+from slimtune.engine.fp8_head import Fp8Head
 from slimtune.engine.loss import head_loss, head_loss_and_grad, token_log_probs
 from slimtune.engine.structure import Norm
 
@@ -80,3 +82,52 @@ def test_a_loss_with_the_entropy_has_its_gradient(softcap: float | None) -> None
     torch.testing.assert_close(
         gradient(log_probs, entropy), gradient(expected.log_prob(targets), expected.entropy()), rtol=1e-4, atol=1e-5
     )
+
+
+def in_bfloat16(vocabulary: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Norm]:
+    """x, its residual, a head and a norm; some logits are large."""
+    draw = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, TOKENS, hidden, generator=draw).bfloat16()
+    head = torch.randn(vocabulary, hidden, generator=draw).bfloat16() * 0.7
+    return x, residual, head, Norm(torch.rand(hidden, generator=draw).bfloat16() + 0.5, 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("vocabulary", [4096, 4999])
+def test_the_heads_way_back_in_fp8_is_a_rounding_from_the_gradient(vocabulary: int, softcap: float | None) -> None:
+    """In chunks, the last of them smaller; the loss is that of the same logits."""
+    x, residual, head, norm = in_bfloat16(vocabulary, 64)
+    rows, switch = torch.arange(0, TOKENS, 2), Fp8()
+    targets = torch.randint(vocabulary, rows.shape, generator=torch.Generator().manual_seed(1))
+    eighths = Fp8Head(head, switch)
+    given = x, residual, norm, head, rows, targets, 7
+
+    total = (x + residual).double().requires_grad_()
+    normed = nn.functional.rms_norm(total, (64,), norm.weight.double(), 1e-5)[rows]
+    logits = normed @ head.double().t()
+    capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+    nn.functional.cross_entropy(capped, targets, reduction="sum").backward()
+
+    plain, found, off = (torch.full_like(x, torch.nan) for _ in range(3))
+    loss = head_loss_and_grad(*given, plain, softcap=softcap)
+    torch.testing.assert_close(head_loss_and_grad(*given, found, softcap=softcap, in_fp8=eighths), loss)
+    apart = (found.double() - total.grad).norm() / total.grad.norm()
+    own = (plain.double() - total.grad).norm() / total.grad.norm()
+    assert own < apart < (0.025 if softcap is None else 0.008)
+    assert not found[1::2].any()
+    with switch.off():
+        assert torch.equal(head_loss_and_grad(*given, off, softcap=softcap, in_fp8=eighths), loss)
+    assert torch.equal(off, plain)
+
+
+def test_a_turned_head_is_the_head_but_for_rounding() -> None:
+    head = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    head[:, 3] = 0.0
+    made = Fp8Head(head, Fp8())
+    assert made.turned.shape == (32, 5008)
+    assert not made.turned[:, 5000:].float().any()
+    wide, given = made.turned[:, :5000].float() * made.scales[:, None], head.t().float()
+    assert ((wide - given).abs() <= given.abs() * 2.0**-4 + made.scales[:, None] * 2.0**-10).all()
+    assert made.turned.float().abs().amax(1).tolist() == [448.0] * 3 + [0.0] + [448.0] * 28
+    assert made.turned.nbytes + made.scales.nbytes == Fp8Head.bytes_of(lambda *shape: True, 1, 5000, 32)
+    assert Fp8Head.bytes_of(lambda *shape: True, 1, 5000, 40) == Fp8Head.bytes_of(lambda *shape: False, 1, 64, 32) == 0

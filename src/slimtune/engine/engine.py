@@ -29,7 +29,8 @@ from slimtune.engine.decoder import (
     rotary_tables,
 )
 from slimtune.engine.fp8 import Fp8, pays
-from slimtune.engine.fp8_products import InBoth, in_both
+from slimtune.engine.fp8_head import Fp8Head
+from slimtune.engine.fp8_products import InBoth, head_in_both, in_both
 from slimtune.engine.genuine import a_hook
 from slimtune.engine.inputs import Inputs, ShapeKey
 from slimtune.engine.loss import head_loss, head_loss_and_grad
@@ -154,6 +155,7 @@ class Engine:
             embedding=sum(place.tensor.nbytes for place in embedding_places(self.decoder)),
             sharing=here().sharing,
             lowest=self._lowest,
+            turned_head=Fp8Head.bytes_of(pays, tokens, *self._head.shape) if self.fp8_share else 0,
         )
         self.plan: MemoryPlan
         self.plan, self._streamed, self._away = carry_out(planned, self.decoder, self.layers, self.device)
@@ -170,6 +172,7 @@ class Engine:
         for index, layer in enumerate(self.layers[: self.plan.kept_weights]):
             for block in layer.blocks:
                 block.keep_weights(turned=index < self.plan.kept_turned)
+        self._head_in_fp8 = Fp8Head(self._head, self._fp8) if self.plan.turned_head else None
 
     def _use_fp8(self, tokens: int) -> float:
         """Let what gains by it multiply in FP8; its share of all layers' products."""
@@ -216,6 +219,13 @@ class Engine:
                 self._streamed.take(index, step=1)
             for part in (part for block in layer.blocks for part in block.parts if part.in_fp8 is not None):
                 yield in_both(part, draw, rows)
+
+    @torch.no_grad()
+    def head_in_both(self, rows: int = 64) -> tuple[Tensor, Tensor] | None:
+        """The gradient of so many random rows through the head in FP8 and in 16 bits; None: it is in 16 bits."""
+        if self._head_in_fp8 is None:
+            return None
+        return head_in_both(self._head, self._head_in_fp8, torch.Generator(self.device).manual_seed(0), rows)
 
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
@@ -419,16 +429,10 @@ class Engine:
             rows, targets = self._inputs.supervised(micro)
             losses.append(
                 head_loss(
-                    x,
-                    residual,
-                    self.decoder.norm,
-                    self._head,
-                    rows,
-                    targets,
-                    self.plan.head_tokens,
+                    x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens,
                     softcap=self.decoder.softcap,
                 )
-            )
+            )  # fmt: skip
         return torch.stack(losses).sum(), whole.supervised
 
     def _set_inverse(self, num_supervised: int | Tensor) -> None:
@@ -490,16 +494,9 @@ class Engine:
     def _head_and_loss(self, micro: MicroBatch, x: Tensor, residual: Tensor, g: Tensor) -> Tensor:
         rows, targets = self._inputs.supervised(micro)
         return head_loss_and_grad(
-            x,
-            residual,
-            self.decoder.norm,
-            self._head,
-            rows,
-            targets,
-            self.plan.head_tokens,
-            g,
-            softcap=self.decoder.softcap,
-        )
+            x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens, g,
+            softcap=self.decoder.softcap, in_fp8=self._head_in_fp8,
+        )  # fmt: skip
 
     def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass, lowest: int | None = None) -> None:
         """All layers' backward; what the adapters got is in the flat sums.

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.engine.fp8_head import Fp8Head
 from slimtune.engine.kernels import cross_entropy, norm
 from slimtune.engine.structure import Norm
 
-__all__ = ["head_loss", "head_loss_and_grad", "token_log_probs"]
+__all__ = ["head_loss", "head_loss_and_grad", "loss_and_grad_of_chunk", "token_log_probs"]
 
 
 def head_loss_and_grad(
@@ -28,6 +29,7 @@ def head_loss_and_grad(
     g: Tensor,
     *,
     softcap: float | None = None,
+    in_fp8: Fp8Head | None = None,
 ) -> Tensor:
     """Sum of the supervised tokens' negative log-likelihoods, float32; its gradient is written into ``g``.
 
@@ -41,21 +43,49 @@ def head_loss_and_grad(
         chunk: Rows to normalise and project at once.
         g: [T, H]; becomes the gradient of x + residual, zero in the rows without supervision.
         softcap: Logits are softcap x tanh(logits / softcap).
+        in_fp8: The head, where its way back is multiplied in FP8 (unless that is off).
     """
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     g.zero_()
     if rows.numel() == 0:
         return total
-    buffer = torch.empty(min(chunk, rows.numel()), head.shape[0], dtype=x.dtype, device=x.device)
+    width = head.shape[0] if in_fp8 is None else in_fp8.width
+    buffer = torch.empty(min(chunk, rows.numel()), width, dtype=x.dtype, device=x.device)
     for start in range(0, rows.numel(), chunk):
         places = rows[start : start + chunk]
         y, s, rstd = _normed(x, residual, final_norm, places)
-        logits = torch.mm(y, head.t(), out=buffer[: y.shape[0]])
-        total += cross_entropy.loss_and_grad_(logits, targets[start : start + chunk], 1.0, softcap=softcap)
-        torch.mm(logits, head, out=y)
+        part = targets[start : start + chunk]
+        total += loss_and_grad_of_chunk(y, head, part, buffer[: y.shape[0]], softcap=softcap, in_fp8=in_fp8)
         dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
         g.index_copy_(0, places, dx)
     return total
+
+
+def loss_and_grad_of_chunk(
+    y: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    buffer: Tensor,
+    *,
+    softcap: float | None = None,
+    in_fp8: Fp8Head | None = None,
+) -> Tensor:
+    """Sum of a chunk's negative log-likelihoods; ``y`` becomes its gradient.
+
+    Args:
+        y: [n, H], what the head multiplies.
+        head: [V, H].
+        targets: int64 [n].
+        buffer: [n, V or more], for logits and their gradient.
+        softcap: As :func:`head_loss_and_grad`.
+        in_fp8: Likewise.
+    """
+    logits = torch.mm(y, head.t(), out=buffer[:, : head.shape[0]])
+    if in_fp8 is not None and in_fp8.switch.on:
+        return in_fp8.loss_and_grad(buffer, targets, y, softcap=softcap)
+    loss = cross_entropy.loss_and_grad_(logits, targets, 1.0, softcap=softcap)
+    torch.mm(logits, head, out=y)
+    return loss
 
 
 def head_loss(

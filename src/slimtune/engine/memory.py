@@ -90,6 +90,8 @@ class MemoryPlan:
     kept_turned: int = 0
     """Of the layers that hold their weights, how many, from the first, hold the transposes too that FP8 takes for the
     way back."""
+    turned_head: int = 0
+    """Bytes of the head's transpose in FP8; 0: its way back is in 16 bits."""
 
     @property
     def attended_in_ram(self) -> int:
@@ -126,6 +128,8 @@ class _Shape:
     """The first layer that has a backward; those below keep nothing."""
     longest: int = 0
     """Tokens in the longest document."""
+    turned_head: int = 0
+    """Bytes of the head's transpose, if its way back may be in FP8."""
 
     def part(self, nbytes: int) -> int:
         """Of weights' bytes in RAM this rank's part."""
@@ -153,6 +157,15 @@ class _Shape:
     def spared(self) -> int:
         """What all layers' weights in FP8 take less than in the compute dtype, without their transposes."""
         return sum(self._by_layer(lambda layer: sum(block.spared_bytes for block in layer.blocks)))
+
+    @cached_property
+    def spare(self) -> float:
+        """Of that what transposes may take, so that all weights in FP8 take no more than in 16 bits.
+
+        Those that are all held there need no buffer.
+        """
+        in_16_bits = sum(self.weights) + self.spared
+        return self.spared - self.scratch(len(self.layers)) - _ROUNDED_UP * in_16_bits
 
     @cached_property
     def attended(self) -> list[float]:
@@ -218,6 +231,7 @@ class _Shape:
             computed += 2 * seconds * len(places) * _FILL * filling
         head = self.vocabulary * self.layers[0].hidden
         computed += 2 * seconds * head * _FILL / min(plan.head_tokens, plan.part_tokens)
+        computed += 0.5 * seconds * head * (self.turned_head > plan.turned_head)  # of one product, what FP8 spares
         return computed + unpacked
 
     def _waited(self, plan: MemoryPlan, added: float) -> float:
@@ -279,6 +293,9 @@ class _Shape:
         keep = [Keep.ALL if index < self.lowest else away.get(index, Keep.INPUT) for index in range(count)]
         held = [size - stream * (index in away) for index, size in enumerate(sizes[Keep.INPUT])]
         room = budget - fixed - sum(held)
+        # A byte of it spares more time than one of anything else.
+        turned_head = self.turned_head if self.turned_head <= min(room, self.spare) else 0
+        room -= turned_head
 
         def raise_layers(level: Keep, least: Keep) -> None:
             nonlocal room
@@ -299,8 +316,8 @@ class _Shape:
             kept_weights += 1
         raise_layers(Keep.GATES, Keep.ATTENTION)
         raise_layers(Keep.ALL, Keep.GATES)
-        kept_turned = self._kept_turned(kept_weights, room)
-        weights = sum(self.weights[:kept_weights]) + sum(self.turned[:kept_turned])
+        kept_turned = self._kept_turned(kept_weights, min(room, self.spare - turned_head))
+        weights = sum(self.weights[:kept_weights]) + sum(self.turned[:kept_turned]) + turned_head
         head, scratch = self._head_bytes(part_tokens, head_tokens), self.scratch(kept_weights)
         # Below the lowest adapter nothing is kept, but what goes through there is.
         layers = self._peak(memory, sizes, keep, held, beside) + stream * (self.lowest > 0)
@@ -315,15 +332,11 @@ class _Shape:
             tuple(beside), tuple(beside.values()), sum(beside.values()) - len(beside) * stream, sparing,
             sum(held) + weights, stream_from, streamed_bytes, embedding, spared,
             apart_bytes=0 if beside or streamed else max(0, apart), kept_turned=kept_turned,
+            turned_head=turned_head,
         )  # fmt: skip
 
     def _kept_turned(self, kept_weights: int, room: float) -> int:
-        """Of so many layers that hold their weights, how many hold their transposes too, if they have any.
-
-        Weights in FP8 take no more with them than in 16 bits, where those that are all held need no buffer.
-        """
-        in_16_bits = sum(self.weights) + self.spared
-        room = min(room, self.spared - self.scratch(len(self.layers)) - _ROUNDED_UP * in_16_bits)
+        """Of so many layers that hold their weights, how many hold their transposes too, if they have any."""
         return sum(size <= room for size in itertools.accumulate(self.turned[:kept_weights]))
 
     def _aside(self, sizes: Mapping[Keep, list[int]], stream: int, ram: int, most: Keep) -> dict[int, Keep]:
@@ -428,6 +441,7 @@ def plan_memory(
     sharing: int = 1,
     lowest: int = 0,
     lavish: bool = True,
+    turned_head: int = 0,
 ) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes, the model itself not counted; the smallest one if none fits.
 
@@ -446,10 +460,13 @@ def plan_memory(
         sharing: Ranks that have weights there in common.
         lowest: The first layer that has a backward.
         lavish: Whether RAM may be taken where that only spares time, too.
+        turned_head: Bytes of the head's transpose in FP8; 0: its way back is to be in 16 bits.
     """
     longest = min(tokens, longest or tokens)
     embedding = embedding if -(-embedding // sharing) <= ram else 0
-    shape = _Shape(layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing, lowest, longest)
+    shape = _Shape(
+        layers, tokens, vocabulary, ways, per_layer, stored, embedding, sharing, lowest, longest, turned_head
+    )
     attentions = [layer.layer.attention for layer in layers]
     widest = max((part.heads * part.head_dim for part in attentions if part is not None), default=1)
     padded = (_SUMS // (4 * widest), 0) if "efficient" in ways.values() else (0,)

@@ -31,6 +31,7 @@ from slimtune.engine.blocks import Memory, MlpBlock
 from slimtune.engine.decoder import LayerComputation, computations, lowest_trained, per_layer_inputs
 from slimtune.engine.engine import WORKSPACE
 from slimtune.engine.fp8 import pays
+from slimtune.engine.fp8_head import Fp8Head
 from slimtune.engine.inputs import Inputs
 from slimtune.engine.memory import MemoryPlan, plan_memory
 from slimtune.engine.optimizer import adapter_bytes
@@ -245,7 +246,11 @@ class Forecaster:
 
     def _in_fp8(self, card: Card) -> float:
         """Of the layers' products the share that the run asks to have in FP8, and this card has so."""
-        if self.config.precision != "fp8" or card.capability < (8, 9):
+        return 0.0 if card.capability < (8, 9) else self._fp8_share
+
+    @cached_property
+    def _fp8_share(self) -> float:
+        if self.config.precision != "fp8":
             return 0.0
         blocks = [block for layer in self._layers for block in layer.blocks]
         return sum(block.fp8_products for block in blocks) / sum(block.products for block in blocks)
@@ -299,6 +304,7 @@ class Forecaster:
             embedding=self._embedding,
             sharing=self.sharing,
             lowest=lowest_trained(self._layers, self._per_layer),
+            turned_head=Fp8Head.bytes_of(pays, tokens, *self._decoder.head.shape) if self._fp8_share else 0,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:

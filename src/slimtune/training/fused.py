@@ -51,6 +51,8 @@ class FusedTrainer(PlainTrainer):
     def engine_told(self) -> str:
         """fused, and how much of its products is in FP8 if any is."""
         share = 0.0 if self.engine is None else self.engine.fp8_share
+        if self.engine is not None and self.engine.plan.turned_head:
+            return f"fused, {share:.0%} of the layers' products and the head's gradient in FP8"
         return f"fused, {share:.0%} of the layers' products in FP8" if share else "fused"
 
     @property

@@ -50,6 +50,8 @@ class _Way:
     """Operations of frozen weights' products in the layers, the rows among them that fill the device."""
     head: float = 0.0
     """And in the head."""
+    head_in_fp8: float = 0.0
+    """And there in FP8."""
     attended: float = 0.0
     """Of attention, as many as cuDNN does in the time."""
     moved: float = 0.0
@@ -95,7 +97,8 @@ class Step:
     def _seconds(self, way: _Way, card: Card) -> float:
         """Each term over its rate."""
         like, eighths = CARDS[MEASURED], self.in_fp8 * way.products
-        computed = (way.products - eighths + way.head) / _PRODUCTS + eighths / _IN_FP8 + way.attended / _ATTENTION
+        computed = (way.products - eighths + way.head) / _PRODUCTS + way.attended / _ATTENTION
+        computed += (eighths + way.head_in_fp8) / _IN_FP8
         unpacked = way.unpacked * (1 + (_UNPACKED_IN_FP8 - 1) * self.in_fp8)
         return like.tflops / card.tflops * computed + like.bandwidth / card.bandwidth * (way.moved + unpacked) / _MOVED
 
@@ -103,7 +106,8 @@ class Step:
         """Forward and backward."""
         tokens, plan = sum(lengths), self.plan
         filled = 1 + _FILLING / min(plan.head_tokens, plan.part_tokens)
-        forward, backward = (_Way(head=2.0 * tokens * self.head * filled) for _ in range(2))
+        head, eighths = 2.0 * tokens * self.head * filled, bool(plan.turned_head and self.in_fp8)
+        forward, backward = _Way(head=head), _Way(head=head * (not eighths), head_in_fp8=head * eighths)
         for index, layer in enumerate(self.layers):
             self._add_layer(index, tokens, forward, backward)
             if layer.layer.attention is not None:

@@ -20,6 +20,7 @@ from slimtune.engine.kernels import (
     adamw8bit,
     attention,
     cross_entropy,
+    cross_entropy_fp8,
     delta,
     fp8,
     grouped,
@@ -38,8 +39,8 @@ from slimtune.engine.kernels import (
 from slimtune.engine.kernels.formats import Pairs
 
 KERNEL_MODULES = (
-    adamw8bit, attention, cross_entropy, delta, fp8, grouped, grouped_lora, lora, mlp, mlp_fp8, mxfp4, nf4, norm,
-    rope, router, routing, short_conv,
+    adamw8bit, attention, cross_entropy, cross_entropy_fp8, delta, fp8, grouped, grouped_lora, lora, mlp, mlp_fp8,
+    mxfp4, nf4, norm, rope, router, routing, short_conv,
 )  # fmt: skip
 CAPABILITY, DTYPE, SHARED = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 
@@ -138,6 +139,8 @@ def launch_fp8() -> None:
         mlp_fp8.gated_forward(*gates, out=h)
         mlp_fp8.gated_forward(*gates, again=again)
         mlp_fp8.gated_backward(h, *gates, factors, in_place=True)
+    for softcap in (None, 30.0):
+        cross_entropy_fp8.loss_and_grad_(zeros(4, 151936), torch.zeros(4, dtype=torch.int64), 151936, softcap=softcap)
 
 
 def launch_fp8_experts() -> None:

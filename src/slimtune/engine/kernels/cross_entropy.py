@@ -25,7 +25,7 @@ __all__ = ["loss_and_grad_"]
 
 
 @jit
-def _bent(z: tl.tensor, softcap: float) -> tl.tensor:
+def bent(z: tl.tensor, softcap: float) -> tl.tensor:
     """tanh(z / softcap); e^x may end in infinity or zero, and is right with either."""
     return 1.0 - 2.0 / (tl.exp(z * (2.0 / softcap)) + 1.0)
 
@@ -56,7 +56,7 @@ def _loss_and_grad(
         return
     chosen = tl.load(logits + target).to(tl.float32)
     if CAP:
-        chosen = _bent(chosen, softcap) * softcap
+        chosen = bent(chosen, softcap) * softcap
     peak = float("-inf")
     total = 0.0
     for start in range(0, size, BLOCK):
@@ -64,7 +64,7 @@ def _loss_and_grad(
         z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
         z = z.to(tl.float32)
         if CAP:
-            z = tl.where(columns < size, _bent(z, softcap) * softcap, float("-inf"))
+            z = tl.where(columns < size, bent(z, softcap) * softcap, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, axis=0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
         peak = higher
@@ -79,9 +79,9 @@ def _loss_and_grad(
         z = z.to(tl.float32)
         slope = 1.0
         if CAP:
-            bent = _bent(z, softcap)
-            z = bent * softcap
-            slope = 1.0 - bent * bent
+            curve = bent(z, softcap)
+            z = curve * softcap
+            slope = 1.0 - curve * curve
         grad = (tl.exp(z - peak) * inverse - tl.where(columns == target, factor, 0.0)) * slope
         tl.store(logits + columns, grad, mask=columns < size, eviction_policy="evict_first")
 

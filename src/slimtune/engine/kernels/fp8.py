@@ -367,12 +367,20 @@ def _write(
         )  # fmt: skip
 
 
-def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    out: Tensor | None = None,
+    long_sum: bool = False,
+) -> Tensor:
     """See :func:`slimtune.engine.kernels.reference_fp8.product`."""
     if not x.is_cuda:
-        return reference.product(x, x_scales, weight, scales, out=out)
+        return reference.product(x, x_scales, weight, scales, out=out, long_sum=long_sum)
     return torch._scaled_mm(
-        x, weight.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True, out=out
+        x, weight.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=not long_sum, out=out
     )
 
 

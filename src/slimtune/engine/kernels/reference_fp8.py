@@ -25,6 +25,7 @@ __all__ = [
     "LEAST",
     "from_nf4",
     "grouped_product",
+    "loss_and_grad_",
     "product",
     "quantize",
     "row_scales",
@@ -155,7 +156,15 @@ def stack_from_nf4(
         )  # fmt: skip
 
 
-def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    out: Tensor | None = None,
+    long_sum: bool = False,
+) -> Tensor:
     """bfloat16 [T, N]: x · weightᵀ times x's scales and the weight's, summed in float32.
 
     Args:
@@ -164,6 +173,8 @@ def product(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, *, out:
         weight: e4m3 [N, K].
         scales: float32 [N].
         out: bfloat16 [T, N] to write into.
+        long_sum: K is so large that the tensor cores' own sums, of about 13 bits, are too coarse: they are added up
+            outside of them.
     """
     y = (x.float() @ weight.float().t()) * x_scales * scales
     return y.bfloat16() if out is None else out.copy_(y)
@@ -185,3 +196,40 @@ def grouped_product(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor
         product(x[first:end], x_scales[first:end], weights[expert], scales[expert], out=y[first:end])
         first = end
     return y
+
+
+def loss_and_grad_(
+    logits: Tensor, targets: Tensor, vocabulary: int, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy: overwrite logits with their gradient but for the targets' own part, give the loss's sum.
+
+    The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own.
+
+    Args:
+        logits: [N, K] with any row stride, in 16 bits or more; the vocabulary's come first.
+        targets: int64 [N]; -100 where there is none.
+        vocabulary: V, at most K.
+        softcap: The loss is that of softcap x tanh(logits / softcap).
+
+    Returns:
+        Sum over rows of -log softmax(logits)[target], float32 scalar. The rows, e4m3 [N, K] where the logits were, of
+        the row stride that this makes: zero in the target's column, and behind the vocabulary. float32 [N, 1], the
+        rows' scales. float32 [N, 1], own. All are zero in the rows without a target.
+    """
+    known, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    bent = None if softcap is None else torch.tanh(logits[:, :vocabulary].float() / softcap)
+    z = logits[:, :vocabulary].float() if bent is None or softcap is None else bent * softcap
+    chosen, beside = z.gather(1, index), z.scatter(1, index, -torch.inf)
+    peak = beside.amax(1, keepdim=True)
+    most = torch.maximum(peak, chosen)
+    others = (beside - most).exp().sum(1, keepdim=True)
+    whole = others + (chosen - most).exp()
+    exact, own = (beside - peak).exp() * LARGEST, others / whole
+    if bent is not None:
+        exact, own = exact * (1 - bent * bent), own * (1 - bent.gather(1, index).square())
+    rows = logits.view(E4M3)[:, : logits.shape[1]]
+    rows.zero_()
+    rows[:, :vocabulary] = torch.where(known, exact, 0.0).to(E4M3)
+    scales, losses = (peak - most).exp() / whole * (1.0 / LARGEST), whole.log() + (most - chosen)
+    loss, scales, own = (torch.where(known, each, 0.0) for each in (losses, scales, own))
+    return loss.sum(), rows, scales, own

@@ -1,0 +1,87 @@
+"""Loss and gradient in FP8 of the logits: against float64, and the kernel against its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimtune.engine.kernels import cross_entropy, cross_entropy_fp8, reference_fp8
+from tests.engine.kernels.maker import Maker
+from tests.tolerances import assert_close, relative_error
+
+CAPS = (None, 5.0)
+
+
+def rounded_up(vocabulary: int) -> int:
+    return -(-vocabulary // 16) * 16
+
+
+def made(make: Maker, rows: int, vocabulary: int, scale: float = 4.0) -> tuple[Tensor, Tensor]:
+    """Logits in a buffer of whole sixteens, with poison behind them; the first row has its peak for a target, the
+    second none."""
+    logits = make.poisoned(rows, rounded_up(vocabulary))
+    logits[:, :vocabulary] = make(rows, vocabulary, scale=scale)
+    targets = torch.randint(vocabulary, (rows,), generator=make.generator).to(make.device)
+    targets[0], targets[1], targets[2] = logits[0, :vocabulary].argmax(), -100, vocabulary - 1
+    return logits, targets
+
+
+def expected(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    leaf = logits.double().requires_grad_()
+    capped = leaf if softcap is None else torch.tanh(leaf / softcap) * softcap
+    loss = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-100, reduction="sum")
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("vocabulary", [1001, 16385, 32000])
+def test_loss_and_gradient(make: Maker, vocabulary: int, softcap: float | None) -> None:
+    logits, targets = made(make, 4, vocabulary)
+    plain, buffer = logits[:, :vocabulary].clone(), logits.clone()
+    want_loss, want = expected(plain, targets, softcap)
+    loss, rows, scales, own = cross_entropy_fp8.loss_and_grad_(buffer, targets, vocabulary, softcap=softcap)
+    assert_close(loss, want_loss, dtype=torch.float32)
+    assert_close(loss, cross_entropy.loss_and_grad_(plain, targets, 1.0, softcap=softcap), dtype=torch.float32)
+    assert rows.data_ptr() == buffer.data_ptr()
+    assert rows.stride(0) % 16 == 0
+    assert not rows[:, vocabulary:].float().any()
+    assert not any(part[1].float().any() for part in (rows, scales, own))
+
+    index = targets.clamp(min=0)[:, None]
+    assert_close(own, -want.gather(1, index), dtype=torch.float32)
+    assert not rows.float().gather(1, index).any()
+    others = want.scatter(1, index, 0.0)
+    found = (rows.float() * scales)[:, :vocabulary].double()
+    # Four digits of e4m3, and steps of 2⁻⁹ where a row's largest is 448.
+    step = others.abs() * 2.0**-4 + scales.double() * 2.0**-10
+    assert ((found - others).abs() <= 1.001 * step).all()
+    if softcap is None:
+        assert rows.float().amax(1)[[0, 2, 3]].tolist() == [448.0] * 3
+
+    again = logits.clone()
+    reference = reference_fp8.loss_and_grad_(again, targets, vocabulary, softcap=softcap)
+    assert float((reference[1].view(torch.uint8) != rows.view(torch.uint8)).float().mean()) < 1e-3
+    assert all(relative_error(mine, its) < 1e-6 for mine, its in zip((scales, own), reference[2:], strict=True))
+
+
+def test_a_target_that_is_certain_has_no_gradient_and_one_that_is_nearly_so_keeps_its_digits(make: Maker) -> None:
+    """Where 1 - p is made of p, all of its digits are gone."""
+    logits = make.poisoned(2, 1008)
+    logits[:, :1001] = 0.0
+    logits[0, 7], logits[1, 7] = 200.0, 24.0
+    targets = torch.tensor([7, 7], device=make.device)
+    _, want = expected(logits[:, :1001].clone(), targets, None)
+    _, rows, scales, own = cross_entropy_fp8.loss_and_grad_(logits, targets, 1001)
+    assert own[0].item() == 0.0
+    assert torch.isfinite(rows.float() * scales).all()
+    assert_close(own[1], -want[1, 7:8], dtype=torch.float32)
+    assert_close(scales[1] * 448, want[1, :1], dtype=torch.float32)
+
+
+def test_what_is_no_number_makes_a_loss_that_is_none(make: Maker) -> None:
+    for bad in (float("nan"), float("inf")):
+        logits, targets = made(make, 3, 1001)
+        logits[0, 5] = bad
+        assert not torch.isfinite(cross_entropy_fp8.loss_and_grad_(logits, targets, 1001)[0])
