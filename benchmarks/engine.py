@@ -76,6 +76,8 @@ def measure(name: str, profile: bool, dtype: torch.dtype) -> dict[str, Any]:
         "predicted_gib": round(engine.plan.nbytes / 2**30, 2),
         "keep": "".join(str(int(level)) for level in engine.plan.keep),
         "kept_weights": engine.plan.kept_weights,
+        "kept_turned": engine.plan.kept_turned,
+        "turned_head_gib": round(engine.plan.turned_head / 2**30, 3),
         "part_tokens": engine.plan.part_tokens,
         "mlp_tokens": engine.plan.mlp_tokens,
         "head_tokens": engine.plan.head_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -93,6 +94,10 @@ def test_sizes_in_fp8_are_those_of_the_loaded_model(
     engine = Engine(model, dtype=torch.bfloat16, tokens=64, fp8=True)
     assert 0 < engine.fp8_share < 1
     assert engine.fp8_share == forecaster._in_fp8(CARDS["H200"])
+    monkeypatch.setattr("slimtune.engine.memory._Shape.spare", 1e9)  # so small models' heads weigh more than FP8 spares
+    again = Engine(model, dtype=torch.bfloat16, tokens=64, fp8=True)
+    told = forecaster._plan(CARDS["H200"], 64, 64, math.inf, None)
+    assert 0 < told.turned_head == again.plan.turned_head
     memory = Memory(64, 64, engine._inputs.packs_ways, 0)
     for ours, theirs in zip(forecaster._layers, engine.layers, strict=True):
         assert ours.working_bytes(memory) == theirs.working_bytes(memory)

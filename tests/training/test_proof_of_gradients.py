@@ -17,6 +17,7 @@ from slimtune.engine import CannotFuse, Engine
 from slimtune.engine import engine as engine_module
 from slimtune.engine.blocks import attention, delta, experts, mlp
 from slimtune.engine.fp8 import Fp8
+from slimtune.engine.fp8_head import Fp8Head
 from slimtune.engine.kernels import delta as rule
 from slimtune.engine.kernels import fp8, lora, mlp_fp8, norm, short_conv
 from slimtune.errors import UserError
@@ -291,6 +292,15 @@ def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: s
     with pytest.raises(
         UserError, match=rf"fp8 can't be had: the {way} \S*layers\.0\.self_attn\.o_proj is .*, 0\.0[12]\d* along"
     ):
+        prove_precision(in_fp8, PACK)
+
+
+def test_a_head_that_is_two_percent_off_is_found(in_fp8: Trainer) -> None:
+    engine = in_fp8.engine
+    head = engine._head_in_fp8 = Fp8Head(engine._head, engine._fp8)  # so small a model has no room for it
+    assert proof_of_gradients._wrong_product(engine) is None
+    head.scales.mul_(1.02)
+    with pytest.raises(UserError, match=r"fp8 can't be had: the gradient through the head is .*, 0\.00\d* along"):
         prove_precision(in_fp8, PACK)
 
 

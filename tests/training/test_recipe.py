@@ -87,11 +87,14 @@ def test_a_run_in_fp8_goes_on_bit_by_bit_and_says_so(
     monkeypatch.setattr(Hardware, "without_fp8", None)
     monkeypatch.setattr("slimtune.engine.engine.pays", lambda *shape: True)
     monkeypatch.setattr("slimtune.engine.weights.channels", lambda *shape: 16)
+    monkeypatch.setattr("slimtune.engine.memory._Shape.spare", 1e9)  # its head weighs more than FP8 spares
     asked = {"precision": "fp8", "compute_dtype": "bf16", "targets": "all-linear", "samples": 0, "save_steps": 1}
     whole = finetune(config(str(small), rows, tmp_path / "whole", **asked), screen=Screen())
-    assert "100% of the layers' products are in FP8" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "100% of the layers' products are in FP8" in said
+    assert "the head's gradient is in FP8 too" in said
     facts = whole.read_json(whole.facts_file)
-    assert facts["training"]["engine"] == "fused, 100% of the layers' products in FP8"
+    assert facts["training"]["engine"] == "fused, 100% of the layers' products and the head's gradient in FP8"
     assert whole.config().precision == "fp8"
     assert all(0 <= record["eval_fp8_lost"] < 0.05 for record in whole.metrics() if "eval_loss" in record)
     assert read_passport(whole.adapter).config["precision"] == "fp8"

@@ -34,16 +34,19 @@ class Fp8Head:
 
     def __init__(self, head: Tensor, switch: Fp8) -> None:
         self._head, self.switch = head, switch
-        (self.vocabulary, hidden), parts = head.shape, head.split(_ROWS)
+        self.vocabulary, hidden = head.shape
         self.width = _padded(self.vocabulary)
         """Columns of a buffer of 16 bits for logits and, in their place, the gradient's rows."""
-        most = torch.stack([part.abs().amax(0) for part in parts]).amax(0)
+        parts = [slice(start, start + _ROWS) for start in range(0, self.vocabulary, _ROWS)]
+        most = torch.stack([head[part].abs().amax(0) for part in parts]).amax(0)
         self.scales = most.float().clamp(min=LEAST) * (1.0 / LARGEST)
         """float32 [H]."""
         self.turned = torch.zeros(hidden, self.width, dtype=torch.uint8, device=head.device).view(fp8.E4M3)
         """e4m3 [H, width], zeros behind the vocabulary."""
-        for part, columns in zip(parts, self.turned[:, : self.vocabulary].split(_ROWS, dim=1), strict=True):
-            columns.copy_((part.float() * (1.0 / self.scales)).clamp(-LARGEST, LARGEST).to(fp8.E4M3).t())
+        across = self.turned[:, : self.vocabulary]
+        for part in parts:
+            exact = head[part].float() * (1.0 / self.scales)
+            across[:, part] = exact.clamp(-LARGEST, LARGEST).to(fp8.E4M3).t()
 
     @staticmethod
     def bytes_of(pays: Callable[..., bool], tokens: int, vocabulary: int, hidden: int) -> int:

@@ -193,12 +193,10 @@ def _wrong_product(engine: Engine) -> str | None:
             return f"the product of {name} is {y:.2g} of its size from bf16's, {y_off:.2g} along its direction"
         if not (dx <= _PRODUCT_APART and abs(dx_off) <= _PRODUCT_OFF):
             return f"the gradient through {name} is {dx:.2g} of its size from bf16's, {dx_off:.2g} along its direction"
-    if (both := engine.head_in_both()) is not None:
-        dx, dx_off = _apart(*both)
-        if not (dx <= _HEAD_APART and abs(dx_off) <= _HEAD_OFF):
-            return (
-                f"the gradient through the head is {dx:.2g} of its size from bf16's, {dx_off:.2g} along its direction"
-            )
+    if (gradients := engine.head_in_both()) is not None:
+        dx, off = _apart(*gradients)
+        if not (dx <= _HEAD_APART and abs(off) <= _HEAD_OFF):
+            return f"the gradient through the head is {dx:.2g} of its size from bf16's, {off:.2g} along its direction"
     return None
 
 
