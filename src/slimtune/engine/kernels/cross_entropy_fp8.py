@@ -107,11 +107,12 @@ def loss_and_grad_(
         return reference.loss_and_grad_(logits, targets, vocabulary, softcap=softcap)
     rows, width = logits.shape
     eighths = logits.view(E4M3)[:, :width]
-    losses, scales, own = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    # Each by itself: cuBLAS wants scales to begin at a multiple of 16 bytes.
+    losses, scales, own = (torch.empty(rows, 1, dtype=torch.float32, device=logits.device) for _ in range(3))
     block = min(pow2(width), 16384)
     _loss_and_grad[(rows,)](
         logits, targets, eighths, losses, scales, own, softcap or 0.0, logits.stride(0), eighths.stride(0), vocabulary,
         width, CAP=softcap is not None, BLOCK=block, ALIGN=row_alignment(logits),
         num_warps=min(max(block // 512, 1), 32), enable_fp_fusion=True,
     )  # fmt: skip
-    return losses.sum(), eighths, scales[:, None], own[:, None]
+    return losses.sum(), eighths, scales, own
