@@ -235,6 +235,8 @@ def test_the_heads_gradient_is_in_fp8_where_its_transpose_fits_and_evaluation_ne
     assert make_engine(model, tokens=128, memory=budget - 1, ram=0).plan.turned_head == 0
     tight = make_engine(model, tokens=128, memory=budget, ram=0).plan
     assert (tight.turned_head, tight.kept_weights, tight.nbytes) == (engine.plan.turned_head, 0, budget)
+    # Two layers in FP8 spare less than it takes.
+    assert make_engine(wider_model(2), tokens=128).plan.turned_head == 0
 
 
 @BOTH
@@ -332,12 +334,13 @@ def test_a_step_takes_no_more_than_in_bf16(targets: list[str] | str) -> None:
 @pytest.mark.parametrize(("tokens", "share"), [(1024, 0.0), (256, 0.7)])
 def test_a_step_keeps_to_its_plan(tokens: int, share: float, mixture: bool) -> None:
     """In chunks too: what one made in FP8 is gone before the next."""
-    model = wider_model(2, mixture=mixture)
+    model = wider_model(6 if share and not mixture else 2, mixture=mixture)
     whole = make_engine(model, tokens=tokens, fp8=False).plan.nbytes
     engine = make_engine(model, tokens=tokens, memory=int(share * whole), ram=0)
     eights = [part._fp8 for part in all_parts(engine) if part._fp8 is not None]
     scales = sum(each.nbytes for eight in eights for each in (eight.scales, eight.ones, eight.again))
     assert 0.8 < (taken(model, engine)[0] - scales) / engine.plan.nbytes < 1.02
+    assert (engine.plan.turned_head > 0) == (share > 0.0 and not mixture)
     assert engine.plan.nbytes <= share * whole or share == 0.0
 
 

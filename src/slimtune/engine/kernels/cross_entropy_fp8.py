@@ -63,9 +63,9 @@ def _loss_and_grad(
     chosen = tl.load(logits + target).to(tl.float32)
     slope = 1.0
     if CAP:
-        curve = bent(chosen, softcap)
-        chosen = curve * softcap
-        slope = 1.0 - curve * curve
+        chosen = bent(chosen, softcap)
+        slope -= chosen * chosen
+        chosen *= softcap
     peak = float("-inf")
     total = 0.0
     for start in range(0, size, BLOCK):
