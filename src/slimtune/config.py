@@ -107,7 +107,7 @@ class Config(BaseModel):
     """What the 4-bit weights are multiplied in while training. fp8: 8 bits where that is faster, by slimtune's engine,
     on a GPU of compute capability 8.9 or more; an experiment: the loss that trains is that of rounded numbers, 0.45 %
     above bf16's on a model of 135 M; the held-out loss of the adapter that comes of it is bf16's there. Adapters,
-    attention, head and every evaluation stay in bf16. auto: as compute_dtype."""
+    attention, the head's logits and every evaluation stay in bf16. auto: as compute_dtype."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless asked for; nothing ever prompts for it."""
 

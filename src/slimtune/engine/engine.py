@@ -79,8 +79,8 @@ class Engine:
         memory: Most bytes that may be allocated on the device, the model included; None: no limit.
         seed: Seed of the dropout masks.
         graphs: Record CUDA graphs; only on CUDA.
-        fp8: Multiply frozen weights of NF4 in FP8 where that is faster; evaluation stays in ``dtype``, which is
-            bfloat16.
+        fp8: Multiply frozen weights of NF4, and the head's gradient, in FP8 where that is faster; evaluation stays in
+            ``dtype``, which is bfloat16.
         ram: Most bytes of RAM that layers' inputs and weights may take where they don't fit the device; of several
             ranks each one's part; None: by what is free beside a GPU, 0 on a CPU.
 
