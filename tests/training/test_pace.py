@@ -11,6 +11,7 @@ import pytest
 from transformers import Qwen2Config, Qwen3MoeConfig
 
 from slimtune.config import Config
+from slimtune.engine.fp8_head import Fp8Head
 from slimtune.hardware import CARDS, Card, known_card
 from slimtune.training.forecast import Forecaster
 from tests.training.headers import headers
@@ -82,6 +83,18 @@ def test_fp8_takes_what_was_measured_and_only_where_a_card_has_it(forecaster: Ca
     assert 1e3 * of.forecast(CARDS["H200"]).step_seconds == pytest.approx(168.4, rel=0.15)
     assert of._in_fp8(CARDS["A100"]) == 0.0
     assert of.forecast(CARDS["A100"]).step_seconds > 2 * of.forecast(CARDS["H200"]).step_seconds
+
+
+def test_the_heads_way_back_in_fp8_takes_less_and_is_worth_its_room(
+    forecaster: Callable[..., Forecaster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, card = forecaster(QWEN_1_8B, 8, precision="fp8"), CARDS["H200"]
+    tight = of._plan(card, of.config.batch_tokens, of.config.max_length, 3 << 30, 0)
+    assert tight.turned_head
+    seconds = of.forecast(card).step_seconds
+    monkeypatch.setattr(Fp8Head, "bytes_of", lambda *shape: 0)
+    assert of._plan(card, of.config.batch_tokens, of.config.max_length, 3 << 30, 0).head_tokens > tight.head_tokens
+    assert 1.01 * seconds < of.forecast(card).step_seconds < 1.06 * seconds
 
 
 def test_a_slower_card_takes_longer_and_an_unknown_one_is_not_guessed(forecaster: Callable[..., Forecaster]) -> None:
