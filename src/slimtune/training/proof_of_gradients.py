@@ -49,7 +49,7 @@ _PRODUCT_APART_FORWARD, _PRODUCT_APART, _PRODUCT_OFF = 0.03, 0.06, 0.01
 One that is 2 % too large is found here, and one whose further columns are other channels' (0.05), or none (0.036),
 which gradients don't tell from rounding."""
 _HEAD_APART, _HEAD_OFF = 0.04, 0.005
-"""The same of the gradient through the head, of which the targets' own rows are in 16 bits: 0.019 to 0.024 of its size,
+"""The same of the gradient through the head, of which the targets' own rows are in 16 bits: 0.015 to 0.024 of its size,
 at most 0.0011 along its direction. A product that is 2 % too large is 0.009 to 0.012 along it."""
 _NOISE = 3.0
 """Or so many times what a rounding of the embedding makes of the unfused model's own."""

@@ -6,9 +6,11 @@ target's own, p_t - 1, would be most of what a row's scale is made of: it stays 
 share, which loses no digits where p_t is near 1. With a soft cap the gradient gets its slope, as in
 :mod:`slimtune.engine.kernels.cross_entropy`.
 
-Layout: one program takes one row in two passes, as there. The second reads a block of 16-bit logits and writes its
-e4m3 to the front of the same row, so that nothing is taken beside the logits: block i of the one lies before block i
-of the other, but for the first, and a barrier stands between what all threads read of a block and what they write.
+Layout: one program takes one row in two passes, as there; of seven blocks and numbers of warps 8,192 by eight were the
+fastest on an H200 (``benchmarks/results/2026-11-30-fp8-head-h200.json``), several rows to a multiprocessor. The second
+pass reads a block of 16-bit logits and writes its e4m3 to the front of the same row, so that nothing is taken beside
+the logits: block i of the one lies before block i of the other, but for the first, and a barrier stands between what
+all threads read of a block and what they write.
 
 Dtype traps: nothing is read back that was stored in e4m3. A product of these rows sums over a whole vocabulary, which
 the tensor cores' own sums of about 13 bits are too coarse for: on an H200 it is 0.08 to 0.16 of the gradient's size
@@ -109,10 +111,10 @@ def loss_and_grad_(
     eighths = logits.view(E4M3)[:, :width]
     # Each by itself: cuBLAS wants scales to begin at a multiple of 16 bytes.
     losses, scales, own = (torch.empty(rows, 1, dtype=torch.float32, device=logits.device) for _ in range(3))
-    block = min(pow2(width), 16384)
+    block = min(pow2(width), 8192)
     _loss_and_grad[(rows,)](
         logits, targets, eighths, losses, scales, own, softcap or 0.0, logits.stride(0), eighths.stride(0), vocabulary,
         width, CAP=softcap is not None, BLOCK=block, ALIGN=row_alignment(logits),
-        num_warps=min(max(block // 512, 1), 32), enable_fp_fusion=True,
+        num_warps=min(max(block // 1024, 1), 8), enable_fp_fusion=True,
     )  # fmt: skip
     return losses.sum(), eighths, scales, own
