@@ -1,9 +1,12 @@
-"""Does rehearsing keep what a base could, and what does it cost? python benchmarks/rehearse.py [MODEL] [--seconds 190]
+"""Does rehearsing keep what a base could, and what does it cost?
 
-Trains MODEL (SmolLM2-135M) on three small tasks (benchmarks/tasks.py) with three seeds, without ``rehearse`` and with
-several amounts of it, else by slimtune's defaults. Of each: the package's general
-set before and after (the share of the base's score that is kept), the task's score on 48 questions that it wasn't
-trained on, the held-out loss with its interval, and the seconds. ``--tiny`` takes a few steps of each.
+    python benchmarks/rehearse.py [MODEL] [--seconds 190] [--tasks labels,dates,home] [--seeds 1,2,3]
+
+Trains MODEL (SmolLM2-135M) on small tasks (benchmarks/tasks.py) with several seeds, with ``rehearse`` and without, else
+by slimtune's defaults. Of each: the package's general set before and after (the share of the base's score that is
+kept), the task's score on 48 questions that it wasn't trained on, the held-out loss with its interval, and the seconds.
+The last lines are the means, and by task what rehearsing costs its score over all seeds. ``--tiny`` takes a few steps
+of each.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from typing import Any
 from tasks import TASKS, score
 from workers import measure, options_of
 
-TRAINED_ON = ("labels", "dates", "home")
-WAYS = ((0.1, 96, 4), (0.0, 0, 0))
-"""(share of the rows, fewest answers, passes over them): what slimtune does, and nothing. Others can be put here; 20
-passes are one in every epoch."""
-SEEDS = (1, 2, 3)
+TRAINED_ON = "labels,dates,home"
+WAYS = ((0.1, 96, 4, 0.25), (0.0, 0, 0, 1.0))
+"""(share of the rows, fewest answers, passes over them, what a token of theirs counts): what slimtune does, and
+nothing. Others can be put here; 20 passes are one in every epoch."""
+SEEDS = "1,2,3"
 _REPLY_TOKENS, _GENERAL_TOKENS = 40, 48
 _base_general: list[float] = []
 """The base's score of each general question, once a process."""
@@ -38,7 +41,7 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
     from slimtune.use.ask import ask
     from slimtune.use.general import GENERAL
 
-    rehearse.LEAST, plan.ANSWER_PASSES = job["least"], job["passes"]
+    rehearse.LEAST, rehearse.ANSWER_WEIGHT, plan.ANSWER_PASSES = job["least"], job["weight"], job["passes"]
 
     train, test = (part[:24] if tiny else part for part in TASKS[job["task"]].pairs())
     general = GENERAL[:6] if tiny else GENERAL
@@ -102,19 +105,21 @@ def trained(job: dict[str, Any], base: str, *, tiny: bool) -> dict[str, Any]:
 def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Means over seeds and tasks, by amount; and beside the run of the same task and seed without rehearsing: of how
     many the score is the same or better, by the 95 % interval of the difference over the questions, and of how many the
-    held-out loss lies within that run's interval."""
+    held-out loss lies within that run's interval. Then by task, over its seeds."""
     import numpy as np
 
     from slimtune.run.interval import bootstrap
 
     without = {(r["task"], r["seed"]): r for r in results if not r["share"]}
-    for share, least, passes in WAYS:
-        found = [r for r in results if (r["share"], r["least"], r["passes"]) == (share, least, passes)]
+    for share, least, passes, weight in WAYS:
+        found = [
+            r for r in results if (r["share"], r["least"], r["passes"], r["weight"]) == (share, least, passes, weight)
+        ]
         pairs = [(r, without[key]) for r in found if (key := (r["task"], r["seed"])) in without]
         pairs = [(r, other) for r, other in pairs if r["loss"] and other["loss"]]
         if pairs:
             yield {
-                "share": share, "least": least, "passes": passes, "runs": len(found),
+                "share": share, "least": least, "passes": passes, "weight": weight, "runs": len(found),
                 **{
                     key: round(statistics.fmean(r[key] for r in found), 4)
                     for key in ("kept", "kept_of_the_right", "general", "score", "training_seconds", "run_seconds")
@@ -126,16 +131,32 @@ def summary(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 ),
                 "no_worse_than_without": sum(r["loss"]["value"] <= o["loss"]["high"] for r, o in pairs),
             }  # fmt: skip
+        for task in sorted({r["task"] for r, _ in pairs} if share else ()):
+            mine = [(r, o) for r, o in pairs if r["task"] == task]
+            apart = np.concatenate([np.subtract(r["scores"], o["scores"]) for r, o in mine])
+            around = bootstrap(apart)
+            yield {
+                "share": share, "task": task, "seeds": len(mine),
+                "kept": round(statistics.fmean(r["kept"] for r, _ in mine), 4),
+                "score": round(statistics.fmean(r["score"] for r, _ in mine), 4),
+                "score_without": round(statistics.fmean(o["score"] for _, o in mine), 4),
+                "score_apart": [round(each, 4) for each in (apart.mean(), around.low, around.high)],
+                "steps": [r["steps"] for r, _ in mine], "steps_without": [o["steps"] for _, o in mine],
+            }  # fmt: skip
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    parser = options_of(__doc__)
+    parser.add_argument("--tasks", default=TRAINED_ON)
+    parser.add_argument("--seeds", default=SEEDS)
+    options = parser.parse_args()
+    seeds = map(int, options.seeds.split(","))
     jobs = [
-        {"task": task, "seed": seed, "share": share, "least": least, "passes": passes}
-        for (share, least, passes), task, seed in itertools.product(WAYS, TRAINED_ON, SEEDS)
+        {"task": task, "seed": seed, "share": share, "least": least, "passes": passes, "weight": weight}
+        for (share, least, passes, weight), task, seed in itertools.product(WAYS, options.tasks.split(","), seeds)
     ]
     if options.tiny:
-        jobs = [jobs[0], jobs[2]]
+        jobs = [jobs[0], jobs[-1]]
     measure(options, jobs, trained, summary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,37 @@ def test_long_documents_are_parts_by_themselves(least: int) -> None:
     assert not any(max(a.lengths + b.lengths) < least for a, b in itertools.pairwise(parts))
     for name in ("input_ids", "labels", "position_ids"):
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(micro, name)), name
+
+
+@pytest.mark.parametrize("batch", [models.pack(), models.padded()])
+def test_weights_stay_their_documents(batch: dict[str, torch.Tensor]) -> None:
+    plain = MicroBatch.of(batch)
+    assert "weights" not in plain.inputs()
+    weights = tuple(1.0 if at % 2 else 0.25 for at in range(len(plain.lengths)))
+    micro = replace(plain, weights=weights)
+    assert MicroBatch.of(micro.inputs()).weights == weights
+    of_tokens = np.repeat(weights, micro.lengths)
+    assert micro.weights_of_rows is not None
+    assert np.array_equal(micro.weights_of_rows, of_tokens[micro.rows])
+    assert plain.weights_of_rows is None
+    for parts in (micro.split(30), micro.apart(8)):
+        assert sum((part.weights or () for part in parts), ()) == weights
+    assert micro.filled(micro.tokens + 3).weights == (*weights, 1.0)
+    level = micro.levelled(8, 1 << 10)
+    assert level.weights_of_rows is not None
+    assert np.array_equal(level.weights_of_rows, micro.weights_of_rows)
+
+    apart = micro.by_weight()
+    assert [weight for weight, _ in apart] == [0.25, 1.0]
+    assert sum(part.supervised for _, part in apart) == micro.supervised
+    for weight, part in apart:
+        assert part.lengths == tuple(
+            length for length, own in zip(micro.lengths, weights, strict=True) if own == weight
+        )
+        assert np.array_equal(part.input_ids, micro.input_ids[of_tokens == weight])
+        assert part.padded == micro.padded
+    ((weight, same),) = plain.by_weight()
+    assert (weight, same is plain) == (1.0, True)
 
 
 def test_a_part_is_filled_by_a_document_that_supervises_nothing() -> None:

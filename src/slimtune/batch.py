@@ -19,13 +19,16 @@ from torch import Tensor
 
 from slimtune.errors import UserError
 
-__all__ = ["IGNORED", "LENGTHS", "MicroBatch"]
+__all__ = ["IGNORED", "LENGTHS", "WEIGHTS", "MicroBatch"]
 
 IGNORED = -100
 """The label of a token that is not supervised (Hugging Face's convention)."""
 LENGTHS = "lengths"
 """The key under which a micro-batch's dict carries its documents' lengths, a tuple of int."""
+WEIGHTS = "weights"
+"""The same of their weights, a tuple of float, where they have any."""
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class MicroBatch:
     """Tokens of each document; they sum to T."""
     padded: bool = False
     """A model gets each document as a row, padded on the right to the longest; else all of them as one row."""
+    weights: tuple[float, ...] | None = None
+    """How much each document's gradient counts, as many times that of its tokens; None: all alike. A loss that is told
+    is that of all tokens alike."""
 
     @property
     def tokens(self) -> int:
@@ -66,6 +72,11 @@ class MicroBatch:
     def targets(self) -> Ints:
         """[n], the supervised tokens."""
         return self.labels[self.rows + 1]
+
+    @property
+    def weights_of_rows(self) -> Floats | None:
+        """[n], what each of :attr:`rows` counts; None: all alike."""
+        return None if self.weights is None else np.repeat(self.weights, self.lengths)[self.rows]
 
     @property
     def filler(self) -> int:
@@ -107,22 +118,23 @@ class MicroBatch:
             ids, labels = ids[there], labels[there]
         lengths = tuple(int(tokens) for tokens in known if tokens)
         labels[np.cumsum(lengths) - lengths] = IGNORED
-        return cls(ids, labels, lengths, padded=not packed)
+        return cls(ids, labels, lengths, padded=not packed, weights=batch.get(WEIGHTS))
 
     def inputs(self) -> dict[str, Any]:
-        """A model's inputs on the host, and the lengths, which no model takes.
+        """A model's inputs on the host, and the lengths and weights, which no model takes.
 
         ``input_ids`` and ``labels`` int64 [1, T] with ``position_ids`` [1, T]; or, if :attr:`padded`, [documents,
         longest] with ``attention_mask``, and its first token (:attr:`filler`) in the padding.
         """
+        told = {LENGTHS: self.lengths} if self.weights is None else {LENGTHS: self.lengths, WEIGHTS: self.weights}
         if not self.padded:
             made = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
-            return {**{key: torch.from_numpy(value)[None] for key, value in made.items()}, LENGTHS: self.lengths}
+            return {**{key: torch.from_numpy(value)[None] for key, value in made.items()}, **told}
         there = np.arange(max(self.lengths)) < np.asarray(self.lengths)[:, None]
         ids, labels = np.full(there.shape, self.filler, np.int64), np.full(there.shape, IGNORED, np.int64)
         ids[there], labels[there] = self.input_ids, self.labels
         made = {"input_ids": ids, "labels": labels, "attention_mask": there.astype(np.int64)}
-        return {**{key: torch.from_numpy(value) for key, value in made.items()}, LENGTHS: self.lengths}
+        return {**{key: torch.from_numpy(value) for key, value in made.items()}, **told}
 
     def split(self, most: int) -> list[MicroBatch]:
         """Whole documents in parts that compute ``most`` tokens or fewer; a longer document is a part by itself."""
@@ -144,10 +156,23 @@ class MicroBatch:
         starts = [0, *(int(ends[cut - 1]) for cut in cuts[1:])]
         return [self._part(*cuts[n : n + 2], *starts[n : n + 2]) for n in range(len(cuts) - 1)]
 
+    def by_weight(self) -> list[tuple[float, MicroBatch]]:
+        """Each weight, with the documents of it that supervise something."""
+        if self.weights is None:
+            return [(1.0, self)]
+        of_tokens, parts = np.repeat(self.weights, self.lengths), []
+        for weight in sorted(set(self.weights)):
+            there = of_tokens == weight
+            lengths = tuple(length for length, own in zip(self.lengths, self.weights, strict=True) if own == weight)
+            part = MicroBatch(self.input_ids[there], self.labels[there], lengths, padded=self.padded)
+            parts += [(weight, part)] if part.supervised else []
+        return parts
+
     def _part(self, first: int, last: int, start: int, end: int) -> MicroBatch:
         return MicroBatch(
-            self.input_ids[start:end], self.labels[start:end], self.lengths[first:last], padded=self.padded
-        )
+            self.input_ids[start:end], self.labels[start:end], self.lengths[first:last], padded=self.padded,
+            weights=self.weights and self.weights[first:last],
+        )  # fmt: skip
 
     def filled(self, tokens: int) -> MicroBatch:
         """With a last document that supervises nothing, so that T is ``tokens``; as it is if it has as many or more."""
@@ -156,7 +181,8 @@ class MicroBatch:
             return self
         ids = np.pad(self.input_ids, (0, missing), constant_values=self.filler)
         labels = np.pad(self.labels, (0, missing), constant_values=IGNORED)
-        return MicroBatch(ids, labels, (*self.lengths, missing), padded=self.padded)
+        weights = self.weights and (*self.weights, 1.0)
+        return MicroBatch(ids, labels, (*self.lengths, missing), padded=self.padded, weights=weights)
 
     def levelled(self, round_to: int, most: int) -> MicroBatch:
         """With documents of one length, that of the longest, filled up by tokens that supervise nothing.
@@ -170,7 +196,8 @@ class MicroBatch:
         there = np.arange(length) < np.asarray(self.lengths)[:, None]
         ids, labels = np.full(there.shape, self.filler, np.int64), np.full(there.shape, IGNORED, np.int64)
         ids[there], labels[there] = self.input_ids, self.labels
-        return MicroBatch(ids.reshape(-1), labels.reshape(-1), (length,) * count, padded=self.padded)
+        lengths = (length,) * count
+        return MicroBatch(ids.reshape(-1), labels.reshape(-1), lengths, padded=self.padded, weights=self.weights)
 
 
 def _tokens_of_rows(mask: Ints) -> Ints:

@@ -184,7 +184,7 @@ class Config(BaseModel):
     rehearse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Mix in general prompts, as many as this share of the rows (0.1 or 10%) and 96 at least, with the base's own
     answers to them before the training, so that the adapter keeps what the base could. In a run of six epochs or
-    more each is seen about four times. They stand in RUN/rehearsed.jsonl."""
+    more each is seen about four times; a token of theirs counts a quarter. They stand in RUN/rehearsed.jsonl."""
 
     # -- training -----------------------------------------------------------------------------------------------------
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | Literal["auto"] = "auto"

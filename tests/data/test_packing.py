@@ -139,7 +139,7 @@ def test_labels_positions_and_padding_of_a_pack(proof: Proof) -> None:
 def test_sizes_are_those_of_the_micro_batches(proof: Proof) -> None:
     """Across an epoch's end; of documents that stand twice too, and of two stores together."""
     twice = Documents(proof.train.store, np.concatenate([proof.train.chosen, proof.train.chosen[:50]]))
-    for documents in (proof.train, twice, Together(proof.train, twice, 2)):
+    for documents in (proof.train, twice, Together(proof.train, twice, 2, 0.25)):
         data = PackedBatches(documents, tokens=512, seed=3, longest=256)
         first, end = data.per_epoch - 2, data.per_epoch + 2
         lengths, supervised = data.sizes(first, end)
@@ -147,6 +147,23 @@ def test_sizes_are_those_of_the_micro_batches(proof: Proof) -> None:
         assert lengths == [len(documents[int(at)][0]) for p in range(first, end) for at in data.members(p)]
         assert supervised == sum(batch.supervised for batch in whole)
         assert data.sizes(first, first) == ([], 0)
+
+
+@pytest.mark.parametrize("kind", [PackedBatches, GroupedBatches])
+def test_each_document_has_its_weight_wherever_it_stands(proof: Proof, kind: Any) -> None:
+    others = Documents(proof.train.store, proof.train.chosen[:50])
+    data = kind(Together(proof.train, others, 2, 0.25), tokens=512, seed=3, **_rest(kind))
+    own = 2 * len(proof.train)
+    for position in range(data.per_epoch):
+        micro, members = data.micro_batch(position), data.members(position)
+        assert micro.weights is not None
+        padding = len(micro.lengths) - len(members)
+        assert micro.weights == (*(1.0 if at < own else 0.25 for at in members), *[1.0] * padding)
+    assert kind(proof.train, tokens=512, seed=3, **_rest(kind)).micro_batch(0).weights is None
+
+
+def _rest(kind: Any) -> dict[str, int]:
+    return {"longest": 256} if kind is PackedBatches else {}
 
 
 def test_less_than_a_pack_still_trains(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

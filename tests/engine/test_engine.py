@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from slimtune.batch import LENGTHS, MicroBatch
 from slimtune.engine import CannotFuse, Engine, FusedAdamW8bit
 from slimtune.engine import attention as attention_module
 from slimtune.engine import engine as engine_module
@@ -143,6 +144,26 @@ def test_a_pack_equals_its_documents_one_by_one(family: str) -> None:
         start += length
     assert total == pytest.approx(loss, rel=1e-5)
     assert models.worst_error(models.gradients(model), together) < 1e-5
+
+
+def test_a_documents_weight_multiplies_its_gradient() -> None:
+    """Against autograd of each weight's documents; in parts too."""
+    model = models.add_lora(models.make_base("llama"))
+    for batch in (models.pack(), models.padded()):
+        plain = MicroBatch.of(batch)
+        micro = replace(plain, weights=tuple(1.0 if at % 2 else 0.25 for at in range(len(plain.lengths))))
+        whole, _ = models.reference(model, batch, 40)
+        expected: dict[str, torch.Tensor] = {}
+        for weight, part in micro.by_weight():
+            inputs = {key: value for key, value in part.inputs().items() if key != LENGTHS}
+            _, own = models.reference(model, inputs, 40)
+            expected = {name: weight * own[name] + expected.get(name, 0.0) for name in own}
+        engine = make_engine(model)
+        for tokens in (engine.plan.part_tokens, 30):
+            engine.plan = replace(engine.plan, part_tokens=tokens)
+            found, actual = run(engine, model, micro.inputs(), 40)
+            assert found == pytest.approx(whole, rel=1e-5)
+            assert models.worst_error(actual, expected) < 1e-4
 
 
 def test_gradients_accumulate_over_the_window() -> None:

@@ -32,6 +32,14 @@ def test_loss_and_gradient_equal_autograd(chunk: int) -> None:
     torch.testing.assert_close(g, total.grad)
     torch.testing.assert_close(head_loss(x, residual, norm, head, rows, targets, chunk), expected.detach())
 
+    weights = torch.tensor([1.0, 0.25, 0.25, 1.0, 0.0], dtype=torch.float64)
+    loss = head_loss_and_grad(x, residual, norm, head, rows, targets, chunk, g, weights=weights)
+    torch.testing.assert_close(loss, expected.detach())
+    total.grad = None
+    normed = nn.functional.rms_norm(total, (HIDDEN,), weight, 1e-5)[rows]
+    (weights * nn.functional.cross_entropy(normed @ head.T, targets, reduction="none")).sum().backward()
+    torch.testing.assert_close(g, total.grad)
+
 
 def test_no_supervised_token() -> None:
     norm = Norm(torch.ones(HIDDEN), 1e-5)

@@ -37,7 +37,7 @@ def test_packs_of_several_epochs_are_told_as_such(tmp_path: Path) -> None:
     rows = Documents(DocumentStore(tmp_path), np.arange(3))
     config = Config.make(pack_tokens=128)
     assert packs_line(micro_batches(rows, config), config, None) == "1 of 128 tokens, 75.0% full"
-    twice = Together(rows, Documents(rows.store, np.arange(3, 4)), 2)
+    twice = Together(rows, Documents(rows.store, np.arange(3, 4)), 2, 0.25)
     assert packs_line(micro_batches(twice, config), config, None) == "2 of 128 tokens, 87.5% full; 2 epochs together"
     alone = Config.make(packing=False)
     assert packs_line(micro_batches(twice, alone), alone, "asked for").endswith("7 micro-batches; 2 epochs together")

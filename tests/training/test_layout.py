@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from slimtune.config import Config
 from slimtune.recipes import finetune, resume
 from slimtune.run.folder import RunFolder
 from slimtune.training.layout import Layout
+from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
 from tests.tolerances import GRADIENT
 from tests.training import families
+
+NAME = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +65,46 @@ def test_a_run_goes_unpacked_and_every_layout_trains_the_same(hybrid: Path, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=GRADIENT)
     assert evaluated[0] == pytest.approx(evaluated[1], rel=GRADIENT)
     # What was recorded is what a resumed run takes: the same adapter, to the bit, from the second step's checkpoint on.
-    want = load_file(padded.adapter / "adapter_model.safetensors")
+    want = load_file(padded.adapter / NAME)
     (padded.checkpoints / "checkpoint-3").rename(tmp_path / "away")
     again = resume(padded.path)
     assert again.config().layout == "padded"
-    have = load_file(again.adapter / "adapter_model.safetensors")
+    have = load_file(again.adapter / NAME)
     assert want.keys() == have.keys()
     assert all(torch.equal(value, have[name]) for name, value in want.items())
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
+def test_what_is_rehearsed_counts_a_quarter_on_every_path(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain path's adapter is the engine's, and neither is what answers that count as much as rows make of it."""
+
+    def answer(model: Any, tokenizer: Any, config: Config, count: int, file: Path, beat: Any) -> None:
+        said = [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Yes, it is."}]
+        file.write_text("".join(json.dumps({"messages": said}) + "\n" for _ in range(6)))
+
+    monkeypatch.setattr(rehearsal, "answer", answer)
+    model = campaign.make_model(tmp_path / "model")
+    shared: dict[str, Any] = {
+        "rehearse": 0.1,
+        "optim": "adamw_8bit",
+        "targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "max_steps": 4,
+    }
+    plain = run(model, tmp_path / "plain", engine="plain", layout=layout, **shared)
+    fused = run(model, tmp_path / "fused", engine="fused", layout=layout, **shared)
+    adapters = [load_file(one.adapter / NAME) for one in (plain, fused)]
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=1e-3, atol=1e-5)
+    losses = [[m["loss"] for m in one.metrics() if m.get("loss") is not None] for one in (plain, fused)]
+    assert losses[0] == pytest.approx(losses[1], rel=GRADIENT)
+    assert fused.read_json(fused.facts_file)["data"]["rehearsed"]["weight"] == 0.25
+    if layout != "packed":
+        return
+    monkeypatch.setattr(rehearsal, "ANSWER_WEIGHT", 1.0)
+    whole = load_file(run(model, tmp_path / "whole", engine="fused", layout=layout, **shared).adapter / NAME)
+    assert any((whole[name] - value).abs().max() > 1e-4 for name, value in adapters[1].items())
 
 
 def test_pieces_of_alone_are_its_documents() -> None:

@@ -115,6 +115,11 @@ class Documents:
         return self
 
     @property
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """How much each counts, [documents]; None: all alike."""
+        return None
+
+    @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document, int32 [documents]."""
         starts, made = self.store.starts, np.empty(len(self), np.int32)
@@ -165,11 +170,13 @@ class Together(Documents):
         rows: The data's.
         others: What is learnt beside them.
         rounds: How often the rows stand in it.
+        weight: How much one of the others counts, where a row counts 1.
     """
 
-    def __init__(self, rows: Documents, others: Documents, rounds: int) -> None:
+    def __init__(self, rows: Documents, others: Documents, rounds: int, weight: float) -> None:
         super().__init__(rows.store, rows.chosen)
         self._rows, self._others, self.rounds = rows, others, rounds
+        self._weights = np.repeat([1.0, weight], [rounds * len(rows), len(others)])
 
     def __len__(self) -> int:
         return self.rounds * len(self._rows) + len(self._others)
@@ -177,6 +184,10 @@ class Together(Documents):
     @property
     def rows(self) -> Documents:  # noqa: D102 - the base says it
         return self._rows
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:  # noqa: D102 - the base says it
+        return self._weights
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:  # noqa: D102 - the base says it

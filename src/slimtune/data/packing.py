@@ -85,7 +85,11 @@ class MicroBatches(ABC):
         ids = np.concatenate([tokens for tokens, _ in documents]).astype(np.int64)
         labels = np.where(np.concatenate([supervised for _, supervised in documents]), ids, IGNORED)
         labels[np.cumsum(lengths) - lengths] = IGNORED
-        return MicroBatch(ids, labels, lengths, padded=True)
+        return MicroBatch(ids, labels, lengths, padded=True, weights=self._weights_of(self.members(position)))
+
+    def _weights_of(self, members: npt.NDArray[np.int64]) -> tuple[float, ...] | None:
+        weights = self.documents.weights
+        return None if weights is None else tuple(weights[members].tolist())
 
     def rows(self, position: int) -> list[Place]:
         """Where the rows in the micro-batch at ``position`` stand."""
@@ -204,6 +208,7 @@ class PackedBatches(FilledBatches):
             np.pad(filled.input_ids, (0, missing), constant_values=filled.filler),
             np.pad(filled.labels, (0, missing), constant_values=IGNORED),
             (*filled.lengths, *padding),
+            weights=filled.weights and (*filled.weights, *[1.0] * len(padding)),
         )
 
 

@@ -495,7 +495,7 @@ class Engine:
         rows, targets = self._inputs.supervised(micro)
         return head_loss_and_grad(
             x, residual, self.decoder.norm, self._head, rows, targets, self.plan.head_tokens, g,
-            softcap=self.decoder.softcap, in_fp8=self._head_in_fp8,
+            softcap=self.decoder.softcap, in_fp8=self._head_in_fp8, weights=self._inputs.weights(micro),
         )  # fmt: skip
 
     def _backward(self, g: Tensor | None, saved: list[Saved], on: Pass, lowest: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +67,9 @@ class Inputs:
         """Tokens that there is room for."""
         self.padded_room = 0
         """:attr:`slimtune.engine.memory.MemoryPlan.padded_room`."""
-        # One after the other: seed, input_ids, position_ids, rows, targets; then the documents' boundaries.
-        self._fixed = torch.zeros(1 + 4 * tokens, dtype=torch.int64, device=device)
+        # One after the other: seed, input_ids, position_ids, rows, targets, weights' bits; then the documents'
+        # boundaries.
+        self._fixed = torch.zeros(1 + 5 * tokens, dtype=torch.int64, device=device)
         self._boundaries = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
         self._table = table
         self._rows: Tensor | None = None
@@ -80,7 +82,7 @@ class Inputs:
     @staticmethod
     def nbytes_of(tokens: int) -> int:
         """What its buffers take on the device, a table's rows not among them."""
-        return 8 * (1 + 4 * tokens) + 4 * (tokens + 1)
+        return 8 * (1 + 5 * tokens) + 4 * (tokens + 1)
 
     @property
     def packs_ways(self) -> dict[ScoresKind, Way]:
@@ -119,6 +121,10 @@ class Inputs:
         """rows and targets, int64 [n]."""
         return self._part(2, micro.supervised), self._part(3, micro.supervised)
 
+    def weights(self, micro: MicroBatch) -> Tensor | None:
+        """What each of those rows counts, float64 [n]; None: all alike."""
+        return None if micro.weights is None else self._part(4, micro.supervised).view(torch.float64)
+
     def documents(self, micro: MicroBatch, key: ShapeKey) -> Documents:
         """The micro-batch's documents; what the device reads of them lies at a fixed address."""
         return Documents(micro.lengths, self._boundaries[: key.documents + 1], key.longest, self.padded_room)
@@ -139,7 +145,10 @@ class Inputs:
         staging = self._staging()
         fixed, boundaries = staging.fixed, staging.boundaries
         fixed[0] = seed
-        for number, values in enumerate((micro.input_ids, micro.position_ids, micro.rows, micro.targets)):
+        parts = [micro.input_ids, micro.position_ids, micro.rows, micro.targets]
+        if (weights := micro.weights_of_rows) is not None:
+            parts.append(weights.view(np.int64))
+        for number, values in enumerate(parts):
             start = 1 + number * self.room
             fixed[start : start + len(values)] = torch.from_numpy(values)
         ends = torch.tensor(micro.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -30,6 +30,7 @@ def head_loss_and_grad(
     *,
     softcap: float | None = None,
     in_fp8: Fp8Head | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of the supervised tokens' negative log-likelihoods, float32; its gradient is written into ``g``.
 
@@ -44,6 +45,7 @@ def head_loss_and_grad(
         g: [T, H]; becomes the gradient of x + residual, zero in the rows without supervision.
         softcap: Logits are softcap x tanh(logits / softcap).
         in_fp8: The head, where its way back is multiplied in FP8 (unless that is off).
+        weights: [n], what each token's gradient is multiplied with; None: all count alike. The sum is of all alike.
     """
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     g.zero_()
@@ -57,6 +59,8 @@ def head_loss_and_grad(
         part = targets[start : start + chunk]
         total += loss_and_grad_of_chunk(y, head, part, buffer[: y.shape[0]], softcap=softcap, in_fp8=in_fp8)
         dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
+        if weights is not None:
+            dx *= weights[start : start + chunk, None].to(dx.dtype)
         g.index_copy_(0, places, dx)
     return total
 

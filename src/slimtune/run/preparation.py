@@ -199,6 +199,9 @@ def _held_out(data: Facts, say: Say) -> Statement:
 def _rehearsed(rehearsed: Facts, epochs: float | None, say: Say) -> Statement:
     count, tokens, passes = rehearsed["documents"], rehearsed["tokens"], (epochs or 0.0) / rehearsed.get("rounds", 1)
     often_en, often_zh = (f", {passes:.3g} times each", f"，每个 {passes:.3g} 遍") if passes else ("", "")
+    if (weight := rehearsed.get("weight", 1.0)) != 1.0:
+        often_en += f", a token counting {weight:g} of a row's"
+        often_zh += f"，每个 token 按样本 token 的 {weight:g} 计"
     return Statement(
         say(
             f"Beside them {counted(count, 'general prompt')} with what the base itself had answered "

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimtune.batch import LENGTHS, MicroBatch
+from slimtune.batch import LENGTHS, WEIGHTS, MicroBatch
 from slimtune.training.packs import DocumentAttention, documents_of
 from slimtune.training.plain import PlainTrainer
 
@@ -61,7 +61,7 @@ class Layout:
     @contextmanager
     def passed(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The model's inputs for a micro-batch or piece; forward and backward are the body's."""
-        inputs = {key: value for key, value in batch.items() if key != LENGTHS}
+        inputs = {key: value for key, value in batch.items() if key not in (LENGTHS, WEIGHTS)}
         if self.kind != "packed" or inputs["input_ids"].shape[0] > 1:
             yield inputs
             return
@@ -97,11 +97,19 @@ class LayoutTrainer(PlainTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro-batch, forward and backward."""
+        """One micro-batch, forward and backward; the documents of each weight by themselves."""
         losses: list[Tensor] = []
-        for piece in self.layout.pieces(inputs):
-            with self.layout.passed(piece) as passed:
-                losses.append(super().training_step(model, passed, num_items_in_batch))
+        parts, items = [(1.0, inputs)], num_items_in_batch
+        if WEIGHTS in inputs:
+            micro = MicroBatch.of(inputs)
+            items = micro.supervised if items is None else items
+            parts = [(weight, part.inputs()) for weight, part in micro.by_weight()] or parts
+        for weight, part in parts:
+            for piece in self.layout.pieces(part):
+                # The loss is a sum over tokens, divided by the window's number of them.
+                of = items if items is None else items / weight
+                with self.layout.passed(piece) as passed:
+                    losses.append(super().training_step(model, passed, of) / weight)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def evaluation_sum(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int]:

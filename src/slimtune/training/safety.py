@@ -15,7 +15,7 @@ from slimtune.config import Config
 from slimtune.data.packing import MicroBatches
 from slimtune.data.sources import content_hash, parse_source
 from slimtune.errors import GuardStop, SlimtuneError, UserError, by_the_system
-from slimtune.plan import rounds_of_rows
+from slimtune.plan import ANSWER_WEIGHT, rounds_of_rows
 from slimtune.run.environment import library_versions
 from slimtune.run.folder import RunFolder
 from slimtune.run.identity import Identity, require_same
@@ -43,6 +43,7 @@ def identity_of(config: Config, base: str, tokenizer: PreTrainedTokenizerBase, r
         data[answers.name] = content_hash(parse_source(str(answers)))
         if (rounds := rounds_of_rows(config)) > 1:
             data["rows beside each answer"] = f"{rounds} times"
+        data["a token of an answer"] = f"counts {ANSWER_WEIGHT:g}"
     return Identity(
         config=config.model_dump(mode="json"),
         base=base,

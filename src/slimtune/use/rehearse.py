@@ -21,7 +21,7 @@ from slimtune.data.packing import MicroBatches, PackedBatches
 from slimtune.data.preflight import Proof, prove
 from slimtune.data.render import Manner, prompt_ids
 from slimtune.errors import UserError
-from slimtune.plan import rounds_of_rows
+from slimtune.plan import ANSWER_WEIGHT, rounds_of_rows
 from slimtune.run.durable import replace_file
 from slimtune.run.statement import counted
 from slimtune.use.ask import opened_as_it_is
@@ -73,8 +73,8 @@ def rehearse(
     """Add what ``config.rehearse`` asks for to the documents that ``proof`` trains on; gives the line that says it.
 
     Args:
-        proof: Of the data; its facts get ``rehearsed``: wanted, documents, tokens, and the passes over the rows to each
-            over the answers.
+        proof: Of the data; its facts get ``rehearsed``: wanted, documents, tokens, the passes over the rows to each
+            over the answers, and what an answer's token counts beside a row's.
         config: Decided.
         model: The base, not wrapped yet.
         tokenizer: With the chat template.
@@ -89,8 +89,10 @@ def rehearse(
         answer(model, tokenizer, config, count, file, beat)
     made = _documents(config, tokenizer, file)
     rounds = rounds_of_rows(config)
-    proof.train = Together(proof.train, made, rounds)
-    proof.facts["rehearsed"] = {"wanted": count, "documents": len(made), "tokens": made.tokens, "rounds": rounds}
+    proof.train = Together(proof.train, made, rounds, ANSWER_WEIGHT)
+    proof.facts["rehearsed"] = {
+        "wanted": count, "documents": len(made), "tokens": made.tokens, "rounds": rounds, "weight": ANSWER_WEIGHT,
+    }  # fmt: skip
     many = f"{len(made):,} of {count:,}" if len(made) < count else f"{len(made):,}"
     line = f"{many} general prompts, {made.tokens:,} tokens, answered by the base as it was"
     if rounds > 1:
