@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from slimtune.batch import LENGTHS, MicroBatch
 from slimtune.config import Config
 from slimtune.recipes import finetune, resume
 from slimtune.run.folder import RunFolder
-from slimtune.training.layout import Layout
+from slimtune.training.layout import Layout, LayoutTrainer
+from slimtune.training.plain import PlainTrainer
 from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
 from tests.tolerances import GRADIENT
@@ -105,6 +107,33 @@ def test_what_is_rehearsed_counts_a_quarter_on_every_path(
     monkeypatch.setattr(rehearsal, "ANSWER_WEIGHT", 1.0)
     whole = load_file(run(model, tmp_path / "whole", engine="fused", layout=layout, **shared).adapter / NAME)
     assert any((whole[name] - value).abs().max() > 1e-4 for name, value in adapters[1].items())
+
+
+@pytest.mark.parametrize("layout", ["packed", "alone"])
+def test_two_ranks_gradients_of_weighted_documents_sum_to_one_processs(
+    layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, in however many pieces each micro-batch goes through the model."""
+
+    def step(self: Any, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        loss = model(**inputs, num_items_in_batch=items, use_cache=False).loss
+        loss.backward()
+        return torch.as_tensor(loss.detach())
+
+    monkeypatch.setattr(PlainTrainer, "training_step", step)
+    model = families.make("llama")
+    trainer = LayoutTrainer.__new__(LayoutTrainer)
+    trainer.layout = Layout(model, layout)
+    weights = (1.0, 0.25, 0.25, 1.0, 0.25, 1.0, 0.25)
+    batches = [replace(families.documents(padded=False, seed=seed), weights=weights).inputs() for seed in (5, 6)]
+
+    def gradient(*given: dict[str, Any]) -> torch.Tensor:
+        model.zero_grad()
+        for batch in given:
+            trainer.training_step(model, batch, 130)
+        return torch.cat([each.grad.reshape(-1) for each in model.parameters() if each.grad is not None])
+
+    assert torch.equal(gradient(*batches), gradient(batches[0]) + gradient(batches[1]))
 
 
 def test_pieces_of_alone_are_its_documents() -> None:

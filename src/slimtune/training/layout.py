@@ -11,13 +11,15 @@ For a harness, with ``model`` wrapped or not::
     for piece in layout.pieces(batch):              # batch: MicroBatch.inputs(), on the host
         with layout.passed(piece) as inputs:        # the body holds the forward and the backward
             loss = model(**inputs, use_cache=False).loss
+
+The documents' weights, if they have any, are :class:`LayoutTrainer`'s to apply: no model takes them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -89,6 +91,20 @@ def _boundaries(lengths: tuple[int, ...], ends: Tensor) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _added_at_once(model: nn.Module) -> Iterator[None]:
+    """What the body adds to the gradients is summed up first: so two ranks' sum is to the bit what one process adds
+    up."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    yield
+    for parameter, grad in zip(trained, before, strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+
+
 class LayoutTrainer(PlainTrainer):
     """PlainTrainer whose micro-batches go through its model by :attr:`layout`, which is set before training."""
 
@@ -104,8 +120,9 @@ class LayoutTrainer(PlainTrainer):
             micro = MicroBatch.of(inputs)
             items = micro.supervised if items is None else items
             parts = [(weight, part.inputs()) for weight, part in micro.by_weight()] or parts
-        for weight, part in parts:
-            for piece in self.layout.pieces(part):
+        pieces = [(weight, piece) for weight, part in parts for piece in self.layout.pieces(part)]
+        with _added_at_once(model) if len(pieces) > 1 else nullcontext():
+            for weight, piece in pieces:
                 # The loss is a sum over tokens, divided by the window's number of them.
                 of = items if items is None else items / weight
                 with self.layout.passed(piece) as passed:
