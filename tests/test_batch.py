@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,18 @@ def test_refuses_holes_in_the_mask() -> None:
     batch["attention_mask"][1, 5] = 0
     with pytest.raises(UserError, match="holes"):
         MicroBatch.of(batch)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), torch.ones(3, 40), (1.0, 0.25, 0.0), (1.0, float("nan"), 1.0)])
+def test_refuses_weights_that_are_no_documents(weights: Any) -> None:
+    with pytest.raises(UserError, match="3 documents with the weights"):
+        MicroBatch.of({**models.padded(), "weights": weights})
+
+
+def test_a_row_without_tokens_takes_its_weight_away() -> None:
+    batch = models.padded()
+    batch["attention_mask"][1] = 0
+    assert MicroBatch.of({**batch, "weights": torch.tensor([1.0, 0.5, 0.25])}).weights == (1.0, 0.25)
 
 
 @pytest.mark.parametrize("most", [1, 16, 30, 33, 60, 64])

@@ -100,7 +100,7 @@ class MicroBatch:
         waited for.
 
         Raises:
-            UserError: The attention mask pads on the left or has holes.
+            UserError: The attention mask pads on the left or has holes, or the weights aren't the documents'.
         """
         ids, labels = _host(batch["input_ids"]), _host(batch["labels"]).copy()
         rows, length = ids.shape
@@ -118,7 +118,7 @@ class MicroBatch:
             ids, labels = ids[there], labels[there]
         lengths = tuple(int(tokens) for tokens in known if tokens)
         labels[np.cumsum(lengths) - lengths] = IGNORED
-        return cls(ids, labels, lengths, padded=not packed, weights=batch.get(WEIGHTS))
+        return cls(ids, labels, lengths, padded=not packed, weights=_weights(batch.get(WEIGHTS), known))
 
     def inputs(self) -> dict[str, Any]:
         """A model's inputs on the host, and the lengths and weights, which no model takes.
@@ -209,6 +209,20 @@ def _tokens_of_rows(mask: Ints) -> Ints:
         )
     tokens: Ints = (mask != 0).sum(axis=1)
     return tokens
+
+
+def _weights(given: Any, lengths: Any) -> tuple[float, ...] | None:
+    """Those of the documents that have tokens; ``given``: one for each of ``lengths``, or None."""
+    if given is None:
+        return None
+    weights = torch.as_tensor(given, dtype=torch.float64, device="cpu").numpy()
+    if weights.shape != (len(lengths),) or not bool((weights > 0).all()):
+        raise UserError(
+            f"a micro-batch of {len(lengths)} documents with the weights {weights.tolist()}",
+            rule="Each document has one, above 0, which its gradient is multiplied with.",
+            way_out="Leave the key weights out, where it means something else.",
+        )
+    return tuple(weights[np.asarray(lengths) > 0].tolist())
 
 
 def _host(x: Tensor) -> Ints:
