@@ -186,7 +186,7 @@ def test_experts_are_told(facts: Facts) -> None:
 
 
 def forget(facts: Facts) -> None:
-    facts["data"]["rehearsed"] = {"wanted": 24, "documents": 20, "tokens": 1234, "rounds": 2}
+    facts["data"]["rehearsed"] = {"wanted": 24, "documents": 20, "tokens": 1234, "rounds": 2, "weight": 0.25}
     change = {"value": -0.4, "low": -0.5, "high": -0.3}
     facts["verdict"] |= {
         "outcome": "worse", "by_replies": True, "answered": 3, "stuck": 2, "stuck_reply": "abre `abre` " * 9,
@@ -199,6 +199,8 @@ def test_what_was_forgotten_and_what_repeats_is_told(facts: Facts) -> None:
     told = explain(facts)
     assert "20 general prompts" in texts(told, "data")
     assert f"were trained on, {facts['training']['epochs'] / 2:.3g} times each" in texts(told, "data")
+    assert "times each, a token counting 0.25 of a row's" in texts(told, "data")
+    assert "are supervised: of theirs only these make the loss" in texts(told, "data")
     assert "2 epochs are" in texts(told, "data")
     verdict = texts(told, "verdict")
     assert "2 of 3 replies to held-out prompts repeat themselves" in verdict

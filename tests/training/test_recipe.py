@@ -24,6 +24,7 @@ from slimtune.recipes import finetune, resume
 from slimtune.run.folder import RunFolder
 from slimtune.run.lock import ask_to_stop, lock_run
 from slimtune.run.screen import Screen
+from slimtune.training import safety
 from slimtune.training.resumable import ResumableTrainer
 from slimtune.use import rehearse as rehearsal
 from tests.campaigns import campaign
@@ -380,9 +381,12 @@ def test_what_a_run_rehearses_is_its_own_at_a_resume(
     with pytest.raises(UserError, match=r"data rehearsed\.jsonl"):
         resume(tmp_path / "run")
     answers.write_text(kept)
-    with monkeypatch.context() as other:  # a slimtune whose runs go over their answers with every pass
+    with monkeypatch.context() as other:  # a slimtune whose runs go over their answers with every pass, and count them
         other.setattr(plan, "ANSWER_PASSES", 100)
-        with pytest.raises(UserError, match="rows beside each answer"):
+        other.setattr(safety, "ANSWER_WEIGHT", 1.0)
+        with pytest.raises(
+            UserError, match=r"(?s)a token of an answer +counts 0\.25 +counts 1\n.*rows beside each answer"
+        ):
             resume(tmp_path / "run")
     run = resume(tmp_path / "run")
     assert asked == [8, 8]  # a quarter of the 12 documents that aren't held out is fewer

@@ -133,6 +133,7 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         return None
     rows, trained, dropped = data["rows"], data["rows_trained"], data["rows_dropped"]
     balanced = rows == trained + dropped
+    theirs_en, theirs_zh = ("of theirs ", "这些文档里") if data.get("rehearsed") else ("", "")
     told = [
         Statement(
             say(
@@ -148,10 +149,10 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
             say(
                 f"They make {data['documents']:,} documents with {data['tokens']:,} tokens in all, of which "
                 f"{data['supervised_tokens']:,} ({share(data['supervised_tokens'], data['tokens'])}) are supervised: "
-                f"only these make the loss.",
+                f"{theirs_en}only these make the loss.",
                 f"它们构成 {data['documents']:,} 篇文档、{data['tokens']:,} 个 token，其中 "
                 f"{data['supervised_tokens']:,} 个（{share(data['supervised_tokens'], data['tokens'])}）带监督，"
-                f"只有这些 token 计入损失。",
+                f"{theirs_zh}只有这些 token 计入损失。",
             )
         ),
     ]
