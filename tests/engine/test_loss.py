@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimtune.engine.fp8 import Fp8
 from slimtune.engine.fp8_head import Fp8Head
-from slimtune.engine.loss import head_loss, head_loss_and_grad, token_log_probs
+from slimtune.engine.loss import head_loss, head_loss_and_grad, loss_and_grad_of_chunk, token_log_probs
 from slimtune.engine.structure import Norm
 
 TOKENS, HIDDEN, VOCABULARY = 30, 16, 53
@@ -121,11 +121,28 @@ def test_the_heads_way_back_in_fp8_is_a_rounding_from_the_gradient(vocabulary: i
     torch.testing.assert_close(head_loss_and_grad(*given, found, softcap=softcap, in_fp8=eighths), loss)
     apart = (found.double() - total.grad).norm() / total.grad.norm()
     own = (plain.double() - total.grad).norm() / total.grad.norm()
-    assert own < apart < (0.025 if softcap is None else 0.008)
+    assert own < apart < 0.035
     assert not found[1::2].any()
     with switch.off():
         assert torch.equal(head_loss_and_grad(*given, off, softcap=softcap, in_fp8=eighths), loss)
     assert torch.equal(off, plain)
+
+
+def test_what_fp8_rounds_in_the_heads_gradient_cancels_over_tokens() -> None:
+    """Else a training comes to rest elsewhere than in 16 bits. With the targets' own rows exact beside rounded ones the
+    sum is nine times what independent roundings make of it; here 1.3."""
+    draw = torch.Generator().manual_seed(0)
+    vocabulary, hidden, tokens = 1000, 64, 2048
+    head = torch.randn(vocabulary, hidden, generator=draw) * 0.3 + torch.randn(hidden, generator=draw) * 0.3
+    head, x = head.bfloat16(), torch.randn(tokens, hidden, generator=draw).bfloat16()
+    probabilities = (x.float() @ head.float().t()).softmax(-1)
+    targets = torch.multinomial(probabilities, 1, generator=draw)
+    y, buffer = x.clone(), torch.empty(tokens, 1008).bfloat16()
+    loss_and_grad_of_chunk(y, head, targets[:, 0], buffer, in_fp8=Fp8Head(head, Fp8()))
+    expected = (probabilities - torch.zeros_like(probabilities).scatter_(1, targets, 1.0)) @ head.float()
+    apart = y.float() - expected
+    assert apart.norm() < 0.045 * expected.norm()
+    assert apart.sum(0).norm() < 2.0 * apart.norm()
 
 
 def test_a_turned_head_is_the_head_but_for_rounding() -> None:

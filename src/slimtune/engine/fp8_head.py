@@ -2,7 +2,8 @@
 
 Forward the head stays in 16 bits, so that the logits and the loss are what they are there. The gradient's rows come in
 e4m3 where the logits were (:mod:`slimtune.engine.kernels.cross_entropy_fp8`), and what is held is the head's transpose:
-half of the head once more. Each row's target stays out of the product: its own row of the head is added in 16 bits.
+half of the head once more. Each row's target stays out of the product: its own row, as the product would take it, is
+added to what that gives.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ class Fp8Head:
         """e4m3 [H, width], zeros behind the vocabulary."""
         across = self.turned[:, : self.vocabulary]
         for part in parts:
-            exact = head[part].float() * (1.0 / self.scales)
-            across[:, part] = exact.clamp(-LARGEST, LARGEST).to(fp8.E4M3).t()
+            across[:, part] = self._eighths(head[part].to(torch.float32, copy=True)).t()
 
     @staticmethod
     def bytes_of(pays: Callable[..., bool], tokens: int, vocabulary: int, hidden: int) -> int:
@@ -72,8 +72,21 @@ class Fp8Head:
         """
         loss, rows, scales, own = cross_entropy_fp8.loss_and_grad_(logits, targets, self.vocabulary, softcap=softcap)
         fp8.product(rows, scales, self.turned, self.scales, out=out, long_sum=True)
-        out.addcmul_(self._head.index_select(0, targets.clamp(min=0)), own, value=-1)
+        out.addcmul_(self._rounded(targets.clamp(min=0)), own, value=-1)
         return loss
+
+    def _rounded(self, tokens: Tensor) -> Tensor:
+        """The tokens' rows of what the product takes, float32 [n, H].
+
+        Were a target's exact and the others rounded, what a token pushes as a target and as one of the others would
+        never cancel: a training would come to rest elsewhere, the further the longer it goes (decision 175).
+        """
+        wide = self._head.index_select(0, tokens).float()
+        return wide.copy_(self._eighths(wide)).mul_(self.scales)
+
+    def _eighths(self, wide: Tensor) -> Tensor:
+        """Rows of the head, float32 [n, H], in e4m3; overwritten."""
+        return wide.mul_(1.0 / self.scales).clamp_(-LARGEST, LARGEST).to(fp8.E4M3)
 
 
 def _padded(vocabulary: int) -> int:

@@ -18,7 +18,7 @@ _HEAVY = 32
 """How much more than others the channels weigh here that have further columns."""
 _LIKELY = 6.0
 """How far logits are apart here, so that a few tokens of a vocabulary have most of the probability: their rows of the
-head make as much of the gradient as the target's own, which is in 16 bits."""
+head make as much of the gradient as the target's own, which is no part of the product."""
 
 
 class InBoth(NamedTuple):

@@ -48,9 +48,9 @@ _PRODUCT_APART_FORWARD, _PRODUCT_APART, _PRODUCT_OFF = 0.03, 0.06, 0.01
 0.002 along its direction, and forward 0.003 to 0.017, as most of it is of the channels that are taken nearly exactly.
 One that is 2 % too large is found here, and one whose further columns are other channels' (0.05), or none (0.036),
 which gradients don't tell from rounding."""
-_HEAD_APART, _HEAD_OFF = 0.04, 0.005
-"""The same of the gradient through the head, of which the targets' own rows are in 16 bits: 0.015 to 0.024 of its size,
-at most 0.0011 along its direction. A product that is 2 % too large is 0.009 to 0.012 along it."""
+_HEAD_APART, _HEAD_OFF = 0.06, 0.004
+"""The same of the gradient through the head: 0.026 to 0.039 of its size, at most 0.002 along its direction. A product
+that is 2 % too large is 0.004 to 0.012 along it."""
 _NOISE = 3.0
 """Or so many times what a rounding of the embedding makes of the unfused model's own."""
 _FLOOR = {torch.float32: 0.01, torch.float64: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}

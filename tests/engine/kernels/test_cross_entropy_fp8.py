@@ -54,8 +54,8 @@ def test_loss_and_gradient(make: Maker, vocabulary: int, softcap: float | None) 
     assert not rows.float().gather(1, index).any()
     others = want.scatter(1, index, 0.0)
     found = (rows.float() * scales)[:, :vocabulary].double()
-    # Four digits of e4m3, and steps of 2⁻⁹ where a row's largest is 448.
-    step = others.abs() * 2.0**-4 + scales.double() * 2.0**-10
+    # Four digits of e4m3, and a step of 2⁻⁹ up or down where a row's largest is 448.
+    step = others.abs() * 2.0**-4 + scales.double() * 2.0**-9
     assert ((found - others).abs() <= 1.001 * step).all()
     if softcap is None:
         assert rows.float().amax(1)[[0, 2, 3]].tolist() == [448.0] * 3
@@ -78,6 +78,27 @@ def test_a_target_that_is_certain_has_no_gradient_and_one_that_is_nearly_so_keep
     assert torch.isfinite(rows.float() * scales).all()
     assert_close(own[1], -want[1, 7:8], dtype=torch.float32)
     assert_close(scales[1] * 448, want[1, :1], dtype=torch.float32)
+
+
+def test_a_far_tail_is_there_on_average(make: Maker) -> None:
+    """Each of its numbers would be rounded to zero, and it is a fortieth of what isn't the target's."""
+    logits = make.poisoned(4, 32000)
+    logits[:] = make(4, 32000) * 0.25 - 14.0
+    logits[:, 5] = 0.0
+    targets = torch.tensor([3, 5, 7, 31999], device=make.device)
+    _, want = expected(logits.clone(), targets, None)
+    _, rows, scales, own = cross_entropy_fp8.loss_and_grad_(logits, targets, 32000)
+    found = (rows.float() * scales).double()
+    tail = torch.arange(32000, device=make.device) != 5
+    tail = tail & (torch.arange(32000, device=make.device) != targets[:, None])
+    for row in (0, 2, 3):
+        assert found[row, tail[row]].sum() == pytest.approx(float(want[row, tail[row]].sum()), rel=0.05)
+        # In each part of the vocabulary.
+        halves = [
+            (found[row, at].sum() / want[row, at].sum()).item() for at in (slice(100, 15000), slice(15000, 31000))
+        ]
+        assert halves == pytest.approx([1.0, 1.0], rel=0.05)
+    assert_close((rows.float() * scales).sum(1), own[:, 0], dtype=torch.bfloat16)
 
 
 def test_what_is_no_number_makes_a_loss_that_is_none(make: Maker) -> None:

@@ -12,6 +12,10 @@ pass reads a block of 16-bit logits and writes its e4m3 to the front of the same
 the logits: block i of the one lies before block i of the other, but for the first, and a barrier stands between what
 all threads read of a block and what they write.
 
+The far tail, what is below e4m3's least number, is rounded up as often as it is large: of a vocabulary it is some
+hundredths of all probability, which nothing would push down any more. What it is compared with are a Weyl sequence's
+parts of one, spread evenly over columns and rows.
+
 Dtype traps: nothing is read back that was stored in e4m3. A product of these rows sums over a whole vocabulary, which
 the tensor cores' own sums of about 13 bits are too coarse for: on an H200 it is 0.08 to 0.16 of the gradient's size
 off with fast accumulation, and 0.002 to 0.004 without (``long_sum`` of :func:`slimtune.engine.kernels.fp8.product`).
@@ -25,11 +29,11 @@ from torch import Tensor
 from slimtune.engine.kernels import reference_fp8 as reference
 from slimtune.engine.kernels._triton import constant, jit, pow2, row_alignment, runs_on_triton, tl
 from slimtune.engine.kernels.cross_entropy import bent
-from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST
+from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST, STEP
 
 __all__ = ["loss_and_grad_"]
 
-_LARGEST = constant(LARGEST)
+_LARGEST, _STEP, _STEPS = constant(LARGEST), constant(STEP), constant(1.0 / STEP)
 
 
 @jit
@@ -97,6 +101,9 @@ def _loss_and_grad(
             z = tl.where(columns < size, curve * softcap, float("-inf"))
             factor = (1.0 - curve * curve) * _LARGEST
         grad = tl.where(columns == target, 0.0, tl.exp(z - peak) * factor)
+        draw = (columns.to(tl.uint32) * 2654435769 + row.to(tl.uint32) * 1640531527) >> 8
+        least = tl.where(grad * _STEPS > draw.to(tl.float32) * (1.0 / 16777216.0), _STEP, 0.0)
+        grad = tl.where(grad < _STEP, least, grad)
         tl.debug_barrier()
         tl.store(eighths + columns, grad.to(tl.float8e4nv), mask=columns < width, eviction_policy="evict_first")
 

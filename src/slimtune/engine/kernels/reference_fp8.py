@@ -35,6 +35,8 @@ __all__ = [
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
+STEP = 2.0**-9
+"""Its smallest above zero."""
 LEAST = 1e-30
 """What a row's largest number counts as at least: a row of zeros has a scale too."""
 
@@ -203,7 +205,8 @@ def loss_and_grad_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy: overwrite logits with their gradient but for the targets' own part, give the loss's sum.
 
-    The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own.
+    The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own, on average over the far tail: what
+    is below e4m3's least number becomes that or zero, by a Weyl sequence over columns and rows.
 
     Args:
         logits: [N, K] with any row stride, in 16 bits or more; the vocabulary's come first.
@@ -227,6 +230,10 @@ def loss_and_grad_(
     exact, own = (beside - peak).exp() * LARGEST, others / whole
     if bent is not None:
         exact, own = exact * (1 - bent * bent), own * (1 - bent.gather(1, index).square())
+    columns, lines = (torch.arange(count, device=logits.device) for count in (vocabulary, len(logits)))
+    draw = ((columns * 2654435769 + lines[:, None] * 1640531527) & 0xFFFFFFFF) >> 8
+    least = torch.where(exact * (1.0 / STEP) > draw.float() * 2.0**-24, STEP, 0.0)
+    exact = torch.where(exact < STEP, least, exact)
     rows = logits.view(E4M3)[:, : logits.shape[1]]
     rows.zero_()
     rows[:, :vocabulary] = torch.where(known, exact, 0.0).to(E4M3)
