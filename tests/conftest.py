@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from slimtune.base.embedded import EMBEDDED, embedded_model_folder
@@ -15,6 +16,10 @@ from slimtune.base.load import Base, load_base
 from slimtune.base.tokenizer import load_tokenizer
 from slimtune.demo import rows
 from slimtune.hardware import Hardware, detect
+
+# How fast a machine draws examples says nothing of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
