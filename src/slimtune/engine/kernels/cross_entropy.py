@@ -31,6 +31,23 @@ def bent(z: tl.tensor, softcap: float) -> tl.tensor:
 
 
 @jit
+def block_of(logits: tl.tensor, columns: tl.tensor, size: int, softcap: float, CAP: tl.constexpr) -> tl.tensor:
+    """A block of a row's logits in float32, for the first of two passes: -inf behind the vocabulary."""
+    z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
+    z = z.to(tl.float32)
+    if CAP:
+        z = tl.where(columns < size, bent(z, softcap) * softcap, float("-inf"))
+    return z
+
+
+@jit
+def grown(peak: tl.tensor, total: tl.tensor, z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The running maximum, and the sum of exponentials less it, with a block more."""
+    higher = tl.maximum(peak, tl.max(z, axis=0))
+    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
+
+
+@jit
 def _loss_and_grad(
     logits: tl.tensor,
     targets: tl.tensor,
@@ -60,14 +77,7 @@ def _loss_and_grad(
     peak = float("-inf")
     total = 0.0
     for start in range(0, size, BLOCK):
-        columns = start + lane
-        z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
-        z = z.to(tl.float32)
-        if CAP:
-            z = tl.where(columns < size, bent(z, softcap) * softcap, float("-inf"))
-        higher = tl.maximum(peak, tl.max(z, axis=0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
-        peak = higher
+        peak, total = grown(peak, total, block_of(logits, start + lane, size, softcap, CAP))
     tl.store(losses + row, tl.log(total) + (peak - chosen))
     factor = scale_value
     if SCALE_ON_DEVICE:

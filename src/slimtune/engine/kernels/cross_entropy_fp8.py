@@ -28,7 +28,7 @@ from torch import Tensor
 
 from slimtune.engine.kernels import reference_fp8 as reference
 from slimtune.engine.kernels._triton import constant, jit, pow2, row_alignment, runs_on_triton, tl
-from slimtune.engine.kernels.cross_entropy import bent
+from slimtune.engine.kernels.cross_entropy import bent, block_of, grown
 from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST, STEP
 
 __all__ = ["loss_and_grad_"]
@@ -76,14 +76,8 @@ def _loss_and_grad(
     total = 0.0
     for start in range(0, size, BLOCK):
         columns = start + lane
-        z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
-        z = z.to(tl.float32)
-        if CAP:
-            z = tl.where(columns < size, bent(z, softcap) * softcap, float("-inf"))
-        z = tl.where(columns == target, float("-inf"), z)
-        higher = tl.maximum(peak, tl.max(z, axis=0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
-        peak = higher
+        z = block_of(logits, columns, size, softcap, CAP)
+        peak, total = grown(peak, total, tl.where(columns == target, float("-inf"), z))
     most = tl.maximum(peak, chosen)
     shrunk = tl.exp(peak - most)
     others = total * shrunk
