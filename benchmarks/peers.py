@@ -64,7 +64,9 @@ def make_folder(size: str, folder: Path) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(before)
-    # As GPT-2 begins: else nothing is left of gradients behind many random layers, and FP8 is refused for that.
+    # As GPT-2 begins, on embeddings of size 1: else nothing is left of a token behind many random layers but what they
+    # make of rounding, and FP8 is refused for that.
+    model.model.embed_tokens.weight.data.normal_()
     for layer in model.model.layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.data.mul_((2 * len(model.model.layers)) ** -0.5)

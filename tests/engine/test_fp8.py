@@ -314,7 +314,7 @@ def _results_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]], ids=str)
 def test_a_step_takes_no_more_than_in_bf16(targets: list[str] | str) -> None:
     """Where there is room for all, transposes are held as far as weights take no more for it."""
-    model = wider_model(6, target_modules=targets)
+    model = wider_model(8, target_modules=targets)
     engines = [make_engine(model, tokens=128, fp8=eighths) for eighths in (False, True)]
     (in_bf16, sixteen), (in_fp8, eight) = (taken(model, engine) for engine in engines)
     plan, layers = engines[1].plan, engines[1].layers

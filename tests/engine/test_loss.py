@@ -129,30 +129,31 @@ def test_the_heads_way_back_in_fp8_is_a_rounding_from_the_gradient(vocabulary: i
 
 
 def test_what_fp8_rounds_in_the_heads_gradient_cancels_over_tokens() -> None:
-    """Else a training comes to rest elsewhere than in 16 bits. With the targets' own rows exact beside rounded ones the
-    sum is nine times what independent roundings make of it; here 1.3."""
+    """Else a training comes to rest elsewhere than in 16 bits."""
     draw = torch.Generator().manual_seed(0)
-    vocabulary, hidden, tokens = 1000, 64, 2048
+    vocabulary, hidden, tokens = 4000, 64, 2048
     head = torch.randn(vocabulary, hidden, generator=draw) * 0.3 + torch.randn(hidden, generator=draw) * 0.3
     head, x = head.bfloat16(), torch.randn(tokens, hidden, generator=draw).bfloat16()
     probabilities = (x.float() @ head.float().t()).softmax(-1)
     targets = torch.multinomial(probabilities, 1, generator=draw)
-    y, buffer = x.clone(), torch.empty(tokens, 1008).bfloat16()
+    y, buffer = x.clone(), torch.empty(tokens, vocabulary).bfloat16()
     loss_and_grad_of_chunk(y, head, targets[:, 0], buffer, in_fp8=Fp8Head(head, Fp8()))
     expected = (probabilities - torch.zeros_like(probabilities).scatter_(1, targets, 1.0)) @ head.float()
     apart = y.float() - expected
     assert apart.norm() < 0.045 * expected.norm()
-    assert apart.sum(0).norm() < 2.0 * apart.norm()
+    assert apart.sum(0).norm() < 1.5 * apart.norm()  # independent roundings' sum is as large as they
 
 
 def test_a_turned_head_is_the_head_but_for_rounding() -> None:
     head = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     head[:, 3] = 0.0
     made = Fp8Head(head, Fp8())
-    assert made.turned.shape == (32, 5008)
-    assert not made.turned[:, 5000:].float().any()
+    assert made.turned.shape == (32, 5008 + 304)
+    assert not made.turned[:, 5000:5008].float().any()
     wide, given = made.turned[:, :5000].float() * made.scales[:, None], head.t().float()
     assert ((wide - given).abs() <= given.abs() * 2.0**-4 + made.scales[:, None] * 2.0**-10).all()
     assert made.turned.float().abs().amax(1).tolist() == [448.0] * 3 + [0.0] + [448.0] * 28
+    whole = wide[:, :304] + made.turned[:, 5008:].float() * made.scales[:, None]
+    assert ((whole - given[:, :304]).abs() <= given[:, :304].abs() * 2.0**-8 + made.scales[:, None] * 2.0**-10).all()
     assert made.turned.nbytes + made.scales.nbytes == Fp8Head.bytes_of(lambda *shape: True, 1, 5000, 32)
     assert Fp8Head.bytes_of(lambda *shape: True, 1, 5000, 40) == Fp8Head.bytes_of(lambda *shape: False, 1, 64, 32) == 0

@@ -3,7 +3,12 @@
 Forward the head stays in 16 bits, so that the logits and the loss are what they are there. The gradient's rows come in
 e4m3 where the logits were (:mod:`slimtune.engine.kernels.cross_entropy_fp8`), and what is held is the head's transpose:
 half of the head once more. Each row's target stays out of the product: its own row, as the product would take it, is
-added to what that gives.
+taken from what that gives.
+
+What rounding lost of the head is the same at every token, and what a training can't change in a model meets the same
+rows again and again, so that it doesn't cancel as the rounding of the gradient's rows does. For the first rows of the
+head it comes as further columns behind the vocabulary, as some channels' does in a projection: the ids of a BPE are in
+the order of its merges, and the first ones most of a text.
 """
 
 from __future__ import annotations
@@ -15,12 +20,15 @@ from torch import Tensor
 
 from slimtune.engine.fp8 import Fp8
 from slimtune.engine.kernels import cross_entropy_fp8, fp8
-from slimtune.engine.kernels.reference_fp8 import LARGEST, LEAST
+from slimtune.engine.kernels.reference_fp8 import LARGEST, LEAST, lost
 
 __all__ = ["Fp8Head"]
 
 _MULTIPLE = 16
 """What a product in FP8 wants of both its sides."""
+_AGAIN = 2048
+"""Rows of the head that come with what rounding lost of them, at most: two thirds of an English text's tokens. Of a
+small vocabulary it is a sixteenth."""
 _ROWS = 4096
 """Of the head that are turned at once."""
 
@@ -38,15 +46,18 @@ class Fp8Head:
         self.vocabulary, hidden = head.shape
         self.width = _padded(self.vocabulary)
         """Columns of a buffer of 16 bits for logits and, in their place, the gradient's rows."""
+        self.again = _again(self.vocabulary)
         parts = [slice(start, start + _ROWS) for start in range(0, self.vocabulary, _ROWS)]
         most = torch.stack([head[part].abs().amax(0) for part in parts]).amax(0)
         self.scales = most.float().clamp(min=LEAST) * (1.0 / LARGEST)
         """float32 [H]."""
-        self.turned = torch.zeros(hidden, self.width, dtype=torch.uint8, device=head.device).view(fp8.E4M3)
-        """e4m3 [H, width], zeros behind the vocabulary."""
+        columns = self.width + self.again
+        self.turned = torch.zeros(hidden, columns, dtype=torch.uint8, device=head.device).view(fp8.E4M3)
+        """e4m3 [H, width + again], zeros behind the vocabulary."""
         across = self.turned[:, : self.vocabulary]
         for part in parts:
-            across[:, part] = self._eighths(head[part].to(torch.float32, copy=True)).t()
+            across[:, part] = self._exact(head[part]).to(fp8.E4M3).t()
+        self.turned[:, self.width :] = lost(self._exact(head[: self.again])).to(fp8.E4M3).t()
 
     @staticmethod
     def bytes_of(pays: Callable[..., bool], tokens: int, vocabulary: int, hidden: int) -> int:
@@ -59,7 +70,7 @@ class Fp8Head:
             hidden: H.
         """
         taken = hidden % _MULTIPLE == 0 and pays(tokens, hidden, vocabulary)
-        return hidden * (_padded(vocabulary) + 4) if taken else 0
+        return hidden * (_padded(vocabulary) + _again(vocabulary) + 4) if taken else 0
 
     def loss_and_grad(self, logits: Tensor, targets: Tensor, out: Tensor, *, softcap: float | None = None) -> Tensor:
         """Sum of the losses, float32; ``out`` becomes the gradient of what the head multiplied.
@@ -70,24 +81,23 @@ class Fp8Head:
             out: bfloat16 [n, H].
             softcap: As the kernel has it.
         """
-        loss, rows, scales, own = cross_entropy_fp8.loss_and_grad_(logits, targets, self.vocabulary, softcap=softcap)
+        loss, rows, scales, own = cross_entropy_fp8.loss_and_grad_(
+            logits, targets, self.vocabulary, again=self.again, softcap=softcap
+        )
         fp8.product(rows, scales, self.turned, self.scales, out=out, long_sum=True)
-        out.addcmul_(self._rounded(targets.clamp(min=0)), own, value=-1)
+        # As the product has them. Were the targets' rows exact and the others rounded, what a token pushes as a target
+        # and as one of the others would never cancel, and a training come to rest elsewhere (decision 175).
+        cross_entropy_fp8.subtract_targets_(out, self._head, targets, own, self.scales, self.again)
         return loss
 
-    def _rounded(self, tokens: Tensor) -> Tensor:
-        """The tokens' rows of what the product takes, float32 [n, H].
-
-        Were a target's exact and the others rounded, what a token pushes as a target and as one of the others would
-        never cancel: a training would come to rest elsewhere, the further the longer it goes (decision 175).
-        """
-        wide = self._head.index_select(0, tokens).float()
-        return wide.copy_(self._eighths(wide)).mul_(self.scales)
-
-    def _eighths(self, wide: Tensor) -> Tensor:
-        """Rows of the head, float32 [n, H], in e4m3; overwritten."""
-        return wide.mul_(1.0 / self.scales).clamp_(-LARGEST, LARGEST).to(fp8.E4M3)
+    def _exact(self, rows: Tensor) -> Tensor:
+        """Rows of the head in e4m3's range, float32 [n, H]."""
+        return rows.to(torch.float32, copy=True).mul_(1.0 / self.scales).clamp_(-LARGEST, LARGEST)
 
 
 def _padded(vocabulary: int) -> int:
     return -(-vocabulary // _MULTIPLE) * _MULTIPLE
+
+
+def _again(vocabulary: int) -> int:
+    return min(_AGAIN, vocabulary // (16 * _MULTIPLE) * _MULTIPLE)

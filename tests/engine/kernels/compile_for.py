@@ -140,7 +140,10 @@ def launch_fp8() -> None:
         mlp_fp8.gated_forward(*gates, again=again)
         mlp_fp8.gated_backward(h, *gates, factors, in_place=True)
     for softcap in (None, 30.0):
-        cross_entropy_fp8.loss_and_grad_(zeros(4, 151936), torch.zeros(4, dtype=torch.int64), 151936, softcap=softcap)
+        targets, logits = torch.zeros(4, dtype=torch.int64), zeros(4, 151936)
+        cross_entropy_fp8.loss_and_grad_(logits, targets, 151936, again=2048, softcap=softcap)
+    own, scales = zeros(4, 1, dtype=f32), zeros(4096, dtype=f32)
+    cross_entropy_fp8.subtract_targets_(zeros(4, 4096), zeros(64, 4096), targets, own, scales, 32)
 
 
 def launch_fp8_experts() -> None:

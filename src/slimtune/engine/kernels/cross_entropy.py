@@ -32,11 +32,11 @@ def bent(z: tl.tensor, softcap: float) -> tl.tensor:
 
 @jit
 def block_of(logits: tl.tensor, columns: tl.tensor, size: int, softcap: float, CAP: tl.constexpr) -> tl.tensor:
-    """A block of a row's logits in float32, for the first of two passes: -inf behind the vocabulary."""
+    """A block of a row's logits in float32, for the first of two passes; -inf behind the vocabulary."""
     z = tl.load(logits + columns, mask=columns < size, other=float("-inf"), eviction_policy="evict_last")
     z = z.to(tl.float32)
     if CAP:
-        z = tl.where(columns < size, bent(z, softcap) * softcap, float("-inf"))
+        z = tl.where(z != float("-inf"), bent(z, softcap) * softcap, z)
     return z
 
 

@@ -77,16 +77,22 @@ def row_scale(most: tl.tensor) -> tl.tensor:
 
 
 @jit
-def lost(exact: tl.tensor) -> tl.tensor:
-    """What rounding to e4m3 takes away.
+def nearest(exact: tl.tensor) -> tl.tensor:
+    """The number of e4m3 that is nearest, in float32.
 
-    Rounded by arithmetic: e4m3 has three binary digits behind the first, and below 2⁻⁶ multiples of 2⁻⁹. The assembler
-    of Triton 3.6 (ptxas 12.8) loses half of the numbers that are stored in e4m3 and read back from it as well.
+    By arithmetic: e4m3 has three binary digits behind the first, and below 2⁻⁶ multiples of 2⁻⁹. The assembler of
+    Triton 3.6 (ptxas 12.8) loses half of the numbers that are stored in e4m3 and read back from it as well.
     """
     exponent = tl.maximum((exact.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
     # A number whose last binary digit is worth e4m3's there: what is added is rounded to that digit, ties to even.
     large = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
-    return (exact - ((exact + large) - large)).to(tl.float8e4nv)
+    return (exact + large) - large
+
+
+@jit
+def lost(exact: tl.tensor) -> tl.tensor:
+    """What rounding to e4m3 takes away."""
+    return (exact - nearest(exact)).to(tl.float8e4nv)
 
 
 @jit

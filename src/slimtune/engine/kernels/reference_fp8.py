@@ -26,17 +26,17 @@ __all__ = [
     "from_nf4",
     "grouped_product",
     "loss_and_grad_",
+    "lost",
     "product",
     "quantize",
     "row_scales",
     "stack_from_nf4",
+    "subtract_targets_",
 ]
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
-STEP = 2.0**-9
-"""Its smallest above zero."""
 LEAST = 1e-30
 """What a row's largest number counts as at least: a row of zeros has a scale too."""
 
@@ -67,10 +67,10 @@ def quantize(
     if again is None:
         return values, scale
     chosen = exact[:, again] if again.ndim == 1 else exact.gather(1, again.long())
-    return torch.cat((exact, chosen, _lost(chosen)), dim=1).to(E4M3), scale
+    return torch.cat((exact, chosen, lost(chosen)), dim=1).to(E4M3), scale
 
 
-def _lost(exact: Tensor) -> Tensor:
+def lost(exact: Tensor) -> Tensor:
     """What rounding to e4m3 takes away."""
     return exact - exact.to(E4M3).float()
 
@@ -121,7 +121,7 @@ def from_nf4(
         turned.copy_(exact.t().to(E4M3))
     if out is not None:
         chosen = exact[:, :0] if again is None else exact[:, again]
-        out.copy_(torch.cat((exact, _lost(chosen), chosen), dim=1).to(E4M3))
+        out.copy_(torch.cat((exact, lost(chosen), chosen), dim=1).to(E4M3))
 
 
 def stack_from_nf4(
@@ -201,22 +201,24 @@ def grouped_product(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor
 
 
 def loss_and_grad_(
-    logits: Tensor, targets: Tensor, vocabulary: int, *, softcap: float | None = None
+    logits: Tensor, targets: Tensor, vocabulary: int, *, again: int = 0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy: overwrite logits with their gradient but for the targets' own part, give the loss's sum.
 
-    The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own, on average over the far tail: what
-    is below e4m3's least number becomes that or zero, by a Weyl sequence over columns and rows.
+    The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own, on average: each number is rounded
+    to one of its two neighbours in e4m3, to the one as often as it is near it, by a Weyl sequence over columns and
+    rows.
 
     Args:
         logits: [N, K] with any row stride, in 16 bits or more; the vocabulary's come first.
         targets: int64 [N]; -100 where there is none.
         vocabulary: V, at most K.
+        again: C, at most K: of so many columns, the first, the numbers come once more behind each row.
         softcap: The loss is that of softcap x tanh(logits / softcap).
 
     Returns:
-        Sum over rows of -log softmax(logits)[target], float32 scalar. The rows, e4m3 [N, K] where the logits were, of
-        the row stride that this makes: zero in the target's column, and behind the vocabulary. float32 [N, 1], the
+        Sum over rows of -log softmax(logits)[target], float32 scalar. The rows, e4m3 [N, K + C] where the logits were,
+        of the row stride that this makes: zero in the target's column, and behind the vocabulary. float32 [N, 1], the
         rows' scales. float32 [N, 1], own. All are zero in the rows without a target.
     """
     known, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
@@ -230,13 +232,42 @@ def loss_and_grad_(
     exact, own = (beside - peak).exp() * LARGEST, others / whole
     if bent is not None:
         exact, own = exact * (1 - bent * bent), own * (1 - bent.gather(1, index).square())
-    columns, lines = (torch.arange(count, device=logits.device) for count in (vocabulary, len(logits)))
-    draw = ((columns * 2654435769 + lines[:, None] * 1640531527) & 0xFFFFFFFF) >> 8
-    least = torch.where(exact * (1.0 / STEP) > draw.float() * 2.0**-24, STEP, 0.0)
-    exact = torch.where(exact < STEP, least, exact)
-    rows = logits.view(E4M3)[:, : logits.shape[1]]
+    width = logits.shape[1]
+    rows = logits.view(E4M3)[:, : width + again]
     rows.zero_()
-    rows[:, :vocabulary] = torch.where(known, exact, 0.0).to(E4M3)
+    rows[:, :vocabulary] = _rounded_on_average(torch.where(known, exact, 0.0))
+    rows[:, width:] = rows[:, :again]
     scales, losses = (peak - most).exp() / whole * (1.0 / LARGEST), whole.log() + (most - chosen)
     loss, scales, own = (torch.where(known, each, 0.0) for each in (losses, scales, own))
     return loss.sum(), rows, scales, own
+
+
+def _rounded_on_average(x: Tensor) -> Tensor:
+    """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour.
+
+    e4m3 has three of float32's 23 bits of mantissa, and steps of 2⁻⁹ below 2⁻⁶, float32's steps with these three bits
+    from there to 2⁻⁵.
+    """
+    rows, columns = (torch.arange(count, device=x.device) for count in x.shape)
+    draw = (((columns * 2654435769 + rows[:, None] * 1640531527) & 0xFFFFFFFF) >> 12).int()
+    shift = torch.where(x < 2.0**-6, 2.0**-6, 0.0)
+    bits = ((x + shift).view(torch.int32) + draw) & -0x100000
+    return (bits.view(torch.float32) - shift).to(E4M3)
+
+
+def subtract_targets_(y: Tensor, head: Tensor, targets: Tensor, own: Tensor, scales: Tensor, again: int) -> None:
+    """y -= own · the head's rows of the targets, as a product has them whose second side is the head in e4m3.
+
+    Args:
+        y: [N, H].
+        head: [V, H].
+        targets: int64 [N]; -100 where there is none.
+        own: float32 [N, 1].
+        scales: float32 [H], of the head's columns.
+        again: Rows of the head, the first, that the product has with what rounding lost of them: all but exact.
+    """
+    known = targets >= 0
+    exact = head.index_select(0, targets.clamp(min=0)).float()
+    rounded = (exact * (1.0 / scales)).clamp(-LARGEST, LARGEST).to(E4M3).float() * scales
+    taken = torch.where((targets < again)[:, None], exact, rounded) * own
+    y.copy_(torch.where(known[:, None], y - taken, y))
