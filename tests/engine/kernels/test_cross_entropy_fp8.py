@@ -105,16 +105,21 @@ def test_a_far_tail_is_there_on_average(make: Maker) -> None:
     assert_close((rows.float() * scales).sum(1), own[:, 0], dtype=torch.bfloat16)
 
 
-def test_what_is_rounded_is_right_on_average(make: Maker) -> None:
-    """By the nearest number, what each column gets of many rows is up to 0.03 off; a tenth of that by the others."""
+@pytest.mark.parametrize("together", [True, False], ids=["rows", "one-place"])
+def test_what_is_rounded_is_right_on_average(make: Maker, together: bool) -> None:
+    """In many rows, and where it is always the first of a micro-batch. By the nearest number a column is up to 0.06
+    off, and all of them 6e-4; by the same draws at the same place a column is 0.2 off."""
     logits = make(256, 1008)
     logits[:] = torch.linspace(0.0, 11.0, 1008) + make(256, 1008) * 0.02
     targets = torch.full((256,), 3, device=make.device)
     _, want = expected(logits.clone(), targets, None)
-    _, rows, scales, _ = cross_entropy_fp8.loss_and_grad_(logits, targets, 1008)
-    apart = ((rows.float() * scales).double() - want).mean(0) / want.mean(0)
+    found = torch.empty_like(want)
+    for rows in [slice(None)] if together else [slice(row, row + 1) for row in range(256)]:
+        _, eighths, scales, _ = cross_entropy_fp8.loss_and_grad_(logits[rows], targets[rows], 1008)
+        found[rows] = (eighths.float() * scales).double()
+    apart = (found - want).mean(0) / want.mean(0)
     apart[3] = 0.0
-    assert apart.abs().max() < 0.01
+    assert apart.abs().max() < 0.04
     assert apart.mean().abs() < 2e-4
 
 

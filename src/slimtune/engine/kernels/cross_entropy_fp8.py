@@ -43,7 +43,7 @@ _LARGEST, _NORMAL = constant(LARGEST), constant(2.0**-6)
 def _eighths_of(
     logits: tl.tensor,
     start: int,
-    row: tl.tensor,
+    offset: tl.tensor,
     peak: tl.tensor,
     softcap: float,
     size: int,
@@ -62,7 +62,7 @@ def _eighths_of(
     grad = tl.exp(z - peak) * slope
     # Below e4m3's normal numbers its steps are those that it has from the least of them.
     shift = tl.where(grad < _NORMAL / _LARGEST, _NORMAL, 0.0)
-    draw = columns.to(tl.uint32) * 2654435769 + row.to(tl.uint32) * 1640531527
+    draw = columns.to(tl.uint32) * 2654435769 + offset
     bits = (grad * _LARGEST + shift).to(tl.int32, bitcast=True) + (draw >> 12).to(tl.int32)
     return ((bits & -0x100000).to(tl.float32, bitcast=True) - shift).to(tl.float8e4nv)
 
@@ -99,6 +99,7 @@ def _loss_and_grad(
         tl.store(own + row, 0.0)
         return
     chosen = tl.load(logits + target).to(tl.float32)
+    offset = row.to(tl.uint32) * 1640531527 + chosen.to(tl.uint32, bitcast=True) * 747796405
     slope = 1.0
     if CAP:
         chosen = bent(chosen, softcap)
@@ -119,11 +120,11 @@ def _loss_and_grad(
     tl.store(losses + row, tl.log(whole) + (most - chosen))
     tl.store(scales + row, shrunk / whole * (1.0 / _LARGEST))
     tl.store(own + row, others / whole * slope)
-    first = _eighths_of(logits, 0, row, peak, softcap, size, CAP, BLOCK)
+    first = _eighths_of(logits, 0, offset, peak, softcap, size, CAP, BLOCK)
     tl.debug_barrier()
     tl.store(eighths + lane, first, mask=lane < width)
     for start in range(BLOCK, width, BLOCK):
-        block = _eighths_of(logits, start, row, peak, softcap, size, CAP, BLOCK)
+        block = _eighths_of(logits, start, offset, peak, softcap, size, CAP, BLOCK)
         tl.debug_barrier()
         tl.store(eighths + start + lane, block, mask=start + lane < width, eviction_policy="evict_first")
     tl.store(eighths + width + lane, first, mask=lane < again)

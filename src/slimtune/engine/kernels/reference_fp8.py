@@ -207,7 +207,7 @@ def loss_and_grad_(
 
     The gradient, softmax - onehot(target), is rows · scales - onehot(target) · own, on average: each number is rounded
     to one of its two neighbours in e4m3, to the one as often as it is near it, by a Weyl sequence over columns and
-    rows.
+    rows that begins by the target's logit.
 
     Args:
         logits: [N, K] with any row stride, in 16 bits or more; the vocabulary's come first.
@@ -225,6 +225,7 @@ def loss_and_grad_(
     bent = None if softcap is None else torch.tanh(logits[:, :vocabulary].float() / softcap)
     z = logits[:, :vocabulary].float() if bent is None or softcap is None else bent * softcap
     chosen, beside = z.gather(1, index), z.scatter(1, index, -torch.inf)
+    begins = logits.gather(1, index).float().view(torch.int32).long() * 747796405
     peak = beside.amax(1, keepdim=True)
     most = torch.maximum(peak, chosen)
     others = (beside - most).exp().sum(1, keepdim=True)
@@ -235,21 +236,21 @@ def loss_and_grad_(
     width = logits.shape[1]
     rows = logits.view(E4M3)[:, : width + again]
     rows.zero_()
-    rows[:, :vocabulary] = _rounded_on_average(torch.where(known, exact, 0.0))
+    rows[:, :vocabulary] = _rounded_on_average(torch.where(known, exact, 0.0), begins)
     rows[:, width:] = rows[:, :again]
     scales, losses = (peak - most).exp() / whole * (1.0 / LARGEST), whole.log() + (most - chosen)
     loss, scales, own = (torch.where(known, each, 0.0) for each in (losses, scales, own))
     return loss.sum(), rows, scales, own
 
 
-def _rounded_on_average(x: Tensor) -> Tensor:
-    """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour.
+def _rounded_on_average(x: Tensor, begins: Tensor) -> Tensor:
+    """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour; begins: int64 [N, 1].
 
     e4m3 has three of float32's 23 bits of mantissa, and steps of 2⁻⁹ below 2⁻⁶, float32's steps with these three bits
     from there to 2⁻⁵.
     """
     rows, columns = (torch.arange(count, device=x.device) for count in x.shape)
-    draw = (((columns * 2654435769 + rows[:, None] * 1640531527) & 0xFFFFFFFF) >> 12).int()
+    draw = (((columns * 2654435769 + rows[:, None] * 1640531527 + begins) & 0xFFFFFFFF) >> 12).int()
     shift = torch.where(x < 2.0**-6, 2.0**-6, 0.0)
     bits = ((x + shift).view(torch.int32) + draw) & -0x100000
     return (bits.view(torch.float32) - shift).to(E4M3)
