@@ -24,6 +24,9 @@ from tests.test_plan import documents_of
 
 SAME = {"LoRA", "score<0.9, general_change<-0.05, …"}
 """Help that is the same in both, besides commands."""
+CODE = {"data: OWNER/NAME:SPLIT", "eval: OWNER/NAME:SPLIT", "train_on: all", "train_on: assistant", "data: NAME#500",
+        "data: FOLDER:NAME", "slimtune push RUN OWNER/NAME"}  # fmt: skip
+"""What is to be written instead, and nothing else."""
 COMPOSED = {"off: {} → {}, {}", "{} of {}; a checkpoint {}", "{} rows{}, {} tokens ({} supervised){}"}
 """Lines whose parts are translated each by itself."""
 
@@ -38,7 +41,7 @@ def _in_the_source() -> dict[str, str]:
 
 
 def test_each_translation_names_what_the_english_names() -> None:
-    entries = {**catalogue().whole, **catalogue().parts}
+    entries = {**catalogue().whole, **catalogue().parts, **catalogue().cells}
     assert len(entries) > 700
     for english, chinese in entries.items():
         count = english.count("{}")
@@ -51,6 +54,9 @@ def test_each_translation_names_what_the_english_names() -> None:
 def test_each_text_of_the_catalogue_is_one_of_the_source() -> None:
     said = wording.everything() | wording.of_help()
     assert [text for text in _in_the_source() if text not in said] == []
+    kinds = {"config {}", "data {}", "version of {}"}
+    cells = {text: {text, text.removeprefix("{}: "), text.removeprefix("data ")} for text in catalogue().cells}
+    assert [text for text, forms in cells.items() if text not in kinds and not forms & said] == []
 
 
 def test_help_screens_and_errors_are_translated() -> None:
@@ -63,6 +69,8 @@ def test_help_screens_and_errors_are_translated() -> None:
     assert [text for text in wording.of_stops() if known(text, part=True) is None] == []
     assert len(wording.of_rows()) > 30
     assert [text for text in wording.of_rows() if catalogue().told(text, part=True) is None] == []
+    cell = catalogue().cell  # some notes stand behind the value that they are about
+    assert {text for text in wording.of_notes() if text == cell(text) and f"x: {text}" == cell(f"x: {text}")} == CODE
 
 
 def _machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
@@ -154,6 +162,7 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         ),
         ("off: asked for → padded rows, 1 micro-batch", "关闭：按要求 → 补齐的行，1 个微批次"),
         ("6 of 512 tokens, 87.6% full; 2 epochs together", "6 包，每包 512 个 token，填满 87.6%；2 轮合计"),
+        ("from step 6, 3 changes accepted", "从第 6 步继续，接受了 3 处变化"),
         ("data", "数据"),
     ],
 )
@@ -183,4 +192,4 @@ def test_the_locale_decides_unless_a_language_is_asked_for(monkeypatch: pytest.M
 
 def test_each_entry_of_the_catalogue_is_read_and_stands_once() -> None:
     entries = CATALOGUE.read_text(encoding="utf-8").count("\nmsgid ") - 1  # the header's
-    assert entries == len(catalogue().whole) + len(catalogue().parts)
+    assert entries == len(catalogue().whole) + len(catalogue().parts) + len(catalogue().cells)

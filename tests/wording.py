@@ -125,6 +125,24 @@ def of_rows() -> set[str]:
     }
 
 
+def of_notes() -> set[str]:
+    """Why keys of other tools' configs have no counterpart."""
+    tree = trees()[SOURCE / "foreign.py"]
+    inner = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr | ast.Expr)
+        for part in (node.values if isinstance(node, ast.JoinedStr) else [node.value])
+    }
+    found = {
+        text
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in inner
+        for text in texts(node)
+    }
+    return {text for text in found if " " in text and re.search("[a-z]", text) and "|" not in text}
+
+
 def of_stops() -> set[str]:
     """What may have stopped a run, besides signals."""
     return {

@@ -515,11 +515,9 @@ def _refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     tool = recognised(values)
     if tool is None:
         return
-    lines = [line for line in translated(values, tool) if not line.is_default]
-    width = max(len(line.key) for line in lines)
-    table = "\n".join(f"  {line.key:<{width}}  {line.word}" for line in lines)
     raise UserError(
-        f"config file {path} is {tool.name}'s\n{table}",
+        f"config file {path} is {tool.name}'s",
+        table=[(line.key, line.word) for line in translated(values, tool) if not line.is_default],
         rule="slimtune's config has keys of its own (`slimtune config`).",
         way_out=f"`slimtune config --from {path}` translates it.",
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+
+from slimtune.width import aligned
 
 __all__ = [
     "GuardStop",
@@ -54,6 +56,7 @@ class SlimtuneError(Exception):
         what: What is wrong, with the value and where it stands (file, line, field).
         rule: The rule that the value breaks.
         way_out: What the person can do now.
+        table: Rows of what it is about, which stand below ``what``.
     """
 
     exit_code = 1
@@ -62,9 +65,10 @@ class SlimtuneError(Exception):
     last: Callable[[], None] | None = None
     """What is done once it has been said, by the command or at the process's end: other ranks may wait for this one."""
 
-    def __init__(self, what: str, *, rule: str = "", way_out: str = "") -> None:
+    def __init__(self, what: str, *, rule: str = "", way_out: str = "", table: Iterable[Sequence[str]] = ()) -> None:
         self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)
-        super().__init__("\n".join(line for line in (what, rule, way_out) if line))
+        self.table = [[shown(cell) for cell in row] for row in table]
+        super().__init__("\n".join(filter(None, (what, *aligned(self.table), rule, way_out))))
 
 
 class UserError(SlimtuneError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-__all__ = ["CHINESE", "breaks", "cells", "folded"]
+__all__ = ["CHINESE", "aligned", "breaks", "cells", "folded"]
 
 CHINESE = "\u2e80-\u2fff\u3000-\u9fff\uf900-\uffef"
 """Characters of Chinese text, as a class of a regular expression has them."""
@@ -21,6 +22,16 @@ def cells(text: str) -> int:
     from rich.cells import cell_len  # not on the way of English
 
     return cell_len(text)
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table's lines: each cell where its column begins, two cells behind the one before."""
+    rows = list(rows)
+    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    return [
+        "".join("  " + cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def breaks(line: str, width: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from slimtune.language import language
 
-__all__ = ["CATALOGUE", "Catalogue", "catalogue", "in_chinese", "told"]
+__all__ = ["CATALOGUE", "Catalogue", "catalogue", "in_chinese", "told", "told_cell"]
 
 CATALOGUE = Path(__file__).parent / "locale" / "zh.po"
 _STRING = re.compile(r'(?:(msgctxt|msgid|msgstr) )?("(?:[^"\\]|\\.)*")')
@@ -29,11 +29,18 @@ _BEGINS = 4
 _SENTENCES = re.compile(r"(?<=\.) (?=[A-Z{])")
 PART = "part"
 """The context of what is a part of other texts: a short word that may be somebody's file or folder too."""
+TABLE = "table"
+"""The context of what stands in a table, whose cells are names and values too: nothing else is told of these."""
 
 
 def told(text: str) -> str:
     """``text`` as it is shown: in Chinese where that is spoken and the catalogue knows it."""
     return in_chinese(text) if language() == "zh" else text
+
+
+def told_cell(text: str) -> str:
+    """A table's cell as it is shown: names and values as they are, what is said of them as :func:`told` has it."""
+    return catalogue().cell(text) if language() == "zh" else text
 
 
 def in_chinese(text: str) -> str:
@@ -42,11 +49,12 @@ def in_chinese(text: str) -> str:
 
 
 class Catalogue(gettext.NullTranslations):
-    """The texts of a .po file: whole ones, and those that name something."""
+    """The texts of a .po file: whole ones, and those that name something; a table's by themselves."""
 
     def __init__(self, fp: Any = None) -> None:
         self.whole: dict[str, str] = {}
         self.parts: dict[str, str] = {}
+        self.cells: dict[str, str] = {}
         self._patterns: list[tuple[str, str]] = []
         super().__init__(fp)
         for name, text in {**self.whole, **self.parts}.items():
@@ -58,13 +66,14 @@ class Catalogue(gettext.NullTranslations):
 
     def _parse(self, fp: Any) -> None:
         """Read a .po file, as :mod:`gettext` has it done by who brings a format of files."""
+        kinds = {PART: self.parts, TABLE: self.cells}
         entry: dict[str, str] = {}
         key = ""
         for line in [*fp, "\n"]:
             found = _STRING.fullmatch(line.strip())
             if found is None:
                 if entry.get("msgid") and entry.get("msgstr"):
-                    (self.parts if entry.get("msgctxt") == PART else self.whole)[entry["msgid"]] = entry["msgstr"]
+                    kinds.get(entry.get("msgctxt", ""), self.whole)[entry["msgid"]] = entry["msgstr"]
                 entry = {}
                 continue
             key = found[1] or key
@@ -92,6 +101,15 @@ class Catalogue(gettext.NullTranslations):
         sentences = _SENTENCES.split(text)
         told_one_by_one = [self.told(sentence, part=part) for sentence in sentences] if len(sentences) > 1 else [None]
         return None if None in told_one_by_one else "".join(map(str, told_one_by_one))
+
+    def cell(self, text: str) -> str:
+        """The translation of a table's cell; ``text`` itself if it is a name or a value."""
+        if text in self.cells:
+            return self.cells[text]
+        for name, translation in self.cells.items():
+            if (found := _pattern(name).fullmatch(text)) is not None:
+                return translation.format(*found.groups())
+        return text
 
 
 def _barred(name: str) -> list[str]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from slimtune.cli import say_error
 from slimtune.config import FREE_KEYS, Config
 from slimtune.errors import UserError
+from slimtune.language import spoken
 from slimtune.run.identity import Identity, require_same
 
 BEFORE = Identity(
@@ -71,6 +73,33 @@ def test_all_else_is_refused_with_from_and_to(field: str, value: Any, what: str)
     (line,) = [line for line in str(refused.value).splitlines() if line.strip().startswith(what)]
     (change,) = BEFORE.changes(now)
     assert line.split() == [*what.split(), *change.before.split(), *change.after.split()]
+
+
+def test_what_changed_is_told_in_chinese(capsys: pytest.CaptureFixture[str]) -> None:
+    before = dataclasses.replace(
+        BEFORE, data={"data.jsonl": "old", "rows beside each answer": "4 times", "a token of an answer": "counts 0.5"}
+    )
+    config = {**BEFORE.config, "quantization": "none"}
+    now = Identity(config, "base", {"data.jsonl": "none"}, "other", "none", "3.13", {"torch": "2.12"})
+    with pytest.raises(UserError) as refused:
+        require_same(before, now, Path("run"), accept=False)
+    with spoken("zh"):
+        say_error(refused.value)
+    said = capsys.readouterr().err
+    assert said.startswith("错误：运行 run 无法照原样继续：有 10 处变化\n")
+    assert [line.removeprefix(" " * 8) for line in said.splitlines()[1:12]] == [
+        "                        检查点时           现在",
+        "配置 quantization       nf4                none",
+        "数据：回答的每个 token  按 0.5 计          —",
+        "数据 data.jsonl         old                none",
+        "数据：每个回答旁的样本  4 遍               —",
+        "基座权重                1111111111111111…  base",
+        "聊天模板                4444444444444444…  none",
+        "分词器                  3333333333333333…  other",
+        "Python                  3.12.1             3.13",
+        "torch 的版本            2.11.0             2.12",
+        "transformers 的版本     5.17.0             —",
+    ]
 
 
 def test_an_identity_survives_its_file() -> None:

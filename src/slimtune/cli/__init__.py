@@ -20,8 +20,8 @@ from slimtune.cli.formatting import Context, say, terminal_width
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.language import LANGUAGES, Lang, speak, spoken
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
-from slimtune.width import cells, folded
-from slimtune.words import told
+from slimtune.width import aligned, cells, folded
+from slimtune.words import told, told_cell
 
 __all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]
 
@@ -183,9 +183,10 @@ def nobody_reads() -> None:
 
 
 def say_error(error: SlimtuneError) -> None:
-    """Print an error, or a stop that was asked for: what, rule, way out, each on its own line, at the terminal's width
-    broken between words."""
-    texts = [error.what, error.rule, error.way_out]
+    """Print an error, or a stop that was asked for: what, its table, rule, way out, each on its own line, at the
+    terminal's width broken between words."""
+    table = aligned([told_cell(cell) for cell in row] for row in error.table)
+    texts = [told(error.what), *table, told(error.rule), told(error.way_out)]
     if isinstance(error, StopRequested):  # what the person asked for is no error
         _say("", texts, 2, fg="yellow", bold=True)
     else:
@@ -198,7 +199,7 @@ def _say(label: str, texts: Iterable[str], indent: int | None = None, **style: A
     click.echo(coloured(label, fg="red", bold=True), nl=False, err=True)
     width = terminal_width()
     for number, text in enumerate(filter(None, texts)):
-        lines = told(text).split("\n") if width is None else folded(told(text), width - indent)
+        lines = text.split("\n") if width is None else folded(text, width - indent)
         for at, line in enumerate(lines):
             first = number == at == 0
             click.echo(coloured(line, **style) if first else " " * indent + line, err=True)
@@ -213,7 +214,7 @@ def _say_usage(error: click.ClickException) -> None:
         click.echo(error.ctx.get_usage(), err=True)
         say(f"Try '{error.ctx.command_path} --help' for help.", err=True)
         click.echo(err=True)
-    _say(told("error: "), [error.format_message()])
+    _say(told("error: "), [told(error.format_message())])
 
 
 def _asked_language(words: list[str]) -> Lang | None:

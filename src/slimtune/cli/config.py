@@ -13,7 +13,7 @@ from slimtune.config import Config, read_yaml
 from slimtune.errors import UserError
 from slimtune.foreign import Line, recognised, translated
 from slimtune.width import folded
-from slimtune.words import told
+from slimtune.words import told, told_cell
 
 __all__ = ["command", "flow"]
 
@@ -59,9 +59,9 @@ def from_foreign(path: Path) -> str:
     made: dict[str, Any] = {}
     written = [_yaml_line(line, made, together) for line in lines if not line.is_default]
     defaults = [text for line in lines if line.is_default and (text := _yaml_line(line, made, together))]
-    head = [f"# {path.name}, which is {tool.name}'s, in slimtune's words."]
+    head = [told(f"# {path.name}, which is {tool.name}'s, in slimtune's words.")]
     if defaults:
-        defaults = ["", f"# What it leaves to {tool.name}'s defaults, where slimtune's differ.", *defaults]
+        defaults = ["", told(f"# What it leaves to {tool.name}'s defaults, where slimtune's differ."), *defaults]
     return "\n".join([*head, *written, *defaults]) + "\n"
 
 
@@ -75,22 +75,23 @@ def _yaml_line(line: Line, made: dict[str, Any], together: dict[str, Any]) -> st
     """
     source = f"# {line.key}: {' '.join(flow(line.value).split())}"
     if not line.becomes:
-        return f"{source} — {line.note}"
+        return f"{source} — {told_cell(line.note)}"
     written = []
     for key, value in line.becomes.items():
         if key in made:
             if made[key] != value:
-                written.append(f"{source} — would be {key}: {flow(value)}")
+                written.append(f"{source} — {told_cell(f'would be {key}: {flow(value)}')}")
             continue
         refused = _refused({key: value}) and _refused({**together, key: value})
         if refused:
-            written.append(f"{source} — {key} can't be that: {refused}")
+            not_that = told_cell(f"{key} can't be that: {told(refused)}")
+            written.append(f"{source} — {not_that}")
             continue
         if line.is_default and value == getattr(Config(), key):
             continue
         made[key] = value
         written.append(f"{key}: {flow(value)}  # {line.key}")
-    return "\n".join(written) or ("" if line.is_default else f"{source} — as above")
+    return "\n".join(written) or ("" if line.is_default else f"{source} — {told_cell('as above')}")
 
 
 def _refused(values: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 from slimtune.config import FREE_KEYS
 from slimtune.errors import UserError
+from slimtune.run.statement import counted
 
-__all__ = ["Change", "Identity", "change_table", "require_same"]
+__all__ = ["Change", "Identity", "require_same"]
 
 _HOW_TO_NAME = {"base": "base weights", "template": "chat template", "tokenizer": "tokenizer", "python": "Python"}
 
@@ -81,25 +82,21 @@ def require_same(before: Identity, now: Identity, run: Path, *, accept: bool) ->
         The changes; empty unless ``accept`` is on.
 
     Raises:
-        UserError: Something changed and ``accept`` is off; the message is a table of what, from what, to what.
+        UserError: Something changed and ``accept`` is off; with a table of what, from what, to what.
     """
     changes = before.changes(now)
     if changes and not accept:
         raise UserError(
-            f"run {run} can't go on as it was: {len(changes)} thing{'s' * (len(changes) > 1)} changed\n"
-            + change_table(changes),
+            f"run {run} can't go on as it was: {counted(len(changes), 'thing')} changed",
+            table=[
+                ("", "at the checkpoint", "now"),
+                *((change.what, change.before, change.after) for change in changes),
+            ],
             rule="A resumed run gives an uninterrupted one's adapter only if nothing that makes its numbers changed.",
             way_out="Put it back, or go on all the same and have it recorded: --accept-changes. "
             f"To start anew from the adapter: slimtune train --from {run}",
         )
     return changes
-
-
-def change_table(changes: list[Change]) -> str:
-    """The changes in columns: what, before, after."""
-    rows = [("", "at the checkpoint", "now"), *((change.what, change.before, change.after) for change in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows)
 
 
 def _differences(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:

@@ -21,6 +21,7 @@ from slimtune.run.folder import RunFolder
 from slimtune.run.identity import Identity, require_same
 from slimtune.run.lock import take_request
 from slimtune.run.screen import Screen
+from slimtune.run.statement import counted
 from slimtune.training.checkpoint import IDENTITY, Checkpoints
 from slimtune.training.resumable import Safety
 from slimtune.training.stop import StopSignals, Watchdog
@@ -80,7 +81,7 @@ def make_safety(
         changes = require_same(before, identity, run.path, accept=accept_changes)
         event = {"event": "resumed", "step": checkpoints.last_saved, "checkpoint": newest.name}
         run.append_metrics({**event, "changes": [vars(change) for change in changes]})
-        accepted = f", {len(changes)} changes accepted" if changes else ""
+        accepted = f", {counted(len(changes), 'change')} accepted" if changes else ""
         screen.say("resume", f"from step {checkpoints.last_saved}{accepted}")
     return Safety(
         config=config,
