@@ -40,6 +40,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "W2": ("slimtune", "trl", "trl+liger", "unsloth", "trl+fuse"),
     "W3": ("slimtune", "trl", "trl+liger", "trl-packing"),
     "W4": ("slimtune", "slimtune+fp8", "trl+liger", "unsloth"),
+    "8b-all": ("slimtune", "slimtune+fp8", "unsloth"),
     "8b-long": ("slimtune@13.8GiB", "slimtune+fp8@13.8GiB", "unsloth"),
     "tiny": ("slimtune", "trl", "trl+fuse"),
     "tiny-chats": ("slimtune", "trl"),
