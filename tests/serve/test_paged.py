@@ -15,7 +15,8 @@ from slimtune.serve.limits import Limits
 from slimtune.serve.paged import make_manager, why_not_paged
 from slimtune.serve.upstream import OLD_TRANSFORMERS
 from slimtune.use.load import Opened
-from tests.use.families import WINDOW, adapted, greedy, make_opened, prompts
+from slimtune.words import in_chinese
+from tests.use.families import WINDOW, adapted, greedy, make_opened, make_turning, prompts
 
 NEW = 12
 ASKED = prompts(5, WINDOW + 9, 3 * WINDOW, 1)
@@ -71,6 +72,14 @@ def test_a_window_that_the_models_class_does_not_know_is_known_before() -> None:
     opened = make_opened("llama")
     opened.model.config.sliding_window = 4096  # longer than anything that is tried
     assert "its class has no window" in str(why_not_paged(opened))
+
+
+def test_requests_that_would_turn_each_others_tokens_are_not_computed_together() -> None:
+    opened = make_turning(90)
+    reason = str(why_not_paged(opened))
+    assert "more than 90 tokens" in reason
+    assert "旋转" in in_chinese(reason)
+    assert why_not_paged(opened, 90) is None
 
 
 @pytest.mark.skipif(OLD_TRANSFORMERS, reason="attention by request isn't used there")

@@ -156,7 +156,7 @@ def test_a_dead_engine_ends_the_server_with_an_error(models: dict[str, Opened]) 
 def test_an_engine_that_cannot_answer_is_never_offered(
     models: dict[str, Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimtune.serve.api.why_not_paged", lambda opened: None)
+    monkeypatch.setattr("slimtune.serve.api.why_not_paged", lambda *_: None)
     monkeypatch.setattr("slimtune.serve.choice.Chooser.__call__", lambda *given: 1 / 0)
     with pytest.raises(SlimtuneError, match="first can't be served"):
         _serve({"first": models["first"]}, lambda api: pytest.fail("it was offered"))

@@ -34,6 +34,14 @@ _KINDS = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
     "llama": (lambda: t.LlamaConfig(**_COMMON), "packed"),
     "mistral-window": (lambda: t.MistralConfig(**_COMMON, sliding_window=7), "packed"),
+    "phi3-longrope": (
+        lambda: t.Phi3Config(
+            **_SMALL, num_key_value_heads=2, sliding_window=None, original_max_position_embeddings=20,
+            rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 20,
+                             "short_factor": [1.0] * 8, "long_factor": [4.0 + at for at in range(8)]},
+        ),
+        "alone",
+    ),
     "gemma3_text": (lambda: t.Gemma3TextConfig(**_COMMON, sliding_window=7, layer_types=_KINDS), "packed"),
     "gemma2-softcap": (
         lambda: t.Gemma2Config(**_COMMON, sliding_window=7, layer_types=_KINDS, attn_logit_softcapping=2.0),
@@ -82,8 +90,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
 }  # fmt: skip
 """The config, and how its documents may go through it where no package isolates recurrent layers."""
 
-_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "in_proj", "in_proj_qkv", "q_b_proj", "query_key_value",
-            "dense", "down_proj", "fc2")  # fmt: skip
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "in_proj", "in_proj_qkv", "q_b_proj",
+            "query_key_value", "dense", "down_proj", "fc2")  # fmt: skip
 
 
 def make(family: str, *, seed: int = 0) -> nn.Module:

@@ -211,6 +211,19 @@ def test_documents_that_are_apart_and_not_as_alone_go_unpacked() -> None:
     assert "单独" in in_chinese(reason)
 
 
+def test_a_long_document_that_turns_short_ones_goes_alone() -> None:
+    """Phi-3's long models turn all tokens of a micro-batch by the angles of its longest document."""
+    model = families.make("phi3-longrope")
+    reason = "a document of more than 20 tokens changes the rotation of those beside it"
+    assert find_layout(model).reasons == {"packed": reason, "padded": reason}
+    assert "旋转" in in_chinese(reason)
+    for kind in ("packed", "padded"):
+        mixed = families.by_layout(model, Layout(model, kind))
+        assert families.distance(mixed, families.one_by_one(model)) > 0.01
+    assert find_layout(model, longest=21).layout.kind == "alone"
+    assert find_layout(model, longest=20).layout.kind == "packed"
+
+
 def test_layers_that_mix_more_than_a_proof_shows_go_unpacked() -> None:
     model = families.make("llama")
     model.config.layer_types = ["full_attention", "compressed_sparse_attention"]

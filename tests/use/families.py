@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from slimtune.adapter.lora import lora_config
 from slimtune.adapter.targets import find_targets
 from slimtune.config import Config
 from slimtune.use.load import Found, Opened
-from tests.families.tiny import SIZES, SPECIAL, VOCABULARY, made, tokenizer
+from tests.families.tiny import SIZES, SPECIAL, VOCABULARY, made, small_config, tokenizer
 
 STOP = SPECIAL.index("<|im_end|>")
 WINDOW = SIZES["sliding_window"]
@@ -22,7 +23,22 @@ WINDOW = SIZES["sliding_window"]
 
 def make_opened(family: str) -> Opened:
     """A model as the verbs have it, whose replies go on changing: a head that is tied says what it was told."""
-    model = made(family).eval().requires_grad_(False)
+    return _opened(family, made(family))
+
+
+def make_turning(turns: int) -> Opened:
+    """Phi-3 as its long models are: in a text of more than ``turns`` tokens all are turned by other angles."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": turns,
+        "short_factor": [1.0] * 8, "long_factor": [4.0 + at for at in range(8)],
+    }  # fmt: skip
+    own = {"rope_parameters": rope, "original_max_position_embeddings": turns, "sliding_window": None}
+    torch.manual_seed(0)
+    return _opened("phi3", AutoModelForCausalLM.from_config(Phi3Config(**small_config("phi3").to_dict() | own)))
+
+
+def _opened(family: str, model: Any) -> Opened:
+    model.eval().requires_grad_(False)
     head = model.get_output_embeddings()
     draw = torch.Generator().manual_seed(7)
     head.weight = nn.Parameter(torch.randn(head.weight.shape, generator=draw) * 0.2, requires_grad=False)

@@ -18,7 +18,7 @@ from slimtune.use.load import Opened
 from slimtune.use.sampling import Draws, Sampling
 from slimtune.use.way import way_of
 from tests.families.tiny import with_mxfp4
-from tests.use.families import WINDOW, adapted, greedy, make_opened, prompts
+from tests.use.families import WINDOW, adapted, greedy, make_opened, make_turning, prompts
 
 # Windows, sinks, chunks, distances instead of positions, learned positions, layers that use another's keys, experts,
 # latent attention; recurrent layers alone, beside attention and in one layer with it; a text model among others.
@@ -45,6 +45,17 @@ def test_a_batch_gives_what_each_prompt_gives_alone_and_uncached(opened: Opened,
     assert [replies[index] for index in range(len(asked))] == expected
     # None of them was right only because it was computed the slow way.
     assert way_of(opened).slow is None
+
+
+def test_a_text_that_grows_long_is_turned_as_a_long_one_and_those_beside_it_are_not() -> None:
+    """Replies that begin short and end long, at every place where they may become it; others that stay short."""
+    opened, turns = make_turning(60), 60
+    asked = prompts(5, 30, turns - 2, turns - 1, turns, turns + 1, turns + 2, 90)
+    expected = [greedy(opened, prompt, NEW) for prompt in asked]
+    assert len({token for reply in expected for token in reply}) > 5
+    replies = {reply.index: reply.ids for reply in generate(opened, asked, Sampling(max_new_tokens=NEW))}
+    assert [replies[index] for index in range(len(asked))] == expected
+    assert way_of(opened, turns).rows is None  # short ones are still answered together
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_next", "gpt_oss in MXFP4"])

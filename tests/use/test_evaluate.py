@@ -12,7 +12,7 @@ from torch import nn
 from slimtune.errors import UserError
 from slimtune.use.evaluate import documents_of, losses, run_tasks
 from slimtune.use.load import Opened
-from tests.use.families import make_opened
+from tests.use.families import make_opened, make_turning
 
 ROWS = [
     {"instruction": "Say yes.", "output": "Yes."},
@@ -45,13 +45,14 @@ def test_losses_are_those_of_each_document_alone(opened: Opened, data: str) -> N
     assert not np.allclose(bare.nats, measured.nats, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "cpmant"])
+@pytest.mark.parametrize("family", ["llama", "cpmant", "turning"])
 def test_rows_are_padded_only_where_no_logit_changes_by_it(family: str, data: str) -> None:
-    """CPM-Ant's attention sees a row's padding."""
-    opened = make_opened(family)
+    """CPM-Ant's attention sees a row's padding; a long row turns the short ones beside it."""
+    opened = make_turning(70) if family == "turning" else make_opened(family)
     documents = documents_of(opened, (data,))
     measured = losses(opened, documents)
     assert len(set(documents.lengths)) == 3
+    assert min(documents.lengths) < 70 < max(documents.lengths)
     for at, nats in enumerate(measured.nats):
         ids, supervised = (torch.from_numpy(np.array(part)) for part in documents[at])
         with torch.inference_mode():

@@ -39,14 +39,13 @@ from slimtune.engine.structure import (
 )
 from slimtune.families import decoder_of
 from slimtune.families.decoders import DECODERS, BranchForm, DecoderForm
+from slimtune.families.rotation import STATIC_ROPE, rope_types
 
 __all__ = ["EIGHT_BIT_ADAMW", "check_values", "fits", "fits_options", "read_decoder"]
 
 EIGHT_BIT_ADAMW = frozenset({"paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"})
 """The optimizers that the engine runs in one launch."""
 
-STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
-"""Rotary embeddings whose angles depend on the position alone, not on the longest sequence seen."""
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj", "act_fn"),
     (("gate_up_proj",), "down_proj", "activation_fn"),
@@ -234,7 +233,7 @@ def _foreign(inner: Any, backbone: Any, form: DecoderForm) -> dict[str, bool]:
     config, function = backbone.config, registered(backbone.config)
     scale = _times(inner, form.logits_times, config) / _times(config, form.logits_over, config)
     changed = scale != 1.0 or _cap(config, "final_logit_softcapping") is not None
-    ropes = _rope_types(getattr(config, "rope_parameters", None) or {})
+    ropes = rope_types(config)
     return {
         f"{function} for its attention or its experts, which isn't Transformers' own": function is not None,
         f"{len(backbone.layers)} layers, of which its config counts fewer": (
@@ -255,12 +254,6 @@ def _foreign(inner: Any, backbone: Any, form: DecoderForm) -> dict[str, bool]:
             changed and inner.config.model_type not in (config.model_type, *form.same_inside)
         ),
     }
-
-
-def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    """The types of a config's rotary embeddings, one for all layers or one for each type of layer."""
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(each.get("rope_type", "default")) for each in nested or [parameters]}
 
 
 def _cap(owner: Any, name: str) -> float | None:

@@ -67,7 +67,7 @@ class Api:
     def __init__(self, models: dict[str, Opened], limits: Limits, computing: Executor, key: str | None = None) -> None:
         self.limits = limits
         # All have one base, and adapters change nothing about how it is computed.
-        reason = why_not_paged(next(iter(models.values())))
+        reason = why_not_paged(next(iter(models.values())), limits.prompt_tokens + limits.output_tokens)
         kind = Engine if reason is None else InTurn
         self.slow = None if reason is None else f"requests are computed one by one, not together ({reason})"
         """What is slower than it could be, and why, in one line for people; None if nothing is."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from slimtune.families.rotation import turns_anew
 from slimtune.serve.attention import attend_by_request
 from slimtune.serve.choice import Chooser
 from slimtune.serve.models import sharing
@@ -62,8 +63,13 @@ def make_manager(opened: Opened, pages: int, step_tokens: int, requests: int) ->
 
 
 @torch.inference_mode()
-def why_not_paged(opened: Opened) -> str | None:
-    """Why this model can't be computed so, or None."""
+def why_not_paged(opened: Opened, longest: int | None = None) -> str | None:
+    """Why this model can't be computed so, or None.
+
+    Args:
+        opened: The model.
+        longest: Most tokens of a request, prompt and reply; as many as the model takes unless given.
+    """
     if (lacks := what_transformers_lacks()) is not None:
         return lacks
     config = opened.model.config.get_text_config(decoder=True)
@@ -79,6 +85,9 @@ def why_not_paged(opened: Opened) -> str | None:
     # The cache would forget what is outside it, the attention reads all.
     if getattr(config, "sliding_window", None) and "sliding_window" not in getattr(config, "__dataclass_fields__", ()):
         return "its config has a sliding_window, its class has no window"
+    turns = turns_anew(config)
+    if turns is not None and min(longest or opened.context, opened.context) > turns:
+        return f"a request of more than {turns:,} tokens would change the rotation of those beside it"
     heard = _Listening()
     try:
         pages = sum(len(prompt) + _TRIAL_NEW for prompt in prompts.values()) // PAGE + 2 * len(prompts) + 1

@@ -13,6 +13,9 @@ Then two of them go through the model alone, as in use: most of their tokens mus
 Rows are proven likewise: the same rows in another order, and with other tokens in their padding. If rows touch each
 other too, documents go through the model one at a time.
 
+What a few short documents can't show is read off the config: a rotation that a long document of a micro-batch changes
+for the short ones (:func:`slimtune.families.rotation.turns_anew`).
+
 For a harness::
 
     found = find_layout(model)      # model: loaded, wrapped or not; nothing of it is changed
@@ -37,6 +40,7 @@ from slimtune.base.load import torch_dtype
 from slimtune.batch import MicroBatch
 from slimtune.config import Config
 from slimtune.errors import UserError
+from slimtune.families.rotation import turns_anew
 from slimtune.plan import Choice
 from slimtune.training.layout import Kind, Layout
 from slimtune.training.packs import CannotPack, PackMask
@@ -74,7 +78,11 @@ class Isolation:
 
 
 def find_layout(
-    model: nn.Module, kinds: Sequence[Kind] = ("packed", "padded", "alone"), *, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    kinds: Sequence[Kind] = ("packed", "padded", "alone"),
+    *,
+    dtype: torch.dtype = torch.float32,
+    longest: int | None = None,
 ) -> Isolation:
     """The first of ``kinds`` that keeps documents apart in ``model``; ``alone`` needs no proof.
 
@@ -85,12 +93,13 @@ def find_layout(
         model: Loaded; wrapped by PEFT or not.
         kinds: What to try, in this order; the last one is taken if nothing is right, with its reason.
         dtype: What training computes in; on CUDA 16 bits mean autocast.
+        longest: Most tokens of a document; any number unless given.
     """
     reasons: dict[str, str] = {}
     layout = Layout(model, kinds[-1])
     with rng_preserved(), torch.no_grad(), _in_training(model), _computing(model, dtype):
         for kind in kinds:
-            layout, reason = _tried(model, kind, dtype)
+            layout, reason = _tried(model, kind, dtype, longest)
             if reason is None:
                 break
             reasons[kind] = reason
@@ -118,7 +127,7 @@ def lay_out(config: Config, model: nn.Module, *, fused: bool) -> tuple[Layout | 
         kinds = ("packed", "padded", "alone")
     else:
         kinds = ("padded", "alone") if config.micro_batch > 1 else ("alone",)
-    found = find_layout(model, kinds, dtype=torch_dtype(config.compute_dtype))
+    found = find_layout(model, kinds, dtype=torch_dtype(config.compute_dtype), longest=config.max_length)
     if asked != "auto":
         if found.reasons:
             raise UserError(
@@ -127,16 +136,19 @@ def lay_out(config: Config, model: nn.Module, *, fused: bool) -> tuple[Layout | 
                 way_out="Leave layout at auto: it takes what is right.",
             )
         return found.layout, []
-    why = "; ".join(found.reasons.values())
+    why = "; ".join(dict.fromkeys(found.reasons.values()))
     if not why:
         why = "a document's logits don't change with what is beside it" if kinds[0] != "alone" else "one at a time"
     return found.layout, [Choice("layout", found.layout.kind, why)]
 
 
-def _tried(model: nn.Module, kind: Kind, dtype: torch.dtype) -> tuple[Layout, str | None]:
+def _tried(model: Any, kind: Kind, dtype: torch.dtype, longest: int | None) -> tuple[Layout, str | None]:
     """The layout, and what speaks against it."""
     if kind == "alone":
         return Layout(model, kind), None
+    turns = turns_anew(model.config.get_text_config())
+    if turns is not None and (longest is None or longest > turns):
+        return Layout(model, kind), f"a document of more than {turns:,} tokens changes the rotation of those beside it"
     prove = _packed if kind == "packed" else _padded
     ways = [Layout(model, kind), Layout(model, kind, boundaries=False)][: 2 if kind == "packed" else 1]
     reason = ""

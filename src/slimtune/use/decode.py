@@ -35,14 +35,14 @@ def decode(
 
     Args:
         opened: The model.
-        prompts: Token ids, the longest first; one alone where :attr:`Way.rows` says so.
+        prompts: Token ids, the longest first; one alone where :attr:`Way.rows` says so of the longest, reply and all.
         limits: Most tokens that each may get.
         draws: Chooses the tokens.
 
     Yields:
         (number of the prompt, token) for each token as it is chosen, the one that ends a reply among them.
     """
-    way = way_of(opened)
+    way = way_of(opened, max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
     rows = way.begin(opened.model, prompts, max(limits))
     alive = [
         _Row(index, list(prompt), limit) for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))

@@ -20,6 +20,7 @@ from slimtune.data.documents import Documents
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
 from slimtune.errors import UserError
+from slimtune.families.rotation import turns_anew
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.use.attention import any_length
 from slimtune.use.cache import Holds, what_it_holds
@@ -79,7 +80,7 @@ def losses(opened: Opened, documents: Documents) -> Losses:
     nats = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
     padded = len(np.unique(documents.lengths)) > 1  # rows of one length have no padding that could change anything
-    most = 0 if padded and _goes_alone(opened) else _TOKENS_AT_ONCE[opened.device.type]
+    most = 0 if padded and _goes_alone(opened, int(documents.lengths.max())) else _TOKENS_AT_ONCE[opened.device.type]
     for batch in _batches(documents.lengths, most):
         rows = [documents[int(at)] for at in batch]
         width = max(len(ids) for ids, _ in rows)
@@ -107,10 +108,12 @@ def _logits(opened: Opened, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
-def _goes_alone(opened: Opened) -> bool:
-    """Whether a row's logits change with its padding, tried on two rows."""
+def _goes_alone(opened: Opened, longest: int) -> bool:
+    """Whether a row's logits change with its padding, tried on two rows, or with one of ``longest`` beside it."""
+    config = opened.model.config.get_text_config(decoder=True)
+    turns = turns_anew(config)
     # Sparse attention picks its keys among those of the padding's width, and ties fall otherwise in another width.
-    if what_it_holds(opened.model.config.get_text_config(decoder=True)) is Holds.OTHER:
+    if what_it_holds(config) is Holds.OTHER or (turns is not None and longest > turns):
         return True
     long, short = trial_prompts(opened)
     ids = torch.tensor([long, short + [opened.pad_id] * (len(long) - len(short))])

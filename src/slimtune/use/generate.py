@@ -74,9 +74,9 @@ def generate(
     numbers = range(len(prompts)) if numbers is None else numbers
     waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     while waiting:
-        length = len(prompts[waiting[0]]) + sampling.max_new_tokens
+        length = min(len(prompts[waiting[0]]) + sampling.max_new_tokens, opened.context)
         fit = max(1, min(_MOST_ROWS[opened.device.type], _rows_that_fit(opened, length)))
-        rows = way_of(opened).rows or most_rows or fit
+        rows = way_of(opened, length).rows or most_rows or fit
         batch, waiting = waiting[:rows], waiting[rows:]
         yield from _with_fewer_rows(opened, prompts, numbers, batch, sampling)
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from slimtune.use.attention import any_length
 from slimtune.use.cache import BatchCache
 
-__all__ = ["AloneRow", "KeptRows", "Rows", "UncachedRow"]
+__all__ = ["AloneRow", "KeptRows", "Rows", "TurningRow", "UncachedRow"]
 
 _WORTH_SHARING = 8
 _PADDING = 0.1
@@ -124,6 +124,41 @@ class KeptRows(Rows):
         mask = torch.ones(len(prompts), width, dtype=torch.int64) if cache.holds_keys else None
         device = self._forward.device
         self._forward(ids.to(device), None if mask is None else mask.to(device), positions.to(device), cache, 1)
+
+
+class TurningRow(Rows):
+    """One prompt of a model that turns all tokens otherwise once they are many: then it is read anew.
+
+    Args:
+        model: A Transformers model or PEFT's wrapping of one.
+        prompt: Token ids.
+        room: Most tokens that follow it.
+        turns: Tokens up to which nothing changes (:func:`slimtune.families.rotation.turns_anew`).
+        states: Whether layers hold states.
+    """
+
+    def __init__(self, model: Any, prompt: list[int], room: int, turns: int, *, states: bool) -> None:
+        self._model, self._turns, self._states = model, turns, states
+        self._ids, self._most = prompt[:-1], len(prompt) + room
+        self._kept: KeptRows | None = None
+        self.last = torch.tensor([prompt[-1:]], device=model.get_input_embeddings().weight.device)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """As said there, one token at a time."""
+        self._ids = [*self._ids, int(ids)]
+        if len(self._ids) == self._turns + 1:  # what was kept was turned as in a short text
+            self._kept = None
+            return UncachedRow(self._model, self._ids).step(ids)
+        if self._kept is None:
+            self._kept = KeptRows(self._model, [self._ids], self._most - len(self._ids) + 1, states=self._states)
+        return self._kept.step(ids)
+
+    def forget(self, tokens: int) -> None:
+        """Never: it is asked one token at a time."""
+        assert tokens == 0
+
+    def keep(self, rows: Tensor) -> None:
+        """There is one row."""
 
 
 class AloneRow(Rows):

@@ -126,9 +126,10 @@ class Samples:
         said: list[list[int]] = [[] for _ in self.asked]
         ended = ["time"] * len(said)
         waiting = sorted(range(len(said)), key=lambda index: -len(self.asked[index].ids))  # as decode() takes them
-        rows = way_of(opened).rows or len(said)
         deadline = time.monotonic() + seconds
         while waiting:
+            longest = min(len(self.asked[waiting[0]].ids) + self.tokens, opened.context)
+            rows = way_of(opened, longest).rows or len(said)
             now = time.monotonic()
             until = now + (deadline - now) * min(1.0, rows / len(waiting))
             batch, waiting = waiting[:rows], waiting[rows:]

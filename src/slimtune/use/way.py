@@ -8,7 +8,7 @@ gives, up to rounding. Else the next slower way is taken, and the reason is said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from slimtune.base.computes import CANT_TAKE
+from slimtune.families.rotation import turns_anew
 from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
-from slimtune.use.rows import AloneRow, KeptRows, Rows, UncachedRow
+from slimtune.use.rows import AloneRow, KeptRows, Rows, TurningRow, UncachedRow
 
 __all__ = ["FAULTS", "Way", "apart", "at_once", "is_rounding", "trial_prompts", "way_of"]
 
@@ -62,11 +63,27 @@ _UNCACHED = Way(lambda model, prompts, room: UncachedRow(model, prompts[0]), 1, 
 _known: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()
 
 
-def way_of(opened: Opened) -> Way:
-    """The fastest way that is right for this model; tried at the first call."""
+def way_of(opened: Opened, longest: int = 0) -> Way:
+    """The fastest way that is right for this model, tried at the first call, and for texts of so many tokens.
+
+    Args:
+        opened: The model.
+        longest: Most tokens of a prompt and its reply.
+    """
     if opened.model not in _known:
         _known[opened.model] = _find(opened)
-    return _known[opened.model]
+    way = _known[opened.model]
+    turns = turns_anew(opened.model.config.get_text_config(decoder=True))
+    if turns is None or longest <= turns:
+        return way
+    if way.begin not in (_TOGETHER.begin, _STATES.begin):  # what is kept there isn't known
+        return _UNCACHED
+    states = way.begin is _STATES.begin
+
+    def begin(model: Any, prompts: Sequence[list[int]], room: int) -> Rows:
+        return TurningRow(model, prompts[0], room, turns, states=states)
+
+    return replace(way, begin=begin, rows=1, drafts=False)
 
 
 def _find(opened: Opened) -> Way:
