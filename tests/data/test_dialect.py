@@ -9,7 +9,8 @@ import pytest
 from slimtune.data.conversation import RowRefused, normalise
 from slimtune.data.render import ChatRenderer
 from slimtune.errors import UserError
-from tests.data.conversations import reply, user
+from tests.data.conftest import TRL_TEMPLATES
+from tests.data.conversations import TOOL, call, reply, result, system, user
 from tests.data.judge import tokenizer_for
 
 _TURNS = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -30,10 +31,10 @@ _ALWAYS_THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def _trained(source: str, messages: list[dict[str, Any]]) -> str:
+def _trained(source: str, messages: list[dict[str, Any]], *tools: dict[str, Any]) -> str:
     """The text of a row's last document."""
     renderer = ChatRenderer(tokenizer_for(source))
-    draft = renderer.drafts(normalise({"messages": messages}))[-1]
+    draft = renderer.drafts(normalise({"messages": messages, "tools": list(tools)}))[-1]
     texts = {number: text for text, number in renderer.encoder.controls.items()}
     return "".join(texts.get(piece.control, piece.text) for piece in draft.pieces)
 
@@ -121,3 +122,53 @@ def test_a_thought_that_gets_other_marks_than_the_file_has_is_noted(mark: str, n
     assert ("thought-moved" in draft.notes) is noted
     (draft,) = renderer.drafts(normalise({"messages": [user("Who?"), reply("I.", reasoning_content="They ask.")]}))
     assert "thought-moved" not in draft.notes
+
+
+def _calls(*arguments: Any) -> dict[str, Any]:
+    return reply(None, tool_calls=[call(number, each) for number, each in enumerate(arguments)])
+
+
+_CALLS = """{% if tools %}<|im_start|>system
+{{ tools|tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or "" }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}
+{% for key, value in c.function.arguments.items() %}{{ key }}: {{ value SHOWN }}
+{% endfor %}</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_one_call_of_several_is_no_proof_of_the_others() -> None:
+    """gpt-oss's template writes the first call of a turn alone, which says here what the second one says."""
+    source = (TRL_TEMPLATES / "gptoss.jinja").read_text(encoding="utf-8")
+    assert '"place": "Rome"' in _trained(source, [user("Where?"), _calls({"place": "Rome"})], TOOL)
+    for second in ({"place": "Rome"}, {"place": "Ro"}, {"place": 7}, {}):
+        with pytest.raises(RowRefused, match="turn 2: the template leaves out a part of a call"):
+            _trained(source, [user("Where?"), _calls({"place": "Rome"}, second)], TOOL)
+    several = [
+        user("Where?"),
+        _calls({"place": "Rome"}, {"place": "Rome"}),
+        result(0, "1"),
+        result(1, "1"),
+        reply("1."),
+    ]
+    assert _trained(_CALLS.replace(" SHOWN", ""), several, TOOL).count("place: Rome") == 2
+
+
+@pytest.mark.parametrize("value", [7, 0.5, None, True, [1, 2], {"deep": 3}])
+def test_a_value_that_is_no_text_is_missed_too(value: Any) -> None:
+    messages = [user("Where?"), _calls({"place": "Rome", "more": value})]
+    assert "more: " in _trained(_CALLS.replace("SHOWN", "if value is string else value|tojson"), messages, TOOL)
+    with pytest.raises(RowRefused, match=r"leaves out a part of a call: '(more|deep)'"):
+        _trained(_CALLS.replace("SHOWN", "if value is string"), messages, TOOL)
+
+
+def test_words_that_another_turn_says_too_are_missed() -> None:
+    """Whoever leaves out system turns but the first has left out a second one that is the same, or a part of it."""
+    source = "{% for m in messages %}{% if m.role != 'system' or loop.first %}" + _TURNS.replace(" FILTER", "")
+    source = source.replace("{% for m in messages %}<", "<", 1).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+    twice = [system("Be kind."), user("Yes"), reply("Yes"), user("Yes"), reply("Yes")]
+    assert _trained(source, twice).count("Yes<") == 4
+    for again in ("Be kind.", "kind", "Yes"):
+        with pytest.raises(RowRefused, match="the template leaves out or changes what the"):
+            _trained(source, [*twice, system(again), user("Yes"), reply("Yes")])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -384,26 +384,78 @@ def _checked(reply: Reply, messages: list[Message], begin: int) -> list[str]:
         RowRefused: It left out or changed what somebody said.
     """
     notes = []
-    for call in messages[-1].get("tool_calls", ()):
-        notes += _check_call(call["function"], reply.text, len(messages))
-    for at, message in enumerate(messages[begin:], begin):
-        is_reply = at == len(messages) - 1
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = inner_text(content, "text")
-        if message["role"] == "assistant":
-            if not is_reply:
-                continue
-            if "</think>" in content and content.strip() not in reply.text:
-                content = content.rpartition("</think>")[2]
-            if content[:1].isspace() and _first_line(content) not in reply.text:
-                notes.append("indent-lost")
-        if content.strip() not in (reply.text if is_reply else reply.prompt):
-            if message["role"] != "tool":
-                what = f"the template leaves out or changes what the {message['role']} says"
-                raise RowRefused("", f"turn {at + 1}: {what}", "template")
-            notes.append("text-changed")
+    *before, message = messages[begin:]
+    contents = [_content(each).strip() for each in before]
+    said = NONCHARACTER.join(content for content in contents if content in reply.prompt)
+    for at, (each, content) in enumerate(zip(before, contents, strict=True), begin + 1):
+        if each["role"] == "assistant" or _stands((content,), said, reply.prompt):
+            continue
+        if each["role"] != "tool":
+            raise _left_out(at, each)
+        notes.append("text-changed")
+    content = _content(message)
+    if "</think>" in content and content.strip() not in reply.text:
+        content = content.rpartition("</think>")[2]
+    if content[:1].isspace() and _first_line(content) not in reply.text:
+        notes.append("indent-lost")
+    content = content.strip()
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    words = [(name, _spelled(value)) for call in calls for name, value in _values(call) if not _holds(value)]
+    said = NONCHARACTER.join([content, *(spelled[0] for _, spelled in words)]) if calls else ""
+    if not _stands(_spelled(content) if calls else (content,), said, reply.text):
+        raise _left_out(len(messages), message)
+    for name, spelled in words:
+        if not _stands(spelled, said, reply.text):
+            what = f"turn {len(messages)}: the template leaves out a part of a call: {name!r}"
+            raise RowRefused("", what, "template")
+    for call in calls:
+        notes += _check_values(call, reply.text, len(messages))
     return notes
+
+
+def _left_out(turn: int, message: Message) -> RowRefused:
+    what = f"turn {turn}: the template leaves out or changes what the {message['role']} says"
+    return RowRefused("", what, "template")
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    return inner_text(content, "text") if isinstance(content, list) else str(content)
+
+
+def _stands(spelled: tuple[str, ...], said: str, text: str) -> bool:
+    """Whether a word, in one of its spellings, stands in a text as often as in all that was said: what one turn or call
+    says may stand in another one's."""
+    times = said.count(spelled[0])
+    if times <= 1 or not spelled[0]:
+        return any(word in text for word in spelled)
+    return sum(map(text.count, set(spelled))) >= times
+
+
+def _spelled(value: Any) -> tuple[str, ...]:
+    """A word as it is, and how else a template may write it in a call."""
+    if not isinstance(value, str):
+        return json.dumps(value), str(value)
+    word = value.strip()
+    return word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]
+
+
+def _values(call: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(argument that it belongs to, value) of all that a call says: its name, the arguments' names and their values,
+    and what these hold."""
+    arguments = call["arguments"]
+    left = [("name", call["name"]), ("arguments", json.loads(arguments) if isinstance(arguments, str) else arguments)]
+    while left:
+        name, value = left.pop()
+        yield name, value
+        if isinstance(value, dict):
+            left += (pair for key, item in value.items() for pair in ((key, key), (key, item)))
+        elif isinstance(value, list):
+            left += ((name, item) for item in value)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _first_line(content: str) -> str:
@@ -411,32 +463,21 @@ def _first_line(content: str) -> str:
     return content[: len(content) - len(content.lstrip())].rpartition("\n")[2] + content.strip().partition("\n")[0]
 
 
-def _check_call(function: dict[str, Any], text: str, turn: int) -> list[str]:
+def _check_values(call: dict[str, Any], text: str, turn: int) -> list[str]:
     """What is to be noted of a call that is there whole, in words that its tool's parser can read.
 
     Raises:
-        RowRefused: It isn't.
+        RowRefused: They aren't.
     """
     notes: list[str] = []
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    left = [("name", function["name"]), *arguments.items()]
-    while left:
-        name, value = left.pop()
-        if isinstance(value, dict | list):
+    for name, value in _values(call):
+        if _holds(value):
             if str(value) != json.dumps(value, ensure_ascii=False) and str(value) in text:
                 what = f"the template writes argument {name!r} as Python would, not as JSON"
                 raise RowRefused("", f"turn {turn}: {what}", "template")
-            left += value.items() if isinstance(value, dict) else [(name, item) for item in value]
-        elif value is None or isinstance(value, bool):
-            if str(value) in text and json.dumps(value) not in text and "python-values" not in notes:
-                notes.append("python-values")
-        elif isinstance(value, str) and value.strip() not in text:
-            spelled = (json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-            if not any(form in text for form in spelled):
-                raise RowRefused("", f"turn {turn}: the template leaves out a part of a call: {name!r}", "template")
-    return notes
+        elif (value is None or isinstance(value, bool)) and str(value) in text and json.dumps(value) not in text:
+            notes.append("python-values")
+    return notes[:1]
 
 
 _RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int, str], ChatRenderer]] = (
