@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from slimtune import hardware
 from slimtune.config import Config
+from slimtune.engine.read import fits_options
 from slimtune.errors import UserError
-from slimtune.hardware import Hardware, detect
+from slimtune.hardware import CARDS, Hardware, detect
 from slimtune.language import language, spoken
-from slimtune.plan import few_steps, resolve_amount, resolve_held_out, resolve_machine, resolve_rate, resolve_steps
+from slimtune.plan import (
+    check_precision,
+    few_steps,
+    resolve_amount,
+    resolve_held_out,
+    resolve_machine,
+    resolve_rate,
+    resolve_steps,
+)
 from slimtune.run.lines import base_line, data_line, in_ram_line, memory_line, rehearsed_line, steps_line
+from slimtune.training.fused import without_engine
 from slimtune.use.parity import Certificate
 from slimtune.words import CATALOGUE, Catalogue, catalogue, in_chinese, told
 from tests import wording
@@ -86,6 +98,33 @@ def _machines(monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         found.append(detect.__wrapped__())
     return found
+
+
+def test_why_a_precision_cant_be_had_is_said_in_chinese_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow, _, old = _machines(monkeypatch)
+    asked = [Config.make(model="x", precision=precision) for precision in ("fp8", "bf16")]
+    said = [
+        why for machine in (fast, slow, old) for config in asked if (why := _refused(resolve_machine, config, machine))
+    ]
+    said += [
+        why for card in ("A100", "V100") for config in asked if (why := _refused(check_precision, config, CARDS[card]))
+    ]
+    options: list[dict[str, Any]] = [
+        {"dora": True}, {"modules_to_save": ["lm_head"]}, {"add_tokens": "x"}, {"rank_pattern": {"x": 1}},
+        {"router_aux_loss": 0.1}, {"optim": "adamw_torch"},
+    ]  # fmt: skip
+    said += [without_engine(fits_options(Config.make(model="x", **each)) or "").what for each in options]
+    assert len(said) == 14
+    for line in said:
+        assert not re.search(r"\b(is|has|so|the|this|for|of|computes|loss)\b", in_chinese(line)), in_chinese(line)
+
+
+def _refused(check: Callable[..., object], *arguments: object) -> str:
+    try:
+        check(*arguments)
+    except UserError as error:
+        return error.what
+    return ""
 
 
 def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

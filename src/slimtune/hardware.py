@@ -51,10 +51,7 @@ class Hardware:
         """Why nothing can be multiplied in FP8 here; None if it can."""
         if self.device != "cuda" or torch.version.hip is not None:
             return "FP8 is multiplied on an NVIDIA GPU, and here is none"
-        if self.capability < (8, 9):
-            major, minor = self.capability
-            return f"{self.name} (compute capability {major}.{minor}) multiplies no FP8: that begins with 8.9"
-        return None
+        return self.card.without_fp8
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``environment.json``."""
@@ -87,6 +84,14 @@ class Card:
     def compute_dtype(self) -> DType:
         """The fastest dtype that is native there."""
         return "bf16" if self.capability >= (8, 0) else "fp16"
+
+    @property
+    def without_fp8(self) -> str | None:
+        """Why nothing can be multiplied in FP8 there; None if it can."""
+        if self.capability >= (8, 9):
+            return None
+        major, minor = self.capability
+        return f"{self.name} (compute capability {major}.{minor}) multiplies no FP8: that begins with 8.9"
 
 
 _SOLD: dict[tuple[int, int], dict[str, tuple[int, float, float]]] = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.config import SMALL_BASE, SMALL_RATE, Config
 from slimtune.data.packing import micro_batches
 from slimtune.errors import UserError
-from slimtune.hardware import Hardware
+from slimtune.hardware import Card, Hardware
 from slimtune.ranks.group import Ranks
 from slimtune.ranks.share import accumulation_for, check_even
 from slimtune.run.statement import counted
@@ -27,6 +27,7 @@ __all__ = [
     "ANSWER_WEIGHT",
     "Choice",
     "agreed",
+    "check_precision",
     "default_output",
     "few_steps",
     "memory_budget",
@@ -130,11 +131,27 @@ def _with_precision(config: Config, hardware: Hardware) -> Config:
     if reason is None and config.compute_dtype != "bf16":
         reason = f"this machine computes in {config.compute_dtype}: {hardware.compute_dtype_reason}"
     if reason is not None:
-        raise UserError(
-            f"precision: {config.precision} can't be had: {reason}",
-            way_out="Leave precision at auto: as compute_dtype.",
-        )
+        raise _without(config.precision, reason)
     return config
+
+
+def check_precision(config: Config, card: Card | Hardware) -> None:
+    """See that a card that is planned for multiplies in what was asked for, as a run there sees to it.
+
+    Raises:
+        UserError: It doesn't.
+    """
+    reason = card.without_fp8 if config.precision == "fp8" else None
+    if reason is None and config.precision != "auto" and (config.compute_dtype, card.compute_dtype) == ("auto", "fp16"):
+        reason = f"{card.name} has no native bf16"
+    if reason is not None:
+        raise _without(config.precision, reason)
+
+
+def _without(precision: str, reason: str) -> UserError:
+    return UserError(
+        f"precision: {precision} can't be had: {reason}", way_out="Leave precision at auto: as compute_dtype."
+    )
 
 
 def resolve_ranks(config: Config, count: int) -> tuple[Config, list[Choice]]:

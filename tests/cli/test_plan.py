@@ -63,6 +63,8 @@ def test_json_adds_up_and_holds_what_the_data_would_do(
     [
         (("--gpu", "H1000"), "unknown GPU 'H1000'"),
         (("--memory", "lots"), "memory"),
+        (("--gpu", "A100", "--precision", "fp8"), "A100 (compute capability 8.0) multiplies no FP8"),
+        (("--gpu", "V100", "--precision", "bf16"), "V100 has no native bf16"),
     ],
 )
 def test_mistakes_are_said_with_the_way_out(

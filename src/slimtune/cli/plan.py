@@ -97,13 +97,15 @@ def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     """What was asked for first, then a card of each size."""
     from slimtune.engine.ram import ram_to_lock
     from slimtune.hardware import CARDS, Card, detect
-    from slimtune.plan import memory_budget
+    from slimtune.plan import check_precision, memory_budget
 
     if forecaster.unfused is not None:
         return []
     machine, budget, asked = detect(), memory_budget(config), []
     ram = ram_to_lock() if card is None and machine.device == "cuda" else None  # as a run here plans
     card = card if ram is None else machine.card
+    if card is not None:
+        check_precision(config, card if ram is None else machine)
     if budget is not None:
         named = Card(config.memory, budget, (8, 0))
         card = named if card is None else replace(card, name=f"{named.name} of {card.name}", memory_bytes=budget)
