@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def learnt(proof: Proof, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(ids[mask]) for ids, mask in (proof.train[at] for at in range(len(proof.train)))]
 
 
+ALTERNATING = """{% for m in messages %}{% if (m.role == "user") != (loop.index0 % 2 == 0) %}
+{{ raise_exception("roles must alternate") }}{% endif %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 CHAT = {
     "messages": [
         {"role": "system", "content": "Be kind."},
@@ -121,6 +127,32 @@ def test_overlong_keep_end_drops_the_oldest_then_cuts_the_question(
     assert "Be kind." in text
     assert 1 <= text.count("three") < 20
     assert proof.facts["repaired"] == {"cut-left": 1}
+
+
+@pytest.mark.parametrize("how", ["split", "keep-end"])
+@pytest.mark.parametrize("train_on", ["assistant", "last", "completion"])
+def test_what_is_too_long_learns_no_reply_that_it_would_not_learn_whole(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, how: str, train_on: str
+) -> None:
+    messages = CHAT["messages"]
+    completion = write(tmp_path / "a.jsonl", [{"prompt": messages[:-1], "completion": messages[-1:]}])
+    file = completion if train_on == "assistant" else write(tmp_path / "b.jsonl", [CHAT])
+    for limit in (64, 96, 128):
+        proof = prove(Config.make(data=file, train_on=train_on, overlong=how, max_length=limit), tokenizer)
+        assert learnt(proof, tokenizer) == ["third<|im_end|>"]
+
+
+def test_replies_that_are_joined_are_those_of_the_completion(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ALTERNATING
+    messages = CHAT["messages"][1:]
+    file = write(tmp_path / "a.jsonl", [{"prompt": messages[:3], "completion": [messages[3], messages[5]]}])
+    assert learnt(prove(Config.make(data=file), tokenizer), tokenizer) == ["second\n\nthird<|im_end|>"]
+    file = write(tmp_path / "b.jsonl", [{"prompt": messages[:4], "completion": [messages[5]]}])
+    said = examine(Config.make(data=file), tokenizer).facts["examples"]
+    assert said == {"weight": "b.jsonl:1: replies in a row of which one is learnt and one isn't"}
 
 
 @pytest.mark.parametrize("how", ["split", "keep-end"])

@@ -1,4 +1,5 @@
-"""What becomes of a conversation that doesn't fit into ``max_length``. No reply is ever cut.
+"""What becomes of a conversation that doesn't fit into ``max_length``. No reply is ever cut, and none is learnt that
+wouldn't be learnt of the whole.
 
 ``split`` makes several documents of it, each beginning with the system turn; ``keep-end`` leaves the oldest exchanges
 out, and at last the beginning of the first user turn. Raw text is cut where the limit is: it has no replies.
@@ -10,7 +11,7 @@ import itertools
 
 from slimtune.data.conversation import SYSTEM_ROLES, Conversation, Message, RowRefused
 from slimtune.data.documents import Mask
-from slimtune.data.render import ChatRenderer
+from slimtune.data.render import ChatRenderer, learnt
 from slimtune.data.tokens import Ids
 
 __all__ = ["keep_end", "split"]
@@ -24,7 +25,7 @@ def split(conversation: Conversation, renderer: ChatRenderer, train_on: str, lim
         conversation.repairs.append("split")
         ids, mask = _encode(conversation, renderer, train_on)[0]
         return [(ids[at : at + limit], mask[at : at + limit]) for at in range(0, len(ids), limit) if len(ids) - at > 1]
-    head, exchanges = _exchanges(conversation.messages)
+    head, exchanges = _exchanges(learnt(conversation, train_on))
     made: Encoded = []
     current: list[Message] = []
     fitting: Encoded | None = None
@@ -48,7 +49,7 @@ def keep_end(conversation: Conversation, renderer: ChatRenderer, train_on: str, 
         conversation.repairs.append("cut-left")
         ids, mask = _encode(conversation, renderer, train_on)[0]
         return [(ids[-limit:], mask[-limit:])]
-    head, exchanges = _exchanges(conversation.messages)
+    head, exchanges = _exchanges(learnt(conversation, train_on))
     for first in range(1, len(exchanges)):
         kept = [message for exchange in exchanges[first:] for message in exchange]
         fitting = _fit(conversation, head + kept, renderer, train_on, limit)
@@ -98,9 +99,10 @@ def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Messag
 def _fit(
     conversation: Conversation, messages: list[Message], renderer: ChatRenderer, train_on: str, limit: int
 ) -> Encoded | None:
+    """Marked messages as documents of at most ``limit`` tokens, or None."""
     part = Conversation(messages, conversation.tools, variables=conversation.variables)
     try:
-        encoded = _encode(part, renderer, train_on)
+        encoded = _encode(part, renderer, "all" if train_on == "all" else "assistant")
     except RowRefused as refused:
         return [] if refused.name == "nothing-to-learn" else None
     return encoded if all(len(ids) <= limit for ids, _ in encoded) else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -29,7 +29,7 @@ from slimtune.data.template import ChatTemplate, TemplateRefused
 from slimtune.data.tokens import Piece, TokenEncoder
 from slimtune.errors import UserError
 
-__all__ = ["NOTES", "ChatRenderer", "Draft", "Manner", "prompt_ids", "renderer_for", "writes_date"]
+__all__ = ["NOTES", "ChatRenderer", "Draft", "Manner", "learnt", "prompt_ids", "renderer_for", "writes_date"]
 
 NOTES: dict[str, str] = {
     "thoughts-left-out": "the template leaves a reply's thoughts out",
@@ -194,8 +194,11 @@ class ChatRenderer:
         if conversation.text is not None:
             return [self._raw(conversation.text, self.manner.allow_control_tokens or conversation.rendered)]
         notes: list[str] = []
+        row = conversation
+        if conversation.completion_from and train_on in ("assistant", "completion"):
+            row = replace(conversation, messages=learnt(conversation, train_on))
         try:
-            dialect, messages, tools = self._prepared(conversation, notes)
+            dialect, messages, tools = self._prepared(row, notes)
             return self._chat_drafts(conversation, dialect, messages, tools, notes, train_on)
         except TemplateRefused as error:
             raise RowRefused("", f"the chat template refuses it: {error}", "template") from None
@@ -210,8 +213,9 @@ class ChatRenderer:
         train_on: str,
     ) -> list[Draft]:
         replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = [at for at in _wanted(conversation, replies, train_on) if messages[at].get("supervised", True)]
-        if len(wanted) < len(replies) and any(not messages[at].get("supervised", True) for at in replies):
+        wanted = [at for at in _meant(conversation, replies, train_on) if messages[at].get("supervised", True)]
+        said = [message for message in conversation.messages if message["role"] == "assistant"]
+        if not all(message.get("supervised", True) for message in said):
             notes.append("unsupervised-reply")
         if not wanted:
             raise RowRefused("", "no reply is left to learn", "nothing-to-learn")
@@ -357,14 +361,23 @@ def _bad_template(what: str) -> UserError:
     )
 
 
-def _wanted(conversation: Conversation, replies: list[int], train_on: str) -> list[int]:
-    """The replies that ``train_on`` means."""
-    if train_on == "all" or (train_on == "assistant" and not conversation.completion_from):
-        return replies
-    if train_on == "last" or not conversation.completion_from:
-        return replies[-1:]
-    completion = conversation.messages[conversation.completion_from :]
-    return replies[-sum(message["role"] == "assistant" for message in completion) :]
+def learnt(conversation: Conversation, train_on: str) -> list[Message]:
+    """The messages, with each reply that ``train_on`` doesn't mean marked as one that is shown: so it stays, whatever
+    is merged, parted or left out of them."""
+    if train_on == "all":
+        return conversation.messages
+    replies = [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    meant = _meant(conversation, [at for at in replies if at >= conversation.completion_from], train_on)
+    return [
+        {**message, "supervised": False} if message["role"] == "assistant" and at not in meant else message
+        for at, message in enumerate(conversation.messages)
+    ]
+
+
+def _meant(conversation: Conversation, replies: list[int], train_on: str) -> list[int]:
+    """Which of these replies ``train_on`` means."""
+    only_last = train_on == "last" or (train_on == "completion" and not conversation.completion_from)
+    return replies[-1:] if only_last else replies
 
 
 def _places(text: str, written: Mapping[int, Reply]) -> dict[int, tuple[int, int]]:
