@@ -58,6 +58,15 @@ def test_json_adds_up_and_holds_what_the_data_would_do(
     assert told["download_bytes"] < sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
 
 
+def test_data_for_a_card_that_multiplies_in_what_this_machine_doesnt(
+    run_here: Callable[..., Done], tiny_model: Path, requests_file: Path
+) -> None:
+    words = ("plan", str(tiny_model), str(requests_file), "--gpu", "H100", "--precision", "fp8", "--json")
+    done = run_here(*words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cards"][0]["run_seconds"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

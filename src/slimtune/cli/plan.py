@@ -64,14 +64,19 @@ def command(
     with fast_imports():
         from slimtune.cli.bar import busy
         from slimtune.cli.dry_run import dry_run
-        from slimtune.hardware import card_named
+        from slimtune.hardware import card_named, detect
+        from slimtune.plan import check_precision
         from slimtune.run.quiet import upstream_to_log
         from slimtune.run.screen import Screen
         from slimtune.training.forecast import Forecaster
 
     card = None if gpu is None else card_named(gpu)
+    if card is not None or detect().device == "cuda":
+        check_precision(config, card or detect())
+    # What another card multiplies in needn't be had here.
+    here = config if card is None else config.model_copy(update={"precision": "auto"})
     with upstream_to_log(None):
-        rehearsed = dry_run(config, Screen(quiet=as_json)) if config.data else {}
+        rehearsed = dry_run(here, Screen(quiet=as_json)) if config.data else {}
         with busy("planning"):
             forecaster = Forecaster(config, _lengths(config, rehearsed), gpus)
             rows = _rows(forecaster, config, card)
@@ -97,15 +102,13 @@ def _rows(forecaster: Forecaster, config: Config, card: Any) -> list[Forecast]:
     """What was asked for first, then a card of each size."""
     from slimtune.engine.ram import ram_to_lock
     from slimtune.hardware import CARDS, Card, detect
-    from slimtune.plan import check_precision, memory_budget
+    from slimtune.plan import memory_budget
 
     if forecaster.unfused is not None:
         return []
     machine, budget, asked = detect(), memory_budget(config), []
     ram = ram_to_lock() if card is None and machine.device == "cuda" else None  # as a run here plans
     card = card if ram is None else machine.card
-    if card is not None:
-        check_precision(config, card if ram is None else machine)
     if budget is not None:
         named = Card(config.memory, budget, (8, 0))
         card = named if card is None else replace(card, name=f"{named.name} of {card.name}", memory_bytes=budget)
