@@ -123,6 +123,45 @@ def test_a_published_shape_is_read(name: str) -> None:
     assert sorted(unread) == sorted(not_read)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tool_calls": [{"function": {"name": "look", "arguments": {"at": 1}}}]},
+        {"function_call": {"name": "look", "arguments": "{}"}},
+        {"reasoning_content": "They ask."},
+        {"thinking": "They ask."},
+        {"weight": 0},
+        {"refusal": "No."},
+        {"channel": "analysis"},
+        {"images": ["pot.png"]},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_a_turn_of_from_and_value_has_beside_them_what_a_message_has(beside: dict[str, Any]) -> None:
+    as_message = messages(Q, A)
+    as_message[1] |= beside
+    as_turns = turns(Q, A)
+    as_turns[1] |= beside
+    try:
+        expected: Any = normalise({"messages": as_message}).messages
+    except RowRefused as refused:
+        expected = refused.rule
+        with pytest.raises(RowRefused) as raised:
+            normalise({"conversations": as_turns})
+        assert raised.value.rule == expected
+    else:
+        assert len(expected[1]) > 2
+        assert normalise({"conversations": as_turns}).messages == expected
+
+
+def test_a_content_beside_a_value_is_named() -> None:
+    row = turns(Q, A)
+    row[1]["content"] = "Drawer."
+    unread: Counter[str] = Counter()
+    assert normalise({"conversations": row}, unread=unread).messages == messages(Q, A)
+    assert unread == {"conversations: content": 1}
+
+
 def test_thoughts_and_calls_in_columns_of_their_own() -> None:
     made = normalise({"Question": "Key?", "Complex_CoT": "They ask.", "Response": "Pot."})
     assert made.messages[-1] == {"role": "assistant", "content": "Pot.", "reasoning_content": "They ask."}

@@ -16,7 +16,7 @@ from typing import Any
 from slimtune.data.blocks import plain_tools
 from slimtune.data.preference import chosen_row
 from slimtune.data.rows import RowRefused, from_text, kind_of, listed
-from slimtune.data.shapes import Standard, check_media, standard_row, unknown_shape
+from slimtune.data.shapes import MEDIA, Standard, check_media, standard_row, unknown_shape
 
 __all__ = [
     "NONCHARACTER",
@@ -189,6 +189,8 @@ def _unread_of_turns(row: Mapping[str, Any]) -> set[str]:
     for turn in row[name] if isinstance(row.get(name), list) else ():
         if isinstance(turn, dict) and len(turn) > 2:
             keys = turn.keys() - _TURN_KEYS
+            if {"from", "value"} <= turn.keys() and not {"role", "content"} <= turn.keys():
+                keys |= turn.keys() & {"role", "content"}
             if _ROLES.get(str(turn.get("role", turn.get("from"))).strip().lower()) == "tool":
                 keys -= {"name"}
             made |= {f"{name}: {key}" for key in keys if turn[key] not in (None, "", [], {})}
@@ -315,18 +317,8 @@ def _sharegpt(value: Mapping[str, Any]) -> Conversation:
         where = f"{name}[{number}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise RowRefused(where, "a turn must have 'from' and 'value'")
-        role = _role(f"{where}.from", turn["from"])
-        if role == "call":
-            calls = _calls(f"{where}.value", turn["value"], made.repairs)
-            made.messages.append(
-                {"role": "assistant", "content": "", "tool_calls": calls} | _supervision(where, "assistant", turn)
-            )
-            continue
-        content = _content(f"{where}.value", turn["value"], made.repairs)
-        if role in SYSTEM_ROLES and not content.strip():
-            continue
-        message = {"role": role, "content": content if role == "tool" else _filled(f"{where}.value", content)}
-        made.messages.append(message | _supervision(where, role, turn))
+        made.messages.append(_message(where, turn, made.repairs, ("from", "value")))
+    made.messages = _but_empty_systems(made.messages)
     return made
 
 
@@ -417,7 +409,11 @@ def read_messages(turns: Any, *, where: str = "messages", repairs: list[str] | N
     if not isinstance(turns, list):
         raise RowRefused(where, f"{kind_of(turns)} where a list belongs")
     made = [_plain(turn) or _message(f"{where}[{number}]", turn, repairs) for number, turn in enumerate(turns)]
-    return [m for m in made if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
+    return _but_empty_systems(made)
+
+
+def _but_empty_systems(messages: list[Message]) -> list[Message]:
+    return [m for m in messages if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
 
 
 _LEARNT = ("weight", "train", "loss", "loss_weight")
@@ -449,24 +445,29 @@ def _plain(turn: Any) -> Message | None:
     return {"role": role, "content": text} if text and not text.isspace() else None
 
 
-def _message(where: str, turn: Any, repairs: list[str]) -> Message:
+def _message(where: str, turn: Any, repairs: list[str], keys: tuple[str, str] = ("role", "content")) -> Message:
+    """A turn in normal form; ``keys``: what its role and its text are called."""
+    named, text = keys
     if not isinstance(turn, Mapping):
         raise RowRefused(where, f"{kind_of(turn)} where a message belongs")
-    if "role" not in turn:
+    if named not in turn:
         near = difflib.get_close_matches("role", [str(key) for key in turn], n=1)
         raise RowRefused(
             f"{where}.role", f"missing; the message has {listed(turn)}{f': is it {near[0]!r}?' if near else ''}"
         )
-    role = _role(f"{where}.role", turn["role"])
+    for name in MEDIA & turn.keys():
+        if turn[name]:
+            raise RowRefused(f"{where}.{name}", f"{name.rstrip('s')}s beside a text; only text is read", "media")
+    role = _role(f"{where}.{named}", turn[named])
     calls = turn.get("tool_calls")
     if calls is None and turn.get("function_call") is not None:
         calls = [turn["function_call"]]
     reasoning = next((turn[k] for k in ("reasoning_content", "thinking", "reasoning") if turn.get(k)), None)
     if role == "call":
-        role, calls = "assistant", _calls(f"{where}.content", turn.get("content"), repairs)
+        role, calls = "assistant", _calls(f"{where}.{text}", turn.get(text), repairs)
         return {"role": role, "content": "", "tool_calls": calls} | _supervision(where, role, turn)
     made: Message = {"role": role} | _supervision(where, role, turn)
-    content = turn.get("content")
+    content = turn.get(text)
     if turn.get("channel") not in (None, "", "final"):
         what = f"a message of its own in the channel {turn['channel']!r}; a thought is read under reasoning_content"
         raise RowRefused(f"{where}.channel", f"{what} of the reply that it belongs to")
@@ -476,18 +477,18 @@ def _message(where: str, turn: Any, repairs: list[str]) -> Message:
         content = _string(f"{where}.refusal", refusal, repairs)
     elif content is None and role == "assistant" and calls:
         content = ""
-    elif "content" not in turn:
-        raise RowRefused(f"{where}.content", f"missing; the message has {listed(turn)}")
+    elif text not in turn:
+        raise RowRefused(f"{where}.{text}", f"missing; the message has {listed(turn)}")
     if role == "assistant":
-        content, thoughts = _without_thoughts(f"{where}.content", content, repairs)
+        content, thoughts = _without_thoughts(f"{where}.{text}", content, repairs)
         reasoning = reasoning or thoughts or None
-    made["content"] = _content(f"{where}.content", content, repairs)
+    made["content"] = _content(f"{where}.{text}", content, repairs)
     if reasoning is not None:
         made["reasoning_content"] = _string(f"{where}.reasoning_content", reasoning, repairs)
     if calls:
         made["tool_calls"] = _calls(f"{where}.tool_calls", calls, repairs)
     elif role != "tool" and role not in SYSTEM_ROLES:
-        _filled(f"{where}.content", made["content"])
+        _filled(f"{where}.{text}", made["content"])
     if role == "tool":
         for key in ("tool_call_id", "name"):
             if isinstance(turn.get(key), str):

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, TypeGuard
 from slimtune.data.blocks import has_blocks, unfolded
 from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 
-__all__ = ["Standard", "check_media", "standard_row", "unknown_shape"]
+__all__ = ["MEDIA", "Standard", "check_media", "standard_row", "unknown_shape"]
 
-_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 
 _TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "turns", "chat", "data")
@@ -62,7 +62,7 @@ def check_media(value: Mapping[str, Any]) -> None:
     Raises:
         RowRefused: It has such a column with something in it.
     """
-    for name in () if _MEDIA.isdisjoint(value) else sorted(value.keys() & _MEDIA):
+    for name in () if MEDIA.isdisjoint(value) else sorted(value.keys() & MEDIA):
         if not value[name] or (isinstance(value.get("text"), str) and not _PLACEHOLDER.search(value["text"])):
             continue  # of raw text it is one more column that isn't read
         raise RowRefused(name, f"a column of {name.rstrip('s')}s; only text is trained on", "media")
