@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -302,6 +303,19 @@ def test_a_head_that_is_two_percent_off_is_found(in_fp8: Trainer) -> None:
     head.scales.mul_(1.02)
     with pytest.raises(UserError, match=r"fp8 can't be had: the gradient through the head is .*, 0\.00\d* along"):
         prove_precision(in_fp8, PACK)
+
+
+def test_a_head_whose_rows_are_much_alike_stays_in_16_bits(in_fp8: Trainer) -> None:
+    """What they have in common cancels between a target and the others, but for rounding."""
+    engine = in_fp8.engine
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(engine._head.shape[1], generator=draw) * engine._head.float().std()
+    for much, stays in ((1, False), (6, True)):
+        engine._head = (engine._head.float() + much * common).bfloat16()
+        engine._head_in_fp8 = Fp8Head(engine._head, engine._fp8)
+        engine.plan = replace(engine.plan, turned_head=1)
+        assert prove_precision(in_fp8, PACK).startswith("an experiment")
+        assert (engine._head_in_fp8 is None) == (engine.plan.turned_head == 0) == stays
 
 
 @pytest.mark.parametrize("way", ["product of", "gradient through"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -226,6 +226,10 @@ class Engine:
         if self._head_in_fp8 is None:
             return None
         return head_in_both(self._head, self._head_in_fp8, torch.Generator(self.device).manual_seed(0), rows)
+
+    def leave_head_in_16_bits(self) -> None:
+        """Its way back is multiplied so from now on, and its transpose given back."""
+        self._head_in_fp8, self.plan = None, replace(self.plan, turned_head=0)
 
     def _check_called(self) -> None:
         """Nothing may happen in a module's call but what its class does: the engine calls none."""
