@@ -209,7 +209,43 @@ def test_what_was_forgotten_and_what_repeats_is_told(facts: Facts) -> None:
     assert told.count("broken") == 1
 
 
-@pytest.mark.parametrize("change", [lambda facts: None, adapt_experts, forget, *(change for change, _, _ in BROKEN)])
+def go_on_changed(facts: Facts) -> None:
+    facts["data"]["rehearsed"] = {"wanted": 24, "documents": 20, "tokens": 1234, "rounds": 2, "weight": 0.25}
+    facts["changes"] = [
+        {"step": 4, "what": "config learning_rate", "before": "0.01", "after": "0.005"},
+        {"step": 8, "what": "data a token of an answer", "before": "—", "after": "counts 0.25"},
+        {"step": 8, "what": "base weights", "before": "0123…", "after": "4567…"},
+    ]
+
+
+def test_what_held_from_which_step_on_is_told(facts: Facts) -> None:
+    """Whatever was accepted: no setting that came last is told as if it had held for the whole run."""
+    before = explain(facts)
+    go_on_changed(facts)
+    told, chinese = explain(facts), explain(facts, "zh")
+    assert "After steps 4 and 8 the run went on although 3 things had changed" in texts(told, "changes")
+    assert section(told, "changes").tables[0].rows == (
+        ("config learning_rate", "0.01", "0.005", "5"),
+        ("data a token of an answer", "—", "counts 0.25", "9"),
+        ("base weights", "0123…", "4567…", "9"),
+    )
+    assert section(chinese, "changes").tables[0].rows[1] == ("数据：回答的每个 token", "—", "按 0.25 计", "9")
+    for key in ("base", "data", "lora", "optimizer", "choices"):
+        assert section(told, key).statements[0].text == "From step 9 on:"
+        assert section(chinese, key).statements[0].text == "从第 9 步起："
+    assert "(last engine: " in texts(told, "training")
+    assert "times each" not in texts(told, "data")  # nor how often over the whole run
+    assert "same command" in texts(before, "training")
+    assert "same command" not in texts(told, "training")
+    assert "the frozen base did not change" in texts(before, "saving")
+    assert "Before that step the adapter was trained against another base" in texts(told, "saving")
+    facts["training"]["steps"] = 8
+    assert section(explain(facts), "lora").statements[0].text.startswith("With this no step was trained")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda facts: None, adapt_experts, forget, go_on_changed, *(change for change, _, _ in BROKEN)]
+)
 def test_both_languages_say_the_same_numbers(facts: Facts, change: Callable[[Facts], Any]) -> None:
     change(facts)
     english, chinese = explain(facts, "en"), explain(facts, "zh")

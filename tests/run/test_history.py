@@ -53,6 +53,26 @@ def test_an_evaluation_of_discarded_steps_goes_too() -> None:
     assert read_history(records).evaluation_curve() == [(6, 1.0)]
 
 
+def went_on(step: int, *changes: str) -> dict[str, Any]:
+    return {"event": "resumed", "step": step, "changes": [{"what": what} for what in changes]}
+
+
+@pytest.mark.parametrize(
+    ("sessions", "held"),
+    [
+        ([went_on(4, "a", "b"), went_on(8), went_on(8, "c")], [(4, "a"), (4, "b"), (8, "c")]),
+        ([went_on(4, "a"), went_on(4)], []),  # it was killed before its next checkpoint, and what had changed put back
+        ([went_on(8, "a"), went_on(4, "b")], [(4, "b")]),  # the checkpoint of step 8 was damaged
+        ([went_on(4, "a"), {"step": 5, "loss": 1.0}, {"step": 1, "loss": 1.0}], []),  # no checkpoint was left
+    ],
+)
+def test_what_changed_holds_from_the_step_on_that_was_gone_on_from(
+    sessions: list[dict[str, Any]], held: list[tuple[int, str]]
+) -> None:
+    changes = read_history(sessions).changes
+    assert [(change["step"], change["what"]) for change in changes] == held
+
+
 def test_events_and_strangers() -> None:
     records = [{"step": 2, "event": "skipped"}, {"loss": 1.0}, {"step": 3, "train_loss": 1.0}, "line"]  # type: ignore[list-item]
     history = read_history(records)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from slimtune.cli import say_error
 from slimtune.config import FREE_KEYS, Config
 from slimtune.errors import UserError
 from slimtune.language import spoken
-from slimtune.run.identity import Identity, require_same
+from slimtune.run.identity import MADE_WITH, Identity, require_same
 
 BEFORE = Identity(
     config=Config(data=("a.jsonl",)).model_dump(mode="json"),
@@ -42,8 +42,20 @@ def test_every_key_that_makes_the_numbers_is_refused(key: str) -> None:
         require_same(BEFORE, now, Path("run"), accept=False)
     assert "--accept-changes" in str(refused.value)
     assert "train --from run" in str(refused.value)
+    if key in MADE_WITH:
+        with pytest.raises(UserError, match=f"can't go on with another {key}"):
+            require_same(BEFORE, now, Path("run"), accept=True)
+        return
     (change,) = require_same(BEFORE, now, Path("run"), accept=True)
     assert change.what == f"config {key}"
+
+
+def test_an_optimizer_may_page_its_state_or_not() -> None:
+    before, now = (
+        dataclasses.replace(BEFORE, config={**BEFORE.config, "optim": optim})
+        for optim in ("paged_adamw_8bit", "adamw_8bit")
+    )
+    assert len(require_same(before, now, Path("run"), accept=True)) == 1
 
 
 @pytest.mark.parametrize("key", sorted(FREE_KEYS))

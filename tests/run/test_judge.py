@@ -119,6 +119,21 @@ def test_other_data_on_the_way_is_compared_with_nothing() -> None:
     assert judge(records, Config.make(), TRAINING, 60, HELD_OUT).outcome == "unmeasured"
 
 
+@pytest.mark.parametrize(
+    ("what", "outcome"),
+    [("base weights", "unmeasured"), ("tokenizer", "unmeasured"), ("data a.jsonl", "unmeasured"),
+     ("config seed", "unmeasured"), ("config learning_rate", "better"), ("data a token of an answer", "better")],
+)  # fmt: skip
+def test_another_base_or_other_rows_on_the_way_are_compared_with_nothing(what: str, outcome: str) -> None:
+    went_on = {"event": "resumed", "step": 30, "changes": [{"what": what, "before": "1", "after": "2"}]}
+    records = [evaluation(0, 3.0), went_on, evaluation(60, 1.0)]
+    found = judge(records, Config.make(data="a.jsonl"), TRAINING, 60, HELD_OUT)
+    assert found.outcome == outcome
+    told = verdict_text(vars(found), vars(TRAINING), lambda english, chinese: english)
+    assert ("same rows and the same base" in told) == (outcome == "unmeasured")
+    assert "none was held out" not in told
+
+
 def test_many_parts_are_added_up() -> None:
     record = parts_record(3, [1.0] * 1000, [2] * 1000)
     assert len(record["held_out_nats"]) == 200

@@ -243,6 +243,28 @@ def test_a_change_is_refused_and_can_be_accepted(stopped: Path, change: Callable
     assert any(changed["what"].startswith(what.strip()) for changed in event["changes"])
 
 
+def test_what_is_accepted_holds_from_the_next_step_on(stopped: Path) -> None:
+    """Rates and decay come from the config, and not from the checkpoint's optimizer."""
+    before = Config.make(**yaml.safe_load((stopped / "config.yaml").read_text("utf-8")))
+    changed = before.model_copy(update={"learning_rate": 0.5e-3, "lr_scheduler": "constant", "weight_decay": 0.25})
+    run = resume(stopped, changed, accept_changes=True)
+    rates = {record["step"]: record["learning_rate"] for record in run.metrics() if "learning_rate" in record}
+    assert rates[1] == 1e-3
+    assert [rates[step] for step in (3, 4)] == [0.5e-3] * 2
+    state = json.loads((run.checkpoints / "checkpoint-4" / "state.json").read_text("utf-8"))
+    assert '["weight_decay", 0.25]' in json.dumps(state)
+    text = run.report_markdown.read_text("utf-8")
+    assert "From step 3 on:" in text
+    assert "After step 2 the run went on although 3 things had changed" in text
+
+
+def test_what_the_checkpoint_was_made_with_stays(stopped: Path) -> None:
+    before = Config.make(**yaml.safe_load((stopped / "config.yaml").read_text("utf-8")))
+    for change, said in (({"lora_r": 4}, "another lora_r"), ({"engine": "plain"}, "what was changed")):
+        with pytest.raises(UserError, match=f"can't go on with {said}"):
+            resume(stopped, before.model_copy(update=change), accept_changes=True)
+
+
 def test_free_keys_may_be_given(stopped: Path) -> None:
     before = Config.make(**yaml.safe_load((stopped / "config.yaml").read_text("utf-8")))
     resume(stopped, before.model_copy(update={"save_steps": 1, "watchdog": 60.0, "on_nonfinite": "skip"}))

@@ -28,6 +28,11 @@ def run(adapter: Path, tmp_path: Path) -> Path:
     made.write_config(Config(model=EMBEDDED, data=("/home/someone/rows.jsonl",)))
     for step in range(1, 6):
         made.append_metrics({"step": step, "steps": 5, "loss": 2.0 / step})
+    what = [
+        {"what": "config learning_rate", "before": "0.5", "after": "0.25"},
+        {"what": "data /home/someone/rows.jsonl", "before": "old", "after": "new"},
+    ]
+    made.append_metrics({"event": "resumed", "step": 5, "changes": what})
     change = {"value": -1.5, "low": -1.75, "high": -1.25}
     verdict = {"outcome": "better", "documents": 8, "start": {"value": 3.0}, "end": {"value": 1.5}, "change": change}
     made.write_json(made.facts_file, {"data": {"rows": 1234, "supervised_tokens": 56789}, "verdict": verdict})
@@ -50,7 +55,8 @@ def test_a_folder_gets_what_the_hub_would(run: Path, adapter: Path, tmp_path: Pa
     assert about["license"] == "apache-2.0"
     assert about["library_name"] == "peft"
     assert "Better than before the training on 8 held-out documents: loss 3 → 1.5, −1.5 [−1.75, −1.25]." in text
-    for part in ("1,234", "56,789", "| score | 0.95 |", "PeftModel.from_pretrained", "![loss by optimizer step]"):
+    for part in ("1,234", "56,789", "| score | 0.95 |", "PeftModel.from_pretrained", "![loss by optimizer step]",
+                 "| learning_rate until step 5 | `0.5` |", "| data until step 5 | others |"):  # fmt: skip
         assert part in text
     assert "/home/someone" not in text
     assert ET.parse(out / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"

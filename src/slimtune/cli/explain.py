@@ -15,6 +15,7 @@ from slimtune.language import language
 from slimtune.run.explain import explain
 from slimtune.run.facts import damage_told
 from slimtune.run.folder import RunFolder
+from slimtune.run.history import read_history
 from slimtune.run.show import write_terminal
 
 __all__ = ["command"]
@@ -39,8 +40,10 @@ def command(ctx: click.Context, run: Path, as_json: bool) -> None:
             rule="A run measures itself and writes its facts at its end.",
             way_out=f"Go on with it: slimtune resume {shlex.quote(str(run))}",
         )
+    with damage_told(folder.metrics_file):
+        changes = read_history(folder.metrics()).changes
     with damage_told(folder.facts_file):
-        explanation = explain(facts, language())
+        explanation = explain(facts | {"changes": changes}, language())
     if as_json:
         counts = {status: explanation.count(status) for status in ("proved", "broken", "unmeasured")}
         value = {"facts": facts, "counts": counts, **asdict(explanation)}

@@ -9,10 +9,12 @@ checked carries its verdict, computed from the facts. Text between backquotes is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from slimtune.config import TARGET_WORDS
 from slimtune.errors import shown
+from slimtune.run.changes import frozen_since, has_changed, since, tell_changes
 from slimtune.run.preparation import tell_base, tell_data
 from slimtune.run.screen import size_text, time_left
 from slimtune.run.statement import (
@@ -40,6 +42,8 @@ __all__ = ["explain"]
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ADAPTER_FILE = "adapter_model.safetensors"
+SETTINGS = ("base", "data", "lora", "optimizer", "choices")
+"""Sections of what may change where a run is resumed."""
 
 
 def explain(facts: Facts, lang: Lang = "en") -> Explanation:
@@ -47,6 +51,7 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
 
     Args:
         facts: :meth:`slimtune.run.facts.Facts.as_dict`; parts that a run didn't come to may be None or missing.
+            ``changes`` holds what changed while it trained (:attr:`slimtune.run.history.History.changes`).
         lang: ``en`` or ``zh``.
     """
 
@@ -55,6 +60,7 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
 
     facts = _clean(facts)
     tellers = (
+        tell_changes,
         tell_base,
         tell_data,
         _lora,
@@ -67,8 +73,13 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
         _choices,
         _limits,
     )
-    sections = [teller(facts, say) for teller in tellers]
-    return Explanation(lang, str(facts.get("run", "")), tuple(section for section in sections if section is not None))
+    sections = [section for teller in tellers if (section := teller(facts, say)) is not None]
+    if (first := since(facts, say)) is not None:
+        sections = [
+            replace(section, statements=(first, *section.statements)) if section.key in SETTINGS else section
+            for section in sections
+        ]
+    return Explanation(lang, str(facts.get("run", "")), tuple(sections))
 
 
 def _clean(value: Any) -> Any:
@@ -188,14 +199,15 @@ def _training(facts: Facts, say: Say) -> Section | None:
     engine = plain(training["engine"])
     kind, colon, reason = engine.partition(": ")
     engine_zh = f"{kind}：{in_chinese(reason)}" if colon else in_chinese(kind)
+    last_en, last_zh = ("last ", "最后的") if has_changed(facts) else ("", "")
     told = [
         Statement(
             say(
                 f"{counted(training['steps'], 'optimizer step')}, {counted(training['epochs'], 'epoch')}, in "
-                f"{time_left(training['seconds'])} (engine: {engine}): {tokens:,} tokens, {supervised:,} of them "
-                f"supervised, {training['tokens_per_second']:,.0f} tokens/s.",
+                f"{time_left(training['seconds'])} ({last_en}engine: {engine}): {tokens:,} tokens, {supervised:,} of "
+                f"them supervised, {training['tokens_per_second']:,.0f} tokens/s.",
                 f"共训练 {training['steps']:,} 步，合 {training['epochs']:.4g} 轮，用时 "
-                f"{time_left(training['seconds'])}（引擎：{engine_zh}）；处理 {tokens:,} 个 token，"
+                f"{time_left(training['seconds'])}（{last_zh}引擎：{engine_zh}）；处理 {tokens:,} 个 token，"
                 f"其中 {supervised:,} 个带监督，每秒 {training['tokens_per_second']:,.0f} 个。",
             )
         ),
@@ -218,7 +230,7 @@ def _training(facts: Facts, say: Say) -> Section | None:
             f"由 {ranks} 个进程一起训练，每一步的微批次由它们分担；每一步都核对过，各进程的适配器一致。",
         )
         told.append(Statement(text, "proved"))
-    if "repeats" in training:
+    if "repeats" in training and not has_changed(facts):  # or no one command would train it again
         told.append(Statement(_repeats(training["repeats"], say)))
     if not facts.get("verdict"):  # which says it otherwise
         told.append(_held_out(training, say))
@@ -372,7 +384,7 @@ def _saving(facts: Facts, say: Say) -> Section | None:
     base, adapter = facts.get("base"), facts.get("adapter")
     if not base or not adapter:
         return None
-    told = [_frozen(base, say)]
+    told = [_frozen(facts, base, say)]
     size = adapter.get("file_bytes")
     bars: tuple[Bar, ...] = ()
     if size is None:
@@ -416,7 +428,7 @@ def _odd(others: list[str], say: Say) -> str:
     return say(f"THERE ARE OTHER WEIGHTS AMONG THEM: {names}.", f"里面混进了别的权重：{names}！")
 
 
-def _frozen(base: Facts, say: Say) -> Statement:
+def _frozen(facts: Facts, base: Facts, say: Say) -> Statement:
     before, after = base["fingerprint_before"], base.get("fingerprint_after")
     what_en = "SHA-256 over each base tensor's name, type, shape and checksum"
     what_zh = "对每个基座张量的名称、类型、形状和校验和取 SHA-256"
@@ -428,6 +440,8 @@ def _frozen(base: Facts, say: Say) -> Statement:
             ),
             "unmeasured",
         )
+    if after == before and has_changed(facts, "base weights"):
+        return frozen_since(facts, say)
     if after == before:
         return Statement(
             say(

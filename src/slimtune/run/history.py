@@ -27,6 +27,9 @@ class History:
     """Records with ``event``: a guard's finding, a skipped batch, a failed save."""
     resumed: list[int] = field(default_factory=list)
     """Steps that a resumed session went on from."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What wasn't what it was, when a session went on all the same (:class:`slimtune.run.identity.Change`), with the
+    ``step`` that it went on from: it holds from the next one on."""
     last: dict[str, Any] | None = None
     """The last record of any kind."""
 
@@ -40,6 +43,7 @@ class History:
                 self.events.append(record)
             if record["event"] == "resumed":
                 self._go_back(record["step"])
+                self.changes += [{"step": record["step"], **change} for change in record.get("changes", ())]
         elif "eval_loss" in record:
             self.evaluations.append(record)
         elif "loss" in record:
@@ -54,6 +58,8 @@ class History:
         for records in (self.steps, self.evaluations):  # in order: a file of nothing but resumes is read once
             while records and records[-1]["step"] > step:
                 records.pop()
+        while self.changes and self.changes[-1]["step"] >= step:  # they are told anew, if they hold
+            self.changes.pop()
 
     def curve(self, key: str) -> Curve:
         """One value over the steps; a record that lacks it leaves no point."""

@@ -12,7 +12,13 @@ from slimtune.config import FREE_KEYS
 from slimtune.errors import UserError
 from slimtune.run.statement import counted
 
-__all__ = ["Change", "Identity", "require_same"]
+__all__ = ["MADE_WITH", "Change", "Identity", "require_same"]
+
+MADE_WITH = frozenset(
+    {"lora_r", "targets", "layers", "rank_pattern", "modules_to_save", "add_tokens", "dora", "lora_init", "start_from",
+     "optim"}
+)  # fmt: skip
+"""Keys that a checkpoint's adapter and optimizer state were made with: a run can't go on with another value."""
 
 _HOW_TO_NAME = {"base": "base weights", "template": "chat template", "tokenizer": "tokenizer", "python": "Python"}
 
@@ -24,6 +30,12 @@ class Change:
     what: str
     before: str
     after: str
+
+    @property
+    def made_with(self) -> str:
+        """The key among :data:`MADE_WITH` that it is; empty if it is none. Paging an optimizer's state changes none."""
+        key, pages = self.what.removeprefix("config "), "paged_"
+        return key if key in MADE_WITH and self.before.removeprefix(pages) != self.after.removeprefix(pages) else ""
 
 
 @dataclass(frozen=True)
@@ -82,21 +94,30 @@ def require_same(before: Identity, now: Identity, run: Path, *, accept: bool) ->
         The changes; empty unless ``accept`` is on.
 
     Raises:
-        UserError: Something changed and ``accept`` is off; with a table of what, from what, to what.
+        UserError: Something changed and ``accept`` is off, or it can't be accepted; with a table of what, from what,
+            to what.
     """
     changes = before.changes(now)
+    if accept and (keys := [change.made_with for change in changes if change.made_with]):
+        raise UserError(
+            f"run {run} can't go on with another {', '.join(keys)}",
+            table=_table(changes),
+            rule="The adapter and the optimizer's state in its checkpoint were made with what was given first.",
+            way_out=f"Put it back, or start anew from the adapter: slimtune train --from {run}",
+        )
     if changes and not accept:
         raise UserError(
             f"run {run} can't go on as it was: {counted(len(changes), 'thing')} changed",
-            table=[
-                ("", "at the checkpoint", "now"),
-                *((change.what, change.before, change.after) for change in changes),
-            ],
+            table=_table(changes),
             rule="A resumed run gives an uninterrupted one's adapter only if nothing that makes its numbers changed.",
             way_out="Put it back, or go on all the same and have it recorded: --accept-changes. "
             f"To start anew from the adapter: slimtune train --from {run}",
         )
     return changes
+
+
+def _table(changes: list[Change]) -> list[tuple[str, str, str]]:
+    return [("", "at the checkpoint", "now"), *((change.what, change.before, change.after) for change in changes)]
 
 
 def _differences(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:

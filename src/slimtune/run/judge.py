@@ -9,7 +9,7 @@ replies have got stuck (:mod:`slimtune.run.repeats`) is worse whatever its loss 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from slimtune.config import SMALL_BASE, SMALL_RATE, USUAL_RATE, Config
 from slimtune.run.facts import TrainingFacts, VerdictFacts
+from slimtune.run.history import read_history
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.run.repeats import Stuck, stuck_replies
 from slimtune.run.samples import Sampled
@@ -32,6 +33,10 @@ MOST_PARTS = 200
 """Parts that a record holds; of more, several are added up."""
 HIGH_RATE = 10 * USUAL_RATE
 """Over it, what didn't change for the better is more likely to have learned too fast than too little."""
+_OF_EVALUATIONS = frozenset(
+    {"base weights", "chat template", "tokenizer", "config data", "config eval", "config eval_share", "config seed"}
+)
+"""What decides what is evaluated, beside the data itself (:class:`slimtune.run.identity.Change`)."""
 Parts = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 """(nats, supervised tokens), each [parts]."""
 
@@ -51,7 +56,7 @@ def parts_record(step: int, nats: Sequence[float], tokens: Sequence[int]) -> dic
 
 
 def judge(
-    records: Iterable[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     config: Config,
     training: TrainingFacts,
     step: int,
@@ -72,8 +77,9 @@ def judge(
     """
     found = {record["step"]: _parts(record) for record in records if "held_out_nats" in record}
     start, end = found.get(0), found.get(step)
-    if not held_out or start is None or end is None or not np.array_equal(start[1], end[1]):
-        return _by_training(config, training, parameters)
+    comparable = start is not None and end is not None and np.array_equal(start[1], end[1])
+    if not held_out or start is None or end is None or not comparable or _compares_others(records, config):
+        return _by_training(config, training, parameters, documents=held_out["documents"] if held_out else 0)
     same = {at: parts for at, parts in found.items() if at <= step and np.array_equal(start[1], parts[1])}
     losses = {at: float(nats.sum() / max(1, tokens.sum())) for at, (nats, tokens) in same.items()}
     trained = {at: loss for at, loss in losses.items() if at > 0 and math.isfinite(loss)}
@@ -116,6 +122,12 @@ def judge(
 def _parts(record: Mapping[str, Any]) -> Parts:
     nats = [math.nan if value is None else value for value in record["held_out_nats"]]
     return np.array(nats, np.float64), np.array(record["held_out_tokens"], np.int64)
+
+
+def _compares_others(records: Sequence[Mapping[str, Any]], config: Config) -> bool:
+    """Whether the run went on with something else than what its first evaluation was of: other rows, another base."""
+    sources = {f"data {source}" for source in (*config.data, *config.eval)}
+    return any(change["what"] in _OF_EVALUATIONS | sources for change in read_history(records).changes)
 
 
 def _change(before: Parts, after: Parts) -> Interval | None:
@@ -163,13 +175,13 @@ def _suggestion(
     return f"--epochs {epochs:.2g}"
 
 
-def _by_training(config: Config, training: TrainingFacts, parameters: int) -> VerdictFacts:
-    """No row was held out: all that can be seen is losses that are none."""
+def _by_training(config: Config, training: TrainingFacts, parameters: int, documents: int) -> VerdictFacts:
+    """No row was held out, or others at the end: all that can be seen is losses that are none."""
     first, last = training.first_loss, training.last_loss
     if math.isfinite(last) and not last > RISE * first:
-        return VerdictFacts(outcome="unmeasured")
+        return VerdictFacts(outcome="unmeasured", documents=documents)
     suggestion = _suggestion("slower", config, training, None, 0, parameters)
-    return VerdictFacts(outcome="worse", advice="slower", suggestion=suggestion)
+    return VerdictFacts(outcome="worse", documents=documents, advice="slower", suggestion=suggestion)
 
 
 def _plain(interval: Interval) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slimtune.run.changes import has_changed
 from slimtune.run.screen import size_text
 from slimtune.run.statement import (
     Bar,
@@ -164,7 +165,8 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
     if data.get("eval"):
         told.append(_held_out(data["eval"], say))
     if data.get("rehearsed"):
-        told.append(_rehearsed(data["rehearsed"], (facts.get("training") or {}).get("epochs"), say))
+        epochs = None if has_changed(facts) else (facts.get("training") or {}).get("epochs")
+        told.append(_rehearsed(data["rehearsed"], epochs, say))
     if data.get("duplicates"):
         count = data["duplicates"]
         told.append(

@@ -39,6 +39,12 @@ def verdict_text(verdict: Facts, training: Facts, say: Say) -> str:
         say: Chooses the language.
     """
     outcome, start = verdict["outcome"], verdict.get("start")
+    if outcome == "unmeasured" and verdict.get("documents"):
+        return say(
+            "whether the model is better on rows that it hasn't seen: at its start and its end it wasn't evaluated on "
+            "the same rows and the same base.",
+            "模型在没见过的数据上是否变好，因为开始与结束时没有用同样的数据和基座评估。",
+        )
     if outcome == "unmeasured":
         return say(
             "whether the model is better on rows that it hasn't seen, as none was held out.",
@@ -46,9 +52,12 @@ def verdict_text(verdict: Facts, training: Facts, say: Say) -> str:
         )
     if start is None:
         first, last = (value_text(training.get(key), say) for key in ("first_loss", "last_loss"))
+        unheld = ("No row was held out", "没有留出数据")
+        if verdict.get("documents"):
+            unheld = ("It wasn't evaluated on the same rows and base before", "训练前没有用同样的数据和基座评估")
         return say(
-            f"WORSE than before the training: its losses rose from {first} to {last}. No row was held out.",
-            f"比训练前更差：训练损失从 {first} 升到 {last}。没有留出数据。",
+            f"WORSE than before the training: its losses rose from {first} to {last}. {unheld[0]}.",
+            f"比训练前更差：训练损失从 {first} 升到 {last}。{unheld[1]}。",
         )
     count = verdict["documents"]
     on = say(f"on {counted(count, 'held-out document')}", f"在 {count:,} 篇留出的文档上")

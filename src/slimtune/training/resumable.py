@@ -11,7 +11,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from slimtune.adapter.state import adapter_tensors, own_storage_, restore_adapter
 from slimtune.config import Config
-from slimtune.errors import GuardStop
+from slimtune.errors import GuardStop, UserError
 from slimtune.run.identity import Identity
 from slimtune.run.statement import counted
 from slimtune.training.checkpoint import STATE, Checkpoints, OffDevice, Snapshot, read_checkpoint
@@ -209,13 +210,32 @@ class ResumableTrainer(RankedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del resume_from_checkpoint, model
-        restore_adapter(self.model, self._saved().tensors["adapter_model"])
+        with self._fitting():
+            restore_adapter(self.model, self._saved().tensors["adapter_model"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         saved = self._saved()
-        self._trained().load(json.loads(saved.texts[STATE])["plain"], saved.tensors["optimizer"])
+        with self._fitting():
+            self._trained().load(json.loads(saved.texts[STATE])["plain"], saved.tensors["optimizer"])
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """The body puts back what the checkpoint holds.
+
+        Raises:
+            UserError: It doesn't fit this run's adapter or optimizer; nothing but a change that was accepted does that.
+        """
+        try:
+            yield
+        except ValueError as error:
+            run = self.safety.checkpoints.folder.parent
+            raise UserError(
+                f"run {run} can't go on with what was changed: {error}",
+                rule="What its checkpoint holds must fit its adapter and its optimizer.",
+                way_out=f"Put it back, or start anew from the adapter: slimtune train --from {run}",
+            ) from error
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Done with the optimizer."""

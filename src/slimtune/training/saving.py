@@ -87,7 +87,7 @@ class Trained:
     adapter: Mapping[str, Tensor]
     """The parameters themselves, by the names that PEFT saves them under."""
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: Any = None
     """``torch.amp.GradScaler``, with fp16."""
 
@@ -108,10 +108,20 @@ class Trained:
         return parts if self.scaler is None else {**parts, "scaler": self.scaler.state_dict()}
 
     def load(self, plain: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :func:`snapshot` wrote of :meth:`state_dicts`."""
+        """Put back what :func:`snapshot` wrote of :meth:`state_dicts`; rates and weight decay stay the config's, which
+        may be others than they were."""
         parts = from_plain(plain, tensors)
+        rates = self.schedule.base_lrs
+        decays = [group.get("weight_decay") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(parts["optimizer"])
-        self.schedule.load_state_dict(parts["schedule"])
+        self.schedule.load_state_dict({**parts["schedule"], "base_lrs": rates})
+        self.schedule._last_lr = [
+            rate * shape(self.schedule.last_epoch) for rate, shape in zip(rates, self.schedule.lr_lambdas, strict=True)
+        ]
+        for group, now, rate, decay in zip(
+            self.optimizer.param_groups, self.schedule._last_lr, rates, decays, strict=True
+        ):
+            group |= {"lr": now, "initial_lr": rate} | ({} if decay is None else {"weight_decay": decay})
         if "scaler" in parts:
             self.scaler.load_state_dict(parts["scaler"])
 

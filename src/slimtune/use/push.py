@@ -26,6 +26,9 @@ from slimtune.use.merge import new_folder
 
 __all__ = ["model_card", "push"]
 
+_TOLD = ("quantization", "lora_r", "targets", "learning_rate", "max_length", "seed")
+"""Keys of the config that the card names."""
+
 _FILES = (
     "adapter_model.safetensors", "adapter_config.json", PASSPORT_FILE, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
@@ -95,7 +98,7 @@ def model_card(found: Found, target: str) -> str:
     front |= {"license": licence} if licence else {}
     name = target.rstrip("/").rpartition("/")[2]
     run = found.run
-    facts = run.facts() if run else {}
+    facts = run.facts() | {"changes": read_history(run.metrics()).changes} if run else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
@@ -118,10 +121,7 @@ def _training(passport: Passport, facts: dict[str, Any]) -> list[str]:
             f"`{passport.fingerprint[:16]}…`" + (f", commit `{passport.revision}`" * bool(passport.revision)),
         )
     ]
-    rows += [
-        (key, f"`{config.get(key)}`")
-        for key in ("quantization", "lora_r", "targets", "learning_rate", "max_length", "seed")
-    ]
+    rows += [(key, f"`{config.get(key)}`") for key in _TOLD]
     data = facts.get("data") or {}
     rows += [("data", ", ".join(f"`{Path(str(source)).name}`" for source in config.get("data", ())) or "not recorded")]
     for key, title in (
@@ -130,6 +130,12 @@ def _training(passport: Passport, facts: dict[str, Any]) -> list[str]:
     ):  # fmt: skip
         if isinstance(data.get(key), int):
             rows.append((title, f"{data[key]:,}"))
+    for change in facts.get("changes") or ():
+        kind, _, key = change["what"].partition(" ")
+        if kind == "data":  # no names of files
+            rows.append((f"data until step {change['step']:,}", "others"))
+        elif key in (*_TOLD, "weights"):
+            rows.append((f"{key} until step {change['step']:,}", f"`{change['before']}`"))
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return [f"\n## Training\n\n| | |\n|-|-|\n{table}"]
 
