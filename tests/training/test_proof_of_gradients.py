@@ -299,7 +299,7 @@ def test_one_projection_that_is_two_percent_off_is_found(in_fp8: Trainer, way: s
 def test_a_head_that_is_two_percent_off_is_found(in_fp8: Trainer) -> None:
     engine = in_fp8.engine
     head = engine._head_in_fp8 = Fp8Head(engine._head, engine._fp8)  # so small a model has no room for it
-    assert proof_of_gradients._wrong_product(engine) is None
+    assert proof_of_gradients._wrong_head(engine) is None
     head.scales.mul_(1.02)
     with pytest.raises(UserError, match=r"fp8 can't be had: the gradient through the head is .*, 0\.00\d* along"):
         prove_precision(in_fp8, PACK)
