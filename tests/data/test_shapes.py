@@ -154,6 +154,26 @@ def test_a_turn_of_from_and_value_has_beside_them_what_a_message_has(beside: dic
         assert normalise({"conversations": as_turns}).messages == expected
 
 
+def test_what_a_turn_of_another_form_has_beside_its_text_is_read_or_named() -> None:
+    beside = {"reasoning": "They ask.", "weight": 0, "mood": "calm"}
+    for row in (
+        {"conversation": [{"human": "Key?", "assistant": "Pot.", **beside}]},
+        {"dialog": [{"speaker": "user", "text": "Key?"}, {"speaker": "assistant", "text": "Pot.", **beside}]},
+    ):
+        unread: Counter[str] = Counter()
+        made = normalise(row, unread=unread)
+        assert made.messages[1] == {
+            "role": "assistant", "supervised": False, "content": "Pot.", "reasoning_content": "They ask.",
+        }  # fmt: skip
+        assert unread == {"messages: mood": 1}
+
+
+def test_a_part_that_is_geminis_thought_is_none_of_the_reply() -> None:
+    parts = [{"text": "They ask.", "thought": True}, {"text": "Pot."}]
+    made = normalise({"contents": [{"role": "user", "parts": [{"text": "Key?"}]}, {"role": "model", "parts": parts}]})
+    assert made.messages[1] == {"role": "assistant", "content": "Pot.", "reasoning_content": "They ask."}
+
+
 def test_a_content_beside_a_value_is_named() -> None:
     row = turns(Q, A)
     row[1]["content"] = "Drawer."

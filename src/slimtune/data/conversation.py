@@ -240,12 +240,14 @@ def _string(where: str, value: Any, repairs: list[str]) -> str:
 
 
 def _without_thoughts(where: str, value: Any, repairs: list[str]) -> tuple[Any, str]:
-    """(content without the parts that are thoughts, as Mistral's and OpenAI's files write them; the thoughts)."""
+    """(content without the parts that are thoughts, as Mistral, OpenAI and Gemini write them; the thoughts)."""
     if not isinstance(value, list):
         return value, ""
     thoughts, rest = [], []
     for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = (
+            part.get("type", "thinking" if part.get("thought") is True else None) if isinstance(part, Mapping) else ""
+        )
         if kind in ("thinking", "reasoning"):
             inner = next((part[key] for key in (kind, "text", "content") if part.get(key) is not None), None)
             thoughts.append(_content(f"{where}[{number}].{kind}", inner, repairs))

@@ -205,10 +205,10 @@ def _turns(name: str, turns: Sequence[Any]) -> list[Mapping[str, Any]]:
         elif (pair := _pair_of(turn)) is not None:
             if turn.get("system"):
                 made.append({"role": "system", "content": turn["system"]})
-            made += _asked_and_replied(turn[pair[0]], turn[pair[1]])
+            asked, replied = _asked_and_replied(turn[pair[0]], turn[pair[1]])
+            made += [asked, {**_rest(turn, *pair, "system"), **replied}]
         elif (spoken := _spoken(turn)) is not None:
-            rest = {key: item for key, item in turn.items() if key not in spoken}
-            made.append({**rest, "role": turn[spoken[0]], "content": turn[spoken[1]]})
+            made.append({**_rest(turn, *spoken), "role": turn[spoken[0]], "content": turn[spoken[1]]})
         elif (single := _single(turn)) is not None:
             made.append({"role": single, "content": turn[single]})
         elif "from" in turn and "value" in turn:
@@ -216,6 +216,11 @@ def _turns(name: str, turns: Sequence[Any]) -> list[Mapping[str, Any]]:
         else:
             made.append(turn)
     return made
+
+
+def _rest(turn: Mapping[str, Any], *read: str) -> dict[str, Any]:
+    """What else a turn has."""
+    return {key: item for key, item in turn.items() if key not in read}
 
 
 def _are_turns(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
