@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from transformers.core_model_loading import WeightConverter
 
 from slimtune.base.load import Base, load_base
@@ -118,6 +118,29 @@ def test_a_soft_cap_is_never_left_out(tmp_path: Path, model_folder: Path, hardwa
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, expected.eval()(ids).logits)
+
+
+def test_a_growing_rope_knows_nothing_of_a_longer_text_before(
+    tmp_path: Path, model_folder: Path, hardware: Hardware
+) -> None:
+    """Transformers goes on with the longest text's angles: here logits are up to 8 off."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, initializer_range=0.2,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_folder / name, tmp_path / name)
+    text, longer, short = torch.arange(40)[None], torch.arange(90)[None], torch.arange(20)[None]
+    loaded = load_base(str(tmp_path), hardware, compute_dtype="fp32", quantization="none").model
+    with torch.no_grad():
+        for ids in (text, short):
+            fresh = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+            expected = fresh(ids).logits
+            loaded(longer)
+            torch.testing.assert_close(loaded(ids).logits, expected)
 
 
 def test_what_is_to_be_in_ram_lies_there_with_the_same_bytes(

@@ -20,6 +20,7 @@ from slimtune.base.kept import Kept
 from slimtune.base.named import model_source
 from slimtune.base.quantize import four_bit_formats, keep_trainable_layout, misread_weight, misshapen_weight
 from slimtune.base.quantizer import four_bit_config, policy_of
+from slimtune.base.rotation import forget_lengths
 from slimtune.base.sizes import check_sizes
 from slimtune.base.source import from_pretrained, local_revision, upstream_errors
 from slimtune.base.stored import stored_format
@@ -130,6 +131,7 @@ def load_base(
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # what the weights passed through in 16 bits
     _check_read(model, loaded)
+    forget_lengths(loaded)
     loaded.config.use_cache = False
     formats = four_bit_formats(loaded)
     base = Base(loaded, tokenizer, source, quantized=bool(formats), format="+".join(formats) or "none")
