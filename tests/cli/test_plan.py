@@ -67,6 +67,11 @@ def test_data_for_a_card_that_multiplies_in_what_this_machine_doesnt(
     assert json.loads(done.stdout)["cards"][0]["run_seconds"] > 0
 
 
+def test_that_nothing_is_large_enough_for_fp8_is_said(run_here: Callable[..., Done], tiny_model: Path) -> None:
+    done = run_here("plan", str(tiny_model), "--gpu", "H100", "--precision", "fp8")
+    assert "no product of this run is large enough for FP8" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

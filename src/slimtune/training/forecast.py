@@ -245,11 +245,12 @@ class Forecaster:
         return computed + summed, summed, 0 < once == step.launching(sum(self.lengths))
 
     def _in_fp8(self, card: Card) -> float:
-        """Of the layers' products the share that the run asks to have in FP8, and this card has so."""
-        return 0.0 if card.capability < (8, 9) else self._fp8_share
+        """:attr:`fp8_share`, where this card has it."""
+        return 0.0 if card.capability < (8, 9) else self.fp8_share
 
     @cached_property
-    def _fp8_share(self) -> float:
+    def fp8_share(self) -> float:
+        """Of the layers' products the share that the run asks to have in FP8."""
         if self.config.precision != "fp8":
             return 0.0
         blocks = [block for layer in self._layers for block in layer.blocks]
@@ -304,7 +305,7 @@ class Forecaster:
             embedding=self._embedding,
             sharing=self.sharing,
             lowest=lowest_trained(self._layers, self._per_layer),
-            turned_head=Fp8Head.bytes_of(pays, tokens, *self._decoder.head.shape) if self._fp8_share else 0,
+            turned_head=Fp8Head.bytes_of(pays, tokens, *self._decoder.head.shape) if self.fp8_share else 0,
         )
 
     def _ways(self, card: Card) -> Mapping[ScoresKind, Way]:
