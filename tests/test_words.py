@@ -201,6 +201,34 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
         ),
         ("off: asked for → padded rows, 1 micro-batch", "关闭：按要求 → 补齐的行，1 个微批次"),
         ("6 of 512 tokens, 87.6% full; 2 epochs together", "6 包，每包 512 个 token，填满 87.6%；2 轮合计"),
+        (
+            "36 of 36 rows can't be trained on (too-long 36); the first: a b.jsonl:4: 108 characters can't fit into "
+            "max_length 8 tokens",
+            "36 行中有 36 行不能用来训练（too-long 36）；第一处：a b.jsonl:4："
+            "108 个字符放不进 max_length 的 8 个 token",
+        ),
+        (
+            "a.csv:2: its columns (a, b) make no known shape; say which columns hold question and reply: "
+            "--map instruction=a --map output=b",
+            "a.csv:2：它的列（a, b）不是认识的形式；请说明问题和回答在哪些列：--map instruction=a --map output=b",
+        ),
+        (
+            "a.txt:1: text: plain text asks nothing; give prompt or messages",
+            "a.txt:1: text：纯文本没有提问；请给出 prompt 或 messages",
+        ),
+        (
+            "precision: fp8 can't be had: FP8 is multiplied on an NVIDIA GPU, and here is none",
+            "不能用 precision: fp8：FP8 乘法需要 NVIDIA GPU，这里没有",
+        ),
+        (
+            "the hub did not take a/b: Cannot reach it: offline mode is enabled. To disable it, unset a variable.",
+            "hub 没有接受 a/b：Cannot reach it: offline mode is enabled. To disable it, unset a variable.",
+        ),
+        (
+            "preference data (a better reply in 'chosen', a worse one in 'rejected'): --prefer chosen takes the better "
+            "one",
+            "偏好数据（较好的回答在 'chosen'，较差的在 'rejected'）：--prefer chosen 取较好的一个",
+        ),
         ("from step 6, 3 changes accepted", "从第 6 步继续，接受了 3 处变化"),
         ("data", "数据"),
     ],

@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
-ERRORS = {"UserError", "GuardStop", "StopRequested", "SlimtuneError", "CannotFuse", "_stop_by_guard", "_unfit"}
+ERRORS = {"UserError", "GuardStop", "StopRequested", "SlimtuneError", "CannotFuse", "_stop_by_guard", "_unfit",
+          "UsageError"}  # fmt: skip
 _ARGUMENTS = ("rule", "way_out")
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 _Scope = dict[str, list[ast.expr]]
@@ -119,8 +120,8 @@ def of_rows() -> set[str]:
     return {
         text
         for _, call, name, scope in _calls_in_scope()
-        if name == "RowRefused" and len(call.args) > 1
-        for text in texts(call.args[1], scope)
+        if len(call.args) > (at := {"RowRefused": 1, "_need_choice": 1, "_too_long": 1, "drop": 2}.get(name, 99))
+        for text in texts(call.args[at], scope)
         if any(map(str.isalpha, text.replace("{}", "")))
     }
 

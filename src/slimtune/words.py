@@ -22,10 +22,14 @@ CATALOGUE = Path(__file__).parent / "locale" / "zh.po"
 _STRING = re.compile(r'(?:(msgctxt|msgid|msgstr) )?("(?:[^"\\]|\\.)*")')
 _JOINTS = {"; ": "；", ", or ": "，或", ", ": "，", " · ": " · "}
 """What stands between the parts of a line, and what stands there in Chinese."""
-_SHORT = {16: " ", 30: ". "}
+_SHORT = {16: " ", 27: ". "}
 """A text shorter than this tells little, so it names nothing that holds that: no words, no sentences."""
 _BEGINS = 4
 """A text that begins with so many letters of its own may name words, however short: "Go on: {}"."""
+_SAYS = 3
+"""Blanks in a text that says something, and is no name that somebody gave."""
+_PLACE = re.compile(r"(.+?:\d+(?:: \w+(?=: ))?): (.+)", re.DOTALL)
+"""A row's file and line, or its field too, and what is said of it."""
 _SENTENCES = re.compile(r"(?<=\.) (?=[A-Z{])")
 PART = "part"
 """The context of what is a part of other texts: a short word that may be somebody's file or folder too."""
@@ -81,8 +85,8 @@ class Catalogue(gettext.NullTranslations):
 
     def told(self, text: str, *, part: bool = False) -> str | None:
         """The translation of ``text``; None if there is none. ``part``: it stands in another text."""
-        is_sentence = text.endswith(".") and " " in text
-        exact = self.parts.get(text) or (self.whole.get(text) if is_sentence or not part else None)
+        is_said = text.count(" ") >= _SAYS or (text.endswith(".") and " " in text)
+        exact = self.parts.get(text) or (self.whole.get(text) if is_said or not part else None)
         if exact is not None:
             return exact
         for joint, in_its_place in _JOINTS.items():
@@ -98,6 +102,8 @@ class Catalogue(gettext.NullTranslations):
                 if name.startswith("{} ") and ": " in found[1]:  # what it is said of is no more than a name
                     continue
                 return translation.format(*(self.told(group, part=True) or group for group in found.groups()))
+        if (found := _PLACE.fullmatch(text)) is not None and (said := self.told(found[2], part=True)) is not None:
+            return f"{found[1]}：{said}"
         sentences = _SENTENCES.split(text)
         told_one_by_one = [self.told(sentence, part=part) for sentence in sentences] if len(sentences) > 1 else [None]
         return None if None in told_one_by_one else "".join(map(str, told_one_by_one))

@@ -92,7 +92,7 @@ class _Verbs(click.Group):
         if args and not args[0].startswith("-") and args[0] not in verbs:
             near = difflib.get_close_matches(args[0], verbs, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"No such verb {args[0]!r}.{hint}", ctx)
+            raise click.UsageError(f"No such verb {args[0]!r}." + hint, ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -157,7 +157,8 @@ def main() -> NoReturn:
             say_error(refused)
             sys.exit(refused.exit_code)
         text = str(error).strip().splitlines() or [""]
-        click.echo(coloured(f"slimtune: internal error: {type(error).__name__}: {text[0]}", fg="red"), err=True)
+        what = f"slimtune: {told('internal error')}: {type(error).__name__}: {text[0]}"
+        click.echo(coloured(what, fg="red"), err=True)
         say("This is a fault of slimtune's own. `--debug` shows where.", err=True)
         sys.exit(1)
 

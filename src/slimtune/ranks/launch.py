@@ -12,6 +12,7 @@ from types import FrameType
 
 from slimtune.errors import StopRequested, UserError
 from slimtune.ranks.place import Place, cards_here
+from slimtune.words import told
 
 __all__ = ["count_of", "launch", "without_gpus"]
 
@@ -100,7 +101,7 @@ def _launched(count: int, arguments: Sequence[str]) -> int:
         rank, first = failed.get_first_failure()
         if first.exitcode > 0:
             return int(first.exitcode)
-        print(f"slimtune: rank {rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+        print(f"slimtune: {told(f'rank {rank} was ended by signal {-first.exitcode}')}", file=sys.stderr)
         # Libraries' threads may abort a process that is about to end: what the others found counts.
         return next(
             (int(each.exitcode) for each in failed.failures.values() if each.exitcode > 0), StopRequested.exit_code
