@@ -99,7 +99,7 @@ def _loss_and_grad(
         tl.store(own + row, 0.0)
         return
     chosen = tl.load(logits + target).to(tl.float32)
-    offset = row.to(tl.uint32) * 1640531527 + chosen.to(tl.uint32, bitcast=True) * 747796405
+    offset = row.to(tl.uint32) * 1640531527 + chosen.to(tl.uint32, bitcast=True) * 0x9E379E37
     slope = 1.0
     if CAP:
         chosen = bent(chosen, softcap)

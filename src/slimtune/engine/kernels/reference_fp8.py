@@ -225,7 +225,7 @@ def loss_and_grad_(
     bent = None if softcap is None else torch.tanh(logits[:, :vocabulary].float() / softcap)
     z = logits[:, :vocabulary].float() if bent is None or softcap is None else bent * softcap
     chosen, beside = z.gather(1, index), z.scatter(1, index, -torch.inf)
-    begins = logits.gather(1, index).float().view(torch.int32).long() * 747796405
+    begins = logits.gather(1, index).float().view(torch.int32).long() * 0x9E379E37
     peak = beside.amax(1, keepdim=True)
     most = torch.maximum(peak, chosen)
     others = (beside - most).exp().sum(1, keepdim=True)
@@ -247,7 +247,7 @@ def _rounded_on_average(x: Tensor, begins: Tensor) -> Tensor:
     """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour; begins: int64 [N, 1].
 
     e4m3 has three of float32's 23 bits of mantissa, and steps of 2⁻⁹ below 2⁻⁶, float32's steps with these three bits
-    from there to 2⁻⁵.
+    from there to 2⁻⁵. The sequence's steps are golden: a column's, a row's, and that from one bfloat16 to the next.
     """
     rows, columns = (torch.arange(count, device=x.device) for count in x.shape)
     draw = (((columns * 2654435769 + rows[:, None] * 1640531527 + begins) & 0xFFFFFFFF) >> 12).int()
