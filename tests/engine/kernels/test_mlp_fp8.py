@@ -15,7 +15,7 @@ SIZES = (768, 2176)
 """A row that a program takes at once, and one that it doesn't."""
 
 
-def same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+def assert_same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     """To the bit; on a GPU a sum may be rounded once less here than there, which moves a few numbers by a step."""
     assert torch.allclose(found[1], want[1], rtol=1e-6 if found[1].is_cpu else 2**-7)
     differing = (found[0].view(torch.uint8) != want[0].view(torch.uint8)).float().mean()
@@ -27,13 +27,13 @@ def same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 def test_forward(make: Maker, activation: mlp.Activation, size: int) -> None:
     gate, up = make(3, 2 * size).chunk(2, dim=1)
     want = mlp.gated_forward(gate, up, activation=activation)
-    same(mlp_fp8.gated_forward(gate, up, activation=activation), fp8.quantize(want))
+    assert_same(mlp_fp8.gated_forward(gate, up, activation=activation), fp8.quantize(want))
     h = make.strided(3, size)
-    same(mlp_fp8.gated_forward(gate, up, activation=activation, out=h), fp8.quantize(want))
+    assert_same(mlp_fp8.gated_forward(gate, up, activation=activation, out=h), fp8.quantize(want))
     assert torch.allclose(h, want, rtol=0 if h.is_cpu else 2**-7)
     assert torch.isnan(h._base[:, size:]).all()
     again = torch.tensor([3, size - 1, 700], dtype=torch.int32, device=h.device)
-    same(mlp_fp8.gated_forward(gate, up, activation=activation, again=again), fp8.quantize(want, again=again))
+    assert_same(mlp_fp8.gated_forward(gate, up, activation=activation, again=again), fp8.quantize(want, again=again))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -46,7 +46,7 @@ def test_backward(make: Maker, activation: mlp.Activation, size: int) -> None:
     for in_place, left in ((False, gates.clone()), (True, want)):
         given = gates.clone()
         found = mlp_fp8.gated_backward(dh, *given.chunk(2, dim=1), factors, activation=activation, in_place=in_place)
-        same(found, fp8.quantize(want, factors=factors))
+        assert_same(found, fp8.quantize(want, factors=factors))
         assert torch.allclose(given, left, rtol=0 if given.is_cpu else 2**-7)
 
 
@@ -56,7 +56,7 @@ def test_forward_of_experts(make: Maker, size: int) -> None:
     gate, up = make(4, 2 * size).chunk(2, dim=1)
     again = torch.randint(0, size, (5, 3), generator=make.generator, dtype=torch.int32).to(make.device)
     want = reference_fp8.quantize(mlp.gated_forward(gate, up), again=again[experts_of(routes)])
-    same(mlp_fp8.gated_forward(gate, up, again=again, routes=routes), want)
+    assert_same(mlp_fp8.gated_forward(gate, up, again=again, routes=routes), want)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -70,6 +70,6 @@ def test_backward_of_experts(make: Maker, activation: mlp.Activation, size: int)
     mlp.gated_backward_(dh, *want.chunk(2, dim=1), dw=dw, **how)
     before = gates.clone()
     found = mlp_fp8.experts_backward(dh, *gates.chunk(2, dim=1), factors, dw=own, **how)
-    same(found, fp8.quantize(want * factors[experts_of(routes)]))
+    assert_same(found, fp8.quantize(want * factors[experts_of(routes)]))
     assert torch.equal(gates, before)
     assert torch.allclose(own, dw, rtol=1e-5, atol=1e-5 * float(dw.abs().max()))

@@ -32,11 +32,12 @@ from slimtune.engine.kernels import reference_fp8 as reference
 from slimtune.engine.kernels._triton import constant, jit, pow2, row_alignment, runs_on_triton, tl
 from slimtune.engine.kernels.cross_entropy import bent, block_of, grown
 from slimtune.engine.kernels.fp8 import nearest
-from slimtune.engine.kernels.reference_fp8 import E4M3, LARGEST
+from slimtune.engine.kernels.reference_fp8 import DRAWS, E4M3, LARGEST
 
 __all__ = ["loss_and_grad_", "subtract_targets_"]
 
 _LARGEST, _NORMAL = constant(LARGEST), constant(2.0**-6)
+_COLUMN, _ROW, _TARGET = map(constant, DRAWS)
 
 
 @jit
@@ -62,7 +63,7 @@ def _eighths_of(
     grad = tl.exp(z - peak) * slope
     # Below e4m3's normal numbers its steps are those that it has from the least of them.
     shift = tl.where(grad < _NORMAL / _LARGEST, _NORMAL, 0.0)
-    draw = columns.to(tl.uint32) * 2654435769 + offset
+    draw = columns.to(tl.uint32) * _COLUMN + offset
     bits = (grad * _LARGEST + shift).to(tl.int32, bitcast=True) + (draw >> 12).to(tl.int32)
     return ((bits & -0x100000).to(tl.float32, bitcast=True) - shift).to(tl.float8e4nv)
 
@@ -99,7 +100,7 @@ def _loss_and_grad(
         tl.store(own + row, 0.0)
         return
     chosen = tl.load(logits + target).to(tl.float32)
-    offset = row.to(tl.uint32) * 1640531527 + chosen.to(tl.uint32, bitcast=True) * 0x9E379E37
+    offset = row.to(tl.uint32) * _ROW + chosen.to(tl.uint32, bitcast=True) * _TARGET
     slope = 1.0
     if CAP:
         chosen = bent(chosen, softcap)

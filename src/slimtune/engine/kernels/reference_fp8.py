@@ -20,6 +20,7 @@ from slimtune.engine.kernels.formats import NestedScales
 from slimtune.engine.kernels.reference_experts import Routes, experts_of
 
 __all__ = [
+    "DRAWS",
     "E4M3",
     "LARGEST",
     "LEAST",
@@ -37,6 +38,10 @@ __all__ = [
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
+DRAWS = (2654435769, 1640531527, 0x9E379E37)
+"""Steps, of 2³², of what decides whether a number of the head's gradient is rounded up: from column to column, from row
+to row, from one bfloat16 of a target's logit to the next (there the lower half counts). All are golden, as a Weyl
+sequence spreads most evenly by."""
 LEAST = 1e-30
 """What a row's largest number counts as at least: a row of zeros has a scale too."""
 
@@ -225,7 +230,7 @@ def loss_and_grad_(
     bent = None if softcap is None else torch.tanh(logits[:, :vocabulary].float() / softcap)
     z = logits[:, :vocabulary].float() if bent is None or softcap is None else bent * softcap
     chosen, beside = z.gather(1, index), z.scatter(1, index, -torch.inf)
-    begins = logits.gather(1, index).float().view(torch.int32).long() * 0x9E379E37
+    begins = logits.gather(1, index).float().view(torch.int32).long() * DRAWS[2]
     peak = beside.amax(1, keepdim=True)
     most = torch.maximum(peak, chosen)
     others = (beside - most).exp().sum(1, keepdim=True)
@@ -247,10 +252,10 @@ def _rounded_on_average(x: Tensor, begins: Tensor) -> Tensor:
     """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour; begins: int64 [N, 1].
 
     e4m3 has three of float32's 23 bits of mantissa, and steps of 2⁻⁹ below 2⁻⁶, float32's steps with these three bits
-    from there to 2⁻⁵. The sequence's steps are golden: a column's, a row's, and that from one bfloat16 to the next.
+    from there to 2⁻⁵.
     """
     rows, columns = (torch.arange(count, device=x.device) for count in x.shape)
-    draw = (((columns * 2654435769 + rows[:, None] * 1640531527 + begins) & 0xFFFFFFFF) >> 12).int()
+    draw = (((columns * DRAWS[0] + rows[:, None] * DRAWS[1] + begins) & 0xFFFFFFFF) >> 12).int()
     shift = torch.where(x < 2.0**-6, 2.0**-6, 0.0)
     bits = ((x + shift).view(torch.int32) + draw) & -0x100000
     return (bits.view(torch.float32) - shift).to(E4M3)
