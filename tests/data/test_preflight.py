@@ -216,6 +216,14 @@ def test_rows_are_held_out_unless_asked_otherwise(tmp_path: Path, tokenizer: Pre
     assert (none.eval, len(none.train), "held_out" in none.facts) == (None, 40, False)
 
 
+def test_rows_of_one_line_are_rows_of_their_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(numbered(40)), encoding="utf-8")
+    proof = prove(Config.make(data=file), tokenizer)
+    assert proof.eval is not None
+    assert (len(proof.train), len(proof.eval), proof.different_rows) == (32, 8, 40)
+
+
 def test_of_few_rows_none_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     # Forty rows, but nineteen different ones.
     file = write(tmp_path / "a.jsonl", numbered(19) + numbered(19) + numbered(2))

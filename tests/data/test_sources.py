@@ -60,7 +60,7 @@ def zstd(content: bytes) -> bytes:
     return made
 
 
-# name: (content, the places of its rows)
+# name: (content, the places of its rows, each one's unit or that of all)
 LINES = [f"rows.jsonl:{n}" for n in range(1, 6)]
 KINDS: dict[str, tuple[Callable[[], bytes], list[int], str]] = {
     "rows.json": (lambda: json.dumps(ROWS, indent=1).encode(), [2, 6, 10, 14, 18], "line"),
@@ -70,7 +70,11 @@ KINDS: dict[str, tuple[Callable[[], bytes], list[int], str]] = {
         lambda: json.dumps({"version": [1, {"a": "]"}], "data": ROWS, "more": 1}, indent=1).encode(),
         [9, 13, 17, 21, 25], "line",
     ),
-    "one-line.json": (lambda: json.dumps({"rows": ROWS}).encode(), [1] * 5, "line"),
+    "one-line.json": (lambda: json.dumps({"rows": ROWS}).encode(), [1, 2, 3, 4, 5], "line row row row row"),
+    "two-to-a-line.json": (
+        lambda: b"[" + b",\n".join(json.dumps(ROWS[at : at + 2])[1:-1].encode() for at in (0, 2, 4)) + b"]",
+        [1, 2, 2, 4, 3], "line row line row line",
+    ),
     "objects.json": (lambda: "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(), [1, 5, 9, 13, 17], "line"),
     "rows.csv": (lambda: as_csv(","), [2, 4, 6, 8, 10], "line"),
     "semicolons.csv": (lambda: as_csv(";"), [2, 4, 6, 8, 10], "line"),
@@ -84,13 +88,14 @@ KINDS: dict[str, tuple[Callable[[], bytes], list[int], str]] = {
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_and_places(tmp_path: Path, name: str, ending: str) -> None:
-    make, numbers, unit = KINDS[name]
+    make, numbers, named = KINDS[name]
+    units = named.split() * (5 // len(named.split()))
     content = {"": lambda c: c, ".gz": gzip.compress, ".zst": zstd}[ending](make())
     file = tmp_path / (name + ending)
     file.write_bytes(content)
     rows = list(read_rows(parse_source(str(file))))
     assert [row.value for row in rows] == ROWS
-    assert [row.place for row in rows] == [Place(file.name, number, unit) for number in numbers]
+    assert [row.place for row in rows] == [Place(file.name, *at) for at in zip(numbers, units, strict=True)]
     assert [row.refused for row in rows] == [""] * 5
 
 

@@ -44,7 +44,7 @@ def set_apart(
     """
     mixed = np.asarray(store.hashes) ^ np.uint64(np.random.default_rng([seed, 3]).integers(2**63))
     mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ (mixed >> np.uint64(29))
-    rows = np.ascontiguousarray(store.places[:, :3])
+    rows = np.ascontiguousarray(store.places)
     first = np.ones(len(rows), bool)
     first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
     score = mixed[first][np.cumsum(first) - 1]

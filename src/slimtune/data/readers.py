@@ -47,7 +47,10 @@ _WRAPPERS = ("data", "train", "rows", "records", "examples", "samples", "items",
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands: line (text files) or row number (parquet, hub), counted from 1."""
+    """Where a row stands: line (text files) or row number (parquet, hub, a line with several rows), counted from 1.
+
+    No two rows of a source stand in the same place.
+    """
 
     file: str
     number: int
@@ -267,7 +270,7 @@ def _array_rows(
         UserError: No JSON; or the array is ``wrapped`` in an object that has another list of rows behind it.
     """
     text, at, line, ended = head, start + 1, head.count("\n", 0, start + 1) + 1, False
-    need_comma, number = False, 0
+    need_comma, number, last = False, 0, 0
 
     def refuse(what: str, way_out: str = "") -> UserError:
         return UserError(f"{label}:{line}: {what} in row {number + 1}", rule="The file must be valid JSON.",
@@ -324,9 +327,10 @@ def _array_rows(
             continue
         except ValueError as error:
             raise refuse(str(error)) from None
-        yield Row(Place(label, line), value)
-        line += text.count("\n", at, end)
-        at, need_comma, number = end, True, number + 1
+        number += 1
+        yield Row(Place(label, number, "row") if line == last else Place(label, line), value)
+        last = line = line + text.count("\n", at, end)
+        at, need_comma = end, True
 
 
 # -- text, csv, tables ------------------------------------------------------------------------------------------------
