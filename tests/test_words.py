@@ -79,6 +79,8 @@ def test_help_screens_and_errors_are_translated() -> None:
     assert [text for text in wording.of_errors() if known(text) is None] == []
     assert len(wording.of_stops()) > 2
     assert [text for text in wording.of_stops() if known(text, part=True) is None] == []
+    assert len(wording.of_watched()) > 4
+    assert [text for text in wording.of_watched() if known(text, part=True) is None] == []
     assert len(wording.of_rows()) > 30
     assert [text for text in wording.of_rows() if catalogue().told(text, part=True) is None] == []
     cell = catalogue().cell  # some notes stand behind the value that they are about
@@ -229,6 +231,10 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
             "one",
             "偏好数据（较好的回答在 'chosen'，较差的在 'rejected'）：--prefer chosen 取较好的一个",
         ),
+        ("rank 1: its process is gone", "进程 1：这个进程已经不在了"),
+        ("rank 1: data rows.jsonl does not exist", "进程 1：数据 rows.jsonl 不存在"),
+        ("rank 1: stopped by a request to rank 2", "进程 1：被 对进程 2 的请求 停止"),
+        ("stopped by SIGTERM, and did not end by itself within 4 s", "被 SIGTERM 停止，4 秒内没有自行结束"),
         ("from step 6, 3 changes accepted", "从第 6 步继续，接受了 3 处变化"),
         ("data", "数据"),
     ],

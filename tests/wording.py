@@ -111,7 +111,9 @@ def of_errors() -> dict[str, Path]:
     for file, call, name, scope in _calls_in_scope():
         if name in ERRORS or (name == "ValueError" and file.name == "config.py"):
             given = [*call.args[:1], *(word.value for word in call.keywords if word.arg in _ARGUMENTS)]
-            found |= {text: file for each in given for text in texts(each, scope)}
+        else:
+            given = call.args[1:2] if name == "check_same" else []
+        found |= {text: file for each in given for text in texts(each, scope)}
     return {text: file for text, file in found.items() if any(map(str.isalpha, text.replace("{}", "")))}
 
 
@@ -147,12 +149,23 @@ def of_notes() -> set[str]:
 def of_stops() -> set[str]:
     """What may have stopped a run, besides signals."""
     return {
-        node.value.value
+        text
         for tree in trees().values()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        and any(isinstance(target, ast.Attribute) and target.attr == "requested" for target in node.targets)
+        if isinstance(node, ast.Assign)
+        and {"requested", "stop_agreed"} & {getattr(target, "attr", "") for target in node.targets}
+        for text in texts(node.value)
     }  # fmt: skip
+
+
+def of_watched() -> set[str]:
+    """What a run's watchdog says that nothing came of."""
+    return {
+        text
+        for _, call, name, scope in _calls_in_scope()
+        if name in ("watching", "beat") and call.args
+        for text in texts(call.args[0], scope)
+    }
 
 
 def of_screens() -> set[str]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from slimtune.width import aligned
+from slimtune.words import told, told_cell
 
 __all__ = [
     "GuardStop",
@@ -69,6 +70,11 @@ class SlimtuneError(Exception):
         self.what, self.rule, self.way_out = what, rule, way_out = shown(what), shown(rule), shown(way_out)
         self.table = [[shown(cell) for cell in row] for row in table]
         super().__init__("\n".join(filter(None, (what, *aligned(self.table), rule, way_out))))
+
+    def said(self) -> list[str]:
+        """What a person is shown, in the language that is spoken: what, its table, rule, way out."""
+        table = aligned([told_cell(cell) for cell in row] for row in self.table)
+        return [text for text in (told(self.what), *table, told(self.rule), told(self.way_out)) if text]
 
 
 class UserError(SlimtuneError):

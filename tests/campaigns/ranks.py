@@ -142,7 +142,7 @@ def _wait_for(condition: Callable[[], bool], checkpoints: Any) -> None:
     while not condition():
         if time.monotonic() > until:
             raise RuntimeError("somebody waits for this disk")
-        checkpoints.beat("save")
+        checkpoints.beat("a save")
         time.sleep(0.01)
 
 

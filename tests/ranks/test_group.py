@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import threading
 
@@ -11,6 +12,7 @@ import torch
 
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.hardware import detect
+from slimtune.language import spoken
 from slimtune.ranks import meeting, presence
 from slimtune.ranks.group import ALONE, Ranks, together
 from slimtune.ranks.place import Place
@@ -94,6 +96,8 @@ def test_a_rank_that_stops_says_why_and_one_that_is_gone_is_missed(monkeypatch: 
     with pytest.raises(StopRequested, match="rank 1: its process is gone") as stopped:
         first.check()
     assert stopped.value.way_out == "Go on: slimtune resume RUN"
+    with spoken("zh"):
+        assert stopped.value.said() == ["进程 1：这个进程已经不在了", "继续：slimtune resume RUN"]
     first.leave()
     other.leave()
 
@@ -109,6 +113,23 @@ def test_the_second_rank_speaks_where_the_first_is_gone(monkeypatch: pytest.Monk
     assert other.speaks
     first.leave()
     other.leave()
+
+
+def test_who_waits_for_a_rank_that_is_gone_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(presence, "_GRACE", 0.0)
+    monkeypatch.setattr(presence.os, "_exit", ended.put)
+    first, other = pair()
+    first.resume = "Go on: slimtune resume RUN"
+    table = [("", "rank 0", "rank 1"), ("data a.jsonl", "1", "2")]
+    with spoken("zh"):
+        other.fail(UserError("rank 1 isn't like rank 0", table=table, rule="All ranks are given the same config."))
+        assert ended.get(timeout=30) == 2
+    lines = ["进程 1 与进程 0 不同", "                进程 0  进程 1", "  数据 a.jsonl  1       2",
+             "所有进程得到的配置必须相同。", first.resume.replace("Go on: ", "继续：")]  # fmt: skip
+    assert capfd.readouterr().err == "slimtune: " + "\n".join(lines) + "\n"
 
 
 def test_a_rank_that_is_done_is_not_missed() -> None:

@@ -14,6 +14,8 @@ import pytest
 from slimtune.errors import GuardStop, StopRequested
 from slimtune.training.stop import STOP_SIGNALS, StopSignals, Watchdog
 
+CHINESE = {"LC_ALL": "zh_CN.UTF-8"}
+
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_outside_of_training_a_signal_stops_where_it_is(number: signal.Signals) -> None:
@@ -157,13 +159,28 @@ with Watchdog(1.0, Path(sys.argv[1]) / "stacks.txt", run=Path("RUN")) as watchdo
 """
 
 
-@pytest.mark.parametrize("activity", ["step", "save"])
-def test_a_hang_ends_with_all_stacks(tmp_path: Path, activity: str) -> None:
-    done = subprocess.run([sys.executable, "-c", HANG, str(tmp_path), activity], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("activity", "environment", "said"),
+    [
+        (
+            "a step",
+            {},
+            "slimtune: no progress in a step for 1 s (watchdog: 1 s)\nAll threads' stacks are in {}.\nGo on: ",
+        ),
+        (
+            "a save",
+            CHINESE,
+            "slimtune: 保存检查点在 1 秒内没有进展（watchdog：1 秒）\n所有线程的调用栈在 {} 中。\n继续：",
+        ),
+    ],
+)
+def test_a_hang_ends_with_all_stacks(tmp_path: Path, activity: str, environment: dict[str, str], said: str) -> None:
+    command, file = [sys.executable, "-c", HANG, str(tmp_path), activity], tmp_path / "stacks.txt"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 75
-    assert f"no progress in {activity}" in done.stderr
-    assert "slimtune resume RUN" in done.stderr
-    stacks = (tmp_path / "stacks.txt").read_text()
+    assert done.stderr == said.format(file) + "slimtune resume RUN\n"
+    stacks = file.read_text()
+    assert f"no progress in {activity}" in stacks
     assert "stuck_here" in stacks
     assert stacks.lower().count("thread 0x") >= 3
 
@@ -239,7 +256,8 @@ with Watchdog(0.5, Path(sys.argv[1])) as watchdog:
 
 
 def test_a_hang_that_holds_the_interpreter_ends_with_its_stacks(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "stacks.txt")], capture_output=True)
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "stacks.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CHINESE)
     assert done.returncode == -signal.SIGKILL
-    assert b"Python itself hangs" in done.stderr
+    assert "slimtune: Python 本身已停滞 1 秒。" in done.stderr
     assert "stuck_here" in (tmp_path / "stacks.txt").read_text()

@@ -20,8 +20,8 @@ from slimtune.cli.formatting import Context, say, terminal_width
 from slimtune.errors import SlimtuneError, StopRequested, by_the_system, check_utf8
 from slimtune.language import LANGUAGES, Lang, speak, spoken
 from slimtune.training.stop import STOP_SIGNALS, end_anyway
-from slimtune.width import aligned, cells, folded
-from slimtune.words import told, told_cell
+from slimtune.width import cells, folded
+from slimtune.words import told
 
 __all__ = ["coloured", "main", "nobody_reads", "say_error", "slimtune_command"]
 
@@ -186,12 +186,10 @@ def nobody_reads() -> None:
 def say_error(error: SlimtuneError) -> None:
     """Print an error, or a stop that was asked for: what, its table, rule, way out, each on its own line, at the
     terminal's width broken between words."""
-    table = aligned([told_cell(cell) for cell in row] for row in error.table)
-    texts = [told(error.what), *table, told(error.rule), told(error.way_out)]
     if isinstance(error, StopRequested):  # what the person asked for is no error
-        _say("", texts, 2, fg="yellow", bold=True)
+        _say("", error.said(), 2, fg="yellow", bold=True)
     else:
-        _say(told("error: "), texts)
+        _say(told("error: "), error.said())
 
 
 def _say(label: str, texts: Iterable[str], indent: int | None = None, **style: Any) -> None:

@@ -169,7 +169,7 @@ def _refuse(answer: str) -> None:
 
 
 def _show(error: SlimtuneError) -> None:
-    _echo(*(told(line) for line in (error.what, error.rule, error.way_out) if line))
+    _echo(*error.said())
 
 
 def _echo(*lines: str) -> None:

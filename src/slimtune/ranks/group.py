@@ -119,9 +119,10 @@ class Ranks:
         told = self.told(dict(what))
         for rank, other in enumerate(told):
             for name in told[0] | other:
-                mine, its = told[0].get(name, "none"), other.get(name, "none")
+                mine, its = told[0].get(name, "—"), other.get(name, "—")
                 if mine != its:
-                    raise UserError(f"rank {rank} has another {name}: {its}; rank 0 has {mine}", rule=rule)
+                    table = [("", "rank 0", f"rank {rank}"), (name, str(mine), str(its))]
+                    raise UserError(f"rank {rank} isn't like rank 0", table=table, rule=rule)
 
     def check_apart(self, card: str) -> None:
         """See that no two ranks have one GPU: NCCL would end at the first sum.

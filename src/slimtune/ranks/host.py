@@ -117,14 +117,8 @@ class Host:
             UserError: A rank tells something else.
         """
         assert self._ranks is not None
-        told = self._ranks.told((what, value))
-        for rank, (other, _) in enumerate(told):
-            if other != told[0][0]:
-                raise UserError(
-                    f"rank {rank} puts something else into RAM: {other}; rank 0: {told[0][0]}",
-                    rule="All ranks plan their memory alike.",
-                )
-        return [each for _, each in told]
+        self._ranks.check_same({"RAM": what}, "All ranks plan their memory alike.")
+        return self._ranks.told(value)
 
 
 _HERE: ContextVar[Host | None] = ContextVar("slimtune_host", default=None)

@@ -35,15 +35,17 @@ _KINDS = {kind.exit_code: kind for kind in (UserError, GuardStop, StopRequested)
 def word_of(rank: int, error: BaseException) -> dict[str, Any]:
     """What a rank that ends tells the others, as plain data."""
     if isinstance(error, SlimtuneError):
-        return {"rank": rank, "what": error.what, "rule": error.rule, "way_out": error.way_out, "code": error.exit_code}
+        parts = {"what": error.what, "table": error.table, "rule": error.rule, "way_out": error.way_out}
+        return {"rank": rank, **parts, "code": error.exit_code}
     return {"rank": rank, "what": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def as_told(word: dict[str, Any], resume: str = "") -> SlimtuneError:
     """An error of the same kind, of a rank that was told; ``resume`` is the way out if the word has none."""
-    kind, named = _KINDS.get(word.get("code", 0), StopRequested), f"rank {word['rank']}"
-    what = word["what"] if word["what"].startswith(named) else f"{named}: {word['what']}"
-    return kind(what, rule=word.get("rule", ""), way_out=word.get("way_out", "") or resume)
+    kind, rank, what = _KINDS.get(word.get("code", 0), StopRequested), word["rank"], word["what"]
+    what = what if what.startswith(f"rank {rank}") else f"rank {rank}: {what}"
+    way_out = word.get("way_out", "") or resume
+    return kind(what, rule=word.get("rule", ""), way_out=way_out, table=word.get("table", ()))
 
 
 @contextmanager

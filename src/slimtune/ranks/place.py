@@ -58,9 +58,11 @@ def this_place(environment: MutableMapping[str, str] = os.environ) -> Place:
     if missing or not is_number:
         said = ", ".join(f"{name}={value}" for name, value in {**sizes, **told}.items())
         raise UserError(
-            f"this process was started as one of several ({said}), and isn't told which",
+            f"this process was started as one of several ({said}), without {', '.join(missing)}"
+            if missing
+            else f"this process was started as one of several ({said}), and isn't told which",
             rule="Ranks find each other by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets "
-            f"them{': ' + ', '.join(missing) + ' is not set' if missing else ''}.",
+            "them.",
             way_out="slimtune train --gpus 2 …, or torchrun --nproc-per-node 2 --no-python slimtune train …",
         )
     rank, count = int(told["RANK"]), int(told["WORLD_SIZE"])

@@ -135,7 +135,7 @@ class Presence:
             return
         error = self.error()
         if self.speaks:
-            sys.stderr.write(f"slimtune: {error.what}. {error.way_out}\n")
+            sys.stderr.write("slimtune: " + "\n".join(error.said()) + "\n")
             sys.stderr.flush()
         os._exit(error.exit_code)
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
+from slimtune.words import told
+
 __all__ = ["Backstop", "Unheard"]
 
 _DUMP = signal.SIGRTMIN + 5
@@ -78,7 +80,8 @@ class Backstop:
 
     def __init__(self, tick: float, seconds: float, stacks: IO[str]) -> None:
         faulthandler.register(_DUMP, file=stacks, all_threads=True)
-        words = f"slimtune: Python itself hangs since {seconds:.0f} s; all threads' stacks are in {stacks.name}\n"
+        said = told(f"Python itself hangs since {seconds:.0f} s. All threads' stacks are in {stacks.name}.")
+        words = f"slimtune: {said}\n"
         values = (tick, max(1, round(seconds / tick)), int(_DUMP), words)
         self._counter = _beside(_COUNTER, values)
         assert self._counter.stdin is not None
@@ -108,7 +111,7 @@ class Unheard:
     """
 
     def __init__(self, pipe: int, seconds: float) -> None:
-        words = f"slimtune: asked to stop, and Python itself hangs since {seconds:.0f} s; killed\n"
+        words = f"slimtune: {told(f'asked to stop, and Python itself hangs since {seconds:.0f} s: killed')}\n"
         self._looker = _beside(_UNHEARD, (_LOOK, round(seconds / _LOOK), pipe, words), pipe)
 
     def close(self) -> None:

@@ -145,8 +145,8 @@ class Checkpoints:
         folder: Holds the ``checkpoint-<step>`` folders.
         keep: Whole checkpoints to keep, at least two; the one at :attr:`best_step` is kept beside them.
         tell: Called with one line for the person when a checkpoint is found damaged.
-        beat: Called with ``"save"`` whenever a save makes progress.
-        rest: Called with ``"save"`` when a save is over.
+        beat: Called with ``"a save"`` whenever a save makes progress.
+        rest: Called with ``"a save"`` when a save is over.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Checkpoints:
     def save(self, step: int, snapshot: Callable[[], Snapshot]) -> None:
         """Make and write the snapshot of ``step`` behind the training; waits for a save that is under way."""
         self.wait()
-        self.beat("save")
+        self.beat("a save")
         self._writing = True
         self._thread = threading.Thread(target=self._save_all, args=(step, snapshot), name="checkpoint", daemon=True)
         self._thread.start()
@@ -247,7 +247,7 @@ class Checkpoints:
         except BaseException as fault:  # noqa: BLE001 - carried to the training thread by wait()
             self._fault = fault
         finally:
-            self.rest("save")
+            self.rest("a save")
 
     def _write(self, snapshot: Snapshot) -> None:
         files = snapshot.files()
@@ -259,7 +259,7 @@ class Checkpoints:
         with atomic_folder(self.path(snapshot.step)) as folder:
             for name, data in files.items():
                 write_file(folder / name, data)
-                self.beat("save")
+                self.beat("a save")
 
     def _prune(self) -> None:
         """Remove what is older than the newest ``keep``; runs only after a new one was read back."""

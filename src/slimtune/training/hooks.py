@@ -42,7 +42,7 @@ class Hooks(TrainerCallback):
     ) -> None:
         """Remember where a step begins: it may be run again."""
         trainer = self.trainer
-        trainer.safety.watchdog.beat("step")
+        trainer.safety.watchdog.beat("a step")
         trainer.safety.signals.defer()
         trainer._step_random, trainer._step_logs = trainer._draws(), trainer._logs_so_far()
         trainer._step_inputs, trainer._step_losses = [], []
@@ -51,7 +51,7 @@ class Hooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A micro-batch is progress."""
-        self.trainer.safety.watchdog.beat("step")
+        self.trainer.safety.watchdog.beat("a step")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +70,7 @@ class Hooks(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See to saves that failed, and to a stop that was asked for."""
         trainer = self.trainer
-        trainer.safety.watchdog.beat("step")
+        trainer.safety.watchdog.beat("a step")
         trainer._step_random = None
         self._see_failed_save(state.global_step, control)
         self._postpone_save(control)
@@ -151,7 +151,7 @@ class Hooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluation is progress, and stops when asked to."""
-        self.trainer.safety.watchdog.beat("step")
+        self.trainer.safety.watchdog.beat("a step")
         if self._stop_is_asked():
             raise EvaluationStoppedError
 

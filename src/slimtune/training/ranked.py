@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from slimtune.errors import GuardStop
 from slimtune.ranks.group import ALONE, Ranks
+from slimtune.ranks.meeting import as_told, word_of
 from slimtune.ranks.share import Share
 
 __all__ = ["RankedTrainer"]
@@ -131,9 +132,8 @@ class RankedTrainer(Trainer):
         step, told = self.state.global_step + 1, self._told.tolist()
         if any(given_up for *_, given_up in told):
             stop = self._given_up
-            reasons = self.ranks.told(None if stop is None else (stop.what, stop.rule, stop.way_out))
-            rank, (what, rule, way_out) = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
-            raise stop or GuardStop(f"rank {rank}: {what}", rule=rule, way_out=way_out)
+            words = self.ranks.told(None if stop is None else word_of(self.ranks.rank, stop))
+            raise stop or as_told(next(filter(None, words)))
         unsound = [not all(map(math.isfinite, (*losses, gradient))) for *losses, _, gradient, _, _, _ in told]
         self.unsound = tuple(rank for rank, is_so in enumerate(unsound) if is_so)
         for rank, (*_, bits, _, asked, pieces, _) in enumerate(told):

@@ -137,7 +137,7 @@ class ResumableTrainer(RankedTrainer):
         self.progress.ranks = self.ranks.count
         self.begin_alike()
         self.add_callback(Hooks(self))
-        with safety.watchdog.watching("step"), safety.signals.deferrable():
+        with safety.watchdog.watching("a step"), safety.signals.deferrable():
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 self._evaluate_last()
@@ -301,7 +301,7 @@ class ResumableTrainer(RankedTrainer):
                     waiting = True
                     self.safety.warn(f"the last step waits {self.safety.patience:.0f} s for room on the disk")
                 time.sleep(min(1.0, self.safety.patience))
-            self.safety.watchdog.beat("step")
+            self.safety.watchdog.beat("a step")
             self._save_checkpoint(self.model, None)
             self._hand_over()
         self._see_last_save()

@@ -83,7 +83,7 @@ class SamplesCallback(TrainerCallback):
 
     def _goes_on(self) -> bool:
         """A token is progress, and a run that was asked to stop doesn't go on talking."""
-        self.safety.watchdog.beat("step")
+        self.safety.watchdog.beat("a step")
         return self.safety.signals.requested is None
 
     @property

@@ -46,13 +46,25 @@ def end_anyway() -> None:
     timer.start()
 
 
-def _exit() -> NoReturn:
-    """End the process without unwinding. A bar or a spinner that is shown keeps its line, and gives the cursor back."""
+def _exit(why: StopRequested | None = None) -> NoReturn:
+    """Say why, and end the process without unwinding. A bar or a spinner that is shown keeps its line, and gives the
+    cursor back."""
     with suppress(OSError, ValueError):  # nobody reads any more
+        if why is not None:
+            sys.stderr.write("slimtune: " + "\n".join(why.said()) + "\n")
         sys.stderr.flush()
         if os.isatty(2):
             os.write(2, b"\n\x1b[?25h")  # past Rich, which has put its own in the place of sys.stderr
     os._exit(StopRequested.exit_code)
+
+
+def _resume(run: Path | None) -> str:
+    return f"slimtune resume {shlex.quote(str(run))}"
+
+
+def _way_on(run: Path | None) -> str:
+    """What to do after a stop; ``run``: the run's folder once there is something to go on from."""
+    return "Give the same command again." if run is None else f"Go on: {_resume(run)}"
 
 
 class StopSignals:
@@ -156,13 +168,12 @@ class StopSignals:
         name = self.requested or "a request"
         if self.finished:
             return StopRequested(f"stopped by {name}, when all was done", way_out=f"The run is whole: {self.run}")
-        goes_on = f"Go on: {self.resume}" if self.run is not None else "Give the same command again."
-        return StopRequested(f"stopped by {name}{where}", way_out=goes_on)
+        return StopRequested(f"stopped by {name}{where}", way_out=_way_on(self.run))
 
     @property
     def resume(self) -> str:
         """The command that goes on with the run."""
-        return f"slimtune resume {shlex.quote(str(self.run))}"
+        return _resume(self.run)
 
     def _listen_alone(self) -> None:
         """From the first step on a signal waits for the step's end, however long that takes."""
@@ -196,16 +207,15 @@ class StopSignals:
             if seen > 1:
                 _exit()
             if waited >= _GRACE:
-                sys.stderr.write(f"slimtune: {self.stop(f', and did not end by itself within {_GRACE:.0f} s')}\n")
-                _exit()
+                _exit(self.stop(f", and did not end by itself within {_GRACE:.0f} s"))
         os.close(read)
 
 
 class Watchdog:
     """Ends a process that makes no progress: writes all threads' stacks, then exits 75.
 
-    Progress is told by :meth:`beat` under a name for each activity (``"step"``, ``"save"``); an activity that is over
-    is taken out by :meth:`rest`. When the last beat of any activity is older than ``seconds``, the stacks go to
+    Progress is told by :meth:`beat` under a name for each activity (``"a step"``, ``"a save"``); an activity that is
+    over is taken out by :meth:`rest`. When the last beat of any activity is older than ``seconds``, the stacks go to
     ``stacks``, and the process ends without unwinding (its threads hang, after all).
 
     Time in which the process was stopped (Ctrl-Z) doesn't count: the watching thread sees that it slept longer than it
@@ -277,18 +287,16 @@ class Watchdog:
                         self._end(activity, now - last)
 
     def _end(self, activity: str, idle: float) -> None:
-        goes_on = (
-            f"Go on: slimtune resume {shlex.quote(str(self.run))}"
-            if self.run is not None
-            else "Give the same command again."
+        why = StopRequested(
+            f"no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s)",
+            rule=f"All threads' stacks are in {self.stacks}.",
+            way_out=_way_on(self.run),
         )
-        line = f"slimtune: no progress in {activity} for {idle:.0f} s (watchdog: {self.seconds:g} s). {goes_on}\n"
         # In a thread: a disk that hangs may be what the run hangs in.
-        writer = threading.Thread(target=self._write_stacks, args=(line,), daemon=True)
+        writer = threading.Thread(target=self._write_stacks, args=(f"slimtune: {why}\n",), daemon=True)
         writer.start()
         writer.join(min(10.0, self.seconds))
-        sys.stderr.write(f"{line}All threads' stacks are in {self.stacks}\n")
-        _exit()
+        _exit(why)
 
     def _write_stacks(self, line: str) -> None:
         self._file.write(line)
