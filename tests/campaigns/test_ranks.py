@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from slimtune.run.folder import RunFolder
+from slimtune.run.history import read_history
 from tests.campaigns import campaign
 from tests.campaigns.campaign import Process
 from tests.campaigns.ranks import Ranks
@@ -125,8 +127,13 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     ranks.processes[1].send(signal.SIGTERM)
     assert ranks.wait(60) == [75, 75], ranks.output()
     assert any((run / "checkpoints").glob("checkpoint-*"))
-    assert Process(["resume", str(run)], tmp_path / "log2").wait() == 0
+    goes_on = Process(["resume", str(run), "--lang", "zh"], tmp_path / "log2")
+    assert goes_on.wait() == 0
     assert campaign.adapter_sha256(run) == campaign.adapter_sha256(alone("fused"))
+    (change,) = read_history(RunFolder.open(run).metrics()).ranks
+    assert (change["before"], change["after"]) == (2, 1)
+    assert "进程数：此前 2，此后 1" in goes_on.output()
+    assert f"从第 {change['step'] + 1} 步起由 1 个进程" in (run / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("engine", ["fused", "plain"])

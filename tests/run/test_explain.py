@@ -243,8 +243,25 @@ def test_what_held_from_which_step_on_is_told(facts: Facts) -> None:
     assert section(explain(facts), "lora").statements[0].text.startswith("With this no step was trained")
 
 
+def go_on_with_others(facts: Facts) -> None:
+    facts["training"]["ranks"] = 3
+    facts["ranks"] = [{"step": 4, "before": 2, "after": 1}, {"step": 8, "before": 1, "after": 3}]
+
+
+def test_how_many_processes_trained_from_which_step_on_is_told(facts: Facts) -> None:
+    facts["training"]["ranks"] = 3
+    assert "3 processes trained it together" in texts(explain(facts), "training")
+    go_on_with_others(facts)
+    told = "trained by 2 processes from step 1 on, 1 process from step 5 on and 3 processes from step 9 on"
+    assert told in texts(explain(facts), "training")
+    assert "same command" not in texts(explain(facts), "training")
+    facts["training"]["steps"] = 8  # with the last ones nothing was trained
+    assert "2 processes from step 1 on and 1 process from step 5 on," in texts(explain(facts), "training")
+
+
 @pytest.mark.parametrize(
-    "change", [lambda facts: None, adapt_experts, forget, go_on_changed, *(change for change, _, _ in BROKEN)]
+    "change",
+    [lambda facts: None, adapt_experts, forget, go_on_changed, go_on_with_others, *(change for change, _, _ in BROKEN)],
 )
 def test_both_languages_say_the_same_numbers(facts: Facts, change: Callable[[Facts], Any]) -> None:
     change(facts)

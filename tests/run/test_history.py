@@ -73,6 +73,15 @@ def test_what_changed_holds_from_the_step_on_that_was_gone_on_from(
     assert [(change["step"], change["what"]) for change in changes] == held
 
 
+def test_another_number_of_ranks_holds_from_the_step_on_that_was_gone_on_from() -> None:
+    def others(step: int, before: int, after: int) -> dict[str, Any]:
+        return {"event": "ranks", "step": step, "before": before, "after": after}
+
+    sessions = [went_on(4), others(4, 2, 1), went_on(8), others(8, 1, 3)]
+    assert read_history(sessions).on_the_way["ranks"] == sessions[1::2]
+    assert read_history([*sessions, went_on(8)]).ranks == sessions[1:2]  # it was killed, and went on as before
+
+
 def test_events_and_strangers() -> None:
     records = [{"step": 2, "event": "skipped"}, {"loss": 1.0}, {"step": 3, "train_loss": 1.0}, "line"]  # type: ignore[list-item]
     history = read_history(records)  # type: ignore[arg-type]

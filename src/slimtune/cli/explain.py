@@ -41,9 +41,9 @@ def command(ctx: click.Context, run: Path, as_json: bool) -> None:
             way_out=f"Go on with it: slimtune resume {shlex.quote(str(run))}",
         )
     with damage_told(folder.metrics_file):
-        changes = read_history(folder.metrics()).changes
+        on_the_way = read_history(folder.metrics()).on_the_way
     with damage_told(folder.facts_file):
-        explanation = explain(facts | {"changes": changes}, language())
+        explanation = explain(facts | on_the_way, language())
     if as_json:
         counts = {status: explanation.count(status) for status in ("proved", "broken", "unmeasured")}
         value = {"facts": facts, "counts": counts, **asdict(explanation)}

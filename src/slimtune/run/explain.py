@@ -50,7 +50,7 @@ def explain(facts: Facts, lang: Lang = "en") -> Explanation:
 
     Args:
         facts: :meth:`slimtune.run.facts.Facts.as_dict`; parts that a run didn't come to may be None or missing.
-            ``changes`` holds what changed while it trained (:attr:`slimtune.run.history.History.changes`).
+            What changed while it trained is beside them (:attr:`slimtune.run.history.History.on_the_way`).
         lang: ``en`` or ``zh``.
     """
 

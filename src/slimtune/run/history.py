@@ -30,8 +30,15 @@ class History:
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What wasn't what it was, when a session went on all the same (:class:`slimtune.run.identity.Change`), with the
     ``step`` that it went on from: it holds from the next one on."""
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    """``before`` and ``after`` where a session went on with another number of processes, with such a ``step``."""
     last: dict[str, Any] | None = None
     """The last record of any kind."""
+
+    @property
+    def on_the_way(self) -> dict[str, Any]:
+        """What no facts hold, as a session's are its own: what another one before it did otherwise."""
+        return {"changes": self.changes, "ranks": self.ranks}
 
     def take(self, line: Any) -> None:
         """One more record, the next of the file. What isn't as the trainer writes it is passed over."""
@@ -44,6 +51,8 @@ class History:
             if record["event"] == "resumed":
                 self._go_back(record["step"])
                 self.changes += [{"step": record["step"], **change} for change in record.get("changes", ())]
+            elif record["event"] == "ranks":
+                self.ranks.append(record)
         elif "eval_loss" in record:
             self.evaluations.append(record)
         elif "loss" in record:
@@ -58,8 +67,9 @@ class History:
         for records in (self.steps, self.evaluations):  # in order: a file of nothing but resumes is read once
             while records and records[-1]["step"] > step:
                 records.pop()
-        while self.changes and self.changes[-1]["step"] >= step:  # they are told anew, if they hold
-            self.changes.pop()
+        for changes in (self.changes, self.ranks):  # they are told anew, if they hold
+            while changes and changes[-1]["step"] >= step:
+                changes.pop()
 
     def curve(self, key: str) -> Curve:
         """One value over the steps; a record that lacks it leaves no point."""

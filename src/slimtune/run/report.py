@@ -54,7 +54,7 @@ def write_report(run: RunFolder, lang: Lang = "en") -> None:
         told = {each: _told(history, each) for each in ("en", "zh")}
     sampled = read_samples(run.samples(), MOST_REPLIES)
     views = {
-        each: _view(run, facts | {"changes": history.changes}, environment, each)
+        each: _view(run, facts | history.on_the_way, environment, each)
         | told[each]
         | {
             "samples": sampled,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from slimtune.run.changes import has_changed
 from slimtune.run.screen import size_text, time_left
@@ -59,18 +59,39 @@ def tell_training(facts: Facts, say: Say) -> Section | None:
             "训练速度离本机极限有多远，因为从这个模型的模块数不出每个 token的运算量。",
         )
         told.append(Statement(text, "unmeasured"))
-    if (ranks := training.get("ranks", 1)) > 1:
-        text = say(
-            f"{ranks} processes trained it together, each a share of every step's micro-batches; at each step their "
-            "adapters were compared and were the same.",
-            f"由 {ranks} 个进程一起训练，每一步的微批次由它们分担；每一步都核对过，各进程的适配器一致。",
-        )
-        told.append(Statement(text, "proved"))
-    if "repeats" in training and not has_changed(facts):  # or no one command would train it again
+    counts = _ranks(training, facts.get("ranks") or ())
+    if max(counts.values()) > 1:
+        told.append(Statement(_together(counts, say), "proved"))
+    if "repeats" in training and not has_changed(facts) and len(counts) == 1:  # or no one command trains it again
         told.append(Statement(_repeats(training["repeats"], say)))
     if not facts.get("verdict"):  # which says it otherwise
         told.append(_held_out(training, say))
     return Section("training", part_name(4, say), say("The training", "训练"), tuple(told))
+
+
+def _ranks(training: Facts, changes: Iterable[Facts]) -> dict[int, int]:
+    """How many processes trained it, by the first step that they did."""
+    changes = [change for change in changes if change["step"] < training["steps"]]  # the others trained none
+    began = changes[0]["before"] if changes else training.get("ranks", 1)
+    return {1: began} | {change["step"] + 1: change["after"] for change in changes}
+
+
+def _together(counts: Mapping[int, int], say: Say) -> str:
+    shared = (
+        "each a share of every step's micro-batches; at each step their adapters were compared and were the same.",
+        "每一步的微批次由它们分担；每一步都核对过，各进程的适配器一致。",
+    )
+    if len(counts) == 1:
+        count = counts[1]
+        return say(f"{count} processes trained it together, {shared[0]}", f"由 {count} 个进程一起训练，{shared[1]}")
+    each = [
+        say(f"{counted(count, 'process', 'es')} from step {step:,} on", f"从第 {step:,} 步起由 {count} 个进程")
+        for step, count in counts.items()
+    ]
+    return say(
+        f"It was trained by {listed(each, say)}, {shared[0]} Their sums round differently.",
+        f"训练{listed(each, say)}进行，{shared[1]}进程数不同，求和的舍入也不同。",
+    )
 
 
 def _loss(training: Facts, say: Say) -> Statement:

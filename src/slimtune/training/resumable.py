@@ -131,9 +131,11 @@ class ResumableTrainer(RankedTrainer):
             self._restored = read_checkpoint(checkpoint)
             self.progress = Progress(**json.loads(self._restored.texts[STATE])["progress"])
             safety.checkpoints.best_step = self.progress.best_step
-            if self.progress.ranks != self.ranks.count:
-                before, now = counted(self.progress.ranks, "rank"), counted(self.ranks.count, "rank")
-                safety.warn(f"{before} until here, {now} from here: the same documents, but sums round differently")
+            before, now = self.progress.ranks, self.ranks.count
+            if before != now:
+                safety.warn(f"ranks: {before} until here, {now} from here; sums round differently")
+                step = safety.checkpoints.last_saved
+                safety.record({"event": "ranks", "step": step, "before": before, "after": now})
         self.progress.ranks = self.ranks.count
         self.begin_alike()
         self.add_callback(Hooks(self))

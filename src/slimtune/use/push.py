@@ -98,7 +98,7 @@ def model_card(found: Found, target: str) -> str:
     front |= {"license": licence} if licence else {}
     name = target.rstrip("/").rpartition("/")[2]
     run = found.run
-    facts = run.facts() | {"changes": read_history(run.metrics()).changes} if run else {}
+    facts = run.facts() | read_history(run.metrics()).on_the_way if run else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
