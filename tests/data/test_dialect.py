@@ -172,3 +172,14 @@ def test_words_that_another_turn_says_too_are_missed() -> None:
     for again in ("Be kind.", "kind", "Yes"):
         with pytest.raises(RowRefused, match="the template leaves out or changes what the"):
             _trained(source, [*twice, system(again), user("Yes"), reply("Yes")])
+
+
+def test_a_thought_of_a_reply_that_is_joined_to_another_is_not_lost() -> None:
+    """A template that wants roles to alternate has one place for a thought: before the reply."""
+    alternates = "{% for m in messages[1:] %}{% if m.role == messages[loop.index0].role %}{{ raise_exception('two') }}"
+    source = alternates + "{% endif %}{% endfor %}" + _ALWAYS_THINKS
+    first = [user("Who?"), reply("I.", reasoning_content="They ask."), reply("Me.")]
+    joined = [user("Who?"), reply("I.\n\nMe.", reasoning_content="They ask.")]
+    assert _trained(source, first) == tokenizer_for(source).apply_chat_template(joined, tokenize=False)
+    with pytest.raises(RowRefused, match="a later one has a thought"):
+        _trained(source, [user("Who?"), reply("I."), reply("Me.", reasoning_content="They ask.")])

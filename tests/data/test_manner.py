@@ -35,7 +35,10 @@ def learnt(renderer: ChatRenderer, row: dict[str, Any]) -> list[str]:
     return ["".join(piece.text for piece in draft.pieces if piece.supervised) for draft in drafts]
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}])
+OFF = [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"loss_weight": 0.0}]
+
+
+@pytest.mark.parametrize("off", OFF)
 def test_a_reply_that_isnt_to_be_learnt_is_shown(kind: Kind, off: dict[str, Any]) -> None:
     renderer = ChatRenderer(kind("plain"))
     row = {"messages": [ASK, {**REPLY, "content": "5", **off}, ASK, {**REPLY, "weight": 1}]}

@@ -287,6 +287,51 @@ def test_nulls_of_a_table_are_absent_keys_in_tools_and_calls_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"at": 1, "lat": None}}]}],
+        [{"role": "assistant", "content": [{"toolUse": {"name": "f", "input": {"at": 1, "lat": None}}}]}],
+        [{"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"at": 1, "lat": None}}}]}],
+    ],
+    ids=["Anthropic", "Bedrock", "Gemini"],
+)
+def test_nulls_of_a_table_are_absent_keys_in_blocks_too(turns: list[dict[str, Any]]) -> None:
+    found: list[str] = []
+    asked = {"role": "user", "parts" if "parts" in turns[0] else "content": [{"text": "Where?"}]}
+    row = {"contents" if "parts" in turns[0] else "messages": [asked, *turns]}
+    made = normalise(without_absent(row, found))
+    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": 1}
+    assert found == ["lat"]
+
+
+@pytest.mark.parametrize("arguments", ['{"at": 1, "at": 2}', json.dumps('{"at": {"x": 1, "x": 2}}')])
+def test_a_key_that_stands_twice_in_a_text_is_refused(arguments: str) -> None:
+    with pytest.raises(RowRefused, match=r"tool_calls\[0\]\.arguments: key '(at|x)' stands twice"):
+        normalise(call(arguments))
+
+
+def test_what_an_alpaca_row_has_beside_its_columns_is_read() -> None:
+    unread: Counter[str] = Counter()
+    tools = [{"name": "f", "parameters": {}}]
+    row = {
+        "instruction": "Key?", "context": "It's in the pot.", "output": "Pot.", "thinking": "Hm.", "topic": "keys",
+        "system_prompt": "Be brief.", "tools": json.dumps(tools),
+    }  # fmt: skip
+    made = normalise(row, unread=unread)
+    assert made.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Key?\nIt's in the pot."},
+        {"role": "assistant", "content": "Pot.", "reasoning_content": "Hm."},
+    ]
+    assert [tool["function"] for tool in made.tools] == tools
+    assert unread == {"topic": 1}
+    pair = normalise({"prompt": "Key?", "completion": "Pot.", "thinking": "Hm."})
+    assert pair.messages[1]["reasoning_content"] == "Hm."
+    with pytest.raises(RowRefused, match="context: a list where text belongs"):
+        normalise({**row, "context": ["It's in the pot."]})
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": "a <image> here", "image": "a.jpg"}, "image: a column of images"),
@@ -366,6 +411,10 @@ def test_keys_of_turns_that_are_not_read_are_named() -> None:
     )
     normalise({"conversations": [*turns(Q), {**turns(A)[0], "score": 4}]}, unread=unread)
     assert unread == {"messages: mask": 1, "conversations: score": 1}
+    # Only replies are learnt: what asks for more isn't done unsaid.
+    asked = [{**messages(Q)[0], "train": True}, *messages(A), {**messages(Q2)[0], "train": False}, *messages(A)]
+    normalise({"messages": asked}, unread=unread)
+    assert unread["messages: train"] == 1
 
 
 def test_the_name_of_a_speaker_is_not_read_and_that_of_a_tool_is() -> None:

@@ -322,6 +322,18 @@ def test_a_tables_nulls_in_calls_are_absent_keys_and_counted(tmp_path: Path, mon
         assert [row.repairs for row in found] == [("absent-keys",)] * 2
 
 
+def test_maps_of_a_table_are_objects(tmp_path: Path) -> None:
+    arguments = [[("at", "quay")], [], [("at", "quay"), ("at", "sea")], None]
+    kind = pa.struct([("name", pa.string()), ("parameters", pa.map_(pa.string(), pa.string()))])
+    rows = pa.array([[{"name": "f", "parameters": each}] for each in arguments], pa.list_(kind))
+    pq.write_table(pa.table({"text": ["a"] * 4, "tools": rows}), tmp_path / "rows.parquet")
+    one, two, three, four = read_rows(parse_source(f"{tmp_path}/rows.parquet"))
+    assert one.value["tools"] == [{"name": "f", "parameters": {"at": "quay"}}]
+    assert two.value["tools"] == [{"name": "f", "parameters": {}}]
+    assert (three.place.number, three.refused) == (3, "a key stands twice in an object")
+    assert four.value["tools"] == [{"name": "f"}]
+
+
 INFO = {
     "plain": {"file_name": "plain.json"},
     "mine": {"file_name": "mine.json", "columns": {"prompt": "frage", "response": "antwort", "history": "davor"}},

@@ -73,6 +73,11 @@ ROWS: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl", jsonl({"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}]}),
         "a.jsonl:1, field 'messages[1].weight': a reply is learnt (1, true) or not (0, false)",
     ),
+    "parts of a reply that aren't to be learnt": (
+        "a.jsonl",
+        jsonl({"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "train_detail": [{"train": False}]}]}),
+        "a.jsonl:1, field 'messages[1].train_detail': parts of a reply are learnt or not; a reply is learnt whole",
+    ),
     "nothing to learn": (
         "a.jsonl", jsonl({"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "train": False}]}),
         "a.jsonl:1: no reply is left to learn",
@@ -369,6 +374,13 @@ def test_nan_null_and_numbers_in_parquet(tmp_path: Path, tokenizer: PreTrainedTo
     pq.write_table(pa.table({"output": [float("nan")], "instruction": ["a"]}), file)
     proof = examine(Config.make(data=str(file)), tokenizer)
     assert proof.facts["examples"] == {"not-text": "a.parquet row 1, field 'output': NaN where text belongs"}
+
+
+def test_a_column_twice_in_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"]), file)
+    with pytest.raises(UserError, match=r"a\.parquet: column 'output' stands twice"):
+        examine(Config.make(data=str(file)), tokenizer)
 
 
 def test_files_that_are_not_there(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

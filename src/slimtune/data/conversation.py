@@ -8,6 +8,7 @@ from the text itself.
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ _ROLES = {
 
 _TURN_KEYS = frozenset({
     "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "id", "refusal",
-    "reasoning_content", "thinking", "reasoning", "weight", "train", "loss", "loss_weight", "channel",
+    "reasoning_content", "thinking", "reasoning", "weight", "train", "training", "loss", "loss_weight", "channel",
 })  # fmt: skip
 """What is read of a turn, or names it; beside these a tool's ``name``."""
 
@@ -191,8 +192,11 @@ def _unread_of_turns(row: Mapping[str, Any]) -> set[str]:
             keys = turn.keys() - _TURN_KEYS
             if {"from", "value"} <= turn.keys() and not {"role", "content"} <= turn.keys():
                 keys |= turn.keys() & {"role", "content"}
-            if _ROLES.get(str(turn.get("role", turn.get("from"))).strip().lower()) == "tool":
+            role = _ROLES.get(str(turn.get("role", turn.get("from"))).strip().lower())
+            if role == "tool":
                 keys -= {"name"}
+            if role not in ("assistant", "call"):
+                keys |= {key for key in _LEARNT if turn.get(key)}  # only replies are learnt
             made |= {f"{name}: {key}" for key in keys if turn[key] not in (None, "", [], {})}
     return made
 
@@ -284,24 +288,21 @@ def _filled(where: str, value: str) -> str:
 def _alpaca(value: Mapping[str, Any]) -> Conversation:
     made = Conversation()
     _need(value, "instruction", "output")
+    made.tools = read_tools(value.get("tools"), made.repairs)
     made.messages += _system_turn(value, made.repairs)
     for number, pair in enumerate(_as_list("history", value.get("history"), made.repairs)):
         where = f"history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowRefused(where, "must be a pair: what the user said, what the assistant replied")
-        made.messages.append(
-            {"role": "user", "content": _filled(where + "[0]", _string(where + "[0]", pair[0], made.repairs))}
-        )
-        made.messages.append(
-            {"role": "assistant", "content": _filled(where + "[1]", _string(where + "[1]", pair[1], made.repairs))}
-        )
+        for side, role in enumerate(("user", "assistant")):
+            at = f"{where}[{side}]"
+            made.messages.append({"role": role, "content": _filled(at, _string(at, pair[side], made.repairs))})
     prompt = _string("instruction", value["instruction"], made.repairs)
     extra = value.get("input")
     if extra is not None and (extra := _string("input", extra, made.repairs)).strip():
         prompt = f"{prompt}\n{extra}" if prompt.strip() else extra
     made.messages.append({"role": "user", "content": _filled("instruction", prompt)})
-    output = _filled("output", _string("output", value["output"], made.repairs))
-    made.messages.append({"role": "assistant", "content": output})
+    made.messages.append(_reply(value, "output", made.repairs))
     return made
 
 
@@ -341,6 +342,14 @@ def _system_turn(value: Mapping[str, Any], repairs: list[str]) -> list[Message]:
     return [{"role": "system", "content": text}]
 
 
+def _reply(value: Mapping[str, Any], name: str, repairs: list[str]) -> Message:
+    """The reply that a row has in the column ``name``, with its thought, if it has one."""
+    made = {"role": "assistant", "content": _filled(name, _string(name, value[name], repairs))}
+    if thought := value.get("reasoning_content"):
+        made["reasoning_content"] = _string("reasoning_content", thought, repairs)
+    return made
+
+
 def _prompt_completion(value: Mapping[str, Any]) -> Conversation:
     made = Conversation()
     _need(value, "prompt", "completion")
@@ -355,8 +364,7 @@ def _prompt_completion(value: Mapping[str, Any]) -> Conversation:
         made.messages += read_messages(completion, where="completion", repairs=made.repairs)
         return made
     prompt = _filled("prompt", _string("prompt", prompt, made.repairs))
-    completion = _filled("completion", _string("completion", completion, made.repairs))
-    made.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    made.messages += [{"role": "user", "content": prompt}, _reply(value, "completion", made.repairs)]
     made.completion_from = len(made.messages) - 1
     return made
 
@@ -418,15 +426,18 @@ def _but_empty_systems(messages: list[Message]) -> list[Message]:
     return [m for m in messages if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
 
 
-_LEARNT = ("weight", "train", "loss", "loss_weight")
+_LEARNT = ("weight", "train", "training", "loss", "loss_weight")
 
 
 def _supervision(where: str, role: str, turn: Mapping[str, Any]) -> Message:
     """``supervised: False`` for a reply that its file marks as one to show, not to learn: ``weight: 0`` (OpenAI,
-    Mistral), ``train: false``, ``loss: false``, ``loss_weight: 0``."""
+    Mistral), ``train: false``, ``training: false`` (axolotl), ``loss: false``, ``loss_weight: 0``."""
     if role != "assistant":
         return {}
     made: Message = {}
+    for key in ("train_detail", "training_detail"):
+        if turn.get(key):
+            raise RowRefused(f"{where}.{key}", "parts of a reply are learnt or not; a reply is learnt whole", "weight")
     for key in _LEARNT:
         value = turn.get(key)
         if value is None or value == 1:
@@ -537,8 +548,8 @@ def read_tools(value: Any, repairs: list[str] | None = None) -> list[dict[str, A
     repairs = [] if repairs is None else repairs
     if value is None or value == "" or value == []:
         return []
-    if isinstance(value, str):
-        value = from_text("tools", value, repairs, "tools")
+    if isinstance(value, str) and (value := from_text("tools", value, repairs, "tools")) is None:
+        return []
     tools = plain_tools(value if isinstance(value, list) else [value])
     made = []
     for number, tool in enumerate(tools):
@@ -558,9 +569,7 @@ def _clean(where: str, value: Any, repairs: list[str]) -> Any:
         return {_string(where, key, repairs): _clean(f"{where}.{key}", item, repairs) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_clean(f"{where}[{number}]", item, repairs) for number, item in enumerate(value)]
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float) and value == value and abs(value) != float("inf"):
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise RowRefused(where, f"{kind_of(value)} where a JSON value belongs", "tools")
 

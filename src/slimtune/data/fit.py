@@ -131,7 +131,7 @@ def merged(messages: list[Message]) -> list[Message]:
     """Turns of the same role in a row as one.
 
     Raises:
-        RowRefused: One reply of a row of replies is to be learnt and another isn't.
+        RowRefused: One reply of a row of replies is to be learnt and another isn't, or a later one has a thought.
     """
     made: list[Message] = []
     for message in messages:
@@ -139,6 +139,8 @@ def merged(messages: list[Message]) -> list[Message]:
         if same and "tool_calls" not in message and "tool_calls" not in made[-1]:
             if made[-1].get("supervised", True) != message.get("supervised", True):
                 raise RowRefused("", "replies in a row of which one is learnt and one isn't", "weight")
+            if message.get("reasoning_content"):
+                raise RowRefused("", "replies in a row to be joined, and a later one has a thought", "order")
             made[-1] = {**made[-1], "content": f"{made[-1]['content']}\n\n{message['content']}"}
         else:
             made.append(message)

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from slimtune.data.rows import DECODER, DuplicateKey
 from slimtune.errors import UserError
 
-__all__ = ["DECODER", "ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of"]
+__all__ = ["ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of"]
 
 ROW_LIMIT = 64 * 2**20
 """Most characters that one row may have: a longer line is skipped, counted and named."""
@@ -151,21 +152,6 @@ def _decoded(stream: IO[bytes], label: str) -> Iterator[str]:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        counts = Counter(keys)
-        raise _DuplicateKey(next(f"key {key[:80]!r} stands twice" for key in keys if counts[key] > 1))
-    return made
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-"""Of a row: a key that is there twice is refused."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _KEY = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
 _ROWS = re.compile(r"\[[ \t\r\n]*\{")
@@ -215,7 +201,7 @@ def _wrapped(text: str, at: int) -> int | None:
 def _is_json(line: str) -> bool:
     try:
         DECODER.decode(line)
-    except _DuplicateKey:
+    except DuplicateKey:
         return True
     except (ValueError, RecursionError):
         return False
@@ -228,7 +214,7 @@ def _parse_line(place: Place, line: str) -> Row:
     except json.JSONDecodeError as error:
         at = "the line is cut off" if error.pos >= len(line.rstrip()) or "Unterminated" in error.msg else error.msg
         return Row(place, None, f"no valid JSON at column {error.colno}: {at}")
-    except _DuplicateKey as error:
+    except DuplicateKey as error:
         return Row(place, None, str(error))
     except RecursionError:
         return Row(place, None, "nested too deeply")
@@ -301,7 +287,7 @@ def _array_rows(
             value, end = DECODER.raw_decode(text, at)
             if end == len(text) and not ended and not isinstance(value, dict | list):
                 raise json.JSONDecodeError("cut off", text, end)  # a number may go on in the next chunk
-        except _DuplicateKey as error:
+        except DuplicateKey as error:
             raise refuse(str(error)) from None
         except RecursionError:
             raise refuse("nested too deeply") from None

@@ -1,17 +1,40 @@
-"""What is said of rows and values: the refusal of a row, a value's kind, a row's columns; values written as text."""
+"""What is said of rows and values: the refusal of a row, a value's kind, a row's columns; values written as text.
+
+JSON is read by one decoder wherever it stands: a key that is there twice is refused, for nobody knows which was meant.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RowRefused", "from_text", "kind_of", "listed", "without_absent"]
+__all__ = ["DECODER", "DuplicateKey", "RowRefused", "from_text", "kind_of", "listed", "without_absent"]
 
 _MOST_NOTATION = 2**20
 """Most characters that Python's own reader is given: it takes some hundred bytes for each."""
-_FREE_KEYS = ("tools", "arguments", "parameters")
+_FREE_KEYS = ("tools", "functions", "arguments", "parameters", "args", "input", "response", "json")
+"""Columns and keys under which an object's keys are anyone's: tools, and what a call or its result holds (OpenAI,
+Anthropic, Bedrock, Gemini)."""
+
+
+class DuplicateKey(ValueError):
+    """An object in JSON has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        counts = Counter(keys)
+        raise DuplicateKey(next(f"key {key[:80]!r} stands twice" for key in keys if counts[key] > 1))
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Of a row, and of what stands in it as text; raises :class:`DuplicateKey`."""
 
 
 class RowRefused(Exception):
@@ -58,14 +81,16 @@ def from_text(where: str, text: str, repairs: list[str], name: str = "shape") ->
         name: The rule's name where it can't be read.
 
     Raises:
-        RowRefused: It is neither.
+        RowRefused: It is neither, or a key stands twice.
     """
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            value = json.loads(value)
+            value = DECODER.decode(value)
             repairs.append("encoded-twice")
         return value
+    except DuplicateKey as error:
+        raise RowRefused(where, str(error), name) from None
     except (ValueError, RecursionError):
         pass
     try:
@@ -80,7 +105,7 @@ def from_text(where: str, text: str, repairs: list[str], name: str = "shape") ->
 
 
 def without_absent(value: Any, found: list[str], *, inside: bool = False) -> Any:
-    """A row out of a table without the nulls in its tools and calls: their objects' keys are anyone's.
+    """A row out of a table without the nulls in its tools, calls and results: their objects' keys are anyone's.
 
     A table gives each object of a column the same keys, with null for those that an object hasn't. Whether its writer
     meant null can't be known there. Elsewhere readers take null for an absent key.
@@ -88,7 +113,7 @@ def without_absent(value: Any, found: list[str], *, inside: bool = False) -> Any
     Args:
         value: The row, or what stands in it.
         found: Takes the names of the keys that were left out.
-        inside: Whether it stands in tools or a call's arguments.
+        inside: Whether it stands in tools, a call's arguments or its result.
     """
     if isinstance(value, Mapping):
         made = {}

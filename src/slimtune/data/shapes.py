@@ -94,13 +94,17 @@ def standard_row(value: Mapping[str, Any], repairs: list[str]) -> Standard | Non
             return made
     if "prompt" in value and "completion" in value:
         lists = {name: _turns(name, value[name]) for name in ("prompt", "completion") if _are_turns(value[name])}
-        return Standard("prompt-completion", {**_with_system(value), **lists}, _BESIDE | {"prompt", "completion"})
+        row, thought = (_with_system(value), set()) if lists else _with_thought(_with_system(value))
+        return Standard("prompt-completion", {**row, **lists}, _BESIDE | thought | {"prompt", "completion"})
     if "instruction" in value and "output" in value:
         if not isinstance(value["instruction"], str):
             _refused(value)
-        return Standard("alpaca", value, _ALPACA)
-    for read in _SPECIAL:
-        if (made := read(value)) is not None:
+        row, thought = _with_thought(_with_system(value))
+        passage = next((name for name in _EXTRA if name in value), "input")
+        read = _ALPACA | _BESIDE | thought | {passage}
+        return Standard("alpaca", {**row, "input": value.get(passage)}, read, {"input": passage})
+    for special in _SPECIAL:
+        if (made := special(value)) is not None:
             return made
     return _pair(value) or _raw(value)
 
@@ -123,6 +127,12 @@ def _with_system(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if name is None or (name == "system" and isinstance(value[name], str)):
         return value
     return {**value, "system": _text_of(value[name])}
+
+
+def _with_thought(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], set[str]]:
+    """The row with the thought of its reply as ``reasoning_content``, and the name of the column that held it."""
+    name = next((name for name in _THOUGHTS if value.get(name)), None)
+    return ({**value, "reasoning_content": value[name]}, {name}) if name else (value, set())
 
 
 def _text_of(value: Any) -> Any:

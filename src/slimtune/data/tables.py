@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slimtune.data.readers import DECODER, ROW_LIMIT, Place, Row
-from slimtune.data.rows import without_absent
+from slimtune.data.readers import ROW_LIMIT, Place, Row
+from slimtune.data.rows import DECODER, without_absent
 from slimtune.errors import UserError
 
 __all__ = ["spooled", "table_file", "table_rows"]
@@ -91,7 +92,11 @@ def _arrow(stream: io.RawIOBase) -> Iterator[pa.RecordBatch]:
 def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
     """The rows of Arrow's record batches or tables.
 
-    Objects in tools and calls lose the nulls that stand for keys they haven't; columns of JSON text are decoded.
+    Objects in tools and calls lose the nulls that stand for keys they haven't; columns of JSON text are decoded, and
+    Arrow's maps are objects.
+
+    Raises:
+        UserError: Two columns have one name.
     """
     number = empty = 0
 
@@ -99,6 +104,9 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
         return Row(Place(label, number - empty + 1, "row"), None, "the row is empty: null in every column", rows=empty)
 
     for batch in batches:
+        twice = next((name for name, count in Counter(batch.schema.names).items() if count > 1), None)
+        if twice is not None:
+            raise UserError(f"{label}: column {twice!r} stands twice", rule="Columns have names of their own.")
         coded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
         for part in _parts(batch):
             if all(column.null_count == part.num_rows for column in part.columns):  # a few bytes may hold millions
@@ -111,8 +119,11 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
                 number += 1
                 yield Row(Place(label, number, "row"), None, f"about {size:,} bytes; one row may have {ROW_LIMIT:,}")
                 continue
-            for row in part.to_pylist():
+            for row in _as_python(part):
                 number += 1
+                if isinstance(row, str):
+                    yield Row(Place(label, number, "row"), None, row)
+                    continue
                 absent: list[str] = []
                 value = without_absent(row, absent)
                 for name, kind in coded.items():
@@ -120,6 +131,17 @@ def table_rows(batches: Iterable[Any], label: str) -> Iterator[Row]:
                 yield Row(Place(label, number, "row"), value, repairs=("absent-keys",) if absent else ())
     if empty:
         yield stretch()
+
+
+def _as_python(part: Any) -> list[dict[str, Any] | str]:
+    """The rows; of one that has no counterpart in Python, why: a key that stands twice, a date before our era."""
+    try:
+        made: list[dict[str, Any] | str] = part.to_pylist(maps_as_pydicts="strict")
+    except (KeyError, ValueError) as error:
+        if part.num_rows == 1:
+            return ["a key stands twice in an object" if "duplicate" in str(error) else str(error)]
+        return [row for at in range(part.num_rows) for row in _as_python(part.slice(at, 1))]
+    return made
 
 
 def _parts(batch: Any) -> Iterator[Any]:
