@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM
 
 from slimtune.adapter.lora import lora_config
 from slimtune.adapter.targets import find_targets
@@ -26,15 +26,16 @@ def make_opened(family: str) -> Opened:
     return _opened(family, made(family))
 
 
-def make_turning(turns: int) -> Opened:
-    """Phi-3 as its long models are: in a text of more than ``turns`` tokens all are turned by other angles."""
+def make_turning(turns: int, family: str = "phi3") -> Opened:
+    """As Phi-3's long models are: in a text of more than ``turns`` tokens all are turned by other angles."""
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": turns,
         "short_factor": [1.0] * 8, "long_factor": [4.0 + at for at in range(8)],
     }  # fmt: skip
     own = {"rope_parameters": rope, "original_max_position_embeddings": turns, "sliding_window": None}
     torch.manual_seed(0)
-    return _opened("phi3", AutoModelForCausalLM.from_config(Phi3Config(**small_config("phi3").to_dict() | own)))
+    config = small_config(family)
+    return _opened(family, AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | own)))
 
 
 def _opened(family: str, model: Any) -> Opened:

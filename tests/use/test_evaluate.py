@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimtune.errors import UserError
-from slimtune.use.evaluate import documents_of, losses, run_tasks
+from slimtune.use.evaluate import documents_of, losses
 from slimtune.use.load import Opened
 from tests.use.families import make_opened, make_turning
 
@@ -59,37 +57,3 @@ def test_rows_are_padded_only_where_no_logit_changes_by_it(family: str, data: st
             logits = opened.model(input_ids=ids.long()[None], use_cache=False).logits[0, :-1]
         lost = nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")[supervised[1:]].sum()
         assert nats == pytest.approx(float(lost), rel=1e-5)
-
-
-def test_tasks_without_the_package_name_the_extra(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="lm-evaluation-harness") as error:
-        run_tasks(opened, ["arc_easy"])
-    assert "slimtune[eval]" in error.value.way_out
-
-
-TASK = """
-task: what_colour
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {rows}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{max_gen_toks: 4, until: ["\\n"]}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-
-
-def test_a_task_of_ones_own(opened: Opened, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="a package of its own")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"question": "What colour is the sky?", "answer": "no such answer"}) + "\n")
-    (tmp_path / "own.yaml").write_text(TASK.format(rows=rows))
-    results = run_tasks(opened, [str(tmp_path / "own.yaml")])
-    assert results["what_colour"]["exact_match,none"] == 0.0
-    with pytest.raises(UserError, match="does not exist"):
-        run_tasks(opened, [str(tmp_path / "other.yaml")])

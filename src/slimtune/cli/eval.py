@@ -57,9 +57,10 @@ def command(
     with fast_imports():
         from slimtune.cli.bar import busy
         from slimtune.run.quiet import upstream_to_log
-        from slimtune.use.evaluate import documents_of, losses, run_tasks
+        from slimtune.use.evaluate import documents_of, losses
         from slimtune.use.held_out import held_out_of
         from slimtune.use.load import open_model
+        from slimtune.use.tasks import run_tasks
 
     made: dict[str, Any] = {}
     with upstream_to_log(None), busy("computing the loss"):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +16,6 @@ from slimtune.config import Config
 from slimtune.data.documents import Documents
 from slimtune.data.preflight import prove
 from slimtune.data.stdin import keep_stdin
-from slimtune.errors import UserError
 from slimtune.families.rotation import turns_anew
 from slimtune.run.interval import Interval, bootstrap
 from slimtune.use.attention import any_length
@@ -27,10 +23,9 @@ from slimtune.use.cache import Holds, what_it_holds
 from slimtune.use.load import Opened
 from slimtune.use.way import apart, at_once, is_rounding, trial_prompts
 
-__all__ = ["Losses", "documents_of", "losses", "run_tasks"]
+__all__ = ["Losses", "documents_of", "goes_alone", "losses"]
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
-_TASK_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def losses(opened: Opened, documents: Documents) -> Losses:
     nats = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
     padded = len(np.unique(documents.lengths)) > 1  # rows of one length have no padding that could change anything
-    most = 0 if padded and _goes_alone(opened, int(documents.lengths.max())) else _TOKENS_AT_ONCE[opened.device.type]
+    most = 0 if padded and goes_alone(opened, int(documents.lengths.max())) else _TOKENS_AT_ONCE[opened.device.type]
     for batch in _batches(documents.lengths, most):
         rows = [documents[int(at)] for at in batch]
         width = max(len(ids) for ids, _ in rows)
@@ -108,7 +103,7 @@ def _logits(opened: Opened, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
-def _goes_alone(opened: Opened, longest: int) -> bool:
+def goes_alone(opened: Opened, longest: int) -> bool:
     """Whether a row's logits change with its padding, tried on two rows, or with one of ``longest`` beside it."""
     config = opened.model.config.get_text_config(decoder=True)
     turns = turns_anew(config)
@@ -120,52 +115,6 @@ def _goes_alone(opened: Opened, longest: int) -> bool:
     mask = torch.tensor([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
     expected = at_once(opened.model, short[:1], short[1:])
     return not is_rounding(apart(_logits(opened, ids, mask)[1, : len(short)], expected), opened.model)
-
-
-def run_tasks(opened: Opened, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on what is opened, asked by the training's chat template.
-
-    Args:
-        opened: The model.
-        tasks: Names of tasks, and files (``.yaml``) of one's own.
-        limit: Questions of each task; all unless given.
-
-    Raises:
-        UserError: The package isn't installed, or has no such task.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "--tasks needs lm-evaluation-harness",
-            rule="It is a package of its own.",
-            way_out="pip install 'slimtune[eval]'",
-        )
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
-    for file in files.values():
-        if not file.is_file():
-            raise UserError(f"task file {file} does not exist", way_out="Give a file in lm-evaluation-harness's form.")
-    known = TaskManager(include_path=[str(file.parent) for file in files.values()] or None)
-    tasks = [_task_name(files[task]) if task in files else task for task in tasks]
-    missing = [task for task in tasks if not known.match_tasks([task])]
-    if missing:
-        raise UserError(f"lm-evaluation-harness has no task {missing[0]!r}", way_out="lm_eval ls tasks lists them.")
-    # "auto" tries ever larger batches of the longest context: seconds on a GPU, many minutes on a CPU.
-    size = "auto" if opened.device.type == "cuda" else _TASK_ROWS
-    model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
-    done = lm_eval.simple_evaluate(model, tasks=tasks, apply_chat_template=True, limit=limit, task_manager=known)
-    results: dict[str, Any] = done["results"]
-    return results
-
-
-def _task_name(file: Path) -> str:
-    """What a task's file calls it."""
-    found = re.search(r"^task:[ \t]*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise UserError(f"{file} names no task", rule="A task's file has a line `task: NAME`.")
-    return found.group(1)
 
 
 def _batches(lengths: npt.NDArray[np.int32], most: int) -> Iterator[list[int]]:
