@@ -439,13 +439,12 @@ def _use_engine(
     """Let the engine run the trainer's steps, unless there is a reason against it, which is said."""
     if reason_unfused is not None:
         screen.say("engine", f"plain: {reason_unfused}")
-        if hardware.device == "cuda" and not trainer.args.gradient_checkpointing:
-            screen.say("memory", "every layer's activations are kept: this class can't compute them again")
-        return
-    engine = make_engine(config, trainer.model)
-    trainer.use_engine(engine)
+    else:
+        trainer.use_engine(make_engine(config, trainer.model))
     if hardware.device == "cuda":
-        tell_memory(engine, config, screen)
+        tell_memory(trainer, config, screen)
+    elif config.memory != "auto":
+        screen.warn(f"memory: {config.memory} isn't kept: it limits a GPU's memory, and here is none")
 
 
 def _verify(

@@ -140,13 +140,18 @@ def test_the_same_run_elsewhere_and_watched_otherwise_gives_the_same_file(
 
 
 @pytest.mark.parametrize("engine", ["fused", "plain"])
-def test_evaluations_leave_the_adapter_as_it_is(small: Path, rows: Path, tmp_path: Path, engine: str) -> None:
+def test_evaluations_leave_the_adapter_as_it_is(
+    small: Path, rows: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     held_out = campaign.make_rows(tmp_path / "held_out.jsonl", 8)
     finetune(config(str(small), rows, tmp_path / "without", engine=engine, lora_dropout=0.3, eval_share=0.0))
     with_them = config(
-        str(small), rows, tmp_path / "with", engine=engine, lora_dropout=0.3, eval=(str(held_out),), eval_steps=1
-    )
-    run = finetune(with_them)
+        str(small), rows, tmp_path / "with", engine=engine, lora_dropout=0.3, eval=(str(held_out),), eval_steps=1,
+        memory="1GiB",
+    )  # fmt: skip
+    run = finetune(with_them, screen=Screen())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "memory: 1GiB isn't kept: it limits a GPU's memory, and here is none" in said
     assert [record["step"] for record in run.samples()][:: len(run.samples()) - 1] == [0, 4]
     assert all(one["ended"] in ("stop", "length") for record in run.samples() for one in record["samples"])
     assert campaign.adapter_values(tmp_path / "with") == campaign.adapter_values(tmp_path / "without")

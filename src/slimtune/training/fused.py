@@ -234,8 +234,14 @@ def _take_room(engine: Engine) -> None:
     torch.cuda.empty_cache()
 
 
-def tell_memory(engine: Engine, config: Config, screen: Screen) -> None:
-    """Say what the plan takes of the GPU and of RAM, and whether that is more than it may."""
+def tell_memory(trainer: FusedTrainer, config: Config, screen: Screen) -> None:
+    """Say what the plan takes of the GPU and of RAM, and whether that is more than it may; without the engine, whether
+    layers keep all of theirs."""
+    engine: Engine | None = trainer.engine
+    if engine is None:
+        if not trainer.args.gradient_checkpointing:
+            screen.say("memory", "every layer's activations are kept: this class can't compute them again")
+        return
     screen.say("memory", memory_line(engine.parts, config.memory))
     if engine.in_ram:
         gib = engine.in_ram / 2**30
