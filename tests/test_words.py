@@ -144,6 +144,7 @@ def test_every_choice_and_every_line_of_a_run_has_its_chinese(monkeypatch: pytes
     config = Config.make(save_steps=6, eval_steps=1, gradient_accumulation=1, epochs=3)
     lines |= {
         data_line({**facts, "held_out": {"documents": 8}}), data_line({**facts, "rows_dropped": 0}),
+        data_line({**facts, "held_out": {"documents": 8}, "eval": {"trained_on": 3}, "unread": {"id": 4, "a b": 1}}),
         rehearsed_line(96), steps_line(160, config, evaluates=True), steps_line(1, config, evaluates=False),
         base_line(SimpleNamespace(  # type: ignore[arg-type]
             parameters=134_515_008, bytes_16bit=269_030_016, bytes_now=111_500_000, quantization="nf4",

@@ -15,6 +15,7 @@ from slimtune.config import Config
 from slimtune.data import preflight
 from slimtune.data.held_out import share_of
 from slimtune.data.preflight import Proof, examine, prove
+from slimtune.data.view import hints
 from slimtune.errors import UserError
 
 
@@ -241,6 +242,23 @@ def test_held_out_data_is_proven_too(tmp_path: Path, tokenizer: PreTrainedTokeni
     write(tmp_path / "two.jsonl", [{"instruction": "a", "output": ""}])
     with pytest.raises(UserError, match=r"1 of 1 evaluation rows can't(.|\n)*two.jsonl:1, field 'output'"):
         prove(Config.make(data=one, eval=two), tokenizer)
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    one, two = write(tmp_path / "one.jsonl", numbered(20)), write(tmp_path / "two.jsonl", numbered(5, 17))
+    config = Config.make(data=one, eval=two)
+    proof = prove(config, tokenizer)
+    assert proof.facts["eval"]["trained_on"] == 3
+    assert any("3 of the held-out documents are trained on too" in line for line in hints(proof, config, ()))
+    assert prove(Config.make(data=one, eval=two, train_on="all"), tokenizer).facts["eval"]["trained_on"] == 3
+    apart = write(tmp_path / "three.jsonl", numbered(5, 20))
+    assert prove(Config.make(data=one, eval=apart), tokenizer).facts["eval"]["trained_on"] == 0
+
+
+def test_a_weight_that_leaves_no_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write(tmp_path / "a.jsonl", numbered(20))
+    with pytest.raises(UserError, match="no document is left to train on"):
+        prove(Config.make(data=f"{file}*0.01"), tokenizer)
 
 
 def test_the_cache_is_taken_only_for_the_same_content(

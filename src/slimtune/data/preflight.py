@@ -49,7 +49,8 @@ class Proof:
 
     ``facts`` holds plain values: rows, rows_trained, rows_dropped, dropped, repaired, noted (counts by rule), examples
     (the first place of each rule), shapes, sources, documents, tokens, supervised_tokens, duplicates, lengths
-    (quantiles in tokens), key (the content's hash); for evaluation data the same under ``eval``; and ``held_out``, what
+    (quantiles in tokens), key (the content's hash); for evaluation data the same under ``eval``, and trained_on: how
+    many of its documents are among those to train on; and ``held_out``, what
     :func:`slimtune.data.held_out.held_out_facts` says of the documents to evaluate on.
     """
 
@@ -246,6 +247,7 @@ def _open(folder: Path, config: Config, sources: list[Source], held_out: list[So
     if held_out:
         eval_store = DocumentStore(folder / "eval")
         evaluation = Documents(eval_store, _weighted(eval_store, held_out, config.seed))
+        facts["eval"]["trained_on"] = int(np.isin(eval_store.hashes[evaluation.chosen], store.hashes[chosen]).sum())
     elif config.eval_share and len(chosen):
         chosen, apart, share, rows = set_apart(store, chosen, config.eval_share, config.seed)
         evaluation = Documents(store, apart) if len(apart) else None
@@ -267,7 +269,7 @@ def _weighted(store: DocumentStore, sources: list[Source], seed: int) -> npt.NDA
         parts += [own] * int(whole)
         if taken := round(rest * len(own)):
             parts.append(np.sort(np.random.default_rng([seed, 2, number]).choice(own, taken, replace=False)))
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _refusal(proof: Proof, config: Config) -> UserError | None:

@@ -129,6 +129,8 @@ def hints(proof: Proof, config: Config, variables: Collection[str]) -> list[str]
         said.append(f"The thoughts of {left:,} rows are left out by the template: {how}.")
     if facts["duplicates"] > facts["documents"] / 10:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
+    if both := facts.get("eval", {}).get("trained_on"):
+        said.append(f"{both:,} of the held-out documents are trained on too: on these the loss says nothing of others.")
     if left_out := facts.get("left_out"):
         names = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
         said.append(

@@ -9,7 +9,7 @@ from slimtune.config import Config
 from slimtune.data.packing import FilledBatches, MicroBatches, PackedBatches
 from slimtune.run.facts import AdapterFacts, BaseFacts
 from slimtune.run.screen import size_text
-from slimtune.run.statement import counted
+from slimtune.run.statement import counted, first_names
 
 __all__ = [
     "adapter_line",
@@ -30,7 +30,10 @@ def data_line(facts: Mapping[str, Any]) -> str:
     share = facts["supervised_tokens"] / max(1, facts["tokens"])
     dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
     held = f", {facts['held_out']['documents']:,} documents held out" if facts.get("held_out") else ", none held out"
-    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised){held}"
+    if trained_on := facts.get("eval", {}).get("trained_on"):
+        held += f" ({trained_on:,} of them trained on too)"
+    unread = f"; columns not read: {first_names(facts['unread'])}" if facts.get("unread") else ""
+    return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised){held}{unread}"
 
 
 def packs_line(data: MicroBatches, config: Config, unpacked: str | None) -> str:

@@ -13,6 +13,7 @@ from slimtune.run.statement import (
     Table,
     code,
     counted,
+    first_names,
     listed,
     part_name,
     plain,
@@ -158,6 +159,10 @@ def tell_data(facts: Facts, say: Say) -> Section | None:
         ),
     ]
     told += _batches(data, say)
+    if unread := data.get("unread"):
+        names = first_names(unread)
+        text_en = f"Columns and keys of turns that weren't read: {names}."
+        told.append(Statement(say(text_en, f"没有读取的列和回合里的键：{names}。")))
     if data.get("rows_repaired"):
         count = data["rows_repaired"]
         text_en = f"{count:,} rows were repaired, each by a rule of the table below."
@@ -190,10 +195,14 @@ def _held_out(data: Facts, say: Say) -> Statement:
     rows, trained, dropped = data["rows"], data["rows_trained"], data["rows_dropped"]
     balanced = rows == trained + dropped
     shout_en, shout_zh = ("", "") if balanced else (" THE ACCOUNT DOES NOT BALANCE.", "账目对不上！")
+    both_en, both_zh = "", ""
+    if both := data.get("trained_on"):
+        both_en = f" {both:,} of its documents were trained on too: on these the loss says what was learnt by heart."
+        both_zh = f"其中 {both:,} 篇文档也在训练数据里：它们的损失只说明背下了多少。"
     return Statement(
         say(
-            f"Of the held-out data, {rows:,} rows were read: {trained:,} kept, {dropped:,} dropped.{shout_en}",
-            f"留出数据共读入 {rows:,} 行：{trained:,} 行留用，{dropped:,} 行弃用。{shout_zh}",
+            f"Of the held-out data, {rows:,} rows were read: {trained:,} kept, {dropped:,} dropped.{shout_en}{both_en}",
+            f"留出数据共读入 {rows:,} 行：{trained:,} 行留用，{dropped:,} 行弃用。{shout_zh}{both_zh}",
         ),
         "proved" if balanced else "broken",
     )

@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "code",
     "counted",
+    "first_names",
     "is_finite",
     "listed",
     "part_name",
@@ -119,6 +120,12 @@ def counted(number: float, noun: str, plural: str = "s") -> str:
     """1 step, 2 steps, 1.5 epochs; with ``plural`` 2 batches."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
     return f"{shown} {noun}{'' if number == 1 else plural}"
+
+
+def first_names(names: Iterable[str], most: int = 5) -> str:
+    """The first of some columns' names, each on one line and not too long: a, b, …"""
+    shown = [plain(name)[:40] for name in names]
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 
 
 def listed(items: Iterable[str], say: Say) -> str:
