@@ -90,6 +90,11 @@ def test_what_cannot_be_exported_is_said_before_training(tmp_path: Path, tokeniz
     with pytest.raises(UserError, match="init_lora_weights: pissa"):
         check_exportable(find(str(tmp_path / "llama")), ["f16"], "pissa")
     check_exportable(find(str(tmp_path / "llama")), ["f16"])
+    parts = json.loads((tmp_path / "llama" / "tokenizer.json").read_text("utf-8"))
+    parts["model"]["merges"] = []
+    (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(parts), "utf-8")
+    with pytest.raises(UserError, match="it has no merges"):
+        check_exportable(find(str(tmp_path / "llama")), ["f16"])
 
 
 def test_the_run_as_gguf_says_what_the_adapter_says(adapter: Path, tmp_path: Path) -> None:

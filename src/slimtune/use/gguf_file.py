@@ -73,6 +73,12 @@ def check_family(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             way_out="Merge it, and use the merged folder.",
         )
     pre_tokenizer(tokenizer)
+    if not json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]:
+        raise UserError(
+            "this tokenizer can't be exported to GGUF: it has no merges",
+            rule="llama.cpp reads no byte-level BPE without merges, and nor does Transformers from a GGUF file.",
+            way_out="Merge it, and use the merged folder.",
+        )
     return family
 
 
