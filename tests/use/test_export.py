@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GgufConfig,
     LlamaConfig,
@@ -97,6 +98,82 @@ def test_what_cannot_be_exported_is_said_before_training(tmp_path: Path, tokeniz
         check_exportable(find(str(tmp_path / "llama")), ["f16"])
 
 
+@pytest.mark.parametrize(
+    ("config", "written", "said"),
+    [
+        (LlamaConfig(**SHAPE, hidden_act="gelu"), {}, "whose MLP has 'gelu'"),
+        (Qwen3Config(**SHAPE, attention_bias=True), {}, "qwen3 model with biases in its attention"),
+        (
+            Qwen2Config(**SHAPE),
+            {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "'dynamic' rotary embeddings",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    config: Any, written: dict[str, Any], said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | written))
+    with pytest.raises(UserError, match=said):
+        check_exportable(find(str(tmp_path)), ["f16"])
+
+
+def _untrained(config: Any, folder: Path, tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_a_window_is_exported_up_to_it(tmp_path: Path) -> None:
+    tokenizer = BUILT["byte-level"].make()
+    config = MistralConfig(**SHAPE, vocab_size=len(tokenizer), sliding_window=24)
+    base = _untrained(config, tmp_path / "base", tokenizer)
+    export_gguf(find(str(base)), tmp_path / "out", "f16", parity=False)
+    fields = gguf.GGUFReader(tmp_path / "out" / "out-f16.gguf").fields
+    assert fields["llama.context_length"].contents() == 24
+    assert "PARAMETER num_ctx 24\n" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(tmp_path: Path) -> None:
+    tokenizer = BUILT["byte-level"].make()
+    shape = SHAPE | {"num_attention_heads": 16, "num_key_value_heads": 8}  # eight are the class's own
+    config = MistralConfig(**shape, vocab_size=len(tokenizer), sliding_window=None)
+    base = _untrained(config, tmp_path / "base", tokenizer)
+    left_out = ("num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "head_dim")
+    written = json.loads((base / "config.json").read_text())
+    written = {name: value for name, value in written.items() if name not in left_out}
+    written |= {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 4.0}}  # as before Transformers 5
+    (base / "config.json").write_text(json.dumps(written))
+    write_gguf(MergedWeights(base, None), tokenizer, tmp_path / "m.gguf", "f16", name="m", turn_end=2)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    expected = AutoConfig.from_pretrained(base)
+    assert fields["llama.attention.head_count_kv"] == expected.num_key_value_heads
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(expected.rms_norm_eps)
+    assert (fields["llama.rope.freq_base"], fields["llama.rope.dimension_count"]) == (5e4, 4)
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 4.0)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    tokenizer = BUILT["byte-level"].make()
+    size = max(tokenizer.get_vocab().values())
+    base = _untrained(LlamaConfig(**SHAPE, vocab_size=size), tmp_path / "base", tokenizer)
+    with pytest.raises(UserError, match=f"has a token {size}, and the model's embedding {size} rows"):
+        write_gguf(MergedWeights(base, None), tokenizer, tmp_path / "m.gguf", "f16", name="m", turn_end=2)
+
+
+def test_numbers_that_reading_back_leaves_out_are_no_proof(tmp_path: Path) -> None:
+    """Transformers' reader drops a Llama's biases without a word, and fresh ones are zeros: all would seem equal."""
+    tokenizer = BUILT["byte-level"].make()
+    config = LlamaConfig(**SHAPE, vocab_size=len(tokenizer), attention_bias=True)
+    export_gguf(find(str(_untrained(config, tmp_path / "base", tokenizer))), tmp_path / "unproven", "f16", parity=False)
+    with pytest.raises(UserError, match="numbers in unproven"):
+        export._read_back_voice(tmp_path / "unproven" / "unproven-f16.gguf")
+
+
 def test_the_run_as_gguf_says_what_the_adapter_says(adapter: Path, tmp_path: Path) -> None:
     certificate = export_gguf(find(str(adapter)), tmp_path / "out", "q8_0")
     assert certificate is not None
@@ -147,7 +224,7 @@ def test_llama_3s_frequencies_are_divided_as_transformers_divides_them() -> None
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=131072)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     plain = 1.0 / 500000.0 ** (np.arange(0, 128, 2) / 128)
-    factors = _rope_factors(config.to_dict())
+    factors = _rope_factors(config)
     assert factors is not None
     np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
 
@@ -155,7 +232,7 @@ def test_llama_3s_frequencies_are_divided_as_transformers_divides_them() -> None
 def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> None:
     from copy import deepcopy
 
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
     other = deepcopy(tokenizer)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,12 +245,26 @@ def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> 
         r"|\s+(?!\S)|\s+"
     )
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    no_cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, no_cut])
     # What llama.cpp does under the name: it takes a word that is a token whole, or not (Llama 3's; Smaug's).
     for whole, name in ((True, "llama-bpe"), (False, "smaug-bpe")):
         other.backend_tokenizer.model.ignore_merges = whole
         assert pre_tokenizer(other) == name
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), bytes_only])
+    other.backend_tokenizer.normalizer = normalizers.NFC()
+    assert pre_tokenizer(other) == "smaug-bpe"
+    for unlike in (
+        pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), bytes_only]),
+        pre_tokenizers.Sequence([split, bytes_only]),  # cut once more
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+    ):
+        other.backend_tokenizer.pre_tokenizer = unlike
+        with pytest.raises(UserError, match="way of splitting text isn't known"):
+            pre_tokenizer(other)
+    other.backend_tokenizer.pre_tokenizer = bytes_only
+    other.backend_tokenizer.model.ignore_merges = False
+    assert pre_tokenizer(other) == "gpt-2"
+    other.backend_tokenizer.normalizer = normalizers.Replace("~", "about")
     with pytest.raises(UserError, match="way of splitting text isn't known"):
         pre_tokenizer(other)
 

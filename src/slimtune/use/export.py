@@ -26,7 +26,7 @@ from slimtune.errors import UserError
 from slimtune.run.folder import RunFolder
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.screen import Screen
-from slimtune.use.gguf_file import check_family, write_gguf
+from slimtune.use.gguf_file import ROPE_FACTORS, check_family, longest_text, write_gguf
 from slimtune.use.load import Found, Opened, find, open_model, stop_ids, turn_ends
 from slimtune.use.merge import free_room, new_folder
 from slimtune.use.ollama import modelfile
@@ -131,7 +131,8 @@ def export_gguf(
         else:
             write_gguf(weights, tokenizer, folder / file_name, kind, name=name, turn_end=ends[0])
         trained = found.passport.config.get("max_length", 0) if found.passport else 0
-        text = modelfile(file_name, tokenizer, ends, max(2048, int(trained)), found.manner)
+        context = min(max(2048, int(trained)), longest_text(weights.config))
+        text = modelfile(file_name, tokenizer, ends, context, found.manner)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         if parity:
             certificate = _prove(reference(_on_16_bits(found)), found, folder / file_name, kind)
@@ -187,20 +188,29 @@ def _read_back_voice(file: Path) -> Voice:
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    _check_reader(file, tokenizer)
+    _check_reader(file, tokenizer, model)
     model.eval()  # type: ignore[no-untyped-call]
     opened = Opened(Found(str(file), file.parent, None, None), model, tokenizer, stop_ids(model, tokenizer))
     return transformers_voice(opened, f"{file.name}, read back by Transformers")
 
 
-def _check_reader(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """See that a reply's end is a token as read back: Transformers 5.17 reads a Qwen's with marks of its own alone."""
-    fields = GGUFReader(file).fields
-    end = fields["tokenizer.ggml.eos_token_id"].contents()
-    token = fields["tokenizer.ggml.tokens"].contents(end)
+def _check_reader(file: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """See that all of the file was read: a reply's end as a token, which Transformers 5.17 takes of a Qwen's with marks
+    of its own alone, and every number, of which it leaves a Llama's biases out."""
+    reader = GGUFReader(file)
+    end = reader.fields["tokenizer.ggml.eos_token_id"].contents()
+    token = reader.fields["tokenizer.ggml.tokens"].contents(end)
+    read = model.num_parameters()
+    held = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name != ROPE_FACTORS)
     if tokenizer.get_added_vocab().get(token) != end:
         raise UserError(
             f"Transformers {transformers.__version__} doesn't read {token} in {file.name} as the control token it is",
+            rule="What the export says is proven by reading it back, which this version can't do rightly.",
+            way_out="Install a newer Transformers or llama-cpp-python, or export without the proof: --no-parity",
+        )
+    if read != held:
+        raise UserError(
+            f"Transformers {transformers.__version__} reads {read:,} of {held:,} numbers in {file.name}",
             rule="What the export says is proven by reading it back, which this version can't do rightly.",
             way_out="Install a newer Transformers or llama-cpp-python, or export without the proof: --no-parity",
         )

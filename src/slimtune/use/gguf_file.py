@@ -20,28 +20,49 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimtune.adapter.merged import MergedWeights
+from slimtune.base.source import upstream_errors
 from slimtune.errors import UserError
 
-__all__ = ["FAMILIES", "check_family", "pre_tokenizer", "write_gguf"]
+__all__ = ["FAMILIES", "ROPE_FACTORS", "check_family", "longest_text", "pre_tokenizer", "write_gguf"]
 
 FAMILIES: dict[str, str] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"
 }  # fmt: skip
 """Transformers' model types that can be written, and llama.cpp's name of each."""
 _PERMUTED = {"llama"}
+_WITHOUT_BIASES = {"qwen3", "qwen3moe"}
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.\d+\.(?P<projection>.+)")
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor that is none of the model's weights."""
 _ROUTER = "ffn_gate_inp.weight"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {
-    (_WORDS + r"\p{N}" + _REST, False): "qwen2",
-    (_WORDS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
-    (_WORDS + r"\p{N}{1,3}" + _REST, False): "smaug-bpe",
-}
-"""llama.cpp's name for a pattern, and for whether a word that is a token is taken whole (``ignore_merges``)."""
+
+
+def _bytes(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+
+
+def _split(pattern: str) -> list[dict[str, Any]]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [split, _bytes(use_regex=False)]
+
+
+_SPLITTERS: list[tuple[list[dict[str, Any]], bool, str]] = [
+    ([_bytes(use_regex=True)], False, "gpt-2"),
+    ([{"type": "Digits", "individual_digits": True}, _bytes(use_regex=True)], False, "smollm"),
+    (_split(_WORDS + r"\p{N}" + _REST), False, "qwen2"),
+    (_split(_WORDS + r"\p{N}{1,3}" + _REST), True, "llama-bpe"),
+    (_split(_WORDS + r"\p{N}{1,3}" + _REST), False, "smaug-bpe"),
+]
+"""The steps that cut a text, whether a word that is a token is taken whole (``ignore_merges``), llama.cpp's name."""
+_NORMALIZERS = (None, {"type": "NFC"})
+"""What a text may go through first. llama.cpp has no NFC, and its Qwens do without: text is composed as a rule."""
+_ACTIVATIONS = ("silu", "swish")
 _CONTROL_LIKE = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 """Added tokens that llama.cpp's converter takes for control tokens though they aren't marked so: ``<|fim_prefix|>``."""
 _Q8 = gguf.GGMLQuantizationType.Q8_0
@@ -60,13 +81,26 @@ def check_family(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             rule=f"These can: {', '.join(FAMILIES)}.",
             way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
         )
-    rope = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    full = _completed(config)
+    rope = full.rope_parameters["rope_type"]
     if rope not in ("default", "linear", "llama3"):
         raise UserError(
             f"a model with {rope!r} rotary embeddings can't be exported to GGUF",
             way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
         )
-    if family == "qwen3moe" and not _is_plain_mixture(config):
+    if full.hidden_act not in _ACTIVATIONS:
+        raise UserError(
+            f"a model whose MLP has {full.hidden_act!r} can't be exported to GGUF",
+            rule=f"llama.cpp computes a {config['model_type']} model with silu, whatever its file says.",
+            way_out="Merge it, and use the merged folder.",
+        )
+    if family in _WITHOUT_BIASES and full.attention_bias:
+        raise UserError(
+            f"a {config['model_type']} model with biases in its attention can't be exported to GGUF",
+            rule="llama.cpp has no place for them.",
+            way_out="Merge it, and use the merged folder.",
+        )
+    if family == "qwen3moe" and not _is_plain_mixture(full):
         raise UserError(
             "this mixture of experts can't be exported to GGUF",
             rule="llama.cpp knows Qwen 3's with experts in every layer, their weights made to sum to one.",
@@ -82,9 +116,28 @@ def check_family(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     return family
 
 
-def _is_plain_mixture(config: dict[str, Any]) -> bool:
-    everywhere = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
-    return everywhere and bool(config.get("norm_topk_prob"))
+def longest_text(config: dict[str, Any]) -> int:
+    """Most tokens of a text that llama.cpp computes as the model does.
+
+    In these families it reads all that stands before a token, a window's worth or more: up to a window both are one.
+    """
+    full = _completed(config)
+    # Llama's class has no window, whatever its config says.
+    window = None if full.model_type == "llama" else full.sliding_window
+    if window and "sliding_attention" in (getattr(full, "layer_types", None) or ["sliding_attention"]):
+        return min(int(full.max_position_embeddings), int(window))
+    return int(full.max_position_embeddings)
+
+
+def _completed(config: dict[str, Any]) -> PretrainedConfig:
+    """The config as Transformers reads it: with what its file leaves to the class's defaults, and old names' values."""
+    with upstream_errors("config.json"):
+        made: PretrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return made
+
+
+def _is_plain_mixture(config: Any) -> bool:
+    return config.decoder_sparse_step == 1 and not config.mlp_only_layers and bool(config.norm_topk_prob)
 
 
 def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -94,18 +147,18 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         UserError: It is none of those that slimtune can name for certain.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitter = backend["pre_tokenizer"] or {}
-    parts = splitter.get("pretokenizers", [splitter])
-    kinds = [part.get("type") for part in parts]
-    whole_words = bool(backend["model"].get("ignore_merges"))
-    if backend["model"]["type"] == "BPE" and not backend["model"].get("byte_fallback"):
-        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not whole_words:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and not whole_words:
-            return "smollm"
-        pattern = parts[0]["pattern"].get("Regex", "") if kinds == ["Split", "ByteLevel"] else ""
-        if (name := _SPLITS.get((pattern, whole_words))) is not None:
-            return name
+    splitter, model = backend["pre_tokenizer"] or {}, backend["model"]
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in splitter.get("pretokenizers", [splitter])
+    ]
+    plain = not any(
+        model.get(key) for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    )
+    if model["type"] == "BPE" and plain and backend["normalizer"] in _NORMALIZERS:
+        for known, whole_words, name in _SPLITTERS:
+            if steps == known and bool(model.get("ignore_merges")) == whole_words:
+                return name
     raise UserError(
         "this tokenizer can't be exported to GGUF: llama.cpp's name for its way of splitting text isn't known",
         rule="Byte-level BPE as of GPT-2, SmolLM, Qwen 2 and 3, and Llama 3 is known.",
@@ -129,20 +182,20 @@ def write_gguf(
     Raises:
         UserError: The family can't be written, or a weight is too large for F16.
     """
-    config = weights.config
-    family = check_family(config, tokenizer)
+    family = check_family(weights.config, tokenizer)
+    config: Any = _completed(weights.config)
     writer = gguf.GGUFWriter(file, family)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _hyperparameters(writer, config)
-    _tokenizer(writer, tokenizer, int(config["vocab_size"]), turn_end)
-    sources = _sources(weights, family)
+    _hyperparameters(writer, config, longest_text(weights.config))
+    _tokenizer(writer, tokenizer, config.vocab_size, turn_end)
+    sources = _sources(weights, config, family)
     shapes = {target: _shape(weights, tensors) for target, tensors in sources.items()}
     plans = {target: _type(target, shape, kind) for target, shape in shapes.items()}
     factors = _rope_factors(config)
     if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.nbytes)
     for target, shape in shapes.items():
         stored = gguf.quant_shape_to_byte_shape(shape, plans[target])  # its last axis counts bytes
         if plans[target] is _Q8:
@@ -161,41 +214,41 @@ def write_gguf(
     writer.close()
 
 
-def _hyperparameters(writer: Any, config: dict[str, Any]) -> None:
-    heads = int(config["num_attention_heads"])
-    size = int(config.get("head_dim") or config["hidden_size"] // heads)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+def _hyperparameters(writer: Any, config: Any, longest: int) -> None:
+    size = _head_size(config)
+    rope = config.rope_parameters
+    writer.add_context_length(longest)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_vocab_size(int(config["vocab_size"]))
-    if experts := config.get("num_experts") or config.get("num_local_experts"):  # old and new configs' name
-        writer.add_expert_count(int(experts))
-        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
-        writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
-    if rope.get("rope_type") == "linear":
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        writer.add_sliding_window(int(config["sliding_window"]))
 
 
-def _rope_factors(config: dict[str, Any]) -> npt.NDArray[np.float32] | None:
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rope_factors(config: Any) -> npt.NDArray[np.float32] | None:
     """Llama 3's divisors of the rotary frequencies (Transformers, ``_compute_llama3_parameters``)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type") != "llama3":
+    rope = config.rope_parameters
+    if rope["rope_type"] != "llama3":
         return None
-    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    theta = float(rope.get("rope_theta") or config["rope_theta"])
-    waves = 2 * np.pi * theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    size = _head_size(config)
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(rope["original_max_position_embeddings"])
     smooth = np.clip((original / waves - low) / (high - low), 0.0, 1.0)
@@ -204,6 +257,13 @@ def _rope_factors(config: dict[str, Any]) -> npt.NDArray[np.float32] | None:
 
 def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_end: int) -> None:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise UserError(
+            f"the tokenizer has a token {highest:,}, and the model's embedding {size:,} rows",
+            rule="llama.cpp's list of tokens is as long as the embedding.",
+            way_out="Take the tokens that the model never learnt out of the tokenizer's files.",
+        )
     tokens = [f"[PAD{at}]" for at in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for text, at in backend["model"]["vocab"].items():
@@ -233,14 +293,13 @@ def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def _sources(weights: MergedWeights, family: str) -> dict[str, list[str]]:
+def _sources(weights: MergedWeights, config: Any, family: str) -> dict[str, list[str]]:
     """For each tensor of the GGUF file the base's that it is made of: one, or a layer's experts in their order."""
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family)
-    known = gguf.get_tensor_name_map(architecture, int(weights.config["num_hidden_layers"]))
-    tied = bool(weights.config.get("tie_word_embeddings"))
+    known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     sources: dict[str, list[str]] = {}
     for tensor in weights:
-        if (tied and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq"):
+        if (config.tie_word_embeddings and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq"):
             continue
         expert = _EXPERT.fullmatch(tensor)
         name = f"{expert['stack']}.{expert['projection']}" if expert else tensor
@@ -268,11 +327,10 @@ def _type(target: str, shape: tuple[int, ...], kind: str) -> Any:
     return _Q8 if kind == "q8_0" and shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _values(tensor: Tensor, name: str, config: dict[str, Any], family: str, kind: Any) -> npt.NDArray[Any]:
+def _values(tensor: Tensor, name: str, config: Any, family: str, kind: Any) -> npt.NDArray[Any]:
     part = name.rsplit(".", 2)[-2]
     if family in _PERMUTED and part in ("q_proj", "k_proj"):
-        heads = int(config["num_attention_heads"])
-        tensor = _interleaved(tensor, heads if part == "q_proj" else int(config.get("num_key_value_heads") or heads))
+        tensor = _interleaved(tensor, config.num_attention_heads if part == "q_proj" else config.num_key_value_heads)
     if kind is _Q8:
         return np.concatenate([gguf.quants.quantize(rows.float().numpy(), _Q8) for rows in _some_rows(tensor)])
     if kind is gguf.GGMLQuantizationType.F32:
