@@ -116,13 +116,15 @@ def test_the_heads_way_back_in_fp8_is_a_rounding_from_the_gradient(vocabulary: i
     capped = logits if softcap is None else softcap * (logits / softcap).tanh()
     nn.functional.cross_entropy(capped, targets, reduction="sum").backward()
 
-    plain, found, off = (torch.full_like(x, torch.nan) for _ in range(3))
+    plain, found, at_once, off = (torch.full_like(x, torch.nan) for _ in range(4))
     loss = head_loss_and_grad(*given, plain, softcap=softcap)
     torch.testing.assert_close(head_loss_and_grad(*given, found, softcap=softcap, in_fp8=eighths), loss)
     apart = (found.double() - total.grad).norm() / total.grad.norm()
     own = (plain.double() - total.grad).norm() / total.grad.norm()
     assert own < apart < 0.035
     assert not found[1::2].any()
+    head_loss_and_grad(*given[:-1], TOKENS, at_once, softcap=softcap, in_fp8=eighths)
+    assert (found - at_once).norm() < 0.005 * found.norm()  # the same roundings
     with switch.off():
         assert torch.equal(head_loss_and_grad(*given, off, softcap=softcap, in_fp8=eighths), loss)
     assert torch.equal(off, plain)

@@ -72,17 +72,20 @@ class Fp8Head:
         taken = hidden % _MULTIPLE == 0 and pays(tokens, hidden, vocabulary)
         return hidden * (_padded(vocabulary) + _again(vocabulary) + 4) if taken else 0
 
-    def loss_and_grad(self, logits: Tensor, targets: Tensor, out: Tensor, *, softcap: float | None = None) -> Tensor:
+    def loss_and_grad(
+        self, logits: Tensor, targets: Tensor, out: Tensor, *, before: int = 0, softcap: float | None = None
+    ) -> Tensor:
         """Sum of the losses, float32; ``out`` becomes the gradient of what the head multiplied.
 
         Args:
             logits: bfloat16 [n, width], the vocabulary's first; overwritten.
             targets: int64 [n].
             out: bfloat16 [n, H].
+            before: Supervised tokens of the micro-batch before these.
             softcap: As the kernel has it.
         """
         loss, rows, scales, own = cross_entropy_fp8.loss_and_grad_(
-            logits, targets, self.vocabulary, again=self.again, softcap=softcap
+            logits, targets, self.vocabulary, again=self.again, before=before, softcap=softcap
         )
         fp8.product(rows, scales, self.turned, self.scales, out=out, long_sum=True)
         # As the product has them. Were the targets' rows exact and the others rounded, what a token pushes as a target

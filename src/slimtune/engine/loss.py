@@ -57,7 +57,9 @@ def head_loss_and_grad(
         places = rows[start : start + chunk]
         y, s, rstd = _normed(x, residual, final_norm, places)
         part = targets[start : start + chunk]
-        total += loss_and_grad_of_chunk(y, head, part, buffer[: y.shape[0]], softcap=softcap, in_fp8=in_fp8)
+        total += loss_and_grad_of_chunk(
+            y, head, part, buffer[: y.shape[0]], before=start, softcap=softcap, in_fp8=in_fp8
+        )
         dx = norm.norm_backward(y, s, final_norm.weight, rstd, centred=final_norm.centred, out=y)
         if weights is not None:
             dx *= weights[start : start + chunk, None].to(dx.dtype)
@@ -71,6 +73,7 @@ def loss_and_grad_of_chunk(
     targets: Tensor,
     buffer: Tensor,
     *,
+    before: int = 0,
     softcap: float | None = None,
     in_fp8: Fp8Head | None = None,
 ) -> Tensor:
@@ -81,12 +84,13 @@ def loss_and_grad_of_chunk(
         head: [V, H].
         targets: int64 [n].
         buffer: [n, V or more], for logits and their gradient.
+        before: Supervised tokens of the micro-batch before these: in FP8 a row's rounding depends on its place.
         softcap: As :func:`head_loss_and_grad`.
         in_fp8: Likewise.
     """
     logits = torch.mm(y, head.t(), out=buffer[:, : head.shape[0]])
     if in_fp8 is not None and in_fp8.switch.on:
-        return in_fp8.loss_and_grad(buffer, targets, y, softcap=softcap)
+        return in_fp8.loss_and_grad(buffer, targets, y, before=before, softcap=softcap)
     loss = cross_entropy.loss_and_grad_(logits, targets, 1.0, softcap=softcap)
     torch.mm(logits, head, out=y)
     return loss

@@ -105,6 +105,16 @@ def test_a_far_tail_is_there_on_average(make: Maker) -> None:
     assert_close((rows.float() * scales).sum(1), own[:, 0], dtype=torch.bfloat16)
 
 
+def test_a_chunk_is_rounded_as_it_is_in_the_whole(make: Maker) -> None:
+    """So that a plan with other chunks trains alike."""
+    logits, targets = make(24, 1008) * 4.0, torch.arange(24, device=make.device)
+    _, rows, *_ = cross_entropy_fp8.loss_and_grad_(logits.clone(), targets, 1008)
+    for start in (0, 7, 16):
+        part = slice(start, start + 9)
+        _, chunk, *_ = cross_entropy_fp8.loss_and_grad_(logits[part].clone(), targets[part], 1008, before=start)
+        assert torch.equal(chunk.float(), rows[part].float())
+
+
 @pytest.mark.parametrize("together", [True, False], ids=["rows", "one-place"])
 def test_what_is_rounded_is_right_on_average(make: Maker, together: bool) -> None:
     """In many rows, and where it is always the first of a micro-batch. By the nearest number a column is up to 0.06

@@ -82,6 +82,7 @@ def _loss_and_grad(
     size: int,
     width: int,
     again: int,
+    before: int,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -100,7 +101,7 @@ def _loss_and_grad(
         tl.store(own + row, 0.0)
         return
     chosen = tl.load(logits + target).to(tl.float32)
-    offset = row.to(tl.uint32) * _ROW + chosen.to(tl.uint32, bitcast=True) * _TARGET
+    offset = (row + before).to(tl.uint32) * _ROW + chosen.to(tl.uint32, bitcast=True) * _TARGET
     slope = 1.0
     if CAP:
         chosen = bent(chosen, softcap)
@@ -132,11 +133,11 @@ def _loss_and_grad(
 
 
 def loss_and_grad_(
-    logits: Tensor, targets: Tensor, vocabulary: int, *, again: int = 0, softcap: float | None = None
+    logits: Tensor, targets: Tensor, vocabulary: int, *, again: int = 0, before: int = 0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`slimtune.engine.kernels.reference_fp8.loss_and_grad_`; ``again`` is at most 8,192."""
     if not runs_on_triton(logits):
-        return reference.loss_and_grad_(logits, targets, vocabulary, again=again, softcap=softcap)
+        return reference.loss_and_grad_(logits, targets, vocabulary, again=again, before=before, softcap=softcap)
     rows, width = logits.shape
     eighths = logits.view(E4M3)[:, : width + again]
     # Each by itself: cuBLAS wants scales to begin at a multiple of 16 bytes.
@@ -144,7 +145,7 @@ def loss_and_grad_(
     block = min(pow2(width), 8192)
     _loss_and_grad[(rows,)](
         logits, targets, eighths, losses, scales, own, softcap or 0.0, logits.stride(0), eighths.stride(0), vocabulary,
-        width, again, CAP=softcap is not None, BLOCK=block, ALIGN=row_alignment(logits),
+        width, again, before, CAP=softcap is not None, BLOCK=block, ALIGN=row_alignment(logits),
         num_warps=min(max(block // 1024, 1), 8), enable_fp_fusion=True,
     )  # fmt: skip
     return losses.sum(), eighths, scales, own

@@ -206,7 +206,7 @@ def grouped_product(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor
 
 
 def loss_and_grad_(
-    logits: Tensor, targets: Tensor, vocabulary: int, *, again: int = 0, softcap: float | None = None
+    logits: Tensor, targets: Tensor, vocabulary: int, *, again: int = 0, before: int = 0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy: overwrite logits with their gradient but for the targets' own part, give the loss's sum.
 
@@ -219,6 +219,7 @@ def loss_and_grad_(
         targets: int64 [N]; -100 where there is none.
         vocabulary: V, at most K.
         again: C, at most K: of so many columns, the first, the numbers come once more behind each row.
+        before: Rows of the same micro-batch before these, so that a chunk is rounded as it is in the whole.
         softcap: The loss is that of softcap x tanh(logits / softcap).
 
     Returns:
@@ -241,21 +242,21 @@ def loss_and_grad_(
     width = logits.shape[1]
     rows = logits.view(E4M3)[:, : width + again]
     rows.zero_()
-    rows[:, :vocabulary] = _rounded_on_average(torch.where(known, exact, 0.0), begins)
+    rows[:, :vocabulary] = _rounded_on_average(torch.where(known, exact, 0.0), begins, before)
     rows[:, width:] = rows[:, :again]
     scales, losses = (peak - most).exp() / whole * (1.0 / LARGEST), whole.log() + (most - chosen)
     loss, scales, own = (torch.where(known, each, 0.0) for each in (losses, scales, own))
     return loss.sum(), rows, scales, own
 
 
-def _rounded_on_average(x: Tensor, begins: Tensor) -> Tensor:
+def _rounded_on_average(x: Tensor, begins: Tensor, before: int) -> Tensor:
     """x, float32 [N, V] of 0 to 448, in e4m3: up as often as it is near the upper neighbour; begins: int64 [N, 1].
 
     e4m3 has three of float32's 23 bits of mantissa, and steps of 2⁻⁹ below 2⁻⁶, float32's steps with these three bits
     from there to 2⁻⁵.
     """
     rows, columns = (torch.arange(count, device=x.device) for count in x.shape)
-    draw = (((columns * DRAWS[0] + rows[:, None] * DRAWS[1] + begins) & 0xFFFFFFFF) >> 12).int()
+    draw = (((columns * DRAWS[0] + (rows[:, None] + before) * DRAWS[1] + begins) & 0xFFFFFFFF) >> 12).int()
     shift = torch.where(x < 2.0**-6, 2.0**-6, 0.0)
     bits = ((x + shift).view(torch.int32) + draw) & -0x100000
     return (bits.view(torch.float32) - shift).to(E4M3)
