@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from slimtune.data.conversation import normalise
@@ -138,6 +138,23 @@ def test_raw_text_begins_as_the_tokenizer_begins_it(built: tuple[Built, PreTrain
     [draft] = renderer.drafts(normalise({"text": "The quick brown fox"}))
     ids, _ = renderer.encoder.encode([draft.pieces])[0]
     assert ids[:-1].tolist() == tokenizer("The quick brown fox").input_ids
+
+
+@pytest.mark.parametrize("begins", [["<s>"], ["<|user|>", "<|system|>"], ["<s>", "<|user|>"], ["<|user|>", "<s>"]])
+@pytest.mark.parametrize("written", [False, True])
+def test_raw_text_begins_with_all_that_the_tokenizer_puts_there(begins: list[str], written: bool) -> None:
+    """As GLM's, which puts two tokens that aren't its BOS; what a program wrote itself isn't put there again."""
+    tokenizer = BUILT["byte-level"].make()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join([*begins, "$A", "</s>"]),
+        special_tokens=[(t, backend.token_to_id(t)) for t in {*begins, "</s>"}],
+    )
+    renderer = renderer_for(tokenizer)
+    conversation = normalise({"text": "".join(begins) * written + "The fox"})
+    conversation.rendered = written
+    [draft] = renderer.drafts(conversation)
+    assert renderer.encoder.encode([draft.pieces])[0][0].tolist() == tokenizer("The fox").input_ids
 
 
 def test_a_token_that_transformers_reads_as_text_is_text() -> None:

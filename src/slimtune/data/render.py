@@ -111,7 +111,8 @@ class ChatRenderer:
         self.manner = manner or Manner()
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
-        self.adds_bos = self.bos_id is not None and list(tokenizer("").input_ids)[:1] == [self.bos_id]
+        self._begin = _put_before(tokenizer)
+        self.adds_bos = self.bos_id is not None and self._begin[:1] == [self.bos_id]
         source = tokenizer.chat_template
         self._sources: dict[str, str] = source if isinstance(source, dict) else {"default": source} if source else {}
         self._special_texts = dict(tokenizer.special_tokens_map)
@@ -311,10 +312,11 @@ class ChatRenderer:
     # -- text to pieces -----------------------------------------------------------------------------------------------
 
     def _raw(self, text: str, with_controls: bool) -> Draft:
-        """Raw text: BOS where the tokenizer adds one, the text, the end of text; all of it supervised."""
+        """Raw text: what the tokenizer begins texts with (BOS, GLM's two tokens), the text, the end of text; all of it
+        supervised."""
         pieces = self._cut(text, True, False) if with_controls else [Piece(text, -1, True, False)]
-        if self.adds_bos and self.bos_id is not None and pieces[0].control != self.bos_id:
-            pieces.insert(0, Piece("", self.bos_id, True, False))
+        if pieces[0].control not in self._begin:
+            pieces[:0] = [Piece("", token, True, False) for token in self._begin]
         if self.eos_id is not None and pieces[-1].control != self.eos_id:
             pieces.append(Piece("", self.eos_id, True, False))
         return Draft(pieces, 1)
@@ -351,6 +353,13 @@ class ChatRenderer:
         if self.adds_bos and bos is not None and (not pieces or pieces[0].control != bos):
             pieces.insert(0, Piece("", bos, False, False))
             draft.notes.append("bos-added")
+
+
+def _put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before a text."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (True, False))
+    at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:at]
 
 
 def _bad_template(what: str) -> UserError:
