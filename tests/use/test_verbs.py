@@ -60,5 +60,7 @@ def test_merge_export_and_push(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(load_file(tmp_path / "merged" / "model.safetensors")) == 272
     _run("export", adapter, "--to", "vllm")
     assert f"={adapter} " in capsys.readouterr().out
+    _run("export", adapter, "--to", "mlx", "--base", "/where it/lies now")
+    assert f"slimtune merge {adapter} -o merged --base '/where it/lies now'\n" in capsys.readouterr().out
     _run("push", adapter, tmp_path / "published")
     assert (tmp_path / "published" / "README.md").is_file()

@@ -60,8 +60,9 @@ def _command(target: str, base: str | None, kind: str) -> str:
     from slimtune.serve.vllm import vllm_command
 
     if kind == "mlx":
+        words = ["slimtune", "merge", target, "-o", "merged", *(("--base", base) if base else ())]
         return (
-            f"slimtune merge {shlex.quote(target)} -o merged\n"
+            f"{shlex.join(words)}\n"
             "mlx_lm.convert --hf-path merged --mlx-path mlx -q   # on a Mac, after: pip install mlx-lm"
         )
     return shlex.join(vllm_command(find_all([target], base=base), "127.0.0.1", 8000, batch=16))

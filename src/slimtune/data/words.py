@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-__all__ = ["WordEncoder"]
+__all__ = ["WordEncoder", "byte_alphabet"]
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """The pattern of the ByteLevel pre-tokenizer (Radford et al. 2019; tokenizers/src/pre_tokenizers/byte_level.rs)."""
@@ -44,7 +44,7 @@ class WordEncoder:
         self._model = backend.model
         self._pattern = _compiled(_pattern(spec))
         self._ids: dict[str, bytes] = {}  # as int32, so that a text's ids are its words' joined
-        self._alphabet = _byte_alphabet()
+        self._alphabet = byte_alphabet()
         if self._pattern is not None and any(self._differs(probe, backend) for probe in _PROBES):
             self._pattern = None
 
@@ -122,7 +122,7 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
     return None if compiled.groups or r"\p" in made or r"\P" in made else compiled
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable character that stands for each byte (GPT-2's bytes_to_unicode)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))

@@ -25,6 +25,7 @@ from slimtune.serve.metrics import Metrics
 from slimtune.serve.refusal import Refusal
 from slimtune.serve.reply import Part, parts
 from slimtune.serve.shape import Shape, usage
+from slimtune.serve.spelling import Spelling
 from slimtune.serve.tools import CallText
 from slimtune.use.sampling import Sampling
 
@@ -63,7 +64,8 @@ class Answer:
     ) -> None:
         self.calls, self.guide = calls, guide
         self.asked, self.engine, self.prompt, self.metrics = asked, engine, prompt, metrics
-        self.shape = shape(asked.model, asked.wanted_logprobs is not None, self._spell)
+        spelling = Spelling(engine.opened.tokenizer, engine.opened.stop_ids[0])
+        self.shape = shape(asked.model, asked.wanted_logprobs is not None, spelling)
         room = engine.opened.context - len(prompt)
         _, wanted = asked.wanted_tokens
         self.sampling = Sampling(
@@ -125,10 +127,6 @@ class Answer:
                 yield self.shape.chunk(part)
         if self.asked.includes_usage:
             yield self.shape.last(usage(len(self.prompt), count))
-
-    def _spell(self, token: int) -> tuple[str, list[int]]:
-        text = str(self.engine.opened.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return text, list(text.encode())
 
 
 class Stream:

@@ -7,9 +7,11 @@ honours is refused, never ignored: a client must not believe that it got what it
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from slimtune.serve.limits import Limits
 from slimtune.serve.messages import Message
@@ -273,7 +275,7 @@ def read(kind: type[R], body: bytes, limits: Limits) -> R:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refused(error) from None
+        raise _refused(error, body) from None
     name, wanted = request.wanted_tokens
     if wanted is not None and wanted > limits.output_tokens:
         raise Refusal(400, f"{name} is {wanted}; this server gives {limits.output_tokens}", "too_long", param=name)
@@ -283,16 +285,38 @@ def read(kind: type[R], body: bytes, limits: Limits) -> R:
     return request
 
 
-def _refused(error: ValidationError) -> Refusal:
+def _refused(error: ValidationError, body: bytes) -> Refusal:
     """One fault, in words that name the field."""
-    # Where a field may be of several kinds there is a fault for each; what went wrong deepest inside says most.
+    # Where a field may be of several kinds there is a fault for each. What is wrong with the kind that was given says
+    # more than that it is none of the others, and what went wrong deepest inside says most.
     first = max(
-        error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"])
+        error.errors(include_url=False, include_context=False, include_input=False),
+        key=lambda fault: (not fault["type"].endswith("_type"), len(fault["loc"])),
     )
-    param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['msg']}", "invalid_json")
+    param = _place(first["loc"], from_json(body), missing=first["type"] == "missing")
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"unknown or unsupported parameter: {json.dumps(param)}", "unknown_parameter", param=param)
     words = first["msg"].removeprefix("Value error, ")
     return Refusal(400, f"{param}: {words}" if param else words, "invalid_value", param=param)
+
+
+def _place(location: Sequence[str | int], value: Any, *, missing: bool) -> str | None:
+    """Where in a body something is, as clients write it: ``messages[0].content``.
+
+    Pydantic names a field's kinds in between, which the body knows nothing of.
+
+    Args:
+        location: Pydantic's.
+        value: The body.
+        missing: Whether the last part isn't there.
+    """
+    place = f".{location[-1]}" if missing else ""
+    at = ""
+    for part in location:
+        if isinstance(value, dict) and part in value:
+            value, at = value[part], f"{at}.{part}"
+        elif isinstance(value, list) and isinstance(part, int):
+            value, at = value[part], f"{at}[{part}]"
+    return (at + place).removeprefix(".") or None

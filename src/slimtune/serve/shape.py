@@ -7,18 +7,18 @@ import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from slimtune.data.calls import Call
 from slimtune.serve.engine import Token
 from slimtune.serve.reply import Part
+from slimtune.serve.spelling import Spelling
 
 __all__ = ["Chat", "Completion", "Shape", "usage"]
 
-Spell = Callable[[int], tuple[str, list[int]]]
-"""A token's text and its bytes."""
+Spelled = tuple[str, bytes]
 
 
 def usage(prompt: int, reply: int) -> dict[str, int]:
@@ -38,12 +38,14 @@ class Shape(ABC):
 
     model: str
     logprobs: bool
-    spell: Spell
+    spelling: Spelling
     prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
     created: int = field(default_factory=lambda: int(time.time()))
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _begun: bool = field(default=False, init=False)
+    """Whether a token has been shown."""
 
     def whole(
         self,
@@ -73,6 +75,14 @@ class Shape(ABC):
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": f"{self.prefix}-{self.identity}", "object": kind, "created": self.created, "model": self.model}
+
+    def _shown(self, tokens: Sequence[Token]) -> Iterator[tuple[Spelled, float, list[tuple[Spelled, float]]]]:
+        """Each token's spelling and log probability, and those of the likeliest in its place."""
+        for token in tokens:
+            assert token.chances is not None
+            first, self._begun = not self._begun, True
+            top = [(self.spelling(other, first=first), logprob) for other, logprob in token.chances.top]
+            yield self.spelling(token.id, first=first), token.chances.logprob, top
 
     @abstractmethod
     def _text(self, text: str, calls: Sequence[Call]) -> dict[str, Any]: ...
@@ -109,16 +119,11 @@ class Chat(Shape):
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        return {"content": [self._token(token) for token in tokens if token.chances is not None], "refusal": None}
-
-    def _token(self, token: Token) -> dict[str, Any]:
-        assert token.chances is not None
-        top = [self._spelled(other, logprob) for other, logprob in token.chances.top]
-        return {**self._spelled(token.id, token.chances.logprob), "top_logprobs": top}
-
-    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
-        text, spelled = self.spell(token)
-        return {"token": text, "logprob": logprob, "bytes": spelled}
+        content = []
+        for (text, spelled), logprob, top in self._shown(tokens):
+            others = [{"token": other, "logprob": its, "bytes": list(bytes_of_it)} for (other, bytes_of_it), its in top]
+            content.append({"token": text, "logprob": logprob, "bytes": list(spelled), "top_logprobs": others})
+        return {"content": content, "refusal": None}
 
 
 class Completion(Shape):
@@ -134,9 +139,16 @@ class Completion(Shape):
         if not self.logprobs:
             return None
         made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
-        for token in tokens:
-            assert token.chances is not None
-            made["tokens"].append(self.spell(token.id)[0])
-            made["token_logprobs"].append(token.chances.logprob)
-            made["top_logprobs"].append({self.spell(other)[0]: logprob for other, logprob in token.chances.top})
+        for spelled, logprob, top in self._shown(tokens):
+            made["tokens"].append(_name(*spelled))
+            made["token_logprobs"].append(logprob)
+            named: dict[str, float] = {}
+            for other, its in top:
+                named.setdefault(_name(*other), its)  # of two that are spelled alike, the likelier
+            made["top_logprobs"].append(named)
         return made
+
+
+def _name(text: str, spelled: bytes) -> str:
+    """A token where there is no field for its bytes: what is no text is marked."""
+    return text if text.encode() == spelled else f"bytes:{text}"
