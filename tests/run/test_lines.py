@@ -10,7 +10,7 @@ from slimtune.config import Config
 from slimtune.data.documents import Documents, DocumentStore, DocumentWriter, Together
 from slimtune.data.packing import micro_batches
 from slimtune.data.sources import Place
-from slimtune.run.lines import in_ram_line, packs_line, steps_line
+from slimtune.run.lines import data_line, in_ram_line, packs_line, steps_line
 
 
 def test_the_length_of_a_run_is_said() -> None:
@@ -20,6 +20,11 @@ def test_the_length_of_a_run_is_said() -> None:
     )
     config = Config.make(max_steps=1, gradient_accumulation=1, save_steps=1)
     assert steps_line(1, config, evaluates=False) == "1 optimizer step of 1 micro-batch; a checkpoint after every step"
+
+
+def test_columns_that_arent_read_are_named_but_not_at_any_length() -> None:
+    facts = {"rows": 2, "rows_dropped": 0, "tokens": 10, "supervised_tokens": 4, "unread": ["id", "k" * 41, *"abcd"]}
+    assert data_line(facts).endswith(f"; columns not read: id, {'k' * 39}…, a, b, c, …")
 
 
 def test_what_waits_in_ram_is_said_with_its_price() -> None:

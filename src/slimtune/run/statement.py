@@ -124,7 +124,7 @@ def counted(number: float, noun: str, plural: str = "s") -> str:
 
 def first_names(names: Iterable[str], most: int = 5) -> str:
     """The first of some columns' names, each on one line and not too long: a, b, …"""
-    shown = [plain(name)[:40] for name in names]
+    shown = [name if len(name) <= 40 else name[:39] + "…" for name in map(plain, names)]
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 
 
