@@ -18,7 +18,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "axolotl": (
         {
             "base_model": "owner/base", "load_in_4bit": True, "adapter": "qlora", "lora_model_dir": None,
-            "datasets": [{"path": "owner/rows", "type": "chat_template", "split": "extra"},
+            "datasets": [{"path": "owner/rows", "type": "chat_template", "split": "extra", "field_messages": "talk"},
                          {"path": "json", "data_files": ["a.jsonl"], "field_messages": "talk"}],
             "val_set_size": 0.1, "early_stopping_patience": 3, "output_dir": "out", "sequence_len": 4096,
             "sample_packing": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05,
@@ -81,7 +81,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "model": "owner/base", "data": ("owner/rows:part",), "targets": "all-linear", "max_steps": 200,
             "warmup": 0.05, "packing": True, "compute_dtype": "bf16", "lora_r": 16, "lora_alpha": 32,
             "micro_batch": 8, "gradient_accumulation": 1, "learning_rate": 2e-5, "lr_scheduler": "linear",
-            "optim": "adamw_torch_fused",
+            "optim": "adamw_torch_fused", "double_quant": False,
         },
     ),
     "ms-swift": (
@@ -171,6 +171,73 @@ def test_what_cannot_be_translated_is_said_beside_its_value(tmp_path: Path) -> N
 def test_a_data_set_may_be_a_path_alone(tmp_path: Path, named: object) -> None:
     values = {"base_model": "owner/base", "sequence_len": 512, "datasets": named}
     assert yaml.safe_load(from_foreign(written(tmp_path, values)))["data"] == ["data.jsonl"]
+
+
+def test_options_of_a_data_set_that_become_nothing_are_told(tmp_path: Path) -> None:
+    same = {
+        "path": "a.jsonl", "type": "chat_template", "split": "train", "field_messages": "messages",
+        "roles_to_train": ["assistant"], "train_on_eos": "turn", "message_field_training": "train", "ds_type": "json",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    }  # fmt: skip
+    other = {
+        "path": "b.jsonl", "split": "train[:10%]", "roles_to_train": ["user"], "train_on_eos": "none", "shards": 10,
+        "message_field_training": "learn", "temperature": 2,
+        "type": {"format": "[INST] {instruction}", "system_prompt": "Be brief."},
+    }  # fmt: skip
+    values = {"base_model": "owner/base", "sequence_len": 512, "datasets": [same, other], "test_datasets": [other]}
+    text = from_foreign(written(tmp_path, values))
+    told = [line[2:].split(":")[0] for line in text.splitlines() if "datasets[" in line]
+    options = [*(name for name in other if name not in ("path", "type")), "type.format", "type.system_prompt"]
+    assert told == [f"{key}.{name}" for key in ("datasets[1]", "test_datasets[0]") for name in options]
+    assert "# datasets[1].split: train[:10%] — all rows of a file are taken; data: FILE#500 takes a sample" in text
+    with pytest.raises(UserError) as refused:
+        load_config(written(tmp_path, values))
+    assert "datasets[1].roles_to_train" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ([{"path": "a.jsonl"}, {"path": "b.jsonl", "type": "completion", "field": "body"}], "read in several ways"),
+        ([{"path": "a.jsonl"}, {"path": "b.jsonl", "field_messages": "talk"}], "read in several ways"),
+        ([{"path": "owner/name", "data_files": ["a.jsonl"]}], "single files of a hub's data set aren't taken"),
+    ],
+)
+def test_data_sets_that_one_config_cannot_name_are_left_out_with_the_reason(
+    tmp_path: Path, named: object, said: str
+) -> None:
+    text = from_foreign(written(tmp_path, {"base_model": "owner/base", "sequence_len": 512, "datasets": named}))
+    assert said in text
+    assert not yaml.safe_load(text).keys() & {"data", "format", "map"}
+
+
+def test_files_of_a_folder_are_named_in_it(tmp_path: Path) -> None:
+    named = [{"path": "rows", "data_files": ["a.jsonl"]}, {"path": "json", "data_files": "b.json"}]
+    text = from_foreign(written(tmp_path, {"base_model": "owner/base", "sequence_len": 512, "datasets": named}))
+    assert yaml.safe_load(text)["data"] == ["rows/a.jsonl", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("said", "train_on"),
+    [
+        ({}, "all"),
+        ({"assistant_only_loss": False}, "all"),
+        ({"assistant_only_loss": True}, "assistant"),
+        ({"assistant_only_loss": True, "completion_only_loss": False}, "assistant"),
+        ({"completion_only_loss": True}, "completion"),
+        ({"completion_only_loss": False}, "all"),
+        ({"completion_only_loss": False, "assistant_only_loss": False}, "all"),
+    ],
+)
+def test_trl_learns_every_token_unless_told_otherwise(tmp_path: Path, said: dict[str, bool], train_on: str) -> None:
+    text = from_foreign(
+        written(tmp_path, {"model_name_or_path": "a/b", "dataset_name": "c/d", "use_peft": True} | said)
+    )
+    made = yaml.safe_load(text)
+    assert made.get("train_on", "assistant") == train_on
+    assert made["epochs"] == 3.0
+    told = [line for line in text.splitlines() if "train_on: completion" in line and line.startswith("train_on: all")]
+    assert len(told) == ("completion_only_loss" not in said and train_on == "all")
 
 
 def test_a_file_of_nobodys_is_no_tools(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from tests.test_plan import documents_of
 
 SAME = {"LoRA", "score<0.9, general_change<-0.05, …"}
 """Help that is the same in both, besides commands."""
-CODE = {"data: OWNER/NAME:SPLIT", "eval: OWNER/NAME:SPLIT", "train_on: all", "train_on: assistant", "data: NAME#500",
+CODE = {"data: OWNER/NAME:SPLIT", "eval: OWNER/NAME:SPLIT", "train_on: assistant", "data: NAME#500",
         "data: FOLDER:NAME", "slimtune push RUN OWNER/NAME"}  # fmt: skip
 """What is to be written instead, and nothing else."""
 COMPOSED = {"off: {} → {}, {}", "{} of {}; a checkpoint {}", "{} rows{}, {} tokens ({} supervised){}"}

@@ -2,9 +2,9 @@
 
 Sources: axolotl's ``utils/schemas``, LLaMA-Factory's ``hparams``, mlx-lm's ``lora.py``, TRL's ``SFTConfig`` and
 ``ModelConfig`` with Transformers' ``TrainingArguments``, ms-swift's ``arguments``; read in November 2026. A rule takes
-a key's value and all values, and gives slimtune's keys, or a sentence why there is none. Where a tool's own default
-trains otherwise than slimtune's, it is among the tool's ``defaults``, so that a translated file means what it meant
-there.
+a key's value and all values, and gives slimtune's keys, perhaps with a sentence on what isn't the same, or a sentence
+why there are none. A data set's options are told one by one. Where a tool's own default trains otherwise than
+slimtune's, it is among the tool's ``defaults``, so that a translated file means what it meant there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 __all__ = ["Line", "Tool", "recognised", "translated"]
 
-Rule = Callable[[Any, Mapping[str, Any]], "dict[str, Any] | str"]
+Rule = Callable[[Any, Mapping[str, Any]], "dict[str, Any] | tuple[dict[str, Any], str] | str"]
+Names = Callable[[Any, Mapping[str, Any]], "dict[str, Any] | str"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Line:
     becomes: Mapping[str, Any]
     """slimtune's keys with their values; none where there is no counterpart."""
     note: str = ""
+    """Why there is none, or what isn't the same."""
     is_default: bool = False
     """Whether it doesn't stand in the file, but is that tool's default."""
 
@@ -58,7 +60,11 @@ def recognised(values: Mapping[str, Any]) -> Tool | None:
 
 def translated(values: Mapping[str, Any], tool: Tool) -> list[Line]:
     """Each key of the file in its order, then the tool's defaults that it leaves alone."""
-    lines = [_line(key, value, values, tool, is_default=False) for key, value in values.items()]
+    lines = []
+    for key, value in values.items():
+        lines.append(_line(key, value, values, tool, is_default=False))
+        if key in ("datasets", "test_datasets"):
+            lines += _options(key, value)
     left = {key: value for key, value in tool.defaults.items() if values.get(key) is None}
     taken = {name for line in lines for name in line.becomes}
     everything = {**tool.defaults, **{key: value for key, value in values.items() if value is not None}}
@@ -77,7 +83,8 @@ def _line(key: str, value: Any, values: Mapping[str, Any], tool: Tool, *, is_def
         found = rule(value, values) if rule is not None else "no counterpart"
     except (TypeError, ValueError, OverflowError):  # text for a number, a list for a name: it stays, beside its reason
         found = "this value, or one that it goes with, isn't of the kind that belongs there"
-    return Line(key, value, {}, found) if isinstance(found, str) else Line(key, value, found, "", is_default)
+    made, note = ({}, found) if isinstance(found, str) else found if isinstance(found, tuple) else (found, "")
+    return Line(key, value, made, note, is_default)
 
 
 def _known(key: str, tool: Tool) -> bool:
@@ -142,7 +149,7 @@ def _quantization(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | str
     return {"quantization": "none"} if bits == 16 else f"{value} bits aren't there: quantization is nf4 or none"
 
 
-def _names(name: str) -> Rule:
+def _names(name: str) -> Names:
     """Module names: one or several, by the end of their names; what stands for all linear layers."""
 
     def rule(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -236,30 +243,95 @@ def _axolotl_targets(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | 
     return "all linear layers are taken" if values.get("lora_target_linear") else _names("targets")(value, values)
 
 
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+"""What stands for a path where files are named beside it."""
+
+
 def _data_sets(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | str:
     """axolotl's and TRL's lists of data sets, each a path with options."""
-    named = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
-    entries = [entry for entry in named if isinstance(entry, Mapping)]
     made: dict[str, Any] = {"data": []}
-    columns: dict[str, str] = {}
-    for entry in entries:
-        files = entry.get("data_files") or []
-        path, split = str(entry.get("path", "")), entry.get("split")
+    ways: list[dict[str, Any]] = []
+    for entry in _entries(value):
+        files, path, split = entry.get("data_files") or [], str(entry.get("path", "")), entry.get("split")
         inside = [str(file) for file in (files if isinstance(files, list) else [files])]
-        is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-        made["data"] += inside or [f"{path}:{split}" if is_hub and split not in (None, "train") else path]
-        kind = entry.get("type")
-        if isinstance(kind, Mapping):
-            fields = {"field_instruction": "instruction", "field_input": "input", "field_output": "output",
-                      "field_system": "system"}  # fmt: skip
-            columns |= {ours: str(kind[theirs]) for theirs, ours in fields.items() if kind.get(theirs)}
-        elif kind == "completion":
-            made["format"] = "text"
-            columns |= {"text": str(entry["field"])} if entry.get("field") else {}
-        if entry.get("field_messages") not in (None, "messages", "conversations"):
-            columns["messages"] = str(entry["field_messages"])
+        if inside and _is_hub(path):
+            return f"{path}: single files of a hub's data set aren't taken; download them, and name them here"
+        folder = Path() if path in _BUILDERS else Path(path)
+        named = f"{path}:{split}" if _is_hub(path) and split not in (None, "train") else path
+        made["data"] += [str(folder / file) for file in inside] or [named]
+        if (way := _way(entry)) not in ways:
+            ways.append(way)
+    if len(ways) > 1:
+        return "the data sets are read in several ways (type, fields); format and map are one way for all"
+    return {**made, **ways[0]} if ways else "no data set is named"
+
+
+def _entries(value: Any) -> list[Mapping[str, Any]]:
+    """The data sets of a list, each with its options."""
+    named = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
+    return [entry for entry in named if isinstance(entry, Mapping)]
+
+
+def _is_hub(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+
+
+def _way(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """How the rows of a data set are read: ``format`` and ``map``, where they have to be said."""
+    kind = entry.get("type")
+    columns: dict[str, str] = {}
+    if isinstance(kind, Mapping):
+        fields = {"field_instruction": "instruction", "field_input": "input", "field_output": "output",
+                  "field_system": "system"}  # fmt: skip
+        columns |= {ours: str(kind[theirs]) for theirs, ours in fields.items() if kind.get(theirs)}
+    elif kind == "completion" and entry.get("field"):
+        columns["text"] = str(entry["field"])
+    if entry.get("field_messages") not in (None, "messages", "conversations"):
+        columns["messages"] = str(entry["field_messages"])
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-    return {**made, **({"map": columns} if columns else {})} if made["data"] else "no data set is named"
+    return {**({"format": "text"} if kind == "completion" else {}), **({"map": columns} if columns else {})}
+
+
+_BY_COLUMNS = "rows are told by their columns, turns by their keys"
+_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "type": (("chat_template", "sharegpt", "alpaca", "completion"),
+             "rows are told by their columns, and the chat template writes them"),
+    "split": (("train",), "all rows of a file are taken; data: FILE#500 takes a sample"),
+    "roles_to_train": ((["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]),
+                       "replies alone are learnt; train_on: all learns every token"),
+    "train_on_eos": (("turn",), "the mark that ends a reply is learnt with each reply"),
+    "message_field_training": (("weight", "train", "training", "loss"),
+                               "whether a reply is learnt stands in its weight, train, training or loss"),
+    "message_field_training_detail": ((), "a reply is learnt whole"),
+    "message_property_mappings": (({"role": "from", "content": "value"}, {"role": "role", "content": "content"}),
+                                  _BY_COLUMNS),
+    "message_field_role": (("role", "from"), _BY_COLUMNS), "message_field_content": (("content", "value"), _BY_COLUMNS),
+    "roles": ((), "who speaks is told by the usual names"), "ds_type": (_BUILDERS, "a file is told by its ending"),
+    "name": ((), "data has no configurations"), "chat_template": ((), _OWN_TEMPLATE),
+    "shards": ((), "data: FILE#500 takes a sample"),
+}  # fmt: skip
+"""Options of a data set: the values that mean what slimtune does by itself, and what is said of others."""
+
+
+def _options(key: str, value: Any) -> list[Line]:
+    """The options of data sets that become nothing, and that mean something."""
+    made = []
+    for number, entry in enumerate(_entries(value)):
+        at = f"{key}[{number}]"
+        kind = entry.get("type")
+        for name, option in entry.items():
+            same, note = _OPTIONS.get(name, ((), "no counterpart"))
+            is_read = {
+                "field": kind == "completion", "type": isinstance(kind, Mapping),
+                "split": _is_hub(str(entry.get("path"))),
+            }.get(name, name in ("path", "data_files", "field_messages"))  # fmt: skip
+            if not is_read and option is not None and option not in same:
+                made.append(Line(f"{at}.{name}", option, {}, note))
+        for name in ("format", "no_input_format", "system_prompt", "system_format"):
+            if isinstance(kind, Mapping) and kind.get(name):
+                note = "the chat template writes rows; a system prompt stands in them"
+                made.append(Line(f"{at}.type.{name}", kind[name], {}, note))
+    return made
 
 
 def _share(name: str) -> Rule:
@@ -432,6 +504,25 @@ def _trl_data(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"data": [str(value) if split == "train" else f"{value}:{split}"]}
 
 
+def _trl_replies(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | tuple[dict[str, Any], str] | str:
+    """Unless told otherwise TRL learns every token of messages and texts, and of a prompt and its completion this."""
+    if value:
+        return {"train_on": "assistant"}
+    if values.get("completion_only_loss") is not None:
+        return "completion_only_loss says it"
+    return {"train_on": "all"}, "of rows with a completion TRL learns that alone: train_on: completion"
+
+
+def _trl_completions(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | str:
+    if values.get("assistant_only_loss"):
+        return "assistant_only_loss says it"
+    return {"train_on": "completion" if value else "all"}
+
+
+def _trl_epochs(value: Any, values: Mapping[str, Any]) -> dict[str, Any] | str:
+    return {"epochs": value} if not int(values.get("max_steps") or 0) > 0 else "max_steps decides"
+
+
 _TRL = Tool(
     "TRL",
     frozenset({"dataset_name", "use_peft", "assistant_only_loss", "completion_only_loss", "dataset_train_split"}),
@@ -448,14 +539,15 @@ _TRL = Tool(
         "dtype": one_of("compute_dtype", _DTYPES, "compute_dtype is bf16, fp16 or fp32"),
         "torch_dtype": one_of("compute_dtype", _DTYPES, "compute_dtype is bf16, fp16 or fp32"),
         "max_length": to("max_length"), "max_seq_length": to("max_length"), "chat_template_path": says(_OWN_TEMPLATE),
-        "assistant_only_loss": if_true({"train_on": "assistant"}, "train_on"),
-        "completion_only_loss": if_true({"train_on": "completion"}, "train_on: all"),
+        "assistant_only_loss": _trl_replies, "completion_only_loss": _trl_completions,
+        "num_train_epochs": _trl_epochs,
         "dataset_text_field": lambda value, _: {"map": {"text": value}} if value != "text" else "the column text",
         "packing_strategy": says("whole documents are packed"),
         "truncation_mode": says("no reply is cut short: overlong"),
     },
-    {**_TRAINER_DEFAULTS, "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32, "max_length": 1024,
-     "per_device_train_batch_size": 8, "learning_rate": 2e-5, "optim": "adamw_torch_fused"},
+    {**_TRAINER_DEFAULTS, "load_in_4bit": False, "use_bnb_nested_quant": False, "lora_r": 16, "lora_alpha": 32,
+     "max_length": 1024, "per_device_train_batch_size": 8, "num_train_epochs": 3.0, "learning_rate": 2e-5,
+     "optim": "adamw_torch_fused", "assistant_only_loss": False},
 )  # fmt: skip
 
 

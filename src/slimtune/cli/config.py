@@ -90,7 +90,7 @@ def _yaml_line(line: Line, made: dict[str, Any], together: dict[str, Any]) -> st
         if line.is_default and value == getattr(Config(), key):
             continue
         made[key] = value
-        written.append(f"{key}: {flow(value)}  # {line.key}")
+        written.append(f"{key}: {flow(value)}  # {line.key}{f' — {told_cell(line.note)}' if line.note else ''}")
     return "\n".join(written) or ("" if line.is_default else f"{source} — {told_cell('as above')}")
 
 
