@@ -38,8 +38,9 @@ def named_stops(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def save_stops(folder: Path, base: Path, ends: tuple[int, ...]) -> None:
     """Write the base's generation config into a folder, with what ends replies in training among the tokens that stop
-    the model, for whoever loads the result without slimtune."""
-    config = _read(base / GENERATION_CONFIG)
+    the model, for whoever loads the result without slimtune. Where the base has none, its ``config.json`` says what
+    stops it, which Transformers no longer asks once there is one."""
+    config = _read(base / GENERATION_CONFIG) or _of_model(_read(base / "config.json"))
     known = _ids(config)
     config["eos_token_id"] = [*known, *(end for end in ends if end not in known)]
     (folder / GENERATION_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -53,6 +54,13 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _of_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a generation config that Transformers takes from a model's config."""
+    parts = (config.get("text_config") or {}, config)
+    named = (f"{role}_token_id" for role in ("bos", "eos", "pad"))
+    return {name: part[name] for name in named for part in parts if part.get(name) is not None}
 
 
 def _ids(config: dict[str, Any]) -> list[int]:
