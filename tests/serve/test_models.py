@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,23 @@ def test_vllm_gets_the_same_models(runs: list[Path], tiny_model: Path, tmp_path:
     )
 
 
-def test_vllm_is_not_given_experts(runs: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "way_out"),
+    [
+        ({"target_parameters": ["gate_up_proj"]}, "Merge it"),
+        ({"use_dora": True}, "Merge it"),
+        ({"alpha_pattern": {"q_proj": 32}}, "Merge it"),
+        ({"rank_pattern": {"q_proj": 2}}, "Merge it"),
+        ({"bias": "lora_only"}, "Merge it"),
+        ({"init_lora_weights": "pissa"}, "leave --engine vllm"),
+    ],
+    ids=str,
+)
+def test_vllm_is_not_given_what_it_would_leave_out(
+    options: dict[str, Any], way_out: str, runs: list[Path], tmp_path: Path
+) -> None:
     run = shutil.copytree(runs[0], tmp_path / "run")
     file = run / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": ["gate_up_proj"]}))
-    with pytest.raises(UserError, match="Merge it"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    with pytest.raises(UserError, match=way_out):
         vllm_command(find_all([str(run)]), "127.0.0.1", 8000, 16)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from typing import NoReturn
 
+from slimtune.adapter.change import why_not_mergeable
 from slimtune.adapter.settings import adapter_config
 from slimtune.errors import UserError
 from slimtune.serve.models import Named, base_name
@@ -20,6 +21,9 @@ __all__ = ["replace_process", "vllm_command"]
 
 # vLLM takes these as --max-lora-rank and no others (vllm/config/lora.py).
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# PEFT's options beyond that, and the rule, as of vllm/lora/peft_helper.py of several versions.
+_BEYOND = ("use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern")
+_RULE = "vLLM adds s B A to each weight; all else some of its versions leave out without a word."
 # What a model's generation_config.json proposes is not taken over, by any verb (decisions/0030).
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
@@ -34,7 +38,8 @@ def vllm_command(models: Sequence[Named], host: str, port: int, batch: int) -> l
         batch: Most requests computed together.
 
     Raises:
-        UserError: A rank is larger than vLLM takes, an adapter is on experts, or the chat templates differ.
+        UserError: A rank is larger than vLLM takes, an adapter is on experts or no low-rank sum of one scale,
+            or the chat templates differ.
     """
     first = models[0].found
     tuned = [model for model in models if model.found.adapter is not None]
@@ -103,7 +108,19 @@ def _rank(tuned: Sequence[Named]) -> int:
                 rule="vLLM loads the low-rank part of an adapter alone.",
                 way_out="Merge it (slimtune merge) and serve the merged model.",
             )
-        ranks.append(max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]))
+        if reason := why_not_mergeable(config):
+            raise UserError(
+                f"the adapter {model.name} can't be served by vLLM: {reason}",
+                rule=_RULE,
+                way_out="Serve it by slimtune's own engine: leave --engine vllm.",
+            )
+        if beyond := [key for key in _BEYOND if config.get(key) not in (None, False, {}, "none")]:
+            raise UserError(
+                f"the adapter {model.name} has {', '.join(beyond)}",
+                rule=_RULE,
+                way_out="Merge it (slimtune merge) and serve the merged model.",
+            )
+        ranks.append(int(config["r"]))
     highest = max(ranks)
     fitting = [rank for rank in _RANKS if rank >= highest]
     if not fitting:
