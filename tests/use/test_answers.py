@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,28 @@ def test_answers_that_were_made_otherwise_are_not_mixed(opened: Opened, prompts:
     with pytest.raises(UserError, match="exists"):
         answer_file(opened, questions, output, SHORT)
     assert output.read_text() == "kept"
+
+
+def test_a_base_in_other_bits_or_another_rendering_is_another_model(
+    opened: Opened, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = read_questions(str(prompts))[:2]
+
+    assert opened.format == "nf4"
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "replace_file", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer_file(opened, questions, tmp_path / "out.jsonl", SHORT)
+    asked_otherwise = deepcopy(opened.tokenizer)
+    asked_otherwise.chat_template = str(opened.tokenizer.chat_template).replace("helpful", "kind")
+    for other in (replace(opened, format="none"), replace(opened, tokenizer=asked_otherwise)):
+        with pytest.raises(UserError, match="made with another model, other prompts or other options"):
+            answer_file(other, questions, tmp_path / "out.jsonl", SHORT)
+    assert answer_file(opened, questions, tmp_path / "out.jsonl", SHORT) == 2
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("text", ["{\n", "[]\n", '"x"\n', '{"other": 1}\n', '{"settings": 1}\n{"index": 0}\n'])

@@ -77,11 +77,13 @@ def open_all(
         tuned: Any = attach_adapter(sharing(base), model.found.adapter)
         tuned.eval().requires_grad_(False)
         tokenizer = model.found.tokenizer()
-        made[model.name] = Opened(model.found, tuned, tokenizer, stop_ids(tuned, tokenizer, model.found.manner))
+        made[model.name] = Opened(
+            model.found, tuned, tokenizer, stop_ids(tuned, tokenizer, model.found.manner), opened.format
+        )
     name = base_name(first)
     if first.adapter is not None and name not in made:
         bare = replace(first, name=name, adapter=None, passport=None)
-        made[name] = Opened(bare, base, opened.tokenizer, opened.stop_ids)
+        made[name] = Opened(bare, base, opened.tokenizer, opened.stop_ids, opened.format)
     return made
 
 

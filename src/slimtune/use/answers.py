@@ -62,7 +62,10 @@ def answer_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     numbers = range(len(questions)) if numbers is None else numbers
-    settings = _settings(opened, questions, sampling)
+    prompts = [
+        opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in questions
+    ]
+    settings = _settings(opened, prompts, numbers, sampling)
     replies = _resumed(partial, settings)
     sides = ("reply", "base_reply") if with_base else ("reply",)
     already = sum(side in sides for _, side in replies)
@@ -72,7 +75,7 @@ def answer_file(
             _line(file, {"settings": settings})
         for side in sides:
             done = {index for index, its in replies if its == side}
-            for index, made in _answers(opened, questions, numbers, sampling, side, done):
+            for index, made in _answers(opened, prompts, numbers, sampling, side, done):
                 replies[index, side] = made
                 _line(file, {"index": index, "side": side, **asdict(made)})
                 on_progress(sum(its in sides for _, its in replies), total)
@@ -91,27 +94,27 @@ def answer_file(
 
 
 def _answers(
-    opened: Opened, questions: list[Question], numbers: Sequence[int], sampling: Sampling, side: str, done: set[int]
+    opened: Opened, prompts: list[list[int]], numbers: Sequence[int], sampling: Sampling, side: str, done: set[int]
 ) -> Iterator[tuple[int, _Answer]]:
-    left = [index for index in range(len(questions)) if index not in done]
-    asked = [questions[index] for index in left]
-    prompts = [opened.prompt_ids(question.messages, question.tools or None, question.variables) for question in asked]
+    left = [index for index in range(len(prompts)) if index not in done]
+    asked = [prompts[index] for index in left]
     with opened.as_base() if side == "base_reply" else opened.as_tuned():
         # A row's random numbers follow from its own place in the file, also after a resume.
-        for reply in generate(opened, prompts, sampling, numbers=[numbers[index] for index in left]):
+        for reply in generate(opened, asked, sampling, numbers=[numbers[index] for index in left]):
             yield left[reply.index], _Answer(reply.text, len(reply.ids), reply.stopped)
 
 
-def _settings(opened: Opened, questions: list[Question], sampling: Sampling) -> dict[str, Any]:
-    """What answers depend on; two calls whose settings are equal may share a file."""
+def _settings(opened: Opened, prompts: list[list[int]], numbers: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    """What answers depend on; two calls whose settings are equal may share a file. The prompts count as what the model
+    is asked with: a template may write the date."""
     adapter = opened.found.adapter
     weights = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter is not None else None
-    asked = json.dumps([[question.messages, question.tools, question.variables] for question in questions])
     return {
         "base": str(opened.found.base),
+        "format": opened.format,
         "adapter": weights,
         "dtype": str(opened.model.dtype),
-        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([prompts, list(numbers)]).encode()).hexdigest(),
         "sampling": asdict(sampling),
     }
 

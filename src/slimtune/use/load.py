@@ -109,6 +109,8 @@ class Opened:
     """A Transformers model, or PEFT's wrapping of one; in eval mode."""
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
+    format: str = "none"
+    """What its base's 4-bit weights lie in, or lay in before they were unpacked; none of a base in 16 bits or more."""
 
     @property
     def device(self) -> torch.device:
@@ -245,7 +247,7 @@ def open_model(
     model.eval().requires_grad_(False)
     text = tokenizer("A river rises in the hills.", add_special_tokens=False)["input_ids"]
     check_computes(model, torch.tensor([text], dtype=torch.int64), model.dtype)
-    return Opened(found, model, tokenizer, stop_ids(model, tokenizer, found.manner))
+    return Opened(found, model, tokenizer, stop_ids(model, tokenizer, found.manner), loaded.format)
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, manner: Manner | None = None) -> tuple[int, ...]:
