@@ -214,7 +214,7 @@ def curve(model: str, data: str, steps: int, length: int, options: dict[str, Any
         as_a_t4 = options.get("compute_dtype") == "fp16" and torch.cuda.is_available()
         with (
             mock.patch("slimtune.engine.inputs.choose", return_value="efficient") if as_a_t4 else nullcontext(),
-            mock.patch("slimtune.recipes.lay_out", _same_documents),
+            mock.patch("slimtune.prepare.lay_out", _same_documents),
         ):
             run = finetune(config)
         records = [record for record in run.metrics() if "step_seconds" in record]

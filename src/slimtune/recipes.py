@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -20,26 +18,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from slimtune.adapter.lora import check_names, coverage, give_dropout_, lora_config
-from slimtune.adapter.matched import adapted_names
+from slimtune.adapter.lora import coverage, give_dropout_
 from slimtune.adapter.passport import issue_passport, local_base, stamp
 from slimtune.adapter.readback import read_back
 from slimtune.adapter.settings import ADAPTER_WEIGHTS
 from slimtune.adapter.state import start_from
-from slimtune.adapter.targets import Targets, default_targets, find_targets
 from slimtune.base.classes import skeleton
 from slimtune.base.embedded import EMBEDDED
-from slimtune.base.load import Base, load_base, torch_dtype
+from slimtune.base.load import torch_dtype
 from slimtune.base.named import model_source
 from slimtune.base.quantize import bytes_by_part, fingerprint, packed_format
-from slimtune.base.tokenizer import remarks
-from slimtune.base.vocabulary import add_tokens, make_room, rows_by_name, tokenizer_of
 from slimtune.config import Config
 from slimtune.data.build import FormattingFunc
-from slimtune.data.packing import MicroBatches, batch_facts, held_out_batches, micro_batches
-from slimtune.data.preflight import Proof, prove
+from slimtune.data.packing import MicroBatches, batch_facts
 from slimtune.data.render import Manner, renderer_for
 from slimtune.data.sources import check_sources
 from slimtune.data.stdin import keep_stdin
@@ -52,37 +44,29 @@ from slimtune.language import language
 from slimtune.plan import (
     Choice,
     agreed,
-    few_steps,
     micro_batches_of_run,
-    resolve_amount,
-    resolve_held_out,
     resolve_machine,
     resolve_ranks,
-    resolve_rate,
-    resolve_steps,
-    resolved,
     steps_of_run,
 )
-from slimtune.ranks.group import ALONE, Ranks, together
+from slimtune.prepare import Job, Observer, Prepared, base_of, prepare
+from slimtune.ranks.group import together
 from slimtune.run.durable import atomic_folder
 from slimtune.run.environment import environment, library_versions
 from slimtune.run.facts import AdapterFacts, BaseFacts, ChoiceFact, Facts, VerifiedFacts, damage_told
 from slimtune.run.folder import RunFolder
 from slimtune.run.judge import judge
-from slimtune.run.lines import adapter_line, base_line, data_line, experts_line, packs_line, steps_line
+from slimtune.run.lines import adapter_line, base_line, experts_line, packs_line, steps_line
 from slimtune.run.quiet import upstream_to_log
 from slimtune.run.ranked import new_folder, old_folder
 from slimtune.run.report import write_report
 from slimtune.run.samples import read_samples
 from slimtune.run.screen import Screen, size_text
-from slimtune.training.arguments import check_arguments, check_model, check_start, sft_arguments
+from slimtune.training.arguments import check_arguments, check_start, sft_arguments
 from slimtune.training.checkpoint import share_newest
 from slimtune.training.determinism import deterministic
 from slimtune.training.floor import Floor
-from slimtune.training.forecast import names_in_ram
 from slimtune.training.fused import make_engine, tell_memory, why_unfused, without_engine
-from slimtune.training.isolation import lay_out
-from slimtune.training.layout import Layout
 from slimtune.training.progress import MetricsCallback, optimizer_facts, training_facts
 from slimtune.training.proof_of_gradients import prove_step
 from slimtune.training.resumable import Safety
@@ -94,12 +78,9 @@ from slimtune.use.ask import ask
 from slimtune.use.export import check_exportable, export_run
 from slimtune.use.forgetting import general_change
 from slimtune.use.load import Found
-from slimtune.use.rehearse import rehearse
 from slimtune.use.samples import Samples, choose
 
 __all__ = ["DemoResult", "demo", "finetune", "resume"]
-
-Observer = Callable[[Any, PreTrainedTokenizerBase], None]
 
 
 def finetune(
@@ -130,7 +111,7 @@ def finetune(
             config = keep_stdin(config, run.path / "stdin")
             config, choices = resolve_machine(config, detect())
             config, for_ranks = resolve_ranks(config, ranks.count)
-            job = _Job(run, signals, screen, formatting_func, observe, ranks=ranks)
+            job = Job(run, signals, screen, formatting_func, observe, ranks=ranks)
             _train(config, [*choices, *for_ranks], job)
     if ranks.first:
         export_run(config, run, screen)
@@ -182,7 +163,7 @@ def resume(
             with damage_told(run.facts_file):
                 choices = [Choice(**choice) for choice in run.facts().get("choices", [])]
             share_newest(ranks, run.checkpoints, screen.warn)
-            job = _Job(run, signals, screen, formatting_func, accept_changes=accept_changes, ranks=ranks)
+            job = Job(run, signals, screen, formatting_func, accept_changes=accept_changes, ranks=ranks)
             _train(config, choices, job)
             run.drop_replaced()
     if ranks.first:
@@ -190,25 +171,7 @@ def resume(
     return RunFolder(path)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a run is given besides its config."""
-
-    run: RunFolder
-    signals: StopSignals
-    screen: Screen
-    formatting_func: FormattingFunc | None = None
-    observe: Observer | None = None
-    accept_changes: bool = False
-    ranks: Ranks = ALONE
-
-    def observed(self, trainer: SlimTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Show the model to who asked for it."""
-        if self.observe is not None:
-            self.observe(trainer.model, tokenizer)
-
-
-def _train(config: Config, choices: list[Choice], job: _Job) -> None:
+def _train(config: Config, choices: list[Choice], job: Job) -> None:
     """Train and save; if the engine turns out not to compute the model, once more from the start, without it.
 
     The base is loaded again: what was wrapped, and unpacked for the engine, isn't the plain stack's any more.
@@ -227,7 +190,7 @@ def _train(config: Config, choices: list[Choice], job: _Job) -> None:
     _train_once(config.model_copy(update={"engine": "plain"}), [*choices, unfit], job)
 
 
-def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
+def _train_once(config: Config, choices: list[Choice], job: Job) -> None:
     hardware, run = detect(), job.run
     with (
         disk_told(run),
@@ -236,7 +199,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
         deterministic(config, hardware.device) as repeats,
     ):
         # 1. The base in 4 bits, its tokenizer, and the data. 2. The LoRA configuration.
-        ready = _prepare(config, choices, job, hardware, watchdog)
+        ready = prepare(config, choices, job, hardware, watchdog)
         config, tokenizer = ready.config, ready.tokenizer
         facts, safety = _begin(ready, job, hardware, watchdog)
         job.signals.run = watchdog.run = config.output  # from here on it can be resumed
@@ -283,70 +246,7 @@ def _train_once(config: Config, choices: list[Choice], job: _Job) -> None:
             job.signals.finished = not config.export
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """All that is decided before the model is wrapped."""
-
-    config: Config
-    """Nothing in it is ``auto`` any more."""
-    choices: list[Choice]
-    tokenizer: PreTrainedTokenizerBase
-    proof: Proof
-    base: Base
-    targets: Targets
-    lora: Any
-    """PEFT's ``LoraConfig``."""
-    unfused: str | None
-    """Why the engine doesn't run the steps; None: it does."""
-    layout: Layout | None
-    """How documents go through the model; None where the engine computes them."""
-    data: MicroBatches
-    held_out: MicroBatches | None
-
-
-def _prepare(config: Config, choices: list[Choice], job: _Job, hardware: Hardware, watchdog: Watchdog) -> _Prepared:
-    """Read the data, load the base, and decide what depends on them."""
-    screen = job.screen
-    with screen.working("reading the data"):
-        tokenizer, proof = _read(config, job.run, watchdog, job.formatting_func)
-    for line in remarks(tokenizer):
-        screen.warn(line)
-    screen.say("data", data_line(proof.facts))
-    config, for_held_out = resolve_held_out(config, proof.share, proof.different_rows)
-    config, for_amount = resolve_amount(config, proof.train, proof.eval)
-    with screen.working("loading the base"):
-        base = _load(config, hardware, watchdog)
-    if config.rehearse:
-        activity, answers = "answering general prompts", job.run.rehearsed_file
-        with screen.working(activity):
-            if not job.ranks.first:  # unwatched: it takes what rank 0 takes, which is watched there
-                answers.write_bytes(job.ranks.from_first(bytes))
-            with watchdog.watching(activity):
-                line = rehearse(proof, config, base.model, tokenizer, answers, partial(watchdog.beat, activity))
-            if job.ranks.first:
-                job.ranks.from_first(answers.read_bytes)
-        screen.say("rehearse", line)
-    check_names(config, base.model)
-    check_model(config, base.model)
-    config, for_rate = resolve_rate(config, sum(part.parameters for part in bytes_by_part(base.model)))
-    config, for_family = _resolve_targets(config, base)
-    targets = find_targets(config, base.model)
-    lora = lora_config(config, targets, rows_by_name(base.model, base.new_tokens))
-    unfused = why_unfused(config, base.model, adapted_names(lora, base.model))
-    if config.engine == "plain":
-        unfused = next((choice.reason for choice in choices if choice.key == "engine"), unfused)
-    layout, for_layout = lay_out(config, base.model, fused=unfused is None)
-    config = resolved(config, for_layout)
-    data = micro_batches(proof.train, config)
-    held_out = None if proof.eval is None else held_out_batches(proof.eval, config)
-    config, for_steps = resolve_steps(config, data.per_round, proof.eval_work)
-    if (few := few_steps(config, data.per_round, proof.train.rows, job.ranks.count)) is not None:
-        screen.warn(few)
-    choices = [*choices, *for_held_out, *for_amount, *for_rate, *for_family, *for_layout, *for_steps]
-    return _Prepared(config, choices, tokenizer, proof, base, targets, lora, unfused, layout, data, held_out)
-
-
-def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) -> tuple[Facts, Safety]:
+def _begin(ready: Prepared, job: Job, hardware: Hardware, watchdog: Watchdog) -> tuple[Facts, Safety]:
     """Say what will be done, look whether the run may go on so, and write it into its folder."""
     config, run, screen = ready.config, job.run, job.screen
     facts = _facts(ready, run, hardware)
@@ -366,7 +266,7 @@ def _begin(ready: _Prepared, job: _Job, hardware: Hardware, watchdog: Watchdog) 
     return facts, safety
 
 
-def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) -> SlimTrainer:
+def _trainer(ready: Prepared, job: Job, hardware: Hardware, safety: Safety) -> SlimTrainer:
     """SFTTrainer around the plain base, which it wraps; with the engine, where that runs the steps."""
     config, base, data = ready.config, ready.base, ready.data
     total = micro_batches_of_run(config, data.per_round)
@@ -409,7 +309,7 @@ def _trainer(ready: _Prepared, job: _Job, hardware: Hardware, safety: Safety) ->
     return trainer
 
 
-def _wrapped(ready: _Prepared, trainer: SlimTrainer, facts: Facts, screen: Screen) -> AdapterFacts:
+def _wrapped(ready: Prepared, trainer: SlimTrainer, facts: Facts, screen: Screen) -> AdapterFacts:
     """What trains now, said; and what the base is that doesn't."""
     # Some initialisations (PiSSA, OLoRA) move a part of the base into the adapter; from here on it is frozen.
     facts.base.fingerprint_before = fingerprint(trainer.model)
@@ -422,7 +322,7 @@ def _wrapped(ready: _Prepared, trainer: SlimTrainer, facts: Facts, screen: Scree
     return adapter
 
 
-def _save(ready: _Prepared, trainer: SlimTrainer, run: RunFolder) -> tuple[int, list[str]]:
+def _save(ready: Prepared, trainer: SlimTrainer, run: RunFolder) -> tuple[int, list[str]]:
     """The adapter alone, with what must be known to use it; gives its bytes, and the names of all files."""
     config, tokenizer, source = ready.config, ready.tokenizer, ready.base.source
     with atomic_folder(run.adapter) as folder:
@@ -448,7 +348,7 @@ def _use_engine(
 
 
 def _verify(
-    config: Config, hardware: Hardware, job: _Job, data: MicroBatches, watchdog: Watchdog
+    config: Config, hardware: Hardware, job: Job, data: MicroBatches, watchdog: Watchdog
 ) -> tuple[VerifiedFacts, dict[str, Any] | None]:
     """The adapter, read back from the disk into a fresh base; and what that base could, with it and without.
 
@@ -459,7 +359,7 @@ def _verify(
     if hardware.device == "cuda":
         torch.cuda.empty_cache()  # libraries ask the driver itself for their workspaces
     tokens, _ = data.documents[0]
-    run, fresh, general = job.run, _load(config, hardware, watchdog), []
+    run, fresh, general = job.run, base_of(config, hardware, watchdog), []
 
     def goes_on() -> bool:
         watchdog.beat("writing the results")
@@ -530,41 +430,7 @@ def _check_inputs(config: Config) -> None:
     check_sources(config)
 
 
-def _read(
-    config: Config, run: RunFolder, watchdog: Watchdog, formatting_func: FormattingFunc | None
-) -> tuple[PreTrainedTokenizerBase, Proof]:
-    """The tokenizer, and the data proven with it."""
-    activity = "reading the data"
-    with watchdog.watching(activity):
-        tokenizer = tokenizer_of(config)
-        proof = prove(
-            config, tokenizer, formatting_func=formatting_func, on_progress=lambda rows: watchdog.beat(activity)
-        )
-        proof.save_ledger(run.ledger_file)
-    return tokenizer, proof
-
-
-def _load(config: Config, hardware: Hardware, watchdog: Watchdog) -> Base:
-    local = Path(model_source(config.model)).is_dir()  # a download shows no progress, and has timeouts of its own
-    with watchdog.watching("loading the base") if local else nullcontext():
-        base = load_base(
-            config.model,
-            hardware,
-            compute_dtype=config.compute_dtype,
-            quantization=config.quantization,
-            double_quant=config.double_quant,
-            revision=config.revision,
-            template=config.template,
-            trust_remote_code=config.trust_remote_code,
-            in_ram=names_in_ram(config, hardware),
-        )
-        if config.add_tokens is not None:
-            base.new_tokens = add_tokens(base.tokenizer, config.add_tokens)
-            make_room(base.model, base.new_tokens)
-    return base
-
-
-def _facts(ready: _Prepared, run: RunFolder, hardware: Hardware) -> Facts:
+def _facts(ready: Prepared, run: RunFolder, hardware: Hardware) -> Facts:
     config, base = ready.config, ready.base
     parts = bytes_by_part(base.model)
     return Facts(
@@ -588,11 +454,3 @@ def _facts(ready: _Prepared, run: RunFolder, hardware: Hardware) -> Facts:
         versions=library_versions(),
         hardware=hardware.as_dict(),
     )
-
-
-def _resolve_targets(config: Config, base: Base) -> tuple[Config, list[Choice]]:
-    """Decide what depends on the model's family."""
-    if config.targets != "auto":
-        return config, []
-    names, reason = default_targets(base.model)
-    return config.model_copy(update={"targets": names}), [Choice("targets", ", ".join(names), reason)]
