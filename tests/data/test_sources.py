@@ -401,6 +401,34 @@ def test_a_second_list_of_rows_in_a_file_is_not_left_out_unsaid(tmp_path: Path) 
     file.write_text(json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}))
     with pytest.raises(UserError, match="a second list of rows, 'test'"):
         list(read_rows(parse_source(str(file))))
+    for whole in ({"train": [{"text": "a"}], "n": 1, "test": [{"text": "b"}]},
+                  {"test": [{"text": "b"}], "n": [1], "train": [{"text": "a"}]}):  # fmt: skip
+        file.write_text(json.dumps(whole))
+        with pytest.raises(UserError, match="a second list of rows, 'test'"):
+            list(read_rows(parse_source(str(file))))
+
+
+@pytest.mark.parametrize("chunk", [12, 2**20])
+@pytest.mark.parametrize("behind", ['[{"text": "b"}]', "{}", "x", "]"])
+@pytest.mark.parametrize("before", ['[{"text": "a"}]', '{"rows": [{"text": "a"}], "n": 1}', '{"rows": [{"text": "a"}]'])
+def test_what_stands_behind_a_list_of_rows_is_not_left_out_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, behind: str, chunk: int
+) -> None:
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    file = tmp_path / "rows.json"
+    file.write_text(f"{before} {behind}", encoding="utf-8")
+    with pytest.raises(UserError, match="isn't read stands behind its list of rows"):
+        list(read_rows(parse_source(str(file))))
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_list_of_turns_may_stand_in_each_line(tmp_path: Path, ending: str) -> None:
+    turns = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}] for n in range(3)]
+    file = tmp_path / f"rows.{ending}"
+    file.write_text("\n".join(map(json.dumps, turns)) + "\n", encoding="utf-8")
+    rows = list(read_rows(parse_source(str(file))))
+    assert [row.value for row in rows] == turns
+    assert [row.place.number for row in rows] == [1, 2, 3]
 
 
 def test_a_small_parquet_with_a_large_row_costs_that_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

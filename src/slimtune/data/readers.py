@@ -155,7 +155,6 @@ def _decoded(stream: IO[bytes], label: str) -> Iterator[str]:
 _SPACE = re.compile(r"[ \t\r\n]*")
 _KEY = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
 _ROWS = re.compile(r"\[[ \t\r\n]*\{")
-_MORE_ROWS = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*\[[ \t\r\n]*\{')
 
 
 def _json_rows(stream: IO[bytes], label: str, *, lines: bool) -> Iterator[Row]:
@@ -169,26 +168,36 @@ def _json_rows(stream: IO[bytes], label: str, *, lines: bool) -> Iterator[Row]:
     start = _SPACE.match(head).end()  # type: ignore[union-attr]
     if start == len(head):
         raise UserError(f"data {label} is empty", rule="A data file holds at least one row.")
-    if head[start] == "[":
+    first, _, others = head[start:].partition("\n")
+    several = bool(others.strip()) and _is_json(first)  # each line is JSON by itself, be it a list of turns
+    if head[start] == "[" and not several:
         yield from _array_rows(head, chunks, label, start)
-    elif not lines and (inside := _wrapped(head, start)) is not None:
+    elif not lines and (inside := _wrapped(head, start, label)) is not None:
         yield from _array_rows(head, chunks, label, inside, wrapped=True)
-    elif lines or _is_json(head[start:].split("\n", 1)[0]):
+    elif lines or several or _is_json(first):
         yield from _line_rows(head, chunks, label)
     else:
         yield from _array_rows(head, chunks, label, start - 1, array=False)
 
 
-def _wrapped(text: str, at: int) -> int | None:
+def _wrapped(text: str, at: int, label: str) -> int | None:
     """Where the list of rows begins in a file that is one object around it, as ``{"version": 1, "data": [{…}, …]}``.
 
     None where the object is a row itself. What stands before the list is short.
+
+    Raises:
+        UserError: Another list of rows stands before it.
     """
+    before = ""
     try:
         while (key := _KEY.match(text, at + 1)) is not None:
             at = key.end()
-            if key[1] in _WRAPPERS and _ROWS.match(text, at):
-                return at
+            if _ROWS.match(text, at):
+                if key[1] in _WRAPPERS:
+                    if before:
+                        raise _several_lists(label, before)
+                    return at
+                before = key[1]
             _, at = DECODER.raw_decode(text, at)
             at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
             if text[at : at + 1] != ",":
@@ -196,6 +205,41 @@ def _wrapped(text: str, at: int) -> int | None:
     except (ValueError, RecursionError):
         pass
     return None
+
+
+def _several_lists(label: str, name: str) -> UserError:
+    return UserError(
+        f"{label} holds a second list of rows, {name!r}",
+        rule="A file is one list of rows; which of them to train on isn't guessed.",
+        way_out="Write each list into a file of its own; one of them can be held out by --eval.",
+    )
+
+
+def _check_end(text: str, chunks: Iterator[str], label: str, *, wrapped: bool) -> None:
+    """See that no row stands behind a list of rows, or behind the object that it is ``wrapped`` in.
+
+    Raises:
+        UserError: Something does that isn't read.
+    """
+    refused = UserError(
+        f"{label}: something that isn't read stands behind its list of rows",
+        rule="A file is one list of rows.",
+        way_out="Write each list into a file of its own, or one row a line (.jsonl).",
+    )
+    if wrapped:
+        text = '{"": 0' + text
+        while len(text) <= ROW_LIMIT and (chunk := next(chunks, None)) is not None:
+            text += chunk
+        try:
+            others, end = DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            raise refused from None
+        for name, item in others.items():
+            if isinstance(item, list) and item and isinstance(item[0], dict):
+                raise _several_lists(label, name)
+        text = text[end:]
+    if any(part.strip(" \t\r\n") for part in itertools.chain([text], chunks)):
+        raise refused
 
 
 def _is_json(line: str) -> bool:
@@ -271,13 +315,7 @@ def _array_rows(
             at, need_comma = at + 1, False
             continue
         if at < len(text) and text[at] == "]" and array and (need_comma or number == 0):
-            second = _MORE_ROWS.match(text[at + 1 :] + next(chunks, "")) if wrapped else None
-            if second is not None:
-                raise UserError(
-                    f"{label} holds a second list of rows, {second[1]!r}",
-                    rule="A file is one list of rows; which of them to train on isn't guessed.",
-                    way_out="Write each list into a file of its own; one of them can be held out by --eval.",
-                )
+            _check_end(text[at + 1 :], chunks, label, wrapped=wrapped)
             return
         if at < len(text) and need_comma and array:
             raise refuse("a comma or the closing bracket is missing")
