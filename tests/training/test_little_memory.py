@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from slimtune import recipes
+from slimtune import prepare
 from slimtune.base.load import load_base
 from slimtune.engine import Engine
 from slimtune.engine.stored import places_of
@@ -65,7 +65,7 @@ def test_the_plain_stack_trains_on_what_is_in_ram(tmp_path: Path, monkeypatch: p
     resident = finetune(short(tmp_path / "resident"))
     with safe_open(model / "model.safetensors", framework="pt") as file:
         names = frozenset(name for name in file.keys() if "proj" in name or "embed" in name)  # noqa: SIM118
-    monkeypatch.setattr(recipes, "names_in_ram", lambda *_: names)
+    monkeypatch.setattr(prepare, "names_in_ram", lambda *_: names)
     loaded: list[int] = []
 
     def spied(*args: Any, **options: Any) -> Any:
@@ -73,7 +73,7 @@ def test_the_plain_stack_trains_on_what_is_in_ram(tmp_path: Path, monkeypatch: p
         loaded.append(sum(in_ram(places_of(parameter)) > 0 for parameter in base.model.parameters()))
         return base
 
-    monkeypatch.setattr(recipes, "load_base", spied)
+    monkeypatch.setattr(prepare, "load_base", spied)
     away = finetune(short(tmp_path / "away"))
     assert set(loaded) == {len(names)}
     assert campaign.adapter_sha256(away.path) == campaign.adapter_sha256(resident.path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slimtune import recipes
+from slimtune import prepare, recipes
 from slimtune.config import Config
 from slimtune.errors import GuardStop, StopRequested, UserError
 from slimtune.recipes import finetune, resume
@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_while_set_up_is_begun_by_the_same_command(
         raise StopRequested("stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes, "load_base", stopped)
+        patch.setattr(prepare, "load_base", stopped)
         with pytest.raises(StopRequested):
             finetune(config())
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {".lock", "log.txt", "ledger.jsonl"}
