@@ -1,15 +1,20 @@
-"""What of the hub is known without its client, which takes a second to load and, where there is no network, tries for
-half a minute a file: whether it can be reached, and what its cache on this machine holds."""
+"""What of the hub is known without its client, which takes a second to load, tries for half a minute a file where there
+is no network, and waits for good where nothing is answered: whether the hub can be reached and answers, and what its
+cache on this machine holds."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
+from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies, proxy_bypass
 
 from slimtune.base.embedded import is_embedded
 from slimtune.base.named import check_name
@@ -20,6 +25,9 @@ __all__ = ["cached_models", "check_model", "look_for_hub"]
 
 _PATIENCE = 5.0
 """Seconds within which a connection must stand: a packet that is lost is sent again after one and after three."""
+_ANSWER = 10.0
+"""Seconds within which it must answer: the client gives up a file that it asks for after as many, unless its own
+setting of that is larger."""
 _ASKED_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = ("1", "ON", "YES", "TRUE")
 """As the hub's client reads them."""
@@ -27,8 +35,9 @@ _PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1
 
 
 def look_for_hub(*names: str) -> bool:
-    """Where one of the names can only be a hub id, and no connection to the hub can be made: say so, return False, and
-    let the hub's client read its cache alone, in this process and those that it starts. A slow one is waited for.
+    """Where one of the names can only be a hub id, and no connection to the hub can be made, or it doesn't answer: say
+    so, return False, and let the hub's client read its cache alone, in this process and those that it starts. One that
+    is slow, and not too slow for its client, is left to that.
 
     Called before that client is imported, which reads its setting then; a person's own setting is left alone, and
     nothing is said of one that has it read its cache alone already.
@@ -87,30 +96,71 @@ def _is_remote(name: str) -> bool:
 
 
 def _unreachable(url: str) -> str | None:
-    """Why no connection can be made to where ``url`` leads, which is the proxy's where there is one; None if one can,
-    or if that can't be known."""
+    """Why no connection can be made to where ``url`` leads, which is the proxy's where there is one, or what is there
+    doesn't answer; None if it does, or if that can't be known."""
     where = urlsplit(url)
     proxies = getproxies()
-    proxy = proxies.get(where.scheme) or proxies.get("all")
-    if proxy and not proxy_bypass(where.hostname or ""):
-        where = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    proxy = proxies.get(where.scheme) or proxies.get("all") or ""
+    if proxy_bypass(where.hostname or ""):
+        proxy = ""
+    if proxy:
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        where = urlsplit(proxy)
     try:
         host, port = where.hostname, where.port or _PORTS[where.scheme]
     except (ValueError, KeyError):
         return None
-    found = [f"no connection within {_PATIENCE:.0f} s"]
+    reason = _late(f"no connection within {_PATIENCE:.0f} s", _PATIENCE, lambda: _connect(host, port))
+    if reason is not None or where.scheme.startswith("socks"):  # which the standard library doesn't speak
+        return reason
+    setting = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
+    patience = max(_ANSWER, float(setting) if setting.isdecimal() else 0.0)
+    return _late(f"no answer within {patience:.0f} s", patience, lambda: _ask(url, proxy, patience))
 
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_PATIENCE).close()
-            found.clear()
-        except TimeoutError:
-            pass
-        except OSError as error:
-            found[:] = [error.strerror or str(error)]
 
-    # Beside this thread, as nothing else bounds how long a name is looked up.
-    trying = Thread(target=connect, daemon=True)
+def _late(late: str, seconds: float, do: Callable[[], str | None]) -> str | None:
+    """What ``do`` gives; ``late`` if it takes longer than that. It runs beside this thread, as nothing else bounds how
+    long a name is looked up."""
+    found: list[str | None] = [late]
+
+    def run() -> None:
+        with suppress(TimeoutError):
+            found[0] = do()
+
+    trying = Thread(target=run, daemon=True)
     trying.start()
-    trying.join(_PATIENCE)
-    return found[0] if found else None
+    trying.join(seconds)
+    return found[0]
+
+
+def _connect(host: str | None, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), timeout=_PATIENCE).close()
+    except TimeoutError:
+        raise
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+class _Stay(HTTPRedirectHandler):
+    """An answer that sends elsewhere is one."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _ask(url: str, proxy: str, seconds: float) -> None:
+    """Whatever is answered will do: an error's number, or that a certificate isn't trusted, is the client's to say.
+
+    Raises:
+        TimeoutError: Nothing is.
+    """
+    try:
+        opener = build_opener(_Stay, ProxyHandler({urlsplit(url).scheme: proxy} if proxy else {}))
+        opener.open(Request(url, method="HEAD"), timeout=seconds).close()
+    except HTTPError as answer:
+        answer.close()
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            raise TimeoutError from None
