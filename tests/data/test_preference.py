@@ -107,6 +107,9 @@ def test_rows_left_out_as_asked_count_as_dropped_but_stop_no_run(
     for number in range(3):
         ids, mask = proof.train[number]
         assert tokenizer.decode(ids[mask]).startswith(f"It is {2 * number}.")
+    file.write_text("".join(json.dumps({**row, "label": False}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="no row has a reply that is wanted"):
+        prove(Config.make(data=str(file), prefer="chosen"), tokenizer)
 
 
 def test_two_replies_of_which_none_is_named_better_are_not_advised_to_be_preferred(

@@ -310,6 +310,15 @@ def test_a_key_that_stands_twice_in_a_text_is_refused(arguments: str) -> None:
         normalise(call(arguments))
 
 
+def test_a_reply_beside_turns_that_end_with_a_question_is_not_passed_over() -> None:
+    row = {"messages": [*messages(Q), *messages(A), *messages(Q2)], "response": "Quay."}
+    with pytest.raises(RowRefused, match=r"'response' may be its reply: --map question=messages"):
+        normalise(row)
+    made = normalise(row, mapping={"question": "messages"})
+    assert made.messages == [*row["messages"], {"role": "assistant", "content": "Quay."}]
+    assert normalise({**row, "messages": row["messages"][:2]}).messages == row["messages"][:2]
+
+
 def test_what_an_alpaca_row_has_beside_its_columns_is_read() -> None:
     unread: Counter[str] = Counter()
     tools = [{"name": "f", "parameters": {}}]

@@ -347,6 +347,7 @@ INFO = {
     "seen": {"file_name": "chat.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "pics"}},
     "raw": {"file_name": "raw.jsonl", "columns": {"prompt": "body"}},
     "far": {"hf_hub_url": "owner/name", "split": "extra"},
+    "part": {"hf_hub_url": "owner/name", "subset": "main"},
     "gone": {"file_name": "gone.json"},
     "script": {"script_url": "belle_multiturn"},
 }  # fmt: skip
@@ -388,9 +389,11 @@ def test_what_a_description_says_of_pictures_hubs_and_raw_text_is_heard(describe
     assert parse_source(f"{described}:far").name == "owner/name:extra"
     with pytest.raises(UserError, match="runs no data set's script"):
         parse_source(f"{described}:script")
+    with pytest.raises(UserError, match="is main of a hub's data set"):
+        parse_source(f"{described}:part")
     with pytest.raises(UserError, match=r"names gone\.json, which isn't there"):
         parse_source(f"{described}:gone")
-    with pytest.raises(UserError, match=r"holds 9 data sets: plain, mine, .*\nFOLDER:NAME takes one"):
+    with pytest.raises(UserError, match=r"holds 10 data sets: plain, mine, .*\nFOLDER:NAME takes one"):
         parse_source(described)
     one, other = (content_hash(parse_source(f"{described}:{part}")) for part in ("chat", "seen"))
     assert one != other

@@ -36,6 +36,8 @@ class Description:
     """File or folder, from the folder of the description on."""
     hub: str = ""
     """``owner/name:split`` in place of a file."""
+    subset: str = ""
+    """Which part of the hub's data set, if not all of it."""
     shape: str = "alpaca"
     """alpaca, sharegpt or openai."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def _description(name: str, entry: Mapping[str, Any]) -> Description:
     return Description(
         file=str(entry.get("file_name", "")),
         hub=f"{hub}:{split}" if hub and "file_name" not in entry else "",
+        subset=str(entry.get("subset") or entry.get("folder") or ""),
         shape=shape,
         columns=_texts(f"{name}, columns", entry.get("columns")),
         tags=_texts(f"{name}, tags", entry.get("tags")),

@@ -120,6 +120,12 @@ def _saved(folder: Path, name: str) -> tuple[DataFile, ...]:
 
 def _described(folder: Path, name: str, part: str, described: dict[str, Description]) -> Found:
     chosen = described[_chosen(name, part, {key: key for key in described})]
+    if chosen.hub and chosen.subset:
+        raise UserError(
+            f"data {name} is {chosen.subset} of a hub's data set",
+            rule="slimtune takes a hub's data set as it is by default, not a subset or a folder of it.",
+            way_out="Load it once, write its rows as jsonl, and name that file.",
+        )
     if chosen.hub:
         return Found((), chosen, hub=chosen.hub)
     if not chosen.file:

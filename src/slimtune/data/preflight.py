@@ -281,6 +281,8 @@ def _refusal(proof: Proof, config: Config) -> UserError | None:
         dropped = facts["rows_dropped"] - facts["dropped"].get("not-preferred", 0)  # left out as asked
         if rows == 0:
             return UserError(f"{part}data {names} holds no rows", rule="A data file holds at least one row.")
+        if facts["documents"] == dropped == 0:
+            return UserError(f"no {part}row has a reply that is wanted", rule="prefer: chosen leaves the others out.")
         first = next((rule for rule in facts["dropped"] if rule != "not-preferred"), None)
         shown = examples[first] if first else ""
         if facts["documents"] == 0 or dropped > config.max_dropped * rows:

@@ -91,6 +91,7 @@ def standard_row(value: Mapping[str, Any], repairs: list[str]) -> Standard | Non
     """
     for name in _TURN_LISTS:
         if name in value and (made := _turn_list(name, value, repairs)) is not None:
+            _check_answered(name, value)
             return made
     if "prompt" in value and "completion" in value:
         lists = {name: _turns(name, value[name]) for name in ("prompt", "completion") if _are_turns(value[name])}
@@ -170,6 +171,20 @@ def _turn_list(name: str, value: Mapping[str, Any], repairs: list[str]) -> Stand
     if not all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
         return None
     return Standard("sharegpt", {**_with_system(value), "conversations": turns}, read)
+
+
+def _check_answered(name: str, value: Mapping[str, Any]) -> None:
+    """Refuse turns that end with a question where a column beside them may be its reply.
+
+    Raises:
+        RowRefused: It may be.
+    """
+    last = value[name][-1] if isinstance(value[name], list) and value[name] else None
+    who = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    reply = next((name for name in _REPLIES if isinstance(value.get(name), str) and value[name].strip()), None)
+    if who in ("user", "human") and reply is not None:
+        what = f"the turns end with a question, and {reply!r} may be its reply: {_flag('question', name)} takes it so"
+        raise RowRefused(name, what)
 
 
 def _all_plain(turns: Any) -> bool:
