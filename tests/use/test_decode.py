@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slimtune.data.documents import Documents
+from slimtune.errors import UserError
 from slimtune.use.chat import ChatSession
 from slimtune.use.decode import decode
 from slimtune.use.evaluate import losses
@@ -137,3 +138,17 @@ class _Documents:
 
     def __getitem__(self, at: int) -> tuple[Any, Any]:
         return np.array(self.rows[at]), np.ones(len(self.rows[at]), dtype=bool)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_isnt_finite_chooses_no_token(temperature: float) -> None:
+    """The highest of such scores is one of them, and was said as if it were a token that was meant."""
+    opened = make_opened("llama")
+    fine, bad = prompts(12, 9)
+    with torch.no_grad():
+        opened.model.get_input_embeddings().weight[bad[4]] = torch.inf
+    assert bad[4] not in fine
+    sampling = Sampling(temperature=temperature, max_new_tokens=2)
+    assert len(next(iter(generate(opened, [fine], sampling))).ids) == 2
+    with pytest.raises(UserError, match="for a prompt isn't finite"):
+        list(generate(opened, [fine, bad], sampling))

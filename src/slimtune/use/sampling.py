@@ -88,7 +88,18 @@ class Draws:
         self._generators = [torch.Generator().manual_seed(_seed(sampling.seed, row)) for row in rows]
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next tokens, int64 [rows], of logits [rows, vocabulary]."""
+        """The next tokens, int64 [rows], of logits [rows, vocabulary].
+
+        Raises:
+            UserError: They aren't finite: there is nothing to choose from.
+        """
+        # The highest is no number if any is none; minus infinity is the score of a token that can't be.
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise UserError(
+                "what the model computes for a prompt isn't finite",
+                rule="A NaN or an infinity chooses no token.",
+                way_out="Compute in other numbers: --compute-dtype fp32",
+            )
         if self.sampling.greedy:
             return logits.argmax(-1)
         chances, tokens = (logits.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)
