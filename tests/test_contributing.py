@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "src").rglob("*.py"))
 LONGER = {
     "engine/kernels/lora.py:_down_backward": "one kernel of Triton's, which can't call another function's loads",
-    "engine/kernels/delta_chunks.py:gradients": "one kernel: what its products make stays on the chip",
 }
 """What is longer than the rule, and why."""
 

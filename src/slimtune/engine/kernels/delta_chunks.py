@@ -81,6 +81,13 @@ def _state(
 
 
 @jit
+def _together(first: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """Whether a token [CHUNK] is of another's document [, CHUNK], and not before it."""
+    row = tl.arange(0, CHUNK)
+    return (first[:, None] == first[None, :]) & (row[:, None] >= row[None, :])
+
+
+@jit
 def _decays(
     g: tl.tensor, starts: tl.tensor, token: tl.tensor, inside: tl.tensor, heads: int, head: int, CHUNK: tl.constexpr
 ) -> tl.tensor:
@@ -88,11 +95,21 @@ def _decays(
     row = tl.arange(0, CHUNK)
     each = tl.load(g + token * heads + head, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(starts + token, mask=inside, other=-1)
-    together = (first[:, None] == first[None, :]) & (row[:, None] >= row[None, :])
+    together = _together(first, CHUNK)
     total = tl.sum(tl.where(together, each[None, :], 0.0), axis=1)
     gamma = tl.where(together, tl.exp(tl.where(together, total[:, None] - total[None, :], 0.0)), 0.0)
     e = tl.where(inside & (first < token - row), tl.exp(total), 0.0)
     return total, e, gamma, first
+
+
+@jit
+def _to_last(total: tl.tensor, first: tl.tensor, inside: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """What is left of each token behind the chunk's last one [CHUNK]: nothing of another document's."""
+    is_last = tl.arange(0, CHUNK) == CHUNK - 1
+    last_first = tl.sum(tl.where(is_last, first, 0), axis=0)
+    last_total = tl.sum(tl.where(is_last, total, 0.0), axis=0)
+    ends = inside & (first == last_first)
+    return tl.where(ends, tl.exp(tl.where(ends, last_total - total, 0.0)), 0.0)
 
 
 @jit_one_for_all("tokens")
@@ -384,19 +401,14 @@ def gradients(
     strict = tl.where(row[:, None] > row[None, :], gamma, 0.0)
     lower = -da * strict * _product(k, tl.trans(k), PRECISION)
     decays = gamma * _product(q, tl.trans(k), PRECISION) * dp + b[:, None] * lower
-    is_last = row == CHUNK - 1
-    last_first = tl.sum(tl.where(is_last, first, 0), axis=0)
-    last_total = tl.sum(tl.where(is_last, total, 0.0), axis=0)
-    last_e = tl.sum(tl.where(is_last, e, 0.0), axis=0)
-    ends = inside & (first == last_first)
-    to_last = tl.where(ends, tl.exp(tl.where(ends, last_total - total, 0.0)), 0.0)
+    to_last = _to_last(total, first, inside, CHUNK)
     of_keys = -e * tl.sum(dkeys * k, axis=1)
     left = to_last * tl.sum(donward * k, axis=1)
     dtotal = tl.sum(decays, axis=1) - tl.sum(decays, axis=0) - left + e * tl.sum(dqueries * q, axis=1) + b * of_keys
-    dtotal += tl.where(is_last, tl.sum(left, axis=0) + last_e * tl.sum(both, axis=0), 0.0)
+    dtotal += tl.where(row == CHUNK - 1, tl.sum(left, axis=0) + e * tl.sum(both, axis=0), 0.0)
     # Of a token's g: what all tokens of its document from it on got.
-    later = (first[:, None] == first[None, :]) & (row[:, None] >= row[None, :])
-    tl.store(dg + token * heads + head, tl.sum(tl.where(later, dtotal[:, None], 0.0), axis=0), mask=inside)
+    from_later = tl.sum(tl.where(_together(first, CHUNK), dtotal[:, None], 0.0), axis=0)
+    tl.store(dg + token * heads + head, from_later, mask=inside)
     tl.store(dbeta + token * heads + head, db + tl.sum(lower, axis=1) + of_keys, mask=inside)
     key = tl.arange(0, KEYS)
     out = (token.to(tl.int64) * (heads * KEY_DIM) + head * KEY_DIM)[:, None] + key[None, :]
