@@ -165,6 +165,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
         write_gguf(MergedWeights(base, None), tokenizer, tmp_path / "m.gguf", "f16", name="m", turn_end=2)
 
 
+def test_templates_that_have_names_keep_them(tmp_path: Path) -> None:
+    tokenizer = BUILT["byte-level"].make()
+    plain = str(tokenizer.chat_template)
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools }}" + plain}
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": 512}, vocab_size=len(tokenizer))
+    certificate = export_gguf(find(str(_untrained(config, tmp_path / "base", tokenizer))), tmp_path / "out", "f16")
+    assert certificate is not None
+    fields = gguf.GGUFReader(tmp_path / "out" / "out-f16.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == plain
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}" + plain
+
+
 def test_numbers_that_reading_back_leaves_out_are_no_proof(tmp_path: Path) -> None:
     """Transformers' reader drops a Llama's biases without a word, and fresh ones are zeros: all would seem equal."""
     tokenizer = BUILT["byte-level"].make()

@@ -290,7 +290,9 @@ def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, turn_
     ):
         if token is not None:
             add(int(token))
-    writer.add_chat_template(tokenizer.chat_template)
+    source = tokenizer.chat_template
+    named = source.items() if isinstance(source, dict) else [("default", source)]
+    writer.add_chat_template([{"name": name, "template": text} for name, text in named])
 
 
 def _sources(weights: MergedWeights, config: Any, family: str) -> dict[str, list[str]]:
