@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    ByT5Tokenizer,
     GgufConfig,
     LlamaConfig,
     MistralConfig,
@@ -277,8 +278,9 @@ def test_the_tokenizers_way_of_splitting_is_named_or_refused(tokenizer: Any) -> 
     other.backend_tokenizer.model.ignore_merges = False
     assert pre_tokenizer(other) == "gpt-2"
     other.backend_tokenizer.normalizer = normalizers.Replace("~", "about")
-    with pytest.raises(UserError, match="way of splitting text isn't known"):
-        pre_tokenizer(other)
+    for unlike_whole in (other, ByT5Tokenizer()):
+        with pytest.raises(UserError, match="way of splitting text isn't known"):
+            pre_tokenizer(unlike_whole)
 
 
 TEMPLATES = {

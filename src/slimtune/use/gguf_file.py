@@ -146,24 +146,27 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         UserError: It is none of those that slimtune can name for certain.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitter, model = backend["pre_tokenizer"] or {}, backend["model"]
-    steps = [
-        {key: value for key, value in step.items() if key != "trim_offsets"}
-        for step in splitter.get("pretokenizers", [splitter])
-    ]
-    plain = not any(
-        model.get(key) for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    )
-    if model["type"] == "BPE" and plain and backend["normalizer"] in _NORMALIZERS:
-        for known, whole_words, name in _SPLITTERS:
-            if steps == known and bool(model.get("ignore_merges")) == whole_words:
-                return name
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of one that is written in Python
+    if backend is not None and (name := _split_name(json.loads(backend.to_str()))):
+        return name
     raise UserError(
         "this tokenizer can't be exported to GGUF: llama.cpp's name for its way of splitting text isn't known",
         rule="Byte-level BPE as of GPT-2, SmolLM, Qwen 2 and 3, and Llama 3 is known.",
         way_out="Merge it, and convert the merged folder by llama.cpp's convert_hf_to_gguf.py.",
     )
+
+
+def _split_name(backend: dict[str, Any]) -> str | None:
+    splitter, model = backend["pre_tokenizer"] or {}, backend["model"]
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in splitter.get("pretokenizers", [splitter])
+    ]
+    further = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model.get(key) for key in further) or backend["normalizer"] not in _NORMALIZERS:
+        return None
+    whole_words = bool(model.get("ignore_merges"))
+    return next((name for known, whole, name in _SPLITTERS if (steps, whole_words) == (known, whole)), None)
 
 
 def write_gguf(
