@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.config import Config
-from slimtune.data.conversation import normalise
+from slimtune.data.conversation import RowRefused, normalise
 from slimtune.data.preflight import content_key, examine
 from slimtune.data.render import ChatRenderer, Manner, prompt_ids
 from slimtune.errors import UserError
@@ -47,6 +47,17 @@ def test_a_reply_that_isnt_to_be_learnt_is_shown(kind: Kind, off: dict[str, Any]
     assert draft.notes == ["unsupervised-reply"]
     assert "".join(piece.text for piece in draft.pieces if piece.supervised) == "Here.<|im_end|>"
     assert "5" in [piece.text for piece in draft.pieces]
+
+
+def test_a_reply_that_isnt_to_be_learnt_is_none_of_all_text(kind: Kind) -> None:
+    messages = [ASK, {**REPLY, "content": "5", "weight": 0}, ASK, REPLY]
+    (draft,) = ChatRenderer(kind("plain")).drafts(normalise({"messages": messages}), "all")
+    unlearnt = "".join(piece.text for piece in draft.pieces if not piece.supervised)
+    assert unlearnt == "5<|im_end|>"
+    assert len(draft.pieces) > 6
+    messages[1] |= {"reasoning_content": "Hm."}  # which the template shows in the last reply alone
+    with pytest.raises(RowRefused, match="train_on: all would learn it"):
+        ChatRenderer(kind("last-thinks")).drafts(normalise({"messages": messages}), "all")
 
 
 def test_sharegpt_turns_may_be_kept_out_too(kind: Kind) -> None:

@@ -151,7 +151,7 @@ def test_replies_that_are_joined_are_those_of_the_completion(
     messages = CHAT["messages"][1:]
     file = write(tmp_path / "a.jsonl", [{"prompt": messages[:3], "completion": [messages[3], messages[5]]}])
     assert learnt(prove(Config.make(data=file), tokenizer), tokenizer) == ["second\n\nthird<|im_end|>"]
-    file = write(tmp_path / "b.jsonl", [{"prompt": messages[:4], "completion": [messages[5]]}])
+    file = write(tmp_path / "b.jsonl", [{"messages": [*messages[:3], {**messages[3], "weight": 0}, messages[5]]}])
     said = examine(Config.make(data=file), tokenizer).facts["examples"]
     assert said == {"weight": "b.jsonl:1: replies in a row of which one is learnt and one isn't"}
 

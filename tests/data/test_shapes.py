@@ -365,6 +365,18 @@ def test_what_an_alpaca_row_has_beside_its_columns_is_read() -> None:
             {"messages": [*messages(Q), {"role": "assistant", "channel": "analysis", "content": "Hm."}, *messages(A)]},
             "messages[1].channel: a message of its own in the channel 'analysis'",
         ),
+        (
+            {"messages": [*messages(Q), {"role": "assistant", "content": "b", "thinking": "c", "reasoning": "d"}]},
+            "messages[1].reasoning_content: another thought of this turn stands elsewhere in it",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a", "image_url": "b"}]}, *messages(A)]},
+            "messages[0].content[0].image_url: beside a text; only text is trained on",
+        ),
+        (
+            {"prompt": [*messages(Q), *messages(A)], "completion": messages(A)},
+            "completion: the prompt ends with a reply: the completion may go on with it",
+        ),
         ({"messages": "[{'role': array(1)}]"}, "messages: text that is no JSON"),
         ({"conversations": "[" * 5000}, "conversations: text that is no JSON"),
     ],

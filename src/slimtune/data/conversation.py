@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimtune.data.blocks import plain_tools
+from slimtune.data.marked import LEARNT, supervision
 from slimtune.data.preference import chosen_row
 from slimtune.data.rows import RowRefused, from_text, kind_of, listed
 from slimtune.data.shapes import MEDIA, Standard, check_media, standard_row, unknown_shape
@@ -85,6 +86,9 @@ _TURN_KEYS = frozenset({
     "reasoning_content", "thinking", "reasoning", "weight", "train", "training", "loss", "loss_weight", "channel",
 })  # fmt: skip
 """What is read of a turn, or names it; beside these a tool's ``name``."""
+
+_SEEN = MEDIA | {"image_url", "video_url", "audio_url", "input_audio", "inlineData", "inline_data", "fileData", "file"}
+"""What isn't text in a part of a content."""
 
 NONCHARACTER = "\ufdd0"
 """What the renderer marks text with; it is taken out of what people write."""
@@ -196,7 +200,7 @@ def _unread_of_turns(row: Mapping[str, Any]) -> set[str]:
             if role == "tool":
                 keys -= {"name"}
             if role not in ("assistant", "call"):
-                keys |= {key for key in _LEARNT if turn.get(key)}  # only replies are learnt
+                keys |= {key for key in LEARNT if turn.get(key)}  # only replies are learnt
             made |= {f"{name}: {key}" for key in keys if turn[key] not in (None, "", [], {})}
     return made
 
@@ -268,6 +272,8 @@ def _content(where: str, value: Any, repairs: list[str]) -> str:
             kind = part.get("type") or "text"  # Gemini's and Bedrock's parts name no type
             if kind not in ("text", "input_text", "output_text", "refusal"):
                 raise RowRefused(f"{where}[{number}]", f"a part of type {kind!r}; only text is trained on")
+            if seen := next((name for name in _SEEN & part.keys() if part[name]), None):
+                raise RowRefused(f"{where}[{number}].{seen}", "beside a text; only text is trained on", "media")
             key = next((key for key in ("text", "value", "content", "refusal") if part.get(key) is not None), "text")
             if key not in part:
                 raise RowRefused(f"{where}[{number}]", f"a part of {listed(part)}; only text is trained on")
@@ -362,6 +368,10 @@ def _prompt_completion(value: Mapping[str, Any]) -> Conversation:
         made.messages += read_messages(prompt, where="prompt", repairs=made.repairs)
         made.completion_from = len(made.messages)
         made.messages += read_messages(completion, where="completion", repairs=made.repairs)
+        ends = [message["role"] for message in made.messages[made.completion_from - 1 : made.completion_from + 1]]
+        if ends == ["assistant", "assistant"]:
+            what = "the prompt ends with a reply: the completion may go on with it, or be a turn of its own"
+            raise RowRefused("completion", what, "order")
         return made
     prompt = _filled("prompt", _string("prompt", prompt, made.repairs))
     made.messages += [{"role": "user", "content": prompt}, _reply(value, "completion", made.repairs)]
@@ -426,28 +436,6 @@ def _but_empty_systems(messages: list[Message]) -> list[Message]:
     return [m for m in messages if m["role"] not in SYSTEM_ROLES or m["content"].strip()]
 
 
-_LEARNT = ("weight", "train", "training", "loss", "loss_weight")
-
-
-def _supervision(where: str, role: str, turn: Mapping[str, Any]) -> Message:
-    """``supervised: False`` for a reply that its file marks as one to show, not to learn: ``weight: 0`` (OpenAI,
-    Mistral), ``train: false``, ``training: false`` (axolotl), ``loss: false``, ``loss_weight: 0``."""
-    if role != "assistant":
-        return {}
-    made: Message = {}
-    for key in ("train_detail", "training_detail"):
-        if turn.get(key):
-            raise RowRefused(f"{where}.{key}", "parts of a reply are learnt or not; a reply is learnt whole", "weight")
-    for key in _LEARNT:
-        value = turn.get(key)
-        if value is None or value == 1:
-            continue
-        if not isinstance(value, bool | int | float) or value != 0:
-            raise RowRefused(f"{where}.{key}", "a reply is learnt (1, true) or not (0, false)", "weight")
-        made["supervised"] = False
-    return made
-
-
 def _plain(turn: Any) -> Message | None:
     """A turn of nothing but a role and ASCII text, as most are, in normal form; None for any other."""
     if type(turn) is not dict or len(turn) != 2:
@@ -475,11 +463,11 @@ def _message(where: str, turn: Any, repairs: list[str], keys: tuple[str, str] = 
     calls = turn.get("tool_calls")
     if calls is None and turn.get("function_call") is not None:
         calls = [turn["function_call"]]
-    reasoning = next((turn[k] for k in ("reasoning_content", "thinking", "reasoning") if turn.get(k)), None)
+    thoughts = [turn[k] for k in ("reasoning_content", "thinking", "reasoning") if turn.get(k)]
     if role == "call":
         role, calls = "assistant", _calls(f"{where}.{text}", turn.get(text), repairs)
-        return {"role": role, "content": "", "tool_calls": calls} | _supervision(where, role, turn)
-    made: Message = {"role": role} | _supervision(where, role, turn)
+        return {"role": role, "content": "", "tool_calls": calls} | supervision(where, role, turn)
+    made: Message = {"role": role} | supervision(where, role, turn)
     content = turn.get(text)
     if turn.get("channel") not in (None, "", "final"):
         what = f"a message of its own in the channel {turn['channel']!r}; a thought is read under reasoning_content"
@@ -493,11 +481,13 @@ def _message(where: str, turn: Any, repairs: list[str], keys: tuple[str, str] = 
     elif text not in turn:
         raise RowRefused(f"{where}.{text}", f"missing; the message has {listed(turn)}")
     if role == "assistant":
-        content, thoughts = _without_thoughts(f"{where}.{text}", content, repairs)
-        reasoning = reasoning or thoughts or None
+        content, among_parts = _without_thoughts(f"{where}.{text}", content, repairs)
+        thoughts += [among_parts] if among_parts else []
     made["content"] = _content(f"{where}.{text}", content, repairs)
-    if reasoning is not None:
-        made["reasoning_content"] = _string(f"{where}.reasoning_content", reasoning, repairs)
+    if any(thought != thoughts[0] for thought in thoughts):
+        raise RowRefused(f"{where}.reasoning_content", "another thought of this turn stands elsewhere in it", "thought")
+    if thoughts:
+        made["reasoning_content"] = _string(f"{where}.reasoning_content", thoughts[0], repairs)
     if calls:
         made["tool_calls"] = _calls(f"{where}.tool_calls", calls, repairs)
     elif role != "tool" and role not in SYSTEM_ROLES:

@@ -232,6 +232,9 @@ class ChatRenderer:
                 dialect.check_end(written[at], at + 1, calls="tool_calls" in messages[at])
             if dialect.leaves_thought(written[at], messages[: at + 1], tools):
                 notes.append("thoughts-left-out")
+        if train_on == "all" and any(not messages[at].get("supervised", True) for at in replies if at not in places):
+            what = "a reply that isn't to be learnt is shown otherwise once turns follow: train_on: all would learn it"
+            raise RowRefused("", what, "weight")
         drafts = [self._own_document(at, written) for at in wanted if at not in places]
         cuts = [(*places[at], at in wanted) for at in places]
         pieces = self._pieces(main.prompt + main.text + main.rest, cuts, everything=train_on == "all")
@@ -326,7 +329,7 @@ class ChatRenderer:
         at = 0
         for start, end, supervised in sorted(cuts):
             pieces += self._cut(text[at:start], everything, False)
-            pieces += self._cut(text[start:end], everything or supervised, True)
+            pieces += self._cut(text[start:end], supervised, True)
             at = end
         pieces += self._cut(text[at:], everything, bool(pieces) and pieces[-1].control < 0)
         return pieces
