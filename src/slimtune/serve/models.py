@@ -82,7 +82,8 @@ def open_all(
         )
     name = base_name(first)
     if first.adapter is not None and name not in made:
-        bare = replace(first, name=name, adapter=None, passport=None)
+        # With the passport: it says how the first run renders, and base and run are asked alike.
+        bare = replace(first, name=name, adapter=None)
         made[name] = Opened(bare, base, opened.tokenizer, opened.stop_ids, opened.format)
     return made
 
