@@ -70,3 +70,18 @@ def test_the_bar_gives_way_to_what_a_step_says(width: int, lang: Lang) -> None:
     assert [word in line for word in ("1.2345", "1:01:40", "12,345", "2.00 GiB", "━━━━━━━━")] == [
         True, width >= 60, width >= 80, width >= 120, width >= 80
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lang", "said"),
+    [
+        ("en", "6% of what flows back is too small for FP8 by now: precision: bf16 loses none of it"),
+        ("zh", "反向传播的数值中已有 6% 小得 FP8 存不下：precision: bf16 不会丢失"),
+    ],
+)
+def test_what_fp8_loses_is_said_once_it_is_much(lang: Lang, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with spoken(lang):
+        Screen().record({"step": 3, "steps": 4, "eval_fp8_lost": 0.049})
+        assert not capsys.readouterr().err
+        Screen().record({"step": 4, "steps": 4, "eval_fp8_lost": 0.06})
+    assert said in capsys.readouterr().err

@@ -38,7 +38,8 @@ class FusedTrainer(PlainTrainer):
 
     engine: Engine | None = None
     fp8_pack: dict[str, Any] | None = None
-    """A small pack whose gradients are looked at after every evaluation, where products are in FP8."""
+    """A small pack whose gradients are looked at after every evaluation, or without any at every checkpoint, where
+    products are in FP8."""
     optimizer: Any
 
     def use_engine(self, engine: Engine) -> None:
@@ -122,11 +123,24 @@ class FusedTrainer(PlainTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; in FP8 with the share of what flows back that is too small for it by now."""
         output = super().evaluation_loop(*args, **kwargs)
-        if self.engine is not None and self.engine.fp8_share and self.fp8_pack is not None and output.metrics:
-            with self.engine.counting_lost() as fp8:
-                self.engine.upper_gradients(self.fp8_pack)
-                output.metrics["eval_fp8_lost"] = fp8.lost().share
+        if output.metrics:
+            output.metrics.update(self._lost_in_fp8())
         return output
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; where nothing is evaluated, with that share at every checkpoint."""
+        saves = self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if saves and self.eval_dataset is None and (lost := self._lost_in_fp8()):
+            self.log(lost)
+
+    def _lost_in_fp8(self) -> dict[str, float]:
+        """What flows back and is too small for FP8 by now, as a metric; none where nothing is in FP8."""
+        if self.engine is None or not self.engine.fp8_share or self.fp8_pack is None:
+            return {}
+        with self.engine.counting_lost() as fp8:
+            self.engine.upper_gradients(self.fp8_pack)
+            return {"eval_fp8_lost": fp8.lost().share}
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
