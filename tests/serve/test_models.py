@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
 
 from slimtune.adapter.passport import issue_passport, stamp
 from slimtune.config import Config
 from slimtune.errors import UserError
 from slimtune.serve.models import find_all, open_all
 from slimtune.serve.vllm import vllm_command
+from tests.families.tiny import made, save, tokenizer
 
 
 def test_names_come_from_folders_or_are_given(runs: list[Path], tiny_model: Path) -> None:
@@ -69,17 +69,16 @@ def test_vllm_is_not_given_what_it_would_leave_out(
         vllm_command(find_all([str(run)]), "127.0.0.1", 8000, 16)
 
 
-def test_the_base_is_asked_as_the_first_run_is(
-    runs: list[Path], tiny_model: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    adapter = shutil.copytree(runs[0], tmp_path / "calm") / "adapter"
-    toned = deepcopy(tokenizer)
-    toned.chat_template = "{{ tone }}" + str(tokenizer.chat_template)
+def test_the_base_is_asked_as_the_first_run_is(tmp_path: Path) -> None:
+    base, adapter = save("llama", tmp_path / "base"), tmp_path / "calm" / "adapter"
+    get_peft_model(made("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(adapter)
+    toned = tokenizer()
+    toned.chat_template = "{{ tone }}" + str(toned.chat_template)
     toned.save_pretrained(adapter)
-    config = Config(model=str(tiny_model), data=("rows.jsonl",), compute_dtype="fp32", template_vars={"tone": "calm"})
-    stamp(adapter, issue_passport(config, str(tiny_model), toned))
-    run, base = open_all(find_all([str(adapter.parent)]), quantization="none", dtype="fp32").values()
+    config = Config(model=str(base), data=("rows.jsonl",), compute_dtype="fp32", template_vars={"tone": "calm"})
+    stamp(adapter, issue_passport(config, str(base), toned))
+    run, bare = open_all(find_all([str(adapter.parent)]), quantization="none", dtype="fp32").values()
     asked = run.prompt_ids([{"role": "user", "content": "Well?"}])
     assert str(toned.decode(asked)).startswith("calm")
-    assert base.prompt_ids([{"role": "user", "content": "Well?"}]) == asked
-    assert base.found.adapter is None
+    assert bare.prompt_ids([{"role": "user", "content": "Well?"}]) == asked
+    assert bare.found.adapter is None
