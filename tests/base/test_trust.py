@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from slimtune.adapter.files import attach_adapter
@@ -28,6 +29,7 @@ from slimtune.hardware import Hardware
 from slimtune.run.durable import DamagedError, atomic_folder, write_file
 from slimtune.run.folder import RunFolder
 from slimtune.training.checkpoint import Checkpoints, read_checkpoint
+from tests.families.tiny import made
 
 
 class Bomb:
@@ -156,6 +158,10 @@ MODELS: dict[str, Callable[[Path, Path], None]] = {
 ADAPTERS: dict[str, Callable[[Path, Path], None]] = {
     "pickle adapter": only_pickles("adapter_model.bin"),
     "auto_mapping": field("adapter_config.json", auto_mapping={"base_model_class": "Evil", "parent_library": "evil"}),
+    "auto_mapping of a model's code": field(
+        "adapter_config.json", auto_mapping={"parent_library": "transformers_modules.evil"}
+    ),
+    "auto_mapping by a path": field("adapter_config.json", auto_mapping={"parent_library": "transformers.x/../evil"}),
     "megatron core": field("adapter_config.json", megatron_config={"x": 1}, megatron_core="evil"),
     "megatron core alone": field("adapter_config.json", megatron_core="evil"),
     "another adapter kind": field("adapter_config.json", peft_type="PROMPT_TUNING"),
@@ -247,6 +253,18 @@ def test_a_run_cannot_ask_for_remote_code(tmp_path: Path) -> None:
 
 def test_a_good_folder_is_taken(model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert load_tokenizer(str(model)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_an_adapter_that_peft_saves_without_a_task_is_taken(tmp_path: Path) -> None:
+    """PEFT then names the base's class, as Unsloth's adapters do: Transformers' own, which comes with no adapter."""
+    wrapped = get_peft_model(made("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["auto_mapping"]["parent_library"] == "transformers.models.llama.modeling_llama"
+    attached = attach_adapter(made("llama"), tmp_path)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(attached.eval()(ids).logits, wrapped.eval()(ids).logits)
 
 
 def test_a_folder_that_is_gone_is_said_to_be(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ library import or fetch code, links and paths that lead out of the folder, files
 Upstream's doors, by their fields: ``auto_map`` and ``custom_pipelines`` (Transformers imports Python from the folder),
 ``attn_implementation`` and ``experts_implementation`` with a hub id, ``kernel_config`` and ``use_kernels``
 (Transformers' ``integrations/hub_kernels.py`` fetches compiled code), ``auto_mapping`` (PEFT's ``auto.py`` imports the
-module it names), ``megatron_core`` (PEFT's ``lora/tp_layer.py``). What an adapter's other fields may say, and patterns
-that never end, are :mod:`slimtune.adapter.settings`' and :mod:`slimtune.adapter.patterns`' to look at.
+module it names, which may be one of Transformers'), ``megatron_core`` (PEFT's ``lora/tp_layer.py``). What an adapter's
+other fields may say, and patterns that never end, are :mod:`slimtune.adapter.settings`' and
+:mod:`slimtune.adapter.patterns`' to look at.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = ["check_adapter_folder", "check_attention", "check_model_folder"]
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"})
 _LOADS_CODE = frozenset({"auto_map", "custom_pipelines", "kernel_config", "use_kernels"})
 _LOADS_CODE_PEFT = frozenset({"auto_mapping", "megatron_config"})
+_TRANSFORMERS = re.compile(r"transformers(\.[A-Za-z_][A-Za-z0-9_]*)+")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 _BUILT_IN = frozenset({"eager", "sdpa", "flex_attention"})
 """Attention and expert implementations that are Transformers' and torch's own; the others may be fetched."""
@@ -74,10 +76,16 @@ def check_adapter_folder(folder: Path) -> None:
     if not isinstance(config, dict):
         raise UserError(f"{config_file} holds no adapter's config", rule="It is a JSON object.")
     for key in sorted(_LOADS_CODE_PEFT & config.keys()):
-        if config[key] is not None:
+        if config[key] is not None and not (key == "auto_mapping" and _is_of_transformers(config[key])):
             raise _code_refused(config_file, key, config[key])
     if config.get("megatron_core") not in (None, "megatron.core"):
         raise _code_refused(config_file, "megatron_core", config["megatron_core"])
+
+
+def _is_of_transformers(mapping: Any) -> bool:
+    """Whether an ``auto_mapping`` names a class of the installed Transformers, as PEFT's own does."""
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    return isinstance(library, str) and _TRANSFORMERS.fullmatch(library) is not None
 
 
 def check_attention(name: str, implementation: Any) -> None:
