@@ -90,6 +90,24 @@ def test_labels_of_other_kinds_are_no_preference(row: dict[str, Any]) -> None:
     assert normalise(row)
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"), [(True, True), (False, False), ("desirable", True), ("undesirable", False)]
+)
+@pytest.mark.parametrize("name", ["label", "chosen", "is_preferred"])
+def test_a_label_under_any_of_its_names_is_heard(name: str, said: bool | str, wanted: bool) -> None:
+    row = {"prompt": "Key?", "response": "Pot.", name: said}
+    if isinstance(said, str) and name != "label":  # a text there is a reply, or somebody's own word
+        assert normalise(row)
+        return
+    with pytest.raises(RowRefused, match=f"stands in '{name}'"):
+        normalise(row)
+    if wanted:
+        assert normalise(row, prefer="chosen").messages[-1]["content"] == "Pot."
+        return
+    with pytest.raises(RowRefused, match="isn't wanted"):
+        normalise(row, prefer="chosen")
+
+
 def test_rows_left_out_as_asked_count_as_dropped_but_stop_no_run(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

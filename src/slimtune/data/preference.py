@@ -31,7 +31,10 @@ _UNRANKED = (
 )  # fmt: skip
 """Two replies, the better one named elsewhere in a way of each publisher's own."""
 _LABELS = ("label", "kto_tag")
-_SIGNS = frozenset({*_LABELS, *_WORSE, "output"}.union(*_PAIRS, *_UNRANKED))
+_FLAGS = ("chosen", "is_chosen", "preferred", "is_preferred", "desirable")
+"""Columns that are a label where they are true or false."""
+_SAID = {"true": True, "desirable": True, "false": False, "undesirable": False}
+_SIGNS = frozenset({*_LABELS, *_FLAGS, *_WORSE, "output"}.union(*_PAIRS, *_UNRANKED))
 """A row without any of these columns is no preference data: most rows are told by that alone."""
 _TURNS = ("conversations", "conversation", "messages")
 _QUESTIONS = ("prompt", "question", "instruction", "query", "input")
@@ -87,11 +90,11 @@ def _label(value: Mapping[str, Any]) -> tuple[str, bool] | None:
 
     Numbers count beside prompt and completion alone, as elsewhere they may be any classifier's.
     """
-    for name in _LABELS:
+    for name in (*_LABELS, *_FLAGS):
         label = value.get(name)
-        if isinstance(label, str) and label.strip().lower() in ("true", "false"):
-            label = label.strip().lower() == "true"
-        if "prompt" in value and "completion" in value and type(label) is int and label in (0, 1):
+        if name in _LABELS and isinstance(label, str):
+            label = _SAID.get(label.strip().lower())
+        if name in _LABELS and "prompt" in value and "completion" in value and type(label) is int and label in (0, 1):
             label = bool(label)
         answered = any(column in value for column in (*_TURNS, "completion", "output", "response", "answer"))
         if isinstance(label, bool) and answered:
