@@ -106,8 +106,18 @@ def test_a_run_in_fp8_goes_on_bit_by_bit_and_says_so(
     stop_in_step(2)
     with pytest.raises(StopRequested):
         finetune(config(str(small), rows, tmp_path / "run", **asked))
-    assert campaign.trajectory(resume(tmp_path / "run").path) == campaign.trajectory(whole.path)
+    shutil.copytree(tmp_path / "run", tmp_path / "without-room")
+    capsys.readouterr()
+    assert campaign.trajectory(resume(tmp_path / "run", screen=Screen()).path) == campaign.trajectory(whole.path)
     assert campaign.adapter_sha256(tmp_path / "run") == campaign.adapter_sha256(whole.path)
+    assert "until here" not in capsys.readouterr().err
+    monkeypatch.setattr("slimtune.engine.memory._Shape.spare", 0.0)
+    resumed = resume(tmp_path / "without-room", screen=Screen())
+    before, after = facts["training"]["engine"], "fused, 100% of the layers' products in FP8"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"engine: {before} until here, {after} from here" in said
+    event = {"event": "engine", "step": 2, "before": before, "after": after}
+    assert event in [{key: record.get(key) for key in event} for record in resumed.metrics()]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ class Progress:
     silent: list[str] | None = None
     """Adapters that have had no gradient yet; None: not looked at."""
     ranks: int = 1
+    engine: str = ""
+    """What the engine multiplied in, in words; empty: no engine, or not noted."""
     divergence: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
     """What the Trainer has added up since the last line of the log."""
@@ -136,7 +138,8 @@ class ResumableTrainer(RankedTrainer):
                 safety.warn(f"ranks: {before} until here, {now} from here; sums round differently")
                 step = safety.checkpoints.last_saved
                 safety.record({"event": "ranks", "step": step, "before": before, "after": now})
-        self.progress.ranks = self.ranks.count
+            self._see_engine(self.progress.engine)
+        self.progress.ranks, self.progress.engine = self.ranks.count, self._engine_told
         self.begin_alike()
         self.add_callback(Hooks(self))
         with safety.watchdog.watching("a step"), safety.signals.deferrable():
@@ -158,6 +161,17 @@ class ResumableTrainer(RankedTrainer):
         if self.ranks.first and safety.config.early_stopping and self.progress.best_step is not None:
             self._take_best()
             self.saved_step = self.progress.best_step
+
+    @property
+    def _engine_told(self) -> str:
+        return "" if getattr(self, "engine", None) is None else str(getattr(self, "engine_told", ""))
+
+    def _see_engine(self, before: str) -> None:
+        """Say where a resumed run multiplies otherwise: what is in FP8 follows from the card and the room on it."""
+        if before and before != (now := self._engine_told):
+            self.safety.warn(f"engine: {before} until here, {now} from here")
+            step = self.safety.checkpoints.last_saved
+            self.safety.record({"event": "engine", "step": step, "before": before, "after": now})
 
     # -- checkpoints, written and read in place of the Trainer's
 
