@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from slimtune.hardware import Hardware
 from tests.cli.conftest import Done
 
 
@@ -67,9 +68,22 @@ def test_data_for_a_card_that_multiplies_in_what_this_machine_doesnt(
     assert json.loads(done.stdout)["cards"][0]["run_seconds"] > 0
 
 
-def test_that_nothing_is_large_enough_for_fp8_is_said(run_here: Callable[..., Done], tiny_model: Path) -> None:
-    done = run_here("plan", str(tiny_model), "--gpu", "H100", "--precision", "fp8")
-    assert "no product of this run is large enough for FP8" in done.stdout
+def test_how_much_is_large_enough_for_fp8_is_said_by_a_dry_run_too(
+    run_here: Callable[..., Done], tiny_model: Path, requests_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hardware, "without_fp8", None)
+    plan = "plan", str(tiny_model), "--gpu", "H100"
+    run = "train", str(tiny_model), str(requests_file), "--dry-run", "--memory", "1GiB", "--compute-dtype", "bf16"
+
+    def said(words: tuple[str, ...]) -> str:
+        done = run_here(*words, "--precision", "fp8")
+        assert done.returncode == 0, done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    assert all("engine no product of this run is large enough for FP8" in said(words) for words in (plan, run))
+    monkeypatch.setattr("slimtune.training.forecast.pays", lambda *shape: True)
+    assert all("engine fused, 100% of the layers' products in FP8" in said(words) for words in (plan, run))
+    assert "FP8" not in run_here(*run).stderr
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def _tell_memory(forecaster: Forecaster, budget: int, config: Config, screen: Sc
     if forecaster.unfused is not None:
         screen.say("memory", f"not planned, as the engine doesn't run the steps: {forecaster.unfused}")
         return
+    if forecaster.fp8_told:
+        screen.say("engine", forecaster.fp8_told)
     machine = detect()
     planned = forecaster.forecast(machine.card, budget, ram_to_lock() if machine.device == "cuda" else None)
     screen.say("memory", memory_line(planned.parts, config.memory))

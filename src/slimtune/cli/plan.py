@@ -171,11 +171,8 @@ def _lines(forecaster: Forecaster, config: Config, rows: list[Forecast], rehears
                 f"host, between hosts at {8 * HOST_LINK:g} Gb/s: arithmetic too."
             ),
         ]
-    if config.precision == "fp8":
-        share = forecaster.fp8_share
-        eighths = f"fused, {share:.0%} of the layers' products in FP8"
-        none = "no product of this run is large enough for FP8: all are in bf16"
-        lines.append(_line(told("engine"), told(eighths if share else none)))
+    if forecaster.fp8_told:
+        lines.append(_line(told("engine"), told(forecaster.fp8_told)))
     return [
         *lines,
         _line(told("batch"), room),

@@ -257,6 +257,15 @@ class Forecaster:
         return sum(block.fp8_products for block in blocks) / sum(block.products for block in blocks)
 
     @property
+    def fp8_told(self) -> str:
+        """That share in words; empty: none was asked for."""
+        if self.config.precision != "fp8":
+            return ""
+        if not self.fp8_share:
+            return "no product of this run is large enough for FP8: all are in bf16"
+        return f"fused, {self.fp8_share:.0%} of the layers' products in FP8"
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of an optimizer step, over all cards."""
         return self.config.accumulation * sum(self.lengths)
