@@ -357,6 +357,13 @@ def test_a_device_that_cannot_multiply_so_is_told(in_fp8: Trainer, monkeypatch: 
     with pytest.raises(UserError, match=r"this device can't \(RuntimeError: Rowwise scaling"):
         prove_precision(in_fp8, PACK)
 
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("slimtune.engine.kernels.fp8.product", no_room)
+    with pytest.raises(torch.OutOfMemoryError):  # which says nothing of FP8
+        prove_precision(in_fp8, PACK)
+
 
 def test_small_products_are_left_in_bf16_and_that_is_said() -> None:
     model = models.add_lora(models.quantize(models.make_base("qwen2"), double=True))

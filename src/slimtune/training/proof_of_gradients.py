@@ -168,6 +168,8 @@ def prove_precision(trainer: Any, pack: dict[str, Any]) -> str:
             with engine.counting_lost() as fp8:  # by way of 16 bits where gates otherwise go straight into FP8
                 _, again = zip(*engine.upper_gradients(pack), strict=True)
                 lost = fp8.lost()
+    except torch.OutOfMemoryError:
+        raise
     except CANT_TAKE as error:
         raise _unfit(f"this device can't ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
     finally:
