@@ -235,7 +235,7 @@ def test_of_few_rows_none_is_held_out(tmp_path: Path, tokenizer: PreTrainedToken
 
 
 def test_held_out_data_is_proven_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    one, two = write(tmp_path / "one.jsonl", numbered(20)), write(tmp_path / "two.jsonl", numbered(5))
+    one, two = write(tmp_path / "one.jsonl", numbered(20)), write(tmp_path / "two.jsonl", numbered(5, 20))
     proof = prove(Config.make(data=one, eval=two), tokenizer)
     assert proof.eval is not None
     assert len(proof.eval) == 5
@@ -244,15 +244,24 @@ def test_held_out_data_is_proven_too(tmp_path: Path, tokenizer: PreTrainedTokeni
         prove(Config.make(data=one, eval=two), tokenizer)
 
 
-def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_held_out_rows_that_are_trained_on_too_are_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Else what was learnt by heart would be told as what the run does to rows that it hasn't seen."""
     one, two = write(tmp_path / "one.jsonl", numbered(20)), write(tmp_path / "two.jsonl", numbered(5, 17))
     config = Config.make(data=one, eval=two)
     proof = prove(config, tokenizer)
     assert proof.facts["eval"]["trained_on"] == 3
-    assert any("3 of the held-out documents are trained on too" in line for line in hints(proof, config, ()))
+    assert any(
+        "3 held-out documents are left out: they are trained on too" in line for line in hints(proof, config, ())
+    )
+    assert proof.eval is not None
+    assert [proof.eval.place(at).number for at in range(len(proof.eval))] == [4, 5]
     assert prove(Config.make(data=one, eval=two, train_on="all"), tokenizer).facts["eval"]["trained_on"] == 3
     apart = write(tmp_path / "three.jsonl", numbered(5, 20))
     assert prove(Config.make(data=one, eval=apart), tokenizer).facts["eval"]["trained_on"] == 0
+    with pytest.raises(UserError, match="all 20 held-out documents are trained on too"):
+        prove(Config.make(data=one, eval=one), tokenizer)
+    with pytest.raises(UserError, match="no held-out document is left"):
+        prove(Config.make(data=one, eval=f"{apart}*0.01"), tokenizer)
 
 
 def test_a_weight_that_leaves_no_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -307,7 +307,7 @@ def test_what_was_not_read_and_what_was_on_both_sides_is_told_in_both_languages(
     assert "weren't read" not in texts(explain(facts), "data")
     rows = {"rows": 9, "rows_trained": 9, "rows_dropped": 0}
     facts["data"] |= {"unread": {f"column{at}": 1 for at in range(7)}, "eval": {**rows, "trained_on": 4}}
-    for language, both in (("en", " 4 of its documents were trained on too"), ("zh", "4 篇文档也在训练数据里")):
+    for language, both in (("en", " 4 of its documents were left out"), ("zh", "4 篇文档也在训练数据里")):
         told = texts(explain(facts, language), "data")
         assert "column0, column1, column2, column3, column4, …" in told
         assert both in told

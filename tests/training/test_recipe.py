@@ -154,6 +154,7 @@ def test_evaluations_leave_the_adapter_as_it_is(
     small: Path, rows: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out = campaign.make_rows(tmp_path / "held_out.jsonl", 8)
+    held_out.write_text(held_out.read_text().replace("Say", "Tell"))
     finetune(config(str(small), rows, tmp_path / "without", engine=engine, lora_dropout=0.3, eval_share=0.0))
     with_them = config(
         str(small), rows, tmp_path / "with", engine=engine, lora_dropout=0.3, eval=(str(held_out),), eval_steps=1,

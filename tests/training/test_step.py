@@ -134,13 +134,15 @@ def test_the_evaluations_loss_is_one_mean_over_its_tokens(
     family: str, chats: Path, tmp_path: Path, words: PreTrainedTokenizerBase
 ) -> None:
     model = saved(tmp_path / "model", family, words)
-    still = {"eval": str(chats), "learning_rate": 1e-6, "eval_steps": 1, "targets": ("q_proj",)}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(chats.read_text().replace("Say", "word1"))
+    still = {"eval": str(held_out), "learning_rate": 1e-6, "eval_steps": 1, "targets": ("q_proj",)}
     run, config = first_step(model, chats, tmp_path / "run", **still)
     told, after = (record["eval_loss"] for record in run.metrics() if "eval_loss" in record)
     assert after == pytest.approx(told, rel=1e-4)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     lost, tokens = 0.0, 0
-    for row in prove(config, words).train:
+    for row in prove(config, words).eval or ():
         ids, mask = (torch.tensor(part) for part in row)
         with torch.no_grad():
             logits = base(input_ids=ids[None].long()).logits[0, :-1]

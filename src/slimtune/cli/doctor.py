@@ -86,6 +86,8 @@ def _machine() -> list[Finding]:
     findings = [Finding(where, f"{hardware.name}, {memory}", True)]
     if hardware.device == "cpu":
         findings.append(Finding("CUDA", "no device: training runs on the CPU", True))
+    else:
+        findings.append(Finding("FP8", hardware.without_fp8 or "taken by --precision fp8, an experiment", True))
     findings.append(Finding("computes in", hardware.compute_dtype, True, why=hardware.compute_dtype_reason))
     return findings
 

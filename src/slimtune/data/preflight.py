@@ -50,7 +50,7 @@ class Proof:
     ``facts`` holds plain values: rows, rows_trained, rows_dropped, dropped, repaired, noted (counts by rule), examples
     (the first place of each rule), shapes, sources, documents, tokens, supervised_tokens, duplicates, lengths
     (quantiles in tokens), key (the content's hash); for evaluation data the same under ``eval``, and trained_on: how
-    many of its documents are among those to train on; and ``held_out``, what
+    many of its documents are left out, as they are among those to train on; and ``held_out``, what
     :func:`slimtune.data.held_out.held_out_facts` says of the documents to evaluate on.
     """
 
@@ -246,8 +246,9 @@ def _open(folder: Path, config: Config, sources: list[Source], held_out: list[So
     evaluation, share, rows = None, 0.0, 0
     if held_out:
         eval_store = DocumentStore(folder / "eval")
-        evaluation = Documents(eval_store, _weighted(eval_store, held_out, config.seed))
-        facts["eval"]["trained_on"] = int(np.isin(eval_store.hashes[evaluation.chosen], store.hashes[chosen]).sum())
+        apart = _weighted(eval_store, held_out, config.seed)
+        both = np.isin(eval_store.hashes[apart], store.hashes[chosen])
+        evaluation, facts["eval"]["trained_on"] = Documents(eval_store, apart[~both]), int(both.sum())
     elif config.eval_share and len(chosen):
         chosen, apart, share, rows = set_apart(store, chosen, config.eval_share, config.seed)
         evaluation = Documents(store, apart) if len(apart) else None
@@ -294,6 +295,13 @@ def _refusal(proof: Proof, config: Config) -> UserError | None:
             )
     if not len(proof.train):
         return UserError("no document is left to train on", rule="eval_share and weights leave at least one.")
+    if proof.eval is not None and not len(proof.eval):
+        both = proof.facts["eval"]["trained_on"]
+        return UserError(
+            f"all {both:,} held-out documents are trained on too" if both else "no held-out document is left",
+            rule="A run is judged by rows that it wasn't trained on.",
+            way_out="Name others by --eval, or leave it out: of enough rows some are held out by themselves.",
+        )
     if config.early_stopping is not None and proof.eval is None:
         return UserError(
             f"early_stopping needs an evaluation, and of {proof.different_rows:,} different rows none is held out",

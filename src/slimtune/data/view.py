@@ -130,7 +130,7 @@ def hints(proof: Proof, config: Config, variables: Collection[str]) -> list[str]
     if facts["duplicates"] > facts["documents"] / 10:
         said.append(f"{facts['duplicates'] / facts['documents']:.0%} of the documents are duplicates.")
     if both := facts.get("eval", {}).get("trained_on"):
-        said.append(f"{both:,} of the held-out documents are trained on too: on these the loss says nothing of others.")
+        said.append(f"{both:,} held-out documents are left out: they are trained on too.")
     if left_out := facts.get("left_out"):
         names = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
         said.append(

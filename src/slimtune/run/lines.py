@@ -31,7 +31,7 @@ def data_line(facts: Mapping[str, Any]) -> str:
     dropped = f", {facts['rows_dropped']:,} dropped" if facts["rows_dropped"] else ""
     held = f", {facts['held_out']['documents']:,} documents held out" if facts.get("held_out") else ", none held out"
     if trained_on := facts.get("eval", {}).get("trained_on"):
-        held += f" ({trained_on:,} of them trained on too)"
+        held += f" ({trained_on:,} more left out: trained on too)"
     unread = f"; columns not read: {first_names(facts['unread'])}" if facts.get("unread") else ""
     return f"{facts['rows']:,} rows{dropped}, {facts['tokens']:,} tokens ({share:.0%} supervised){held}{unread}"
 

@@ -197,8 +197,8 @@ def _held_out(data: Facts, say: Say) -> Statement:
     shout_en, shout_zh = ("", "") if balanced else (" THE ACCOUNT DOES NOT BALANCE.", "账目对不上！")
     both_en, both_zh = "", ""
     if both := data.get("trained_on"):
-        both_en = f" {both:,} of its documents were trained on too: on these the loss says what was learnt by heart."
-        both_zh = f"其中 {both:,} 篇文档也在训练数据里：它们的损失只说明背下了多少。"
+        both_en = f" {both:,} of its documents were left out: they were trained on too."
+        both_zh = f"其中 {both:,} 篇文档也在训练数据里，已排除。"
     return Statement(
         say(
             f"Of the held-out data, {rows:,} rows were read: {trained:,} kept, {dropped:,} dropped.{shout_en}{both_en}",
