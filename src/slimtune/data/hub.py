@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from slimtune.data.readers import Row
+from slimtune.data.rows import Row
 from slimtune.errors import UserError
 
 __all__ = ["hub_fingerprint", "hub_rows"]

@@ -2,9 +2,9 @@
 
 The readers are slimtune's own because the place of a row (file and line, or file and row) is what makes an error
 useful, and because one bad row must cost one row, not the file. Memory is bounded by the largest row that is let in
-(:data:`ROW_LIMIT`), not by the file. Bytes that are no UTF-8 come through as lone surrogates and are refused with the
-row that holds them. Parquet, Arrow and zstd are Arrow's, which is
-imported when there is such a file: that takes longer than all else of a mistake's answer.
+(:data:`slimtune.data.rows.ROW_LIMIT`), not by the file. Bytes that are no UTF-8 come through as lone surrogates and are
+refused with the row that holds them. Parquet, Arrow and zstd are Arrow's, which is imported when there is such a file:
+that takes longer than all else of a mistake's answer.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from slimtune.data.rows import DECODER, DuplicateKey
+from slimtune.data.rows import DECODER, ROW_LIMIT, DuplicateKey, Place, Row
 from slimtune.errors import UserError
 
-__all__ = ["ENDINGS", "ROW_LIMIT", "TO_UTF8", "Place", "Row", "file_rows", "format_of"]
-
-ROW_LIMIT = 64 * 2**20
-"""Most characters that one row may have: a longer line is skipped, counted and named."""
+__all__ = ["ENDINGS", "TO_UTF8", "file_rows", "format_of"]
 
 ENDINGS = "json, jsonl, csv, tsv, txt, parquet or arrow, each also .gz or .zst"
 """The endings that are read, for messages."""
@@ -44,34 +40,6 @@ _FORMATS = {
     "parquet": "parquet", "arrow": "arrow", "feather": "arrow",
 }  # fmt: skip
 _WRAPPERS = ("data", "train", "rows", "records", "examples", "samples", "items", "instances", "dataset")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a row stands: line (text files) or row number (parquet, hub, a line with several rows), counted from 1.
-
-    No two rows of a source stand in the same place.
-    """
-
-    file: str
-    number: int
-    unit: str = "line"
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file} row {self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its place and its value, or the reason why it can't be read."""
-
-    place: Place
-    value: Any
-    refused: str = ""
-    repairs: tuple[str, ...] = ()
-    """Rules by which the reader mended it."""
-    rows: int = 1
-    """For how many rows, one behind another, it stands: a stretch of a table in which there is nothing is one."""
 
 
 def format_of(filename: str) -> str | None:

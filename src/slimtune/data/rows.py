@@ -1,4 +1,4 @@
-"""What is said of rows and values: the refusal of a row, a value's kind, a row's columns; values written as text.
+"""A row and its place, and what is said of both: its refusal, a value's kind, its columns; values written as text.
 
 JSON is read by one decoder wherever it stands: a key that is there twice is refused, for nobody knows which was meant.
 """
@@ -9,15 +9,58 @@ import ast
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DECODER", "DuplicateKey", "RowRefused", "from_text", "kind_of", "listed", "without_absent"]
+__all__ = [
+    "DECODER",
+    "ROW_LIMIT",
+    "DuplicateKey",
+    "Place",
+    "Row",
+    "RowRefused",
+    "from_text",
+    "kind_of",
+    "listed",
+    "without_absent",
+]
+
+ROW_LIMIT = 64 * 2**20
+"""Most characters that one row may have: a longer line is skipped, counted and named."""
 
 _MOST_NOTATION = 2**20
 """Most characters that Python's own reader is given: it takes some hundred bytes for each."""
 _FREE_KEYS = ("tools", "functions", "arguments", "parameters", "args", "input", "response", "json")
 """Columns and keys under which an object's keys are anyone's: tools, and what a call or its result holds (OpenAI,
 Anthropic, Bedrock, Gemini)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row stands: line (text files) or row number (parquet, hub, a line with several rows), counted from 1.
+
+    No two rows of a source stand in the same place.
+    """
+
+    file: str
+    number: int
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file} row {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its place and its value, or the reason why it can't be read."""
+
+    place: Place
+    value: Any
+    refused: str = ""
+    repairs: tuple[str, ...] = ()
+    """Rules by which the reader mended it."""
+    rows: int = 1
+    """For how many rows, one behind another, it stands: a stretch of a table in which there is nothing is one."""
 
 
 class DuplicateKey(ValueError):

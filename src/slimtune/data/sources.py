@@ -17,7 +17,8 @@ from pathlib import Path
 from slimtune.config import Config
 from slimtune.data.files import Found, find_files
 from slimtune.data.hub import hub_fingerprint, hub_rows
-from slimtune.data.readers import ENDINGS, ROW_LIMIT, Place, Row, file_rows, format_of
+from slimtune.data.readers import ENDINGS, file_rows, format_of
+from slimtune.data.rows import ROW_LIMIT, Place, Row
 from slimtune.data.stdin import is_stdin
 from slimtune.errors import UserError
 

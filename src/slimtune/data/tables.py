@@ -11,8 +11,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slimtune.data.readers import ROW_LIMIT, Place, Row
-from slimtune.data.rows import DECODER, without_absent
+from slimtune.data.rows import DECODER, ROW_LIMIT, Place, Row, without_absent
 from slimtune.errors import UserError
 
 __all__ = ["spooled", "table_file", "table_rows"]
