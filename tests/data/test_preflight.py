@@ -330,6 +330,18 @@ def test_a_formatting_func_gives_text_or_messages(tmp_path: Path, tokenizer: Pre
         prove(config, tokenizer, formatting_func=lambda row: 5)
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    bad = {"instruction": "a", "output": ""}
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "rows.jsonl", [*numbered(9, 9 * number), bad])
+    one, two = (tmp_path / folder / "rows.jsonl" for folder in ("one", "two"))
+    other = write(tmp_path / "other.jsonl", [*numbered(9, 18), bad])
+    proof = prove(Config.make(data=tuple(map(str, (one, two, other, one))), max_dropped=0.2), tokenizer)
+    refused = [(entry["file"], entry["line"]) for entry in map(json.loads, proof.ledger.read_text().splitlines())]
+    assert refused == [(str(one), 10), (str(two), 10), ("other.jsonl", 10), (str(one), 10)]
+
+
 def test_the_ledger_goes_into_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [*numbered(100), {"messages": [{"role": "assistant", "content": "a"}, *CHAT["messages"][1:]]}]
     proof = prove(Config.make(data=write(tmp_path / "a.jsonl", rows)), tokenizer)

@@ -32,7 +32,7 @@ from slimtune.data.held_out import LEAST_ROWS, held_out_facts, set_apart
 from slimtune.data.ledger import Ledger
 from slimtune.data.readers import TO_UTF8
 from slimtune.data.render import ChatRenderer, Manner, renderer_for, writes_date
-from slimtune.data.sources import Source, content_hash, parse_source
+from slimtune.data.sources import Source, content_hash, sources_of
 from slimtune.errors import UserError
 
 __all__ = ["Proof", "cache_folder", "examine", "prove"]
@@ -142,8 +142,7 @@ def examine(
     """
     if not config.data:
         raise UserError("no data was given", rule="Training needs at least one file or hub id.")
-    sources = [parse_source(text) for text in config.data]
-    held_out = [parse_source(text) for text in config.eval]
+    sources, held_out = sources_of(config)
     renderer = renderer_for(tokenizer, Manner.of(config))
     if formatting_func is not None:
         folder = Path(tempfile.mkdtemp(prefix="slimtune-data-"))

@@ -22,7 +22,17 @@ from slimtune.data.rows import ROW_LIMIT, Place, Row
 from slimtune.data.stdin import is_stdin
 from slimtune.errors import UserError
 
-__all__ = ["ROW_LIMIT", "Place", "Row", "Source", "check_sources", "content_hash", "parse_source", "read_rows"]
+__all__ = [
+    "ROW_LIMIT",
+    "Place",
+    "Row",
+    "Source",
+    "check_sources",
+    "content_hash",
+    "parse_source",
+    "read_rows",
+    "sources_of",
+]
 
 _RULE = f"Data is a file ({ENDINGS}), a folder, a pattern, or a hub id (owner/name, owner/name:split)."
 
@@ -81,6 +91,27 @@ def parse_source(text: str) -> Source:
         name = found.hub
     described = found.description.sample if found.description is not None else None
     return Source(name, sample or described, weight, found)
+
+
+def sources_of(config: Config) -> tuple[list[Source], list[Source]]:
+    """The sources of ``data``, and those of ``eval``. Files of one name in several folders are labelled by their paths.
+
+    Raises:
+        UserError: As :func:`parse_source`.
+    """
+    data, held_out = ([parse_source(text) for text in texts] for texts in (config.data, config.eval))
+    paths: dict[str, set[Path]] = {}
+    for source in (*data, *held_out):
+        for file in source.found.files:
+            paths.setdefault(file.label, set()).add(file.path.resolve())
+
+    def told_apart(source: Source) -> Source:
+        files = tuple(
+            replace(file, label=str(file.path)) if len(paths[file.label]) > 1 else file for file in source.found.files
+        )
+        return replace(source, found=replace(source.found, files=files))
+
+    return [told_apart(source) for source in data], [told_apart(source) for source in held_out]
 
 
 def check_sources(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ from slimtune.data.conversation import RowRefused, normalise
 from slimtune.data.documents import Documents
 from slimtune.data.held_out import held_out_facts
 from slimtune.data.preflight import prove
-from slimtune.data.sources import Row, parse_source, read_rows
+from slimtune.data.sources import Row, read_rows, sources_of
 from slimtune.errors import UserError
 from slimtune.use.load import Opened
 from slimtune.use.questions import Question
@@ -29,8 +29,9 @@ class HeldOut:
         documents = self.documents
         wanted = {(int(documents.store.places[at][0]), str(documents.store.place(int(at)))) for at in documents.chosen}
         asked = []
-        for number, text in enumerate(self.config.eval or self.config.data):
-            for row in read_rows(parse_source(text), seed=self.config.seed, whole=self.config.format):
+        data, held_out = sources_of(self.config)
+        for number, source in enumerate(held_out or data):
+            for row in read_rows(source, seed=self.config.seed, whole=self.config.format):
                 if (number, str(row.place)) in wanted and (question := self._question(row)) is not None:
                     asked.append(question)
         return asked
