@@ -96,6 +96,7 @@ class Finder:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
 sys.meta_path.insert(0, Finder())
 from slimtune.__main__ import main
 main()
