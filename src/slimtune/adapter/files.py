@@ -246,6 +246,8 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
         if on_meta:
             _make_room(wrapped, folder)
         loaded = wrapped.load_adapter(folder, "default", is_trainable=False, **device)
+        if loaded.missing_keys and _copied(wrapped, folder):
+            return wrapped
     except SlimtuneError:
         raise
     except Exception as error:  # PEFT takes the config at its word: it fails anywhere, with anything
@@ -258,6 +260,27 @@ def attach_adapter(model: nn.Module, folder: Path, *, on_meta: bool = False) -> 
         if names:
             raise _unfit(folder, f"it {problem} {names[0].removeprefix('base_model.model.')}")
     return wrapped
+
+
+def _copied(wrapped: nn.Module, folder: Path) -> bool:
+    """Whether the file's names are the adapter's, which gets its values then.
+
+    PEFT takes names that look like those of an older Transformers for such, and what it has renamed for missing: of its
+    own files too (Laguna's shared experts, ``findings/peft-renames-what-it-saved.sh``). No run of slimtune's adapts
+    what PEFT reads so (:mod:`slimtune.adapter.targets`), but other tools' do.
+    """
+    own: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        wrapped, state_dict=dict(wrapped.named_parameters()), save_embedding_layers=False
+    )
+    with _opened(folder / ADAPTER_WEIGHTS) as handle, torch.no_grad():
+        if own.keys() != set(handle.keys()):
+            return False
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in own}
+        if any(tensor.is_meta or tuple(tensor.shape) != shapes[name] for name, tensor in own.items()):
+            return False
+        for name, tensor in own.items():
+            tensor.copy_(handle.get_tensor(name))
+    return True
 
 
 def _names(model: nn.Module) -> list[str]:

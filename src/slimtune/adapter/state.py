@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,9 @@ def own_storage_(tensors: Collection[Tensor]) -> None:
 def restore_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into the model's adapter.
 
+    Not by PEFT, which takes names that look like those of an older Transformers for such, and leaves out without a word
+    what it has renamed (:func:`slimtune.adapter.files.attach_adapter`).
+
     Raises:
         ValueError: A tensor is missing, unexpected, or has another shape.
     """
@@ -72,7 +76,9 @@ def restore_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if wanted[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}")
-    set_peft_model_state_dict(model, dict(tensors))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(tensor)
 
 
 def adapter_to_start_from(path: Path) -> Path:
